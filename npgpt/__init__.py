@@ -1,0 +1,32 @@
+"""npgpt: a GPT in NumPy and Numba, with its own reverse-mode autograd.
+
+    from npgpt import GPT, GPTConfig, Tensor, gradcheck
+
+Names are loaded when they are first used, so that a command line's `--help` need not wait for Numba.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it; Tensor comes by way of the primitives, which give it its operators
+_WHERE = {
+    "Tensor": "npgpt.ops.primitives",
+    "no_grad": "npgpt.engine",
+    "random_stream": "npgpt.engine",
+    "gradcheck": "npgpt.gradcheck",
+    "GPT": "npgpt.model",
+    "GPTConfig": "npgpt.config",
+    "TrainConfig": "npgpt.config",
+    "AdamW": "npgpt.optim",
+    "DataParallel": "npgpt.parallel",
+    "Trainer": "npgpt.trainer",
+}
+
+__all__ = [*_WHERE, "__version__"]
+
+
+def __getattr__(name):
+    if name in _WHERE:
+        return getattr(importlib.import_module(_WHERE[name]), name)
+    raise AttributeError(f"module 'npgpt' has no attribute {name!r}")

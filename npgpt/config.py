@@ -1,0 +1,142 @@
+"""Every setting of a run: its name, default and meaning, in one place.  The command line is made from it.
+
+This file needs the standard library only, so that `--help` answers before NumPy and Numba are loaded.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+
+from npgpt.errors import UsageError
+
+
+def _setting(default, text, low=None, above=None, high=None, below=None, choices=None):
+    """A field with its help text and the range it must lie in."""
+    limits = {"low": low, "above": above, "high": high, "below": below, "choices": choices}
+    return field(default=default, metadata={"help": text, **limits})
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT, with GPT-2's and nanoGPT's names."""
+
+    block_size: int = _setting(64, "longest context, in tokens", low=1)
+    vocab_size: int = _setting(50257, "number of different tokens", low=1)
+    n_layer: int = _setting(4, "number of transformer blocks", low=1)
+    n_head: int = _setting(4, "number of attention heads; must divide n_embd", low=1)
+    n_embd: int = _setting(128, "width of the model", low=1)
+    dropout: float = _setting(0.0, "probability of dropping an activation in training", low=0, below=1)
+    bias: bool = _setting(False, "biases in the linear layers and layer norms, as in GPT-2")
+
+    def __post_init__(self):
+        check_ranges(self)
+        if self.n_embd % self.n_head:
+            raise UsageError(f"n_embd = {self.n_embd} must be divisible by n_head = {self.n_head}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings of a training run.  The defaults are the preset `default`."""
+
+    data: tuple = _setting(("pydoc",), "corpus: pydoc, shakespeare, or text files and folders of them")
+    tokenizer: str = _setting("char", "what a token is", choices=("char", "byte"))
+    val_fraction: float = _setting(0.1, "share of the text, at its end, that is held back for validation", above=0, below=1)
+    out_dir: str = _setting("out", "run folder for checkpoints and metrics.jsonl")
+
+    n_layer: int = _setting(4, "number of transformer blocks", low=1)
+    n_head: int = _setting(4, "number of attention heads; must divide n_embd", low=1)
+    n_embd: int = _setting(128, "width of the model", low=1)
+    block_size: int = _setting(64, "longest context, in tokens", low=1)
+    dropout: float = _setting(0.0, "probability of dropping an activation in training", low=0, below=1)
+    bias: bool = _setting(False, "biases in the linear layers and layer norms, as in GPT-2")
+
+    batch_size: int = _setting(12, "sequences per micro-step", low=1)
+    gradient_accumulation_steps: int = _setting(1, "micro-steps per update", low=1)
+    max_iters: int = _setting(2000, "number of updates", low=0)
+    epochs: float = _setting(0.0, "passes over the training text, instead of max_iters (0: use max_iters)", low=0)
+
+    learning_rate: float = _setting(1e-3, "peak learning rate", low=0)
+    min_lr: float = _setting(1e-4, "learning rate at the end of the decay", low=0)
+    decay_lr: bool = _setting(True, "decay the learning rate along a cosine")
+    warmup_iters: int = _setting(100, "updates over which the learning rate rises from 0", low=0)
+    lr_decay_iters: int = _setting(0, "update at which min_lr is reached (0: the last one)", low=0)
+    weight_decay: float = _setting(0.1, "AdamW's weight decay, on matrices only", low=0)
+    beta1: float = _setting(0.9, "decay of AdamW's mean of gradients", low=0, below=1)
+    beta2: float = _setting(0.99, "decay of AdamW's mean of squared gradients", low=0, below=1)
+    grad_clip: float = _setting(1.0, "longest gradient, all parameters together (0: no clipping)", low=0)
+
+    eval_interval: int = _setting(250, "updates between evaluations", low=1)
+    eval_iters: int = _setting(20, "validation batches per evaluation", low=1)
+    log_interval: int = _setting(10, "updates between progress lines", low=1)
+    sample_tokens: int = _setting(120, "length of the sample at each evaluation, in tokens (0: none)", low=0)
+    final_sample_tokens: int = _setting(600, "length of the sample at the end, in tokens (0: none)", low=0)
+
+    seed: int = _setting(1337, "what every random choice is made from", low=0, high=2**32 - 1)
+    workers: int = _setting(0, "threads that share each batch (0: chosen for this machine)", low=0)
+    blas_threads: int = _setting(0, "threads of each matrix product (0: chosen for this machine)", low=0)
+
+    def __post_init__(self):
+        check_ranges(self)
+        self.gpt_config(vocab_size=1)
+
+    def gpt_config(self, vocab_size):
+        """The GPTConfig of this run."""
+        names = {f.name for f in dataclasses.fields(GPTConfig)} - {"vocab_size"}
+        return GPTConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
+
+
+PRESETS = {
+    "default": (
+        "about two minutes on two cores",
+        {},
+    ),
+    "nanogpt-cpu": (
+        "the CPU recipe of nanoGPT's README: shakespeare, 0.8M parameters",
+        dict(
+            data=("shakespeare",), n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0,
+            max_iters=2000, lr_decay_iters=2000, learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, beta2=0.99,
+            weight_decay=0.1, eval_interval=250, eval_iters=20, log_interval=1,
+        ),
+    ),
+    "nanogpt-gpu": (
+        "nanoGPT's config/train_shakespeare_char.py: 10.7M parameters, hours on a CPU",
+        dict(
+            data=("shakespeare",), n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2,
+            max_iters=5000, lr_decay_iters=5000, learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, beta2=0.99,
+            weight_decay=0.1, eval_interval=250, eval_iters=200, log_interval=10,
+        ),
+    ),
+    "gpt2": (
+        "the shape and schedule of GPT-2 124M",
+        dict(
+            n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=4, gradient_accumulation_steps=8, bias=True,
+            dropout=0.0, max_iters=600000, lr_decay_iters=600000, learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000,
+            beta2=0.95, weight_decay=0.1, eval_interval=1000, eval_iters=20, log_interval=1,
+        ),
+    ),
+}  # fmt: skip
+
+
+def check_ranges(config):
+    """Raise UsageError for the first field of a config that is out of its range."""
+    for f in dataclasses.fields(config):
+        value, limits = getattr(config, f.name), f.metadata
+        if limits["choices"] is not None and value not in limits["choices"]:
+            raise UsageError(f"{f.name} must be one of {', '.join(limits['choices'])}, got {value!r}")
+        for limit, holds, words in (
+            ("low", lambda v, x: v >= x, "at least"),
+            ("above", lambda v, x: v > x, "greater than"),
+            ("high", lambda v, x: v <= x, "at most"),
+            ("below", lambda v, x: v < x, "less than"),
+        ):
+            if limits[limit] is not None and not holds(value, limits[limit]):  # false for NaN too
+                raise UsageError(f"{f.name} must be {words} {limits[limit]}, got {value}")
+
+
+def preset(name):
+    """The settings of a preset, as a dict; UsageError for an unknown name."""
+    if name not in PRESETS:
+        close = difflib.get_close_matches(name, PRESETS, 1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise UsageError(f"unknown preset {name!r}.{hint} There are: {', '.join(PRESETS)}")
+    return PRESETS[name][1]

@@ -1,0 +1,343 @@
+"""Reverse-mode automatic differentiation: the only file that knows the graph.
+
+A `Tensor` wraps a NumPy array.  An op computes its output with NumPy or a kernel and records how to go back:
+
+    def mul(a, b):
+        return record(a.data * b.data, (a, b), lambda dy: (dy * b.data, dy * a.data))
+
+`record` gives a new Tensor that remembers its parents (a, b) and the function from the gradient of the output to the
+gradients of the parents.  `loss.backward()` sorts the graph so that every tensor comes after all tensors computed
+from it, and walks it once: by the time a tensor's turn comes, all contributions to its gradient have been added up.
+
+What the engine promises:
+
+- a gradient is the *sum* over all uses of a tensor: the first contribution is taken over, later ones are added;
+- it never changes an array that an op returned, unless the op asked for that array with `tensor.new_grad()`.  In
+  y = a + b both gradients *are* the gradient of y; adding to one of them in place would corrupt the other;
+- as the walk passes a tensor, its graph is let go, so that memory is free for the next step of the walk;
+- inside `reuse_buffers(pool)`, arrays from `empty` come from memory that earlier arrays no longer use.
+"""
+
+import contextlib
+import ctypes
+import math
+import os
+import threading
+import weakref
+
+import numpy as np
+
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+
+# With NPGPT_NAN_FILL=1 every array from `empty` starts as NaN, so that reading what was never written fails loudly.
+NAN_FILL = os.environ.get("NPGPT_NAN_FILL", "0") not in ("", "0")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# State of the current thread: is a graph being recorded, where do buffers come from, which random bits come next
+
+
+class _ThreadState(threading.local):
+    recording = True
+    pool = None
+    random_seed = 0
+    random_calls = 0
+    batch_offset = 0
+
+
+_state = _ThreadState()
+
+
+@contextlib.contextmanager
+def no_grad():
+    """Within this context ops record no graph: for evaluation and sampling."""
+    before, _state.recording = _state.recording, False
+    try:
+        yield
+    finally:
+        _state.recording = before
+
+
+@contextlib.contextmanager
+def random_stream(seed, batch_offset=0):
+    """Within this context dropout draws its masks from `seed` (a uint32), one mask after the other.
+
+    batch_offset: index of the first sequence of this batch in a larger batch that is split over workers, so that a
+    sequence gets the same mask however the batch is split.
+    """
+    before = _state.random_seed, _state.random_calls, _state.batch_offset
+    _state.random_seed, _state.random_calls, _state.batch_offset = int(seed), 0, int(batch_offset)
+    try:
+        yield
+    finally:
+        _state.random_seed, _state.random_calls, _state.batch_offset = before
+
+
+def next_random_key():
+    """(key, batch_offset) for the next random mask: key is a uint32 made of the stream's seed and a running number."""
+    _state.random_calls += 1
+    key = (_state.random_seed * 0x9E3779B1 + _state.random_calls * 0x85EBCA77) & 0xFFFFFFFF
+    return np.uint32(key), _state.batch_offset
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Buffers
+
+
+class BufferPool:
+    """Memory that is used again.
+
+    An array handed out by `empty` stands on a block of memory; when the last reference to the array (or to a view of
+    it) is gone, the block goes back to the pool.  So a block is never given out while anybody can still see it, and
+    the second training step finds every block that the first one needed.  One pool serves one thread at a time.
+    """
+
+    SMALL = 4096  # bytes; below this the memory allocator is as fast
+
+    def __init__(self):
+        self.free = {}  # size in bytes -> blocks not in use
+        self._loans = {}  # id of a weak reference -> that reference, with the block it will bring back
+        self.nbytes = 0  # memory owned, in use or not
+
+    def empty(self, shape, dtype):
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes < self.SMALL:
+            return np.empty(shape, dtype)
+        blocks = self.free.get(nbytes)
+        if blocks is None:
+            blocks = self.free[nbytes] = []
+        if blocks:
+            block = blocks.pop()
+        else:
+            block = _aligned_block(nbytes)
+            self.nbytes += nbytes
+        array = np.ndarray(shape, dtype, block)
+        loan = _Loan(array, self._bring_back)
+        loan.block, loan.blocks = block, blocks
+        self._loans[id(loan)] = loan
+        return array
+
+    def _bring_back(self, loan):
+        del self._loans[id(loan)]
+        loan.blocks.append(loan.block)
+
+
+class _Loan(weakref.ref):
+    __slots__ = ("block", "blocks")
+
+
+def _aligned_block(nbytes, align=64):
+    # NumPy allocates (it asks for huge pages where they pay), and ctypes holds: an array made on a ctypes object keeps
+    # itself, not the memory beneath, as the base of its views, so a view keeps the loan alive.
+    memory = np.empty(nbytes + align, np.uint8)
+    return (ctypes.c_char * nbytes).from_buffer(memory, -memory.ctypes.data % align)
+
+
+@contextlib.contextmanager
+def reuse_buffers(pool):
+    """Within this context `empty` takes its memory from `pool`, a BufferPool kept from step to step."""
+    before, _state.pool = _state.pool, pool
+    try:
+        yield
+    finally:
+        _state.pool = before
+
+
+def empty(shape, dtype):
+    """An uninitialised array, C-contiguous, from the current pool if there is one."""
+    pool = _state.pool
+    array = np.empty(shape, dtype) if pool is None else pool.empty(shape, np.dtype(dtype))
+    if NAN_FILL and array.dtype.kind == "f":
+        array.fill(np.nan)
+    return array
+
+
+def zeros(shape, dtype):
+    """Like `empty`, filled with zeros."""
+    array = empty(shape, dtype)
+    array.fill(0)
+    return array
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The graph
+
+
+class Tensor:
+    """A float32 or float64 array that can be differentiated through.
+
+    data           the NumPy array
+    grad           gradient of what `backward()` was called on with respect to `data`, or None
+    requires_grad  whether a gradient is wanted for it, or for something it was computed from
+
+    The operators (+ - * / @ ** [] and the methods exp, log, tanh, relu, sum, mean, max, reshape, transpose) are
+    defined in npgpt/ops/primitives.py, which `import npgpt` brings along.
+    """
+
+    __slots__ = ("data", "grad", "requires_grad", "grad_buffer", "_parents", "_backward", "_handed_out", "_grad_is_ours",
+                 "_keeps_grad", "__weakref__")
+
+    def __init__(self, data, requires_grad=False):
+        if isinstance(data, Tensor):
+            raise TypeError("Tensor: data is a Tensor already; use it as it is, or its .data")
+        data = np.asarray(data)
+        if data.dtype not in FLOATS:
+            if data.dtype.kind not in "biuf":
+                raise TypeError(f"Tensor: data must be numbers, got dtype {data.dtype}")
+            data = data.astype(np.float32)
+        self.data = data
+        self.requires_grad = requires_grad
+        self.grad = None
+        self.grad_buffer = None  # where a parameter's gradient is to be written, if its owner has chosen a place
+        self._parents = ()
+        self._backward = None
+        self._handed_out = None  # the array that new_grad() last gave out
+        self._grad_is_ours = False  # whether self.grad may be changed in place
+        self._keeps_grad = False
+
+    shape = property(lambda self: self.data.shape)
+    dtype = property(lambda self: self.data.dtype)
+    ndim = property(lambda self: self.data.ndim)
+    size = property(lambda self: self.data.size)
+
+    def __len__(self):
+        return len(self.data)
+
+    def __repr__(self):
+        return f"Tensor({self.data!r}, requires_grad={self.requires_grad})"
+
+    def item(self):
+        """The value of a tensor with one element, as a Python float."""
+        return float(self.data.item())
+
+    def retain_grad(self):
+        """Ask that `backward()` leaves the gradient of this tensor in `.grad`, although it is not a leaf."""
+        self._keeps_grad = True
+        return self
+
+    def new_grad(self):
+        """An array that an op's backward may fill with this tensor's gradient and must then return.
+
+        It is the place where the gradient is to end up, if that place is still free, else scratch memory: the engine
+        adds it in.  Ops that make their gradients with NumPy expressions need not ask: any array may be returned.
+        """
+        if self.grad is None and self.grad_buffer is not None and self._handed_out is None:
+            self._handed_out = self.grad_buffer
+        else:
+            self._handed_out = empty(self.data.shape, self.data.dtype)
+        return self._handed_out
+
+    def grad_to_add_to(self):
+        """This tensor's gradient so far (zeros if there is none), for a backward that only touches a few of its rows.
+
+        The op adds to it in place and returns it.
+        """
+        if self.grad is None or not self._grad_is_ours:
+            so_far, self.grad = self.grad, None
+            self.grad = self.new_grad()
+            self.grad[...] = 0 if so_far is None else so_far
+            self._grad_is_ours, self._handed_out = True, None
+        return self.grad
+
+    def _add_grad(self, grad):
+        ours = grad is self._handed_out
+        self._handed_out = None
+        if grad is self.grad:  # from grad_to_add_to: it is in already
+            return
+        if grad.shape != self.data.shape:
+            raise ValueError(f"backward: a gradient of shape {grad.shape} for a tensor of shape {self.data.shape}")
+        if self.grad is None:
+            is_leaf = self._backward is None
+            place = self.grad_buffer
+            if is_leaf and not (ours and (place is None or grad is place)):
+                # a leaf outlives the walk: its gradient goes to its own place, or at least to memory of its own
+                if place is None:
+                    place = empty(self.data.shape, self.data.dtype)
+                place[...] = grad
+                grad, ours = place, True
+            self.grad, self._grad_is_ours = grad, ours
+        elif self._grad_is_ours:
+            self.grad += grad
+        else:
+            total = grad if ours else empty(self.data.shape, self.data.dtype)
+            np.add(self.grad, grad, out=total)
+            self.grad, self._grad_is_ours = total, True
+
+    def backward(self, grad=None):
+        """Add the gradient of this tensor with respect to every tensor it was computed from to their `.grad`.
+
+        grad: the gradient of this tensor itself (shape of the tensor); 1 by default, for a single number.
+        The graph is used up; a second call raises RuntimeError.
+        """
+        if not self.requires_grad:
+            raise RuntimeError("backward: this tensor does not depend on any tensor with requires_grad=True")
+        if self._backward is _used_up:
+            _used_up(None)
+        if grad is None:
+            if self.data.size != 1:
+                raise ValueError(f"backward: the gradient of a tensor of shape {self.shape} must be given: backward(grad)")
+            grad = np.ones_like(self.data)
+        else:
+            grad = np.asarray(grad, self.data.dtype)
+            if grad.shape != self.data.shape:
+                raise ValueError(f"backward: grad must have shape {self.shape}, got {grad.shape}")
+        order = _topological_order(self)
+        self._add_grad(grad)
+        while order:
+            node = order.pop()  # reversed order: every tensor before the tensors it was computed from
+            if node._backward is None:
+                continue  # a leaf
+            dy = node.grad
+            grads = node._backward(dy)
+            for parent, parent_grad in zip(node._parents, grads, strict=True):
+                if parent_grad is not None and parent.requires_grad:
+                    parent._add_grad(parent_grad)
+            node._parents, node._backward = (), _used_up
+            if not node._keeps_grad:
+                node.grad = None
+            del node, dy, grads, parent, parent_grad  # nothing here may keep a buffer from being used again
+
+
+def _used_up(dy):
+    raise RuntimeError("backward: this part of the graph was used up by an earlier backward(); run the forward again")
+
+
+def _topological_order(root):
+    """Tensors that `root` was computed from and that need a gradient, each one after its parents; `root` is last.
+
+    Depth-first with a stack of our own: a long chain of ops must not meet Python's limit on recursion.
+    """
+    order, visited, stack = [], {id(root)}, [(root, iter(root._parents))]
+    while stack:
+        node, parents = stack[-1]
+        for parent in parents:
+            if parent.requires_grad and id(parent) not in visited:
+                visited.add(id(parent))
+                stack.append((parent, iter(parent._parents)))
+                break
+        else:
+            order.append(node)
+            stack.pop()
+    return order
+
+
+def record(data, parents, backward):
+    """A Tensor with this data, computed from these parents.
+
+    backward(dy) returns the gradients of the parents, in their order, given the gradient dy of the output; None for a
+    parent without one.  It must not hold on to the output Tensor itself (its array is fine): that would be a
+    reference cycle, and memory would wait for the garbage collector.
+    """
+    out = Tensor(data)
+    if _state.recording and any(parent.requires_grad for parent in parents):
+        out.requires_grad = True
+        out._parents = parents
+        out._backward = backward
+    return out
+
+
+def as_rows(array):
+    """An (..., C) array as C-contiguous, writeable (N, C) rows, which is what kernels take.  Copies only if it must."""
+    if not (array.flags.c_contiguous and array.flags.writeable):
+        array = array.copy()
+    return array.reshape(-1, array.shape[-1])

@@ -1,0 +1,40 @@
+"""The errors a user can act on, and the exit code each one ends a command with.
+
+    0    ok
+    1    a bug in npgpt (an ordinary traceback)
+    2    usage: flags, data or prompt                UsageError
+    3    a checkpoint or the disk                    CheckpointError
+    130  stopped by Ctrl-C
+"""
+
+import sys
+
+
+class NpgptError(Exception):
+    """Something the user can mend.  Its text is one line that says what and how."""
+
+    exit_code = 1
+
+
+class UsageError(NpgptError):
+    """A flag, a data file or a prompt that cannot be used."""
+
+    exit_code = 2
+
+
+class CheckpointError(NpgptError):
+    """A checkpoint that cannot be read, or a file that cannot be written."""
+
+    exit_code = 3
+
+
+def run_command(name, main):
+    """Run a command's `main()` and exit with its code: one line instead of a traceback for a user's mistake."""
+    try:
+        sys.exit(main())
+    except NpgptError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,225 @@
+"""Gradients against finite differences: the proof that a backward is right.
+
+The derivative of a function g in the direction of one entry x_i is measured with five points (the central one drops
+out), whose error falls with the fourth power of the step h:
+
+    g'(x_i) = (8 (g(x_i + h) - g(x_i - h)) - (g(x_i + 2h) - g(x_i - 2h))) / 12h + O(h^4)
+
+A tensor-valued f is turned into a number by g = sum(dy * f) with a random dy.  A plain sum would not do: softmax, for
+one, has a gradient of 0 with respect to its sum, whatever its backward says.
+
+    python -m npgpt.gradcheck        every op, and every parameter of a two-layer GPT; exit code 1 if one is wrong
+"""
+
+import argparse
+import sys
+
+import numpy as np
+
+from npgpt.engine import Tensor, no_grad, random_stream
+from npgpt.errors import NpgptError, run_command
+
+BOUND = 1e-6  # worst relative error that passes
+STEP = 5e-4  # h, for entries of size 1
+FLOOR = 1e-3  # entries below this share of the tensor's largest gradient are compared with that instead of themselves
+
+
+class GradcheckError(NpgptError, AssertionError):
+    """A gradient that differs from finite differences."""
+
+
+def numeric_grad(f, x, dy):
+    """Gradient of sum(dy * f()) with respect to the Tensor x, by finite differences: float64 array of x's shape."""
+    grad = np.zeros(x.shape)
+    for i in np.ndindex(*x.shape):
+        value = x.data[i]
+        h = STEP * max(1.0, abs(value))
+        sums = {}
+        for k in (1, -1, 2, -2):
+            x.data[i] = value + k * h
+            sums[k] = float((dy * f()).sum())
+        x.data[i] = value
+        grad[i] = (8 * (sums[1] - sums[-1]) - (sums[2] - sums[-2])) / (12 * h)
+    return grad
+
+
+def relative_error(analytic, numeric):
+    """|a - n| / max(|a|, |n|) of each entry; tiny entries, drowned in rounding, are measured by the largest one."""
+    largest = np.abs(numeric).max(initial=0.0)
+    scale = np.maximum(np.maximum(np.abs(analytic), np.abs(numeric)), FLOOR * largest)
+    return np.abs(analytic - numeric) / np.where(scale == 0, 1.0, scale)
+
+
+def gradcheck(f, inputs, names=None, bound=BOUND, seed=0):
+    """Check the gradient of f at the given inputs, entry by entry.
+
+    f       takes the inputs and returns a Tensor; random masks in it are the same at every call
+    inputs  Tensors of dtype float64; all with requires_grad=True are checked
+    names   what to call them in the report; by default input 0, input 1, ...
+    bound   the worst relative error that passes
+
+    Returns [(name, worst relative error)].  Raises GradcheckError with the worst entry, its analytic and its numeric
+    value; TypeError for inputs that are not float64, in which differences would drown.
+    """
+    results = []
+    for name, error, index, analytic, numeric in _compare(f, inputs, names, seed):
+        if not error <= bound:  # a NaN fails as well
+            raise GradcheckError(
+                f"gradcheck: {name}{list(index)}: backward gives {analytic:.10g}, finite differences {numeric:.10g} "
+                f"(relative error {error:.2g}, bound {bound:.0e})"
+            )
+        results.append((name, error))
+    return results
+
+
+def _compare(f, inputs, names, seed):
+    """(name, worst relative error, its index, analytic, numeric) for each input that requires a gradient."""
+    names = names or [f"input {i}" for i in range(len(inputs))]
+    for name, x in zip(names, inputs, strict=True):
+        if x.dtype != np.float64:
+            raise TypeError(f"gradcheck: {name} is {x.dtype}; finite differences need float64")
+        if x.requires_grad:
+            x.grad = None
+
+    def forward():
+        with random_stream(seed):
+            return f(*inputs)
+
+    y = forward()
+    dy = np.random.default_rng(seed).normal(size=y.shape)
+    y.backward(dy)
+
+    def value():
+        with no_grad():
+            return forward().data
+
+    for name, x in zip(names, inputs, strict=True):
+        if not x.requires_grad:
+            continue
+        analytic = np.zeros(x.shape) if x.grad is None else x.grad
+        numeric = numeric_grad(value, x, dy)
+        errors = relative_error(analytic, numeric)
+        errors = np.where(np.isnan(errors), np.inf, errors)
+        index = np.unravel_index(errors.argmax(), errors.shape)
+        yield name, float(errors[index]), tuple(map(int, index)), float(analytic[index]), float(numeric[index])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What the command checks.  Weights are of size 1, all axes of different length, no width a multiple of 8.
+
+
+def cases(seed=0):
+    """(title, f, inputs, names) for every op and for a whole GPT."""
+    from npgpt.ops import primitives as p
+    from npgpt.ops.attention import causal_attention
+    from npgpt.ops.cross_entropy import cross_entropy
+    from npgpt.ops.dropout import dropout
+    from npgpt.ops.embedding import embedding
+    from npgpt.ops.layernorm import layernorm
+    from npgpt.ops.linear import linear
+    from npgpt.ops.mlp import mlp
+
+    rng = np.random.default_rng(seed)
+
+    def new(*shape):
+        return Tensor(rng.normal(size=shape), requires_grad=True)
+
+    def positive(*shape):
+        return Tensor(rng.uniform(0.5, 2.0, size=shape), requires_grad=True)
+
+    def apart(*shape):  # all entries at least 0.1 apart from each other and from 0, where relu and max have kinks
+        n = int(np.prod(shape))
+        return Tensor(rng.permutation(np.arange(n) - n / 2 + 0.5).reshape(shape) * 0.1, requires_grad=True)
+
+    yield "add", lambda a, b: a + b, [new(3, 1, 4), new(2, 1)], ["a", "b"]
+    yield "sub", lambda a, b: a - b, [new(4), new(3, 4)], ["a", "b"]
+    yield "mul", lambda a, b: a * b, [new(3, 1), new(3, 4)], ["a", "b"]
+    yield "mul, a with itself", lambda a: a * a, [new(3, 4)], ["a"]
+    yield "div", lambda a, b: a / b, [new(3, 4), positive(4)], ["a", "b"]
+    yield "neg", lambda a: -a, [new(3)], ["a"]
+    yield "pow", lambda a: a**2.5, [positive(3, 4)], ["a"]
+    yield "matmul", lambda a, b: a @ b, [new(2, 3, 4), new(4, 5)], ["a", "b"]
+    yield "exp", p.exp, [new(3, 4)], ["a"]
+    yield "log", p.log, [positive(3, 4)], ["a"]
+    yield "tanh", p.tanh, [new(3, 4)], ["a"]
+    yield "relu", p.relu, [apart(3, 4)], ["a"]
+    yield "sum", lambda a: p.sum(a, axis=(0, 2)), [new(2, 3, 4)], ["a"]
+    yield "mean", lambda a: p.mean(a, axis=-1, keepdims=True), [new(3, 4)], ["a"]
+    yield "max", lambda a: p.max(a, axis=1), [apart(3, 4)], ["a"]
+    yield "reshape", lambda a: p.reshape(a, 4, 3) @ np.ones((3, 2)), [new(2, 6)], ["a"]
+    yield "transpose", lambda a: p.transpose(a, 2, 0, 1), [new(2, 3, 4)], ["a"]
+    yield "getitem", lambda a: a[[2, 0, 2], 1:], [new(3, 4)], ["a"]
+    yield "where", lambda a, b: p.where(np.arange(4) % 2 == 0, a, b), [new(3, 4), new(4)], ["a", "b"]
+
+    idx = np.array([[1, 0, 1], [3, 1, 4]])  # 1 occurs three times, 2 never
+    yield "embedding", lambda wte, wpe: embedding(idx, wte, wpe), [new(5, 7), new(4, 7)], ["wte", "wpe"]
+    yield "layernorm", layernorm, [new(2, 3, 7), new(7), new(7)], ["x", "weight", "bias"]
+    yield "layernorm, no bias", layernorm, [new(1, 5), new(5)], ["x", "weight"]
+    yield "linear", linear, [new(2, 3, 5), new(7, 5), new(7)], ["x", "weight", "bias"]
+    yield "linear, no bias", linear, [new(1, 5), new(7, 5)], ["x", "weight"]
+    yield "causal attention", lambda qkv: causal_attention(qkv, 2), [new(2, 5, 18)], ["qkv"]
+    yield "causal attention, T = 1", lambda qkv: causal_attention(qkv, 3), [new(2, 1, 9)], ["qkv"]
+    yield "causal attention, dropout", lambda qkv: causal_attention(qkv, 3, 0.3), [new(2, 5, 9)], ["qkv"]
+    yield "causal attention, 2 blocks", lambda qkv: causal_attention(qkv, 1), [new(1, 130, 3)], ["qkv"]
+    names = ["x", "c_fc.weight", "c_fc.bias", "c_proj.weight", "c_proj.bias"]
+    yield "mlp", mlp, [new(2, 3, 5), new(11, 5), new(11), new(5, 11), new(5)], names
+    yield (
+        "mlp, no bias",
+        lambda x, w_fc, w_proj: mlp(x, w_fc, None, w_proj, None),
+        [new(1, 5), new(6, 5), new(5, 6)],
+        ["x", "c_fc.weight", "c_proj.weight"],
+    )
+    targets = np.array([[1, 0, -1], [3, -1, 4]])
+    yield "cross-entropy", lambda logits: cross_entropy(logits, targets), [new(2, 3, 5)], ["logits"]
+    yield "dropout", lambda x: dropout(x, 0.4), [new(2, 3, 7)], ["x"]
+    for bias, p_drop in ((True, 0.0), (False, 0.2)):
+        title = f"GPT, {'biases' if bias else 'no bias'}{', dropout' if p_drop else ''}"
+        yield (title, *gpt_case(rng, bias=bias, dropout=p_drop))
+
+
+def gpt_case(rng, **options):
+    """(f, inputs, names): the loss of a two-layer GPT, and all of its parameters, at random values of size 1."""
+    from npgpt.config import GPTConfig
+    from npgpt.model import GPT
+
+    config = GPTConfig(vocab_size=7, block_size=6, n_layer=2, n_head=2, n_embd=6, **options)
+    model = GPT(config, dtype=np.float64)
+    for _, parameter in model.named_parameters():
+        parameter.data[...] = rng.normal(size=parameter.shape) * (0.7 if parameter.ndim == 2 else 1.0)
+    idx = rng.integers(0, 7, (3, 5))
+    targets = rng.integers(0, 7, (3, 5))
+    targets[0, 1] = -1
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return (lambda *_: model(idx, targets)[1]), list(parameters), list(names)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m npgpt.gradcheck",
+        description="Check every op, and every parameter of a two-layer GPT, against finite differences in float64.",
+    )
+    parser.add_argument("only", nargs="*", help="check only titles that contain one of these words")
+    only = parser.parse_args(argv).only
+    chosen = [case for case in cases() if not only or any(word.lower() in case[0].lower() for word in only)]
+    if not chosen:
+        titles = ", ".join(dict.fromkeys(case[0] for case in cases()))
+        print(f"python -m npgpt.gradcheck: nothing matches {' '.join(only)!r}; there are: {titles}", file=sys.stderr)
+        return 2
+    print(f"{'op':<28} {'input':<42} {'worst relative error':>20}  verdict")
+    wrong = []
+    worst = 0.0
+    for title, f, inputs, names in chosen:
+        for name, error, index, analytic, numeric in _compare(f, inputs, names, seed=0):
+            ok = error <= BOUND
+            print(f"{title:<28} {name:<42} {error:>20.1e}  {'ok' if ok else 'WRONG'}")
+            worst = max(worst, error)
+            if not ok:
+                wrong.append(f"{title}: {name}{list(index)}: backward gives {analytic:.6g}, differences {numeric:.6g}")
+    for line in wrong:
+        print(line)
+    print(f"{'FAILED' if wrong else 'passed'}: worst relative error {worst:.1e}, bound {BOUND:.0e}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    run_command("python -m npgpt.gradcheck", main)

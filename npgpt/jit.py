@@ -1,0 +1,191 @@
+"""Numba, kept in one place: how kernels are compiled, cached, and swapped for their NumPy references.
+
+An op file in `npgpt/ops/` writes every computation twice: `layernorm_forward_ref`, plain NumPy that returns fresh
+arrays, and `layernorm_forward`, which writes the same figures into buffers it is given.  The two are tied together:
+
+    @replaces(layernorm_forward_ref)      # PAIRS knows that these two must agree; tests and benchmarks walk the list
+    @kernel                               # compiled by Numba
+    def layernorm_forward(y, mean, rstd, x, weight, bias, eps): ...      # outputs first, then the reference's inputs
+
+With the environment variable NPGPT_KERNELS=numpy, Numba is never imported and the name `layernorm_forward` runs the
+reference instead: the whole model can then be stepped through with a debugger, and any line of it can print.
+
+What makes the kernels fast (measured in benchmarks/kernels.py):
+
+- they are serial and release the GIL; all parallelism is one thread per share of the batch (npgpt/parallel.py), so
+  no second pool of threads fights with BLAS over the cores;
+- `error_model="numpy"`: a division is a division, without a check that would keep the loop from vectorising;
+- `fastmath` lets sums be reassociated, so that they vectorise, but keeps NaN and infinity meaning what they mean;
+- `exp` is a polynomial in float32, because the one in the C library is called a number at a time.
+"""
+
+import hashlib
+import inspect
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+KERNELS = os.environ.get("NPGPT_KERNELS", "numba")
+if KERNELS not in ("numba", "numpy"):
+    raise ImportError(f"NPGPT_KERNELS must be 'numba' or 'numpy', got {KERNELS!r}")
+
+FLAGS = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"reassoc", "contract", "arcp", "nsz", "afn"},
+}
+
+# fast function's name -> (fast function, its NumPy reference)
+PAIRS = {}
+
+
+def replaces(reference):
+    """Tie a function that writes into buffers to the reference that it must equal.
+
+    The fast function takes its outputs first and then exactly the reference's arguments; the reference returns the
+    outputs, in that order.  An output that is also an input (updated in place) is named in both.
+    """
+    n_in = len(inspect.signature(reference).parameters)
+
+    def tie(fast):
+        name = getattr(fast, "__name__", reference.__name__)
+        PAIRS[name] = (fast, reference)
+        if KERNELS == "numba":
+            return fast
+
+        def run_reference(*args):
+            results = reference(*args[len(args) - n_in:])
+            if not isinstance(results, tuple):
+                results = (results,)
+            for out, result in zip(args, results):
+                if out is not result:
+                    out[...] = result
+
+        run_reference.__name__ = name
+        return run_reference
+
+    return tie
+
+
+def cache_folder():
+    """The per-user folder for compiled kernels and downloaded corpora, by the platform's custom."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/AppData/Local")
+    elif sys.platform == "darwin":
+        base = os.path.expanduser("~/Library/Caches")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base) / "npgpt"
+
+
+def _kernel_cache():
+    """Folder of the compiled kernels, or None where none is writable (then they compile anew in each process).
+
+    Numba notices a change in the file that a kernel stands in, but not in this one, whose helpers are compiled into
+    all of them: so the folder is named after this file's content.  A kernel may call helpers of its own file and of
+    this one, no others.
+    """
+    if os.environ.get("NUMBA_CACHE_DIR"):
+        base = Path(os.environ["NUMBA_CACHE_DIR"])
+    else:
+        base = cache_folder()
+    try:
+        folder = base / ("kernels-" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12])
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f"probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+        return folder
+    except OSError:
+        return None
+
+
+def exp(x):
+    """e**x of a float32 or float64 number, inside a kernel only.  float32: within 1e-7 relative of the exact value."""
+    raise TypeError("npgpt.jit.exp exists inside kernels only")
+
+
+if KERNELS == "numba":
+    import numba
+    from numba.extending import overload
+
+    _CACHE = _kernel_cache()
+
+    def kernel(function):
+        """Compile a function over arrays.  One specialisation is built per dtype, at its first call."""
+        if _CACHE is None:
+            return numba.njit(**FLAGS)(function)
+        before = numba.config.CACHE_DIR
+        numba.config.CACHE_DIR = str(_CACHE)  # read while the function is decorated; a user's own functions keep theirs
+        try:
+            return numba.njit(cache=True, **FLAGS)(function)
+        finally:
+            numba.config.CACHE_DIR = before
+
+    helper = numba.njit(**FLAGS)  # for scalar functions that are compiled into the kernels that call them
+
+    @overload(exp, jit_options=FLAGS)
+    def _exp(x):
+        if x == numba.float32:
+            return _exp32
+        return lambda x: np.exp(x)
+
+else:
+
+    def kernel(function):
+        return function
+
+    helper = kernel
+
+
+def _exp32(x):
+    # e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln(2)/2, and e^r by its Taylor polynomial of degree 7.
+    # 2^n is made by writing n into the exponent bits.  A NaN stays a NaN: both comparisons are false for it.
+    x = np.float32(-87.33654) if x < np.float32(-87.33654) else x
+    x = np.float32(88.37626) if x > np.float32(88.37626) else x
+    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    r = x - n * np.float32(0.693359375)  # ln 2 in two parts, so that n * ln 2 loses nothing
+    r = r + n * np.float32(2.12194440e-4)
+    p = np.float32(1 / 5040)
+    p = p * r + np.float32(1 / 720)
+    p = p * r + np.float32(1 / 120)
+    p = p * r + np.float32(1 / 24)
+    p = p * r + np.float32(1 / 6)
+    p = p * r + np.float32(0.5)
+    p = p * r + np.float32(1)
+    p = p * r + np.float32(1)
+    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Random bits without a state: a dropout mask is a pure function of (key, row, column), so the backward makes it again
+# instead of storing it, and how the batch is split over workers does not change it.
+
+
+@helper
+def mix32(x):
+    """Scramble 32 bits: the finaliser of MurmurHash3 (Appleby 2011), in which each input bit flips half of the output.
+
+    Numba widens the result of integer arithmetic to 64 bits; np.uint32 cuts it back.
+    """
+    x = np.uint32(x ^ (x >> np.uint32(16)))
+    x = np.uint32(x * np.uint32(0x85EBCA6B))
+    x = np.uint32(x ^ (x >> np.uint32(13)))
+    x = np.uint32(x * np.uint32(0xC2B2AE35))
+    return np.uint32(x ^ (x >> np.uint32(16)))
+
+
+@helper
+def row_key(key, row):
+    """32 random bits for row number `row` (uint64) of the mask with this `key` (uint32)."""
+    low = np.uint32(row & np.uint64(0xFFFFFFFF))
+    high = np.uint32(row >> np.uint64(32))
+    return mix32(np.uint32(mix32(np.uint32(low ^ key)) + mix32(np.uint32(high + np.uint32(0x9E3779B9)))))
+
+
+@helper
+def keeps(bits, column, threshold):
+    """Whether the element in `column` (uint32) of the row with these `bits` is kept; `threshold` = rate * 2^32."""
+    return mix32(np.uint32(bits + column * np.uint32(0x9E3779B9))) >= threshold

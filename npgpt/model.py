@@ -1,0 +1,131 @@
+"""GPT-2 (Radford et al. 2019): embeddings, a stack of pre-norm transformer blocks, and a tied output layer.
+
+    x = wte[idx] + wpe                        (B, T, C)
+    for each block:
+        x = x + attn(ln_1(x))
+        x = x + mlp(ln_2(x))
+    logits = ln_f(x) wte^T                    (B, T, V)
+
+Each call here is an op in npgpt/ops/ with its derivation, its gradient and its kernel.
+"""
+
+import math
+
+import numpy as np
+
+from npgpt.config import GPTConfig
+from npgpt.engine import no_grad
+from npgpt.nn import MLP, CausalSelfAttention, Dropout, Embedding, LayerNorm, Linear, Module, ModuleDict
+from npgpt.ops import primitives  # noqa: F401  (gives Tensor its operators)
+from npgpt.ops.cross_entropy import cross_entropy
+from npgpt.ops.embedding import embedding
+
+
+class Block(Module):
+    """One transformer block: attention, then the MLP, each added to the residual stream."""
+
+    def __init__(self, config, dtype):
+        self.ln_1 = LayerNorm(config.n_embd, config.bias, dtype)
+        self.attn = CausalSelfAttention(config.n_embd, config.n_head, config.dropout, config.bias, dtype)
+        self.ln_2 = LayerNorm(config.n_embd, config.bias, dtype)
+        self.mlp = MLP(config.n_embd, config.dropout, config.bias, dtype)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(Module):
+    """logits, loss = GPT(config)(idx, targets)
+
+    config  a GPTConfig
+    seed    what the initial weights are drawn from; None leaves them zero, for weights that are filled in afterwards
+    dtype   float32, or float64 for gradient checks
+    """
+
+    def __init__(self, config, seed=1337, dtype=np.float32):
+        self.config = config
+        V, C = config.vocab_size, config.n_embd
+        self.transformer = ModuleDict(
+            wte=Embedding(V, C, dtype),
+            wpe=Embedding(config.block_size, C, dtype),
+            drop=Dropout(config.dropout),
+            h=[Block(config, dtype) for _ in range(config.n_layer)],
+            ln_f=LayerNorm(C, config.bias, dtype),
+        )
+        self.lm_head = Linear(C, V, False, dtype)
+        self.lm_head.weight = self.transformer.wte.weight  # tied: one parameter in two places (Press and Wolf 2017)
+        if seed is not None:
+            self._init_weights(np.random.default_rng(seed))
+
+    def _init_weights(self, rng):
+        # GPT-2's initialisation: N(0, 0.02), the layers that write to the residual stream smaller, as 2 n_layer of
+        # them add up there; biases 0 and layer norms 1, as they are
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
+                parameter.data[...] = rng.normal(0.0, std, parameter.shape)
+
+    def features(self, idx):
+        """idx (B, T) integers -> the last layer's output (B, T, C), from which the logits are made."""
+        transformer = self.transformer
+        x = transformer.drop(embedding(idx, transformer.wte.weight, transformer.wpe.weight))
+        for block in transformer.h:
+            x = block(x)
+        return transformer.ln_f(x)
+
+    def forward(self, idx, targets=None):
+        """idx (B, T) integers, targets (B, T) integers or None -> logits (B, T, V) and the loss, or None.
+
+        The loss is the mean cross-entropy in nats; targets of -1 do not count.
+        Raises ValueError for T > block_size and for tokens outside 0 .. V - 1.
+        """
+        logits = self.lm_head(self.features(idx))
+        loss = None if targets is None else cross_entropy(logits, targets)
+        return logits, loss
+
+    def num_params(self, non_embedding=True):
+        """Number of parameters; as in nanoGPT, the position embedding is left out unless asked for."""
+        n = sum(parameter.size for parameter in self.parameters())
+        return n - self.transformer.wpe.weight.size if non_embedding else n
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, rng=None):
+        """Continue a sequence of tokens, one token at a time.
+
+        idx             list of tokens, at least one; the last block_size of them are the context
+        temperature     logits are divided by it; 0 always takes the likeliest token
+        top_k           choose among the k likeliest tokens only
+        rng             numpy Generator, one number of which is used for each token
+
+        Yields each new token as an int.
+        """
+        rng = rng or np.random.default_rng(0)
+        idx = list(idx)
+        was_training = self.training
+        self.eval()
+        try:
+            for _ in range(max_new_tokens):
+                context = np.array([idx[-self.config.block_size :]])
+                with no_grad():
+                    last = self.features(context).data[0, -1]  # (C,)
+                logits = self.transformer.wte.weight.data @ last  # (V,)
+                idx.append(choose_token(logits, temperature, top_k, rng.random()))
+                yield idx[-1]
+        finally:
+            self.train(was_training)
+
+
+def choose_token(logits, temperature, top_k, uniform):
+    """The token that a uniform number in [0, 1) picks from the distribution that the logits (V,) describe."""
+    if temperature == 0:
+        return int(logits.argmax())
+    z = logits.astype(np.float64) / temperature
+    if top_k is not None and top_k < len(z):
+        z = np.where(z < np.partition(z, -top_k)[-top_k], -np.inf, z)
+    p = np.exp(z - z.max())
+    cumulative = np.cumsum(p)
+    return int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+
+
+__all__ = ["GPT", "Block", "GPTConfig", "choose_token"]

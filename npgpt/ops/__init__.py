@@ -1,0 +1,9 @@
+"""The operations of the graph, one file each, to be read top to bottom:
+
+1. the docstring: the formula, and the derivation of its gradient;
+2. the reference: `*_forward_ref` and `*_backward_ref`, plain NumPy, any float dtype, fresh arrays;
+3. the kernels: the same figures, written into given buffers, outputs first;
+4. the op: checks shapes, asks for buffers, calls forward, records backward.
+
+A reader may stop at any depth.  primitives.py holds the small operations that everything can be composed from.
+"""

@@ -1,0 +1,99 @@
+"""Dropout (Srivastava et al. 2014), inverted: what is kept is scaled up, so that nothing changes when sampling.
+
+Forward, with a random mask of zeros and ones:
+
+    y = x mask / (1 - p)          mask is 0 with probability p
+
+Backward: the mask does not depend on x, so y is linear in x and the gradient takes the same way back:
+
+    dx = dy mask / (1 - p)
+
+The mask is not stored.  It is a pure function of (key, row, column) (npgpt/jit.py), so forward and backward are the
+same function, and the backward makes the mask again.
+"""
+
+import numpy as np
+
+from npgpt.engine import as_rows, empty, next_random_key, record
+from npgpt.jit import keeps, kernel, replaces, row_key
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reference
+
+
+def mix32_ref(x):
+    """npgpt.jit.mix32 for an array of uint32."""
+    x = x ^ (x >> np.uint32(16))
+    x = x * np.uint32(0x85EBCA6B)
+    x = x ^ (x >> np.uint32(13))
+    x = x * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))
+
+
+def dropout_mask_ref(key, first_row, shape, p):
+    """Zeros and ones, shape (N, C), for rows first_row ... first_row + N - 1 of the mask named by key (uint32)."""
+    rows = np.uint64(first_row) + np.arange(shape[0], dtype=np.uint64)
+    low, high = rows.astype(np.uint32), (rows >> np.uint64(32)).astype(np.uint32)
+    bits = mix32_ref(mix32_ref(low ^ key) + mix32_ref(high + np.uint32(0x9E3779B9)))  # (N,) jit.row_key
+    columns = np.arange(shape[1], dtype=np.uint32) * np.uint32(0x9E3779B9)
+    return mix32_ref(bits[:, None] + columns) >= threshold(p)
+
+
+def dropout_ref(x, key, first_row, p):
+    """x (N, C), uint32 key, number of the first row in the whole batch, probability p -> y (N, C)."""
+    mask = dropout_mask_ref(key, first_row, x.shape, p)
+    return x * mask * x.dtype.type(1 / (1 - p))
+
+
+def threshold(p):
+    """A mask's element is 0 where its 32 random bits are below this number."""
+    return np.uint32(p * 2**32)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Kernel
+
+
+@replaces(dropout_ref)
+@kernel
+def dropout_rows(y, x, key, first_row, p):
+    N, C = x.shape
+    scale = x.dtype.type(1 / (1 - p))
+    limit = np.uint32(p * 2**32)
+    for n in range(N):
+        bits = row_key(key, np.uint64(first_row + n))
+        for i in range(C):
+            y[n, i] = x[n, i] * scale if keeps(bits, np.uint32(i), limit) else x.dtype.type(0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Op
+
+
+def check_p(op, p):
+    if not 0 <= p < 1:
+        raise ValueError(f"{op}: the dropout probability must lie in [0, 1), got {p}")
+
+
+def dropout(x, p):
+    """Set each element to zero with probability p and scale the others by 1 / (1 - p).
+
+    x (B, ..., C), first axis the batch -> y of the same shape.  The mask comes from the thread's random stream
+    (engine.random_stream).  Raises ValueError unless 0 <= p < 1.
+    """
+    check_p("dropout", p)
+    if p == 0:
+        return x
+    key, batch_offset = next_random_key()
+    rows = as_rows(x.data)  # (N, C)
+    first_row = batch_offset * (len(rows) // x.shape[0])
+    y = empty(rows.shape, x.dtype)
+    dropout_rows(y, rows, key, first_row, p)
+
+    def backward(dy):
+        dx = x.new_grad()
+        # y = x * mask / (1 - p)
+        dropout_rows(dx.reshape(rows.shape), as_rows(dy), key, first_row, p)
+        return (dx,)
+
+    return record(y.reshape(x.shape), (x,), backward)

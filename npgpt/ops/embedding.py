@@ -1,0 +1,111 @@
+"""Token and position embedding: each token of a (B, T) batch becomes its row of wte plus its position's row of wpe.
+
+Forward:
+
+    y_bt = wte[idx_bt] + wpe[t]
+
+Backward.  Looking up a row is a product with a one-hot vector, so its gradient goes to the row that was looked up, and
+to no other.  A token that occurs several times in the batch used the same row several times; its gradients add up:
+
+    dwte[v] = sum over all (b, t) with idx_bt = v of dy_bt
+    dwpe[t] = sum_b dy_bt
+
+In GPT-2 wte is used a second time, as the weight of the output layer (tied weights), so dwte must be *added* to what
+the output layer left there; and it touches few of the V rows.  Hence this op adds in place.
+"""
+
+import numpy as np
+
+from npgpt.engine import as_rows, empty, record
+from npgpt.jit import kernel, replaces
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reference
+
+
+def embedding_forward_ref(idx, wte, wpe):
+    """idx (B, T) integers, wte (V, C), wpe (block_size, C) -> y (B, T, C)."""
+    T = idx.shape[1]
+    return wte[idx] + wpe[:T]
+
+
+def embedding_backward_ref(dwte, dwpe, dy, idx):
+    """Gradients so far dwte (V, C) and dwpe (block_size, C), dy (B, T, C) -> dwte, dwpe with dy added, in place."""
+    T = idx.shape[1]
+    # y = wte[idx] + wpe[:T]
+    np.add.at(dwte, idx, dy)  # not dwte[idx] += dy: a token that occurs twice would count once
+    dwpe[:T] += dy.sum(axis=0)
+    return dwte, dwpe
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Kernels
+
+
+@replaces(embedding_forward_ref)
+@kernel
+def embedding_forward(y, idx, wte, wpe):
+    B, T, C = y.shape
+    for b in range(B):
+        for t in range(T):
+            v = idx[b, t]
+            for i in range(C):
+                y[b, t, i] = wte[v, i] + wpe[t, i]
+
+
+@replaces(embedding_backward_ref)
+@kernel
+def embedding_backward(dwte, dwpe, dy, idx):
+    B, T, C = dy.shape
+    for b in range(B):
+        for t in range(T):
+            v = idx[b, t]
+            # y = wte[v] + wpe[t]
+            for i in range(C):
+                dwte[v, i] += dy[b, t, i]
+                dwpe[t, i] += dy[b, t, i]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Op
+
+
+def check_indices(op, name, indices, size, ignore_index=None):
+    """Integer indices as a C-contiguous int64 array; raises ValueError where one is outside 0 .. size - 1."""
+    indices = np.asarray(indices)
+    if indices.dtype.kind not in "iu":
+        raise ValueError(f"{op}: {name} must be integers, got dtype {indices.dtype}")
+    indices = np.ascontiguousarray(indices, np.int64)
+    low = 0 if ignore_index is None else min(0, ignore_index)
+    if indices.size and (indices.min() < low or indices.max() >= size):
+        raise ValueError(
+            f"{op}: {name} must lie in 0 .. {size - 1}, got values from {indices.min()} to {indices.max()}. "
+            f"Was the text encoded with another tokenizer?"
+        )
+    return indices
+
+
+def embedding(idx, wte, wpe):
+    """Embed a batch of token sequences.
+
+    idx (B, T) integers, wte (V, C), wpe (block_size, C), of one dtype -> (B, T, C).
+    Raises ValueError for T > block_size and for tokens outside 0 .. V - 1.
+    """
+    idx = check_indices("embedding", "idx", idx, wte.shape[0])
+    if idx.ndim != 2:
+        raise ValueError(f"embedding: idx must have shape (B, T), got {idx.shape}")
+    B, T = idx.shape
+    if T > wpe.shape[0]:
+        raise ValueError(f"embedding: a sequence of {T} tokens is longer than block_size = {wpe.shape[0]}")
+    C = wte.shape[1]
+    if wpe.shape[1] != C:
+        raise ValueError(f"embedding: wpe must have shape (block_size, {C}), got {wpe.shape}")
+    y = empty((B, T, C), wte.dtype)
+    embedding_forward(y, idx, wte.data, wpe.data)
+
+    def backward(dy):
+        dwte, dwpe = wte.grad_to_add_to(), wpe.grad_to_add_to()
+        embedding_backward(dwte, dwpe, as_rows(dy).reshape(B, T, C), idx)
+        return dwte, dwpe
+
+    return record(y, (wte, wpe), backward)

@@ -1,0 +1,190 @@
+"""The small operations, broadcasting as NumPy does: + - * / @ ** exp log tanh relu sum mean max reshape transpose
+getitem where.
+
+Anything can be composed from them, the fused ops of this folder included; tests/test_compositions.py does so and finds
+the same gradients.  Each is one line forward and one line backward; in the comments dy is the gradient of the output.
+
+Broadcasting copies a number to several places, so its gradient is the sum over these places: `_unbroadcast` sums over
+every axis that was added or stretched.
+"""
+
+import numpy as np
+
+from npgpt.engine import Tensor, empty, record
+
+
+def _as_tensor(x, like):
+    if isinstance(x, Tensor):
+        return x
+    return Tensor(np.asarray(x, like.dtype))
+
+
+def _pair(a, b):
+    """Both operands as Tensors; a number or array takes the dtype of the Tensor beside it."""
+    if isinstance(a, Tensor):
+        return a, _as_tensor(b, a)
+    return _as_tensor(a, b), b
+
+
+def _unbroadcast(grad, x):
+    """Sum a gradient over the axes along which x was broadcast, so that it gets x's shape (and dtype)."""
+    if grad.shape == x.shape:
+        return grad.astype(x.dtype, copy=False)
+    extra = grad.ndim - x.ndim
+    stretched = tuple(i + extra for i, n in enumerate(x.shape) if n == 1 and grad.shape[i + extra] != 1)
+    grad = grad.sum(axis=tuple(range(extra)) + stretched, keepdims=True)
+    return grad.reshape(x.shape).astype(x.dtype, copy=False)
+
+
+def add(a, b):
+    a, b = _pair(a, b)
+    if a.shape == b.shape and a.dtype == b.dtype:  # the residual stream: worth a reused buffer
+        y = np.add(a.data, b.data, out=empty(a.shape, a.dtype))
+    else:
+        y = a.data + b.data
+    return record(y, (a, b), lambda dy: (_unbroadcast(dy, a), _unbroadcast(dy, b)))
+
+
+def sub(a, b):
+    a, b = _pair(a, b)
+    return record(a.data - b.data, (a, b), lambda dy: (_unbroadcast(dy, a), _unbroadcast(-dy, b)))
+
+
+def mul(a, b):
+    a, b = _pair(a, b)
+    return record(a.data * b.data, (a, b), lambda dy: (_unbroadcast(dy * b.data, a), _unbroadcast(dy * a.data, b)))
+
+
+def div(a, b):
+    a, b = _pair(a, b)
+    y = a.data / b.data
+    # d(a/b)/db = -a/b^2 = -y/b
+    return record(y, (a, b), lambda dy: (_unbroadcast(dy / b.data, a), _unbroadcast(-dy * y / b.data, b)))
+
+
+def neg(a):
+    return record(-a.data, (a,), lambda dy: (-dy,))
+
+
+def pow(a, exponent):
+    """a ** exponent, for an exponent that is a plain number."""
+    if isinstance(exponent, Tensor):
+        raise TypeError("pow: the exponent must be a number; for a Tensor exponent write exp(log(a) * exponent)")
+    return record(a.data**exponent, (a,), lambda dy: (dy * exponent * a.data ** (exponent - 1),))
+
+
+def matmul(a, b):
+    """a @ b for arrays of two or more dimensions; leading dimensions broadcast."""
+    a, b = _pair(a, b)
+    if a.ndim < 2 or b.ndim < 2:
+        raise ValueError(f"matmul: both operands need two or more dimensions, got shapes {a.shape} and {b.shape}")
+
+    def backward(dy):
+        # y_ij = sum_k a_ik b_kj: whatever multiplied a_ik forward, multiplies dy_ij backward
+        da = np.matmul(dy, np.swapaxes(b.data, -1, -2))
+        db = np.matmul(np.swapaxes(a.data, -1, -2), dy)
+        return _unbroadcast(da, a), _unbroadcast(db, b)
+
+    return record(np.matmul(a.data, b.data), (a, b), backward)
+
+
+def exp(a):
+    y = np.exp(a.data)
+    return record(y, (a,), lambda dy: (dy * y,))
+
+
+def log(a):
+    return record(np.log(a.data), (a,), lambda dy: (dy / a.data,))
+
+
+def tanh(a):
+    y = np.tanh(a.data)
+    return record(y, (a,), lambda dy: (dy * (1 - y * y),))
+
+
+def relu(a):
+    return record(np.maximum(a.data, 0), (a,), lambda dy: (dy * (a.data > 0),))
+
+
+def _keep_axes(array, axis, shape, keepdims):
+    """Give a reduced array its reduced axes back, with length 1, so that it broadcasts against `shape`."""
+    if axis is None:
+        return np.asarray(array).reshape((1,) * len(shape))
+    return array if keepdims else np.expand_dims(array, axis)
+
+
+def sum(a, axis=None, keepdims=False):
+    def backward(dy):  # every summand gets the whole gradient
+        return (np.broadcast_to(_keep_axes(dy, axis, a.shape, keepdims), a.shape),)
+
+    return record(a.data.sum(axis=axis, keepdims=keepdims), (a,), backward)
+
+
+def mean(a, axis=None, keepdims=False):
+    y = a.data.mean(axis=axis, keepdims=keepdims)
+    count = a.size // (y.size or 1)
+
+    def backward(dy):
+        return (np.broadcast_to(_keep_axes(dy, axis, a.shape, keepdims) / count, a.shape).astype(a.dtype, copy=False),)
+
+    return record(y, (a,), backward)
+
+
+def max(a, axis=None, keepdims=False):
+    y = a.data.max(axis=axis, keepdims=keepdims)
+
+    def backward(dy):  # only the maximum gets a gradient; where several are equal, they share it
+        largest = a.data == _keep_axes(y, axis, a.shape, keepdims)
+        share = largest / largest.sum(axis=axis, keepdims=True)
+        return ((share * _keep_axes(dy, axis, a.shape, keepdims)).astype(a.dtype, copy=False),)
+
+    return record(y, (a,), backward)
+
+
+def reshape(a, *shape):
+    shape = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
+    return record(a.data.reshape(shape), (a,), lambda dy: (dy.reshape(a.shape),))
+
+
+def transpose(a, *axes):
+    """The axes in another order; reversed if none are given."""
+    axes = axes[0] if len(axes) == 1 and isinstance(axes[0], tuple) else axes
+    axes = axes or tuple(reversed(range(a.ndim)))
+    return record(a.data.transpose(axes), (a,), lambda dy: (dy.transpose(np.argsort([i % a.ndim for i in axes])),))
+
+
+def getitem(a, index):
+    """a[index] for any NumPy index.  An element that is picked several times gets the sum of the gradients."""
+
+    def backward(dy):
+        da = np.zeros_like(a.data)
+        np.add.at(da, index, dy)  # not da[index] += dy, which keeps one of several contributions to an element
+        return (da,)
+
+    return record(a.data[index], (a,), backward)
+
+
+def where(condition, a, b):
+    """a where the condition (a boolean array) holds, b elsewhere."""
+    condition = np.asarray(condition, bool)
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+        raise TypeError("where: at least one of the two values must be a Tensor")
+    a, b = _pair(a, b)
+
+    def backward(dy):
+        return _unbroadcast(np.where(condition, dy, 0), a), _unbroadcast(np.where(condition, 0, dy), b)
+
+    return record(np.where(condition, a.data, b.data), (a, b), backward)
+
+
+for _name, _operator in {
+    "__add__": add, "__radd__": lambda a, b: add(b, a), "__sub__": sub, "__rsub__": lambda a, b: sub(b, a),
+    "__mul__": mul, "__rmul__": lambda a, b: mul(b, a), "__truediv__": div, "__rtruediv__": lambda a, b: div(b, a),
+    "__matmul__": matmul, "__rmatmul__": lambda a, b: matmul(b, a), "__neg__": neg, "__pow__": pow,
+    "__getitem__": getitem, "exp": exp, "log": log, "tanh": tanh, "relu": relu, "sum": sum, "mean": mean, "max": max,
+    "reshape": reshape, "transpose": transpose,
+}.items():  # fmt: skip
+    setattr(Tensor, _name, _operator)
+
+Tensor.__array_ufunc__ = None  # so that ndarray + Tensor asks the Tensor, and does not make an array of objects
+Tensor.T = property(transpose)

@@ -1,0 +1,220 @@
+"""Threads: how many matrix products use, and a batch split over workers that share one set of weights.
+
+NumPy's matrix product and the compiled kernels release Python's global lock, so threads run side by side.  Each worker
+takes a share of the batch through a model of its own whose weights are views of the same memory and whose gradients are
+its own; then the gradients are added in a fixed order and the update is made, each worker on a slice of the flat arrays.
+
+Only one kind of thread may be busy: either workers, with one BLAS thread each, or one worker with all BLAS threads.
+Two pools of threads that both spin for work on the same cores make everything several times slower.
+"""
+
+import contextlib
+import ctypes
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from npgpt.engine import BufferPool, no_grad, random_stream, reuse_buffers
+from npgpt.model import GPT
+from npgpt.optim import FlatParameters, sum_of_squares
+
+# --------------------------------------------------------------------------------------------------------------------
+# BLAS threads
+
+# what the libraries that NumPy is built with call their setters and getters
+_SETTERS = (
+    ("scipy_openblas_set_num_threads64_", "scipy_openblas_get_num_threads64_"),
+    ("scipy_openblas_set_num_threads", "scipy_openblas_get_num_threads"),
+    ("openblas_set_num_threads64_", "openblas_get_num_threads64_"),
+    ("openblas_set_num_threads", "openblas_get_num_threads"),
+    ("MKL_Set_Num_Threads", "MKL_Get_Max_Threads"),
+)
+
+
+def _blas_libraries():
+    """Paths of the BLAS libraries that this process has loaded, or may have loaded, for NumPy."""
+    numpy_folder = Path(np.__file__).parent
+    for folder in (numpy_folder.parent / "numpy.libs", numpy_folder / ".dylibs"):
+        if folder.is_dir():
+            yield from sorted(str(path) for path in folder.iterdir() if "openblas" in path.name)
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            mapped = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
+            yield from sorted(p for p in mapped if "blas" in os.path.basename(p) or "mkl_rt" in os.path.basename(p))
+
+
+def _blas_functions():
+    for path in _blas_libraries():
+        with contextlib.suppress(OSError):
+            library = ctypes.CDLL(path)
+            for setter, getter in _SETTERS:
+                if hasattr(library, setter):
+                    return getattr(library, setter), getattr(library, getter)
+    return None
+
+
+def get_blas_threads():
+    """Threads that a matrix product uses, or None where NumPy's BLAS is not one we know how to ask."""
+    functions = _blas_functions()
+    return None if functions is None else int(functions[1]())
+
+
+@contextlib.contextmanager
+def blas_threads(n):
+    """Within this context a matrix product uses n threads.  Where that cannot be set, nothing happens."""
+    functions = _blas_functions()
+    if functions is None:
+        yield
+        return
+    setter, getter = functions
+    before = getter()
+    setter(n)
+    try:
+        yield
+    finally:
+        setter(before)
+
+
+def cores():
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+TOKENS_PER_WORKER = 256
+
+
+def choose_threads(batch_size, block_size, workers=0, blas=0):
+    """(workers, BLAS threads of each) for a micro-step of batch_size sequences; a number that is not 0 is kept.
+
+    A worker must be worth its own pass over all gradients: one for each 256 tokens, at most one per sequence and core.
+    A limit on the BLAS threads that the user has set in the environment is kept.
+    """
+    n = cores()
+    if not workers:
+        workers = max(1, min(n, batch_size, batch_size * block_size // TOKENS_PER_WORKER))
+    if not blas:
+        wanted = [os.environ.get(name, "") for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")]
+        limit = next((int(value) for value in wanted if value.isdigit() and int(value) > 0), n)
+        blas = max(1, min(limit, n // workers))
+    return min(workers, batch_size), blas
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Workers
+
+
+class Replica:
+    """What one worker owns: a model over the shared weights, its own gradients, and its own buffers."""
+
+    def __init__(self, model, flat):
+        self.model, self.flat, self.pool = model, flat, BufferPool()
+
+
+class DataParallel:
+    """A model whose batches are split over worker threads.
+
+    model: a GPT; its parameters are moved into flat storage (`flat`).  Results are the same bits for the same number
+    of workers, and the same to rounding for any number.
+    """
+
+    def __init__(self, model, workers=1):
+        self.model = model
+        self.flat = FlatParameters(model)
+        self.replicas = [Replica(model, self.flat)]
+        for _ in range(1, workers):
+            twin = GPT(model.config, seed=None, dtype=self.flat.weights.dtype)
+            self.replicas.append(Replica(twin, FlatParameters(twin, share=self.flat)))
+        size, n = len(self.flat.weights), len(self.replicas)
+        cuts = [size * i // n // 16 * 16 for i in range(n)] + [size]
+        self.slices = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        self._threads = ThreadPoolExecutor(max(1, n - 1), thread_name_prefix="npgpt-worker")
+
+    def _each(self, work):
+        """[work(0), ..., work(n - 1)], one per worker; number 0 runs in this thread."""
+        futures = [self._threads.submit(work, rank) for rank in range(1, len(self.replicas))]
+        try:
+            first = work(0)
+        finally:
+            results = [future.exception() or future.result() for future in futures]
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return [first, *results]
+
+    def _shares(self, n):
+        """How n sequences are cut: (start, stop) for each worker; they differ by one at most."""
+        workers = len(self.replicas)
+        return [(n * rank // workers, n * (rank + 1) // workers) for rank in range(workers)]
+
+    def train(self, mode=True):
+        for replica in self.replicas:
+            replica.model.train(mode)
+
+    def zero_grad(self):
+        """Before an update's first micro-step."""
+        for replica in self.replicas:
+            replica.flat.zero_grad()
+
+    def forward_backward(self, idx, targets, seed=0, weight=1.0):
+        """Add the gradients of weight * loss to the workers' gradients, and return the loss (the batch's mean).
+
+        idx, targets (B, T); seed: of this micro-step's dropout masks.
+        """
+        shares = self._shares(len(idx))
+
+        def work(rank):
+            (start, stop), replica = shares[rank], self.replicas[rank]
+            if start == stop:
+                return 0.0
+            share = (stop - start) / len(idx)
+            with reuse_buffers(replica.pool), random_stream(seed, batch_offset=start):
+                _, loss = replica.model(idx[start:stop], targets[start:stop])
+                loss.backward(weight * share)
+                return share * loss.item()
+
+        return sum(self._each(work))
+
+    def gather_grads(self):
+        """Add all workers' gradients into flat.grads, and return their norm."""
+
+        def work(rank):
+            part, total = self.slices[rank], np.zeros(())
+            mine = self.flat.grads[part]
+            for replica in self.replicas[1:]:
+                mine += replica.flat.grads[part]
+            sum_of_squares(total, mine)
+            return float(total)
+
+        for replica in self.replicas:
+            replica.flat.finish_grads()
+        return float(np.sqrt(sum(self._each(work))))
+
+    def update(self, optimizer, lr, scale):
+        """One update of the weights with flat.grads * scale."""
+        optimizer.step += 1
+        self._each(lambda rank: optimizer.update(self.flat.grads, lr, scale, self.slices[rank]))
+
+    def loss(self, idx, targets):
+        """(sum of the loss over the targets that are not -1, number of these), without gradients."""
+        shares = self._shares(len(idx))
+
+        def work(rank):
+            (start, stop), replica = shares[rank], self.replicas[rank]
+            count = int((targets[start:stop] != -1).sum())
+            if count == 0:
+                return 0.0, 0
+            with no_grad(), reuse_buffers(replica.pool):
+                _, loss = replica.model(idx[start:stop], targets[start:stop])
+                return loss.item() * count, count
+
+        totals, counts = zip(*self._each(work), strict=True)
+        return sum(totals), sum(counts)
+
+    def close(self):
+        """End the worker threads."""
+        self._threads.shutdown()

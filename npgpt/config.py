@@ -53,13 +53,13 @@ class TrainConfig:
     batch_size: int = _setting(12, "sequences per micro-step", low=1)
     gradient_accumulation_steps: int = _setting(1, "micro-steps per update", low=1)
     max_iters: int = _setting(2000, "number of updates", low=0)
-    epochs: float = _setting(0.0, "passes over the training text, instead of max_iters (0: use max_iters)", low=0)
+    epochs: float | None = _setting(None, "passes over the training text, instead of max_iters", above=0)
 
     learning_rate: float = _setting(1e-3, "peak learning rate", low=0)
-    min_lr: float = _setting(1e-4, "learning rate at the end of the decay", low=0)
+    min_lr: float | None = _setting(None, "learning rate at the end of the decay; by default learning_rate / 10", low=0)
     decay_lr: bool = _setting(True, "decay the learning rate along a cosine")
     warmup_iters: int = _setting(100, "updates over which the learning rate rises from 0", low=0)
-    lr_decay_iters: int = _setting(0, "update at which min_lr is reached (0: the last one)", low=0)
+    lr_decay_iters: int | None = _setting(None, "update at which min_lr is reached; by default the last one", low=0)
     weight_decay: float = _setting(0.1, "AdamW's weight decay, on matrices only", low=0)
     beta1: float = _setting(0.9, "decay of AdamW's mean of gradients", low=0, below=1)
     beta2: float = _setting(0.99, "decay of AdamW's mean of squared gradients", low=0, below=1)
@@ -72,8 +72,8 @@ class TrainConfig:
     final_sample_tokens: int = _setting(600, "length of the sample at the end, in tokens (0: none)", low=0)
 
     seed: int = _setting(1337, "what every random choice is made from", low=0, high=2**32 - 1)
-    workers: int = _setting(0, "threads that share each batch (0: chosen for this machine)", low=0)
-    blas_threads: int = _setting(0, "threads of each matrix product (0: chosen for this machine)", low=0)
+    workers: int | None = _setting(None, "threads that share each batch; by default chosen for this machine", low=1)
+    blas_threads: int | None = _setting(None, "threads of each matrix product; by default chosen too", low=1)
 
     def __post_init__(self):
         check_ranges(self)
@@ -121,6 +121,8 @@ def check_ranges(config):
     """Raise UsageError for the first field of a config that is out of its range."""
     for f in dataclasses.fields(config):
         value, limits = getattr(config, f.name), f.metadata
+        if value is None:
+            continue
         if limits["choices"] is not None and value not in limits["choices"]:
             raise UsageError(f"{f.name} must be one of {', '.join(limits['choices'])}, got {value!r}")
         for limit, holds, words in (

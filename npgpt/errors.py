@@ -4,6 +4,7 @@
     1    a bug in npgpt (an ordinary traceback)
     2    usage: flags, data or prompt                UsageError
     3    a checkpoint or the disk                    CheckpointError
+    4    the training diverged                       DivergedError
     130  stopped by Ctrl-C
 """
 
@@ -26,6 +27,12 @@ class CheckpointError(NpgptError):
     """A checkpoint that cannot be read, or a file that cannot be written."""
 
     exit_code = 3
+
+
+class DivergedError(NpgptError):
+    """A loss or gradient that is not a finite number."""
+
+    exit_code = 4
 
 
 def run_command(name, main):

@@ -35,13 +35,17 @@ class FlatParameters:
         dtype = named[0][1].dtype
         self.weights = np.zeros(size, dtype) if share is None else share.weights
         self.grads = np.zeros(size, dtype)
-        for (_, parameter), place in zip(named, self.names.values(), strict=True):
-            view = self.weights[place].reshape(parameter.shape)
+        for parameter, (_, data), (_, grad) in zip(
+            self.parameters, self.views(self.weights), self.views(self.grads), strict=True
+        ):
             if share is None:
-                view[...] = parameter.data
-            parameter.data = view
-            parameter.grad = None
-            parameter.grad_buffer = self.grads[place].reshape(parameter.shape)
+                data[...] = parameter.data
+            parameter.data, parameter.grad, parameter.grad_buffer = data, None, grad
+
+    def views(self, values):
+        """(name, its part of a flat array, in the parameter's shape) for each parameter."""
+        for (name, place), parameter in zip(self.names.items(), self.parameters, strict=True):
+            yield name, values[place].reshape(parameter.shape)
 
     def finish_grads(self):
         """After backward: parameters that the loss did not depend on get a gradient of 0."""

@@ -88,16 +88,16 @@ def cores():
 TOKENS_PER_WORKER = 256
 
 
-def choose_threads(batch_size, block_size, workers=0, blas=0):
-    """(workers, BLAS threads of each) for a micro-step of batch_size sequences; a number that is not 0 is kept.
+def choose_threads(batch_size, block_size, workers=None, blas=None):
+    """(workers, BLAS threads of each) for a micro-step of batch_size sequences; a number that is given is kept.
 
     A worker must be worth its own pass over all gradients: one for each 256 tokens, at most one per sequence and core.
     A limit on the BLAS threads that the user has set in the environment is kept.
     """
     n = cores()
-    if not workers:
+    if workers is None:
         workers = max(1, min(n, batch_size, batch_size * block_size // TOKENS_PER_WORKER))
-    if not blas:
+    if blas is None:
         wanted = [os.environ.get(name, "") for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")]
         limit = next((int(value) for value in wanted if value.isdigit() and int(value) > 0), n)
         blas = max(1, min(limit, n // workers))

@@ -1,0 +1,75 @@
+"""Write text with a trained GPT: python -m npgpt.sample --out-dir FOLDER [--prompt TEXT] ...
+
+Flags may be written with dashes or underscores.  Exit codes are listed in npgpt/errors.py.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+from npgpt.errors import CheckpointError, UsageError, run_command
+from npgpt.train import Parser
+
+PROG = "python -m npgpt.sample"
+
+
+def parse(argv):
+    parser = Parser(prog=PROG, description="Write text with a trained GPT.")
+    parser.add_argument("--out-dir", default="out", help="run folder of npgpt.train (default: out)")
+    parser.add_argument("--checkpoint", default="best", help="best or last (default: best)")
+    parser.add_argument("--prompt", "--start", default="\n", help="text to continue (default: a line break)")
+    parser.add_argument("--num-samples", type=int, default=1, help="number of texts (default: 1)")
+    parser.add_argument("--max-new-tokens", type=int, default=500, help="length of each text (default: 500)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy, 1 as learnt (default: 0.8)")
+    parser.add_argument("--top-k", type=int, help="choose among the k likeliest tokens (default: all)")
+    parser.add_argument("--seed", type=int, default=1337, help="same seed, same text (default: 1337)")
+    args = parser.parse_args(argv)
+    for name, holds, words in (
+        ("checkpoint", args.checkpoint in ("best", "last"), "must be best or last"),
+        ("prompt", args.prompt != "", "must have one character at least"),
+        ("num-samples", args.num_samples >= 1, "must be at least 1"),
+        ("max-new-tokens", args.max_new_tokens >= 1, "must be at least 1"),
+        ("temperature", args.temperature >= 0 and math.isfinite(args.temperature), "must be at least 0"),
+        ("top-k", args.top_k is None or args.top_k >= 1, "must be at least 1"),
+        ("seed", args.seed >= 0, "must be at least 0"),
+    ):
+        if not holds:
+            raise UsageError(f"--{name} {words}")
+    return args
+
+
+def main(argv=None):
+    args = parse(sys.argv[1:] if argv is None else argv)
+    sys.stdout.reconfigure(errors="replace")  # what a console cannot show must not end the text
+
+    import numpy as np
+
+    from npgpt.trainer import BEST, LAST, load_model
+
+    path = Path(args.out_dir) / (BEST if args.checkpoint == "best" else LAST)
+    if not path.exists():
+        raise CheckpointError(f"no checkpoint {path}; python -m npgpt.train --out-dir {args.out_dir} makes one")
+    model, tokenizer, _ = load_model(path)
+    try:
+        idx = tokenizer.encode(args.prompt)
+    except UsageError as error:
+        raise UsageError(f"--prompt: {error}") from None
+    for n in range(args.num_samples):
+        if n:
+            print("-" * 60)
+        print(args.prompt, end="", flush=True)
+        rng = np.random.default_rng([args.seed, n])
+        tokens = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, rng)
+        for piece in tokenizer.stream(tokens):
+            print(piece, end="", flush=True)
+        print()
+    return 0
+
+
+def command():
+    """Entry point of the console script npgpt-sample."""
+    run_command(PROG, main)
+
+
+if __name__ == "__main__":
+    command()

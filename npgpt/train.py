@@ -1,0 +1,191 @@
+"""Train a GPT on text: python -m npgpt.train [--preset NAME] [--data FILE ...] [--out-dir FOLDER] ...
+
+This file reads flags and prints; the work is done in npgpt/trainer.py.  Flags carry nanoGPT's names, with dashes or
+underscores.  Exit codes are listed in npgpt/errors.py.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import os
+import sys
+import typing
+
+from npgpt import __version__
+from npgpt.config import PRESETS, TrainConfig, preset
+from npgpt.errors import UsageError, run_command
+
+PROG = "python -m npgpt.train"
+
+# nanoGPT's flags that can mean only one thing here, so that a pasted command runs
+NANOGPT_ONLY = {"device": "cpu", "compile": "False", "dtype": "float32", "wandb_log": "False"}
+NANOGPT_FILES = {"train_shakespeare_char.py": "nanogpt-gpu"}
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a wrong flag with one line, which names the flag that may have been meant."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        raise UsageError(f"{message} (--help lists all flags)")
+
+    def parse_args(self, args=None):
+        parsed, unknown = self.parse_known_args([_with_dashes(arg) for arg in args])
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+            self.error(f"unknown argument {unknown[0]}" + (f"; did you mean {close[0]}?" if close else ""))
+        return parsed
+
+
+def _with_dashes(arg):
+    """--block_size=64 -> --block-size=64; what is not a flag stays as it is."""
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _boolean(text):
+    if text.lower() in ("true", "yes", "1", "on"):
+        return True
+    if text.lower() in ("false", "no", "0", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+
+
+def build_parser():
+    lines = "\n".join(f"  {name:<14}{text}" for name, (text, _) in PRESETS.items())
+    parser = Parser(prog=PROG, description="Train a GPT on text.", epilog=f"presets:\n{lines}")
+    parser.add_argument("nanogpt_file", nargs="?", metavar="CONFIG", help=argparse.SUPPRESS)
+    parser.add_argument("--preset", default="default", help="settings to start from; see below (default: default)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out-dir")
+    parser.add_argument("--version", action="version", version=f"npgpt {__version__}")
+    hints = typing.get_type_hints(TrainConfig)
+    for setting in dataclasses.fields(TrainConfig):
+        options = {"dest": setting.name, "default": argparse.SUPPRESS, "help": setting.metadata["help"]}
+        kind = next((t for t in typing.get_args(hints[setting.name]) if t is not type(None)), hints[setting.name])
+        if kind is tuple:
+            options.update(nargs="+", metavar="SOURCE")
+        elif kind is bool:
+            options.update(type=_boolean, nargs="?", const=True, metavar="BOOL")
+        else:
+            options.update(type=kind, metavar={int: "N", float: "X", str: "TEXT"}[kind])
+        if setting.default is not None:
+            shown = " ".join(setting.default) if kind is tuple else setting.default
+            options["help"] += f" (default: {shown})".replace("%", "%%")
+        parser.add_argument("--" + setting.name.replace("_", "-"), **options)
+    for name in NANOGPT_ONLY:
+        parser.add_argument("--" + name.replace("_", "-"), dest="only_" + name, help=argparse.SUPPRESS)
+    return parser
+
+
+def parse(argv):
+    """Flags -> (TrainConfig, whether an earlier run may be replaced).  Raises UsageError."""
+    given = vars(build_parser().parse_args(argv))
+    name, overwrite, nanogpt_file = given.pop("preset"), given.pop("overwrite"), given.pop("nanogpt_file")
+    if nanogpt_file is not None:
+        if os.path.basename(nanogpt_file) not in NANOGPT_FILES:
+            raise UsageError(f"unknown argument {nanogpt_file}; a text file is passed with --data {nanogpt_file}")
+        name = NANOGPT_FILES[os.path.basename(nanogpt_file)]
+    for flag, only in NANOGPT_ONLY.items():
+        value = given.pop("only_" + flag)
+        if value is not None and value.lower() != only.lower():
+            raise UsageError(f"--{flag} can only be {only} here, got {value}")
+    if "epochs" in given and "max_iters" in given:
+        raise UsageError("give --epochs or --max-iters, not both")
+    if "data" in given:
+        given["data"] = tuple(given["data"])
+    return TrainConfig(**{**preset(name), **given}), overwrite
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _cpu_name():
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        import platform
+
+        return platform.processor() or platform.machine()
+
+
+def _duration(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s"
+
+
+def describe(trainer):
+    """What will be trained, on what, with what: a few lines for the start of a run."""
+    import numpy as np
+
+    from npgpt import jit, parallel
+
+    config, model = trainer.config, trainer.model.config
+    kernels = f"numba {jit.numba.__version__}" if jit.KERNELS == "numba" else "NumPy references instead of kernels"
+    return "\n".join(
+        (
+            f"npgpt {__version__} | device: {_cpu_name()}, {parallel.cores()} cores | numpy {np.__version__}, {kernels}",
+            f"threads | {trainer.workers} workers x {trainer.blas_threads} BLAS threads",
+            f"data    | {' '.join(config.data)}: {trainer.n_characters:,} characters, {model.vocab_size} different tokens;"
+            f" {len(trainer.train_tokens):,} tokens to train on, {len(trainer.val_tokens):,} held back",
+            f"model   | {trainer.model.num_params():,} parameters: n_layer {model.n_layer}, n_head {model.n_head}, "
+            f"n_embd {model.n_embd}, block_size {model.block_size}, dropout {model.dropout}",
+            f"run     | {trainer.max_iters:,} iterations of {trainer.tokens_per_iter:,} tokens, "
+            f"{trainer.max_iters / trainer.iters_per_epoch:.1f} epochs of {trainer.iters_per_epoch:,.0f}; "
+            f"files go to {trainer.out_dir}{os.sep}",
+        )
+    )
+
+
+def _print_sample(trainer, n_tokens):
+    if n_tokens:
+        for piece in trainer.sample(n_tokens):
+            print(piece, end="", flush=True)
+        print()
+
+
+def main(argv=None):
+    config, overwrite = parse(sys.argv[1:] if argv is None else argv)
+    # what a console cannot show (its encoding may be ASCII) must not end a run
+    sys.stdout.reconfigure(errors="replace")
+
+    from npgpt.trainer import Progress, Trainer  # only now: NumPy and Numba take their time to load
+
+    trainer = Trainer(config, overwrite)
+    print(describe(trainer), flush=True)
+    best = None
+    for event in trainer.run():
+        if isinstance(event, Progress):
+            print(
+                f"iter {event.iter:>6,} | loss {event.train_loss:.4f} | lr {event.lr:.2e} | "
+                f"{event.tokens_per_second:>8,.0f} tokens/s | {_duration(event.seconds_left)} left",
+                flush=True,
+            )
+            continue
+        best = event if event.is_best else best
+        print(f"iter {event.iter:>6,} | validation loss {event.val_loss:.4f}{' (best so far)' * event.is_best}")
+        if event.val_loss_whole is None:
+            _print_sample(trainer, config.sample_tokens)
+            print("-" * 60)
+            continue
+        print(f"whole validation split: loss {event.val_loss_whole:.4f}")
+        _print_sample(trainer, config.final_sample_tokens)
+        print("-" * 60)
+        print(f"best validation loss {best.val_loss:.4f} at iteration {best.iter:,}; it is what this samples from:")
+        print(f"  python -m npgpt.sample --out-dir {trainer.out_dir}")
+    return 0
+
+
+def command():
+    """Entry point of the console script npgpt-train."""
+    run_command(PROG, main)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,7 +1,8 @@
 """Checkpoints: one file each, in the safetensors layout, which holds arrays and text but no code.
 
     8 bytes      length of the header, little-endian
-    header       JSON: {"__metadata__": {text: text}, name: {"dtype": "F32", "shape": [...], "data_offsets": [a, b]}, ...}
+    header       JSON: {"__metadata__": {text: text},
+                        name: {"dtype": "F32", "shape": [...], "data_offsets": [start, stop]}, ...}
     the rest     the arrays' raw bytes, little-endian, C order, one after the other
 
 Any program that reads safetensors reads the weights: https://huggingface.co/docs/safetensors

@@ -5,6 +5,7 @@ This file needs the standard library only, so that `--help` answers before NumPy
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 
 from npgpt.errors import UsageError
@@ -40,7 +41,7 @@ class TrainConfig:
 
     data: tuple = _setting(("pydoc",), "corpus: pydoc, shakespeare, or text files and folders of them")
     tokenizer: str = _setting("char", "what a token is", choices=("char", "byte"))
-    val_fraction: float = _setting(0.1, "share of the text, at its end, that is held back for validation", above=0, below=1)
+    val_fraction: float = _setting(0.1, "share of the text, at its end, held back for validation", above=0, below=1)
     out_dir: str = _setting("out", "run folder for checkpoints and metrics.jsonl")
 
     n_layer: int = _setting(4, "number of transformer blocks", low=1)
@@ -123,6 +124,8 @@ def check_ranges(config):
         value, limits = getattr(config, f.name), f.metadata
         if value is None:
             continue
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{f.name} must be a finite number, got {value}")
         if limits["choices"] is not None and value not in limits["choices"]:
             raise UsageError(f"{f.name} must be one of {', '.join(limits['choices'])}, got {value!r}")
         for limit, holds, words in (
@@ -131,7 +134,7 @@ def check_ranges(config):
             ("high", lambda v, x: v <= x, "at most"),
             ("below", lambda v, x: v < x, "less than"),
         ):
-            if limits[limit] is not None and not holds(value, limits[limit]):  # false for NaN too
+            if limits[limit] is not None and not holds(value, limits[limit]):
                 raise UsageError(f"{f.name} must be {words} {limits[limit]}, got {value}")
 
 

@@ -27,8 +27,8 @@ SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2d
 def load_text(sources):
     """The text of all sources, one after the other.
 
-    A source is `pydoc`, `shakespeare`, a text file, or a folder, whose files are read in the order of their names (those
-    that start with a dot are left out).  A file or folder that is really named `pydoc` is reached as ./pydoc.
+    A source is `pydoc`, `shakespeare`, a text file, or a folder, whose files are read in the order of their names;
+    those that start with a dot are left out.  A file or folder that is really named `pydoc` is reached as ./pydoc.
     Raises UsageError with the file and the fault.
     """
     parts = []
@@ -47,7 +47,8 @@ def load_text(sources):
 
 def _files(path):
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.is_file() and not any(s[0] == "." for s in p.relative_to(path).parts))
+        files = sorted(p for p in path.rglob("[!.]*") if p.is_file())
+        files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
         if not files:
             raise UsageError(f"data: the folder {path} has no files")
         return files
@@ -76,8 +77,10 @@ def read_utf8(path):
 
 def _pydoc():
     """The language reference that comes with Python: what `help('topics')` shows."""
-    from pydoc_data.topics import topics
-
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some systems cut Python's library into several packages
+        raise UsageError("data: this Python has no pydoc_data.topics; name a text file with --data FILE") from None
     return "\n".join(topics[name] for name in sorted(topics))
 
 

@@ -174,8 +174,10 @@ class Tensor:
     defined in npgpt/ops/primitives.py, which `import npgpt` brings along.
     """
 
-    __slots__ = ("data", "grad", "requires_grad", "grad_buffer", "_parents", "_backward", "_handed_out", "_grad_is_ours",
-                 "_keeps_grad", "__weakref__")
+    __slots__ = (
+        "data", "grad", "requires_grad", "grad_buffer",
+        "_parents", "_backward", "_handed_out", "_grad_is_ours", "_keeps_grad", "__weakref__",
+    )  # fmt: skip
 
     def __init__(self, data, requires_grad=False):
         if isinstance(data, Tensor):
@@ -275,7 +277,7 @@ class Tensor:
             _used_up(None)
         if grad is None:
             if self.data.size != 1:
-                raise ValueError(f"backward: the gradient of a tensor of shape {self.shape} must be given: backward(grad)")
+                raise ValueError(f"backward: for a tensor of shape {self.shape}, give its gradient: backward(grad)")
             grad = np.ones_like(self.data)
         else:
             grad = np.asarray(grad, self.data.dtype)

@@ -6,8 +6,10 @@
     3    a checkpoint or the disk                    CheckpointError
     4    the training diverged                       DivergedError
     130  stopped by Ctrl-C
+    141  whoever read the output stopped reading (as in `... | head`)
 """
 
+import os
 import sys
 
 
@@ -45,3 +47,6 @@ def run_command(name, main):
     except KeyboardInterrupt:
         print(f"\n{name}: stopped", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its exit
+        sys.exit(141)

@@ -59,7 +59,7 @@ def replaces(reference):
             results = reference(*args[len(args) - n_in:])
             if not isinstance(results, tuple):
                 results = (results,)
-            for out, result in zip(args, results):
+            for out, result in zip(args, results, strict=False):  # the outputs come first
                 if out is not result:
                     out[...] = result
 

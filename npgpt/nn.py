@@ -41,7 +41,7 @@ class Module:
                         yield f"{name}.{i}", item
 
     def named_parameters(self):
-        """(name, Parameter) of each parameter below; one that is used in two places comes once, under its first name."""
+        """(name, Parameter) of each parameter below; one used in two places comes once, under its first name."""
         seen = set()
         for name, parameter in self._all_parameters(""):
             if id(parameter) not in seen:

@@ -1,8 +1,9 @@
 """Threads: how many matrix products use, and a batch split over workers that share one set of weights.
 
 NumPy's matrix product and the compiled kernels release Python's global lock, so threads run side by side.  Each worker
-takes a share of the batch through a model of its own whose weights are views of the same memory and whose gradients are
-its own; then the gradients are added in a fixed order and the update is made, each worker on a slice of the flat arrays.
+takes a share of the batch through a model of its own, whose weights are views of the same memory and whose gradients
+are its own; then the gradients are added in a fixed order and the update is made, each worker on a slice of the flat
+arrays.
 
 Only one kind of thread may be busy: either workers, with one BLAS thread each, or one worker with all BLAS threads.
 Two pools of threads that both spin for work on the same cores make everything several times slower.
@@ -10,6 +11,7 @@ Two pools of threads that both spin for work on the same cores make everything s
 
 import contextlib
 import ctypes
+import itertools
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -131,7 +133,7 @@ class DataParallel:
             self.replicas.append(Replica(twin, FlatParameters(twin, share=self.flat)))
         size, n = len(self.flat.weights), len(self.replicas)
         cuts = [size * i // n // 16 * 16 for i in range(n)] + [size]
-        self.slices = [slice(a, b) for a, b in zip(cuts, cuts[1:], strict=False)]
+        self.slices = [slice(a, b) for a, b in itertools.pairwise(cuts)]
         self._threads = ThreadPoolExecutor(max(1, n - 1), thread_name_prefix="npgpt-worker")
 
     def _each(self, work):

@@ -58,7 +58,6 @@ class CharTokenizer:
         return {"kind": self.kind, "chars": self.chars}
 
 
-
 class ByteTokenizer:
     """One token per byte of the text's UTF-8: 256 tokens, and no text that it cannot write."""
 

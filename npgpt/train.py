@@ -130,10 +130,11 @@ def describe(trainer):
     kernels = f"numba {jit.numba.__version__}" if jit.KERNELS == "numba" else "NumPy references instead of kernels"
     return "\n".join(
         (
-            f"npgpt {__version__} | device: {_cpu_name()}, {parallel.cores()} cores | numpy {np.__version__}, {kernels}",
-            f"threads | {trainer.workers} workers x {trainer.blas_threads} BLAS threads",
-            f"data    | {' '.join(config.data)}: {trainer.n_characters:,} characters, {model.vocab_size} different tokens;"
-            f" {len(trainer.train_tokens):,} tokens to train on, {len(trainer.val_tokens):,} held back",
+            f"npgpt   | version {__version__}, numpy {np.__version__}, {kernels}",
+            f"device  | {_cpu_name()}, {parallel.cores()} cores: "
+            f"{trainer.workers} workers x {trainer.blas_threads} BLAS threads",
+            f"data    | {' '.join(config.data)}: {trainer.n_characters:,} characters, {model.vocab_size} different "
+            f"tokens; {len(trainer.train_tokens):,} tokens to train on, {len(trainer.val_tokens):,} held back",
             f"model   | {trainer.model.num_params():,} parameters: n_layer {model.n_layer}, n_head {model.n_head}, "
             f"n_embd {model.n_embd}, block_size {model.block_size}, dropout {model.dropout}",
             f"run     | {trainer.max_iters:,} iterations of {trainer.tokens_per_iter:,} tokens, "

@@ -64,6 +64,8 @@ class Trainer:
     def __init__(self, config, overwrite=False):
         self.config = config
         self.out_dir = Path(config.out_dir)
+        if self.out_dir.exists() and not self.out_dir.is_dir():
+            raise UsageError(f"--out-dir {self.out_dir} is a file; name a folder")
         if not overwrite and any((self.out_dir / name).exists() for name in (BEST, LAST)):
             raise UsageError(
                 f"{self.out_dir} holds an earlier run. Choose another folder with --out-dir, "
@@ -196,8 +198,6 @@ class Trainer:
             raise CheckpointError(f"cannot write {log.name}: {error.strerror}") from None
 
     def _open_folder(self):
-        if self.out_dir.exists() and not self.out_dir.is_dir():
-            raise UsageError(f"--out-dir {self.out_dir} is a file; name a folder")
         try:
             self.out_dir.mkdir(parents=True, exist_ok=True)
             (self.out_dir / "metrics.jsonl").touch()
@@ -253,4 +253,3 @@ def load_model(path):
             raise CheckpointError(f"{path}: {name} must have shape {parameter.shape}, found {found}")
         parameter.data[...] = arrays[name]
     return model, tokenizer, state
-

@@ -19,8 +19,8 @@ Backward, undoing one line after the other:
                      and 0 at masked places, since p is 0 there
     s = scale q k^T: dq = scale ds k                dk = scale ds^T q
 
-The forward keeps no (T, T) matrix, only the logarithm of each row's sum, lse_t = log sum_j e^s_tj (Dao et al. 2022): the
-backward makes p = e^(s - lse) again.  And both work on blocks of queries, each with just the keys that it may see:
+The forward keeps no (T, T) matrix, only the logarithm of each row's sum, lse_t = log sum_j e^s_tj (Dao et al. 2022):
+the backward makes p = e^(s - lse) again.  And both work on blocks of queries, each with just the keys that it may see:
 for long sequences this is half of the multiplications, and memory that grows with T, not with T^2.
 """
 
@@ -235,7 +235,7 @@ def _add_product(total, a, b, t1):
     if t1 == total.shape[2]:
         np.matmul(a, b, out=total)
     else:
-        B, H, T, hs = total.shape
+        B, H, _, hs = total.shape
         total[:, :, :t1] += np.matmul(a, b, out=empty((B, H, t1, hs), total.dtype))
 
 

@@ -11,8 +11,8 @@ contributions of the rows add up:
 
     dw_i = sum_rows dy_i xhat_i               db_i = sum_rows dy_i
 
-Then the input.  Let g_i = dy_i w_i be the gradient of xhat_i.  x_j reaches the loss by every xhat_i of its row: directly
-(i = j), through the mean, and through rstd.  With
+Then the input.  Let g_i = dy_i w_i be the gradient of xhat_i.  x_j reaches the loss by every xhat_i of its row:
+directly (i = j), through the mean, and through rstd.  With
 
     d mean / d x_j = 1/C
     d rstd / d x_j = -1/2 (var + eps)^(-3/2) d var / d x_j = -rstd^3 (x_j - mean) / C = -rstd^2 xhat_j / C

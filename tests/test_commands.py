@@ -1,0 +1,218 @@
+"""The two commands, as a user types them: what they print, and that no mistake ends in a traceback."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from npgpt import sample, train
+from npgpt.config import PRESETS, TrainConfig
+from npgpt.errors import NpgptError, UsageError
+
+TEXT = "to be, or not to be: that is the question.\n" * 40
+SMALL = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 8 --batch-size 4 --max-iters 4 --eval-interval 2".split()
+
+
+def command(module, *args, **environment):
+    """Run a command in a process of its own -> (exit code, standard output, standard error)."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"npgpt.{module}", *map(str, args)],
+        capture_output=True, text=True, encoding="utf-8", errors="replace",
+        env={**os.environ, "NPGPT_KERNELS": "numpy", "PYTHONIOENCODING": "utf-8", **environment},
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a text and a run trained on it."""
+    folder = tmp_path_factory.mktemp("commands")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    code, out, err = command("train", "--data", folder / "text.txt", "--out-dir", folder / "run", *SMALL)
+    assert code == 0 and err == ""
+    (folder / "out.txt").write_text(out, encoding="utf-8")
+    return folder
+
+
+# ---- train
+
+
+def test_training_shows_what_it_does(folder):
+    out = (folder / "out.txt").read_text(encoding="utf-8")
+    for words in (
+        "workers x", "BLAS threads", "1,720 characters", "parameters: n_layer 1", "4 iterations of 32 tokens",
+        "iter      0 | loss", "tokens/s", "left", "validation loss", "whole validation split: loss",
+        f"python -m npgpt.sample --out-dir {folder / 'run'}",
+    ):  # fmt: skip
+        assert words in out
+    assert sorted(os.listdir(folder / "run")) == ["best.safetensors", "last.safetensors", "metrics.jsonl"]
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 5
+
+
+def test_flags_with_dashes_underscores_and_equals_signs():
+    config, overwrite = train.parse(["--block_size=64", "--n-embd", "96", "--decay_lr=False", "--bias", "--overwrite"])
+    assert (config.block_size, config.n_embd, config.decay_lr, config.bias, overwrite) == (64, 96, False, True, True)
+    assert train.parse([])[0] == TrainConfig()
+    config, _ = train.parse(["--data", "a.txt", "b.txt", "--min-lr", "0"])
+    assert config.data == ("a.txt", "b.txt") and config.min_lr == 0
+
+
+def test_a_pasted_nanogpt_command_means_what_it_says():
+    pasted = (
+        "config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 "
+        "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --max_iters=2000 "
+        "--lr_decay_iters=2000 --dropout=0.0"
+    )
+    config, _ = train.parse(pasted.split())
+    # nanogpt-cpu is that recipe
+    assert config == train.parse(["--preset", "nanogpt-cpu"])[0]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_complete_and_can_be_changed(name):
+    config, _ = train.parse(["--preset", name, "--batch-size", "7"])
+    assert config.batch_size == 7
+    for key, value in PRESETS[name][1].items():
+        assert key == "batch_size" or getattr(config, key) == value
+
+
+def test_help_names_every_setting_with_its_default(capsys):
+    with pytest.raises(SystemExit) as done:
+        train.parse(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert done.value.code == 0
+    for flag in ("--n-layer", "--learning-rate", "--data", "--workers", "(default: pydoc)", *PRESETS):
+        assert flag in text
+
+
+def test_help_needs_neither_numpy_nor_numba():
+    code = "import sys; from npgpt import train, sample; assert not {'numpy', 'numba'} & set(sys.modules), sys.modules"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ("--preset nanogpt", "unknown preset 'nanogpt'. Did you mean nanogpt-"),
+        ("--n-embd 130", "n_embd = 130 must be divisible by n_head = 4"),
+        ("--batch-size 0", "batch_size must be at least 1, got 0"),
+        ("--batch-size x", "invalid int value: 'x'"),
+        ("--learning-rate -1", "learning_rate must be at least 0, got -1.0"),
+        ("--learning-rate nan", "learning_rate must be a finite number"),
+        ("--learning-rate inf", "learning_rate must be a finite number"),
+        ("--dropout 1", "dropout must be less than 1"),
+        ("--val-fraction 0", "val_fraction must be greater than 0"),
+        ("--tokenizer bpe", "tokenizer must be one of char, byte"),
+        ("--seed -3", "seed must be at least 0"),
+        ("--bach-size 3", "unknown argument --bach-size; did you mean --batch-size?"),
+        ("--bias=maybe", "expected True or False"),
+        ("--epochs 1 --max-iters 3", "--epochs or --max-iters, not both"),
+        ("--device cuda", "--device can only be cpu"),
+        ("text.txt", "--data text.txt"),
+        ("--data", "expected at least one argument"),
+    ],
+)
+def test_wrong_flags_are_one_line(args, words):
+    with pytest.raises(UsageError) as error:
+        train.parse(args.split())
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "make, exit_code, words",
+    [
+        (lambda f: ["--data", f / "missing.txt"], 2, "there is no file"),
+        (lambda f: ["--data", write(f, "empty.txt", b"")], 2, "no text"),
+        (lambda f: ["--data", write(f, "short.txt", b"too short")], 2, "block_size = 64 needs 65"),
+        (lambda f: ["--data", write(f, "one.txt", b"a")], 2, "block_size = 64 needs 65"),
+        (lambda f: ["--data", write(f, "binary", bytes(range(256)) * 8)], 2, "not UTF-8 text: byte 0x80 at offset 128"),
+        (lambda f: ["--data", f / "text.txt", "--out-dir", f / "text.txt"], 2, "is a file"),
+        (lambda f: ["--data", f / "text.txt", "--out-dir", f / "text.txt" / "x"], 3, "cannot write to the run folder"),
+        (lambda f: ["--data", f / "text.txt", "--out-dir", f / "run"], 2, "holds an earlier run"),
+        (lambda f: ["--preset", "no"], 2, "unknown preset"),
+    ],
+)
+def test_training_mistakes_are_one_line_and_an_exit_code(folder, make, exit_code, words):
+    code, _, err = command("train", "--out-dir", folder / "unused", *make(folder))
+    assert code == exit_code
+    assert words in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+def write(folder, name, raw):
+    (folder / name).write_bytes(raw)
+    return folder / name
+
+
+def test_a_text_of_one_character_repeated_trains(folder):
+    path = write(folder, "aaa.txt", b"a" * 500)
+    code, out, err = command("train", "--data", path, "--out-dir", folder / "aaa", *SMALL)
+    assert (code, err) == (0, "") and "loss 0.0000" in out
+
+
+def test_an_ascii_console_does_not_end_a_run(folder):
+    path = write(folder, "accents.txt", "é日本語\n".encode() * 80)
+    code, _, err = command("train", "--data", path, "--out-dir", folder / "accents", *SMALL, PYTHONIOENCODING="ascii")
+    assert (code, err) == (0, "")
+    code, _, err = command("sample", "--out-dir", folder / "accents", "--prompt", "é", PYTHONIOENCODING="ascii")
+    assert (code, err) == (0, "")
+
+
+# ---- sample
+
+
+def test_sampling_writes_the_prompt_and_continues_it(folder):
+    args = ("--out-dir", folder / "run", "--prompt", "to be", "--max-new-tokens", 30, "--num-samples", 2)
+    code, out, err = command("sample", *args)
+    assert code == 0 and err == ""
+    texts = out.split("-" * 60 + "\n")
+    assert len(texts) == 2 and all(text.startswith("to be") and len(text) == 5 + 30 + 1 for text in texts)
+    assert command("sample", *args) == (0, out, "")
+    assert command("sample", *args, "--seed", 3)[1] != out
+    assert command("sample", *args, "--checkpoint", "last")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ("--prompt 日本", "character '日' (U+65E5 CJK UNIFIED IDEOGRAPH-65E5) at position 0"),
+        ("--prompt=", "--prompt must have one character at least"),
+        ("--num-samples 0", "--num-samples must be at least 1"),
+        ("--temperature -1", "--temperature must be at least 0"),
+        ("--temperature nan", "--temperature must be at least 0"),
+        ("--top-k 0", "--top-k must be at least 1"),
+        ("--max-new-tokens 0", "--max-new-tokens must be at least 1"),
+        ("--seed -1", "--seed must be at least 0"),
+        ("--checkpoint newest", "--checkpoint must be best or last"),
+        ("--top_kk 3", "did you mean --top-k?"),
+    ],
+)
+def test_sampling_mistakes_are_one_line(folder, args, words):
+    with pytest.raises(UsageError) as error:
+        sample.main(["--out-dir", str(folder / "run"), *args.split()])
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_no_checkpoint_or_a_damaged_one(folder):
+    for name, words in (("nowhere", "no checkpoint"), ("text.txt", "no checkpoint")):
+        code, out, err = command("sample", "--out-dir", folder / name)
+        assert (code, out) == (3, "") and words in err and err.count("\n") == 1
+    (folder / "damaged").mkdir(exist_ok=True)
+    whole = (folder / "run" / "best.safetensors").read_bytes()
+    write(folder / "damaged", "best.safetensors", whole[: len(whole) // 2])
+    with pytest.raises(NpgptError, match="cut off") as error:
+        sample.main(["--out-dir", str(folder / "damaged")])
+    assert error.value.exit_code == 3
+
+
+def test_a_reader_that_leaves_is_no_traceback(folder):
+    args = [sys.executable, "-m", "npgpt.sample", "--out-dir", str(folder / "run"), "--max-new-tokens", "3000"]
+    with subprocess.Popen(
+        args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "NPGPT_KERNELS": "numpy"}
+    ) as process:
+        process.stdout.read(5)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141

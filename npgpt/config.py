@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 
 from npgpt.errors import UsageError
 
+# Every random choice is drawn from [the run's seed, one of these, a step], so that no two kinds share their numbers.
+INIT, ORDER, DROPOUT, SAMPLE = range(4)
+
 
 def _setting(default, text, low=None, above=None, high=None, below=None, choices=None):
     """A field with its help text and the range it must lie in."""

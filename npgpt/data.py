@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from npgpt.config import ORDER
 from npgpt.errors import UsageError
 from npgpt.jit import cache_folder
 
@@ -145,7 +146,7 @@ class Blocks:
 
     def _starts(self, epoch):
         if self._order[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch])
+            rng = np.random.default_rng([self.seed, ORDER, epoch])
             phase = rng.integers(self._phases)
             self._order = (epoch, phase + self.block_size * rng.permutation(self.per_epoch))
         return self._order[1]

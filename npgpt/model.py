@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from npgpt.config import GPTConfig
+from npgpt.config import INIT, GPTConfig
 from npgpt.engine import no_grad
 from npgpt.nn import MLP, CausalSelfAttention, Dropout, Embedding, LayerNorm, Linear, Module, ModuleDict
 from npgpt.ops import primitives  # noqa: F401  (gives Tensor its operators)
@@ -57,7 +57,7 @@ class GPT(Module):
         self.lm_head = Linear(C, V, False, dtype)
         self.lm_head.weight = self.transformer.wte.weight  # tied: one parameter in two places (Press and Wolf 2017)
         if seed is not None:
-            self._init_weights(np.random.default_rng(seed))
+            self._init_weights(np.random.default_rng([seed, INIT]))
 
     def _init_weights(self, rng):
         # GPT-2's initialisation: N(0, 0.02), the layers that write to the residual stream smaller, as 2 n_layer of

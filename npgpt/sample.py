@@ -7,6 +7,7 @@ import math
 import sys
 from pathlib import Path
 
+from npgpt.config import SAMPLE
 from npgpt.errors import CheckpointError, UsageError, run_command
 from npgpt.train import Parser
 
@@ -58,7 +59,7 @@ def main(argv=None):
         if n:
             print("-" * 60)
         print(args.prompt, end="", flush=True)
-        rng = np.random.default_rng([args.seed, n])
+        rng = np.random.default_rng([args.seed, SAMPLE, n])
         tokens = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, rng)
         for piece in tokenizer.stream(tokens):
             print(piece, end="", flush=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from npgpt import checkpoint
-from npgpt.config import GPTConfig
+from npgpt.config import DROPOUT, SAMPLE, GPTConfig
 from npgpt.data import Blocks, evaluation_blocks, load_text, split
 from npgpt.errors import CheckpointError, DivergedError, UsageError
 from npgpt.model import GPT
@@ -27,9 +27,6 @@ from npgpt.parallel import DataParallel, blas_threads, choose_threads
 from npgpt.tokenizer import TOKENIZERS, from_dict
 
 BEST, LAST = "best.safetensors", "last.safetensors"
-
-# every random choice is made from the run's seed, one of these, and a step
-DROPOUT, SAMPLE = 1, 2
 
 
 @dataclass(frozen=True)

@@ -232,8 +232,10 @@ class Tensor:
     def grad_to_add_to(self):
         """This tensor's gradient so far (zeros if there is none), for a backward that only touches a few of its rows.
 
-        The op adds to it in place and returns it.
+        The op adds to it in place, and returns None for this tensor: there is nothing left to add.
         """
+        if not self.requires_grad:
+            return zeros(self.data.shape, self.data.dtype)  # nobody will look at it
         if self.grad is None or not self._grad_is_ours:
             so_far, self.grad = self.grad, None
             self.grad = self.new_grad()
@@ -244,8 +246,6 @@ class Tensor:
     def _add_grad(self, grad):
         ours = grad is self._handed_out
         self._handed_out = None
-        if grad is self.grad:  # from grad_to_add_to: it is in already
-            return
         if grad.shape != self.data.shape:
             raise ValueError(f"backward: a gradient of shape {grad.shape} for a tensor of shape {self.data.shape}")
         if self.grad is None:
@@ -327,7 +327,7 @@ def record(data, parents, backward):
     """A Tensor with this data, computed from these parents.
 
     backward(dy) returns the gradients of the parents, in their order, given the gradient dy of the output; None for a
-    parent without one.  It must not hold on to the output Tensor itself (its array is fine): that would be a
+    parent without one, or whose gradient was added to in place.  It must not hold on to the output Tensor itself (its array is fine): that would be a
     reference cycle, and memory would wait for the garbage collector.
     """
     out = Tensor(data)

@@ -99,11 +99,12 @@ def choose_threads(batch_size, block_size, workers=None, blas=None):
     n = cores()
     if workers is None:
         workers = max(1, min(n, batch_size, batch_size * block_size // TOKENS_PER_WORKER))
+    workers = min(workers, batch_size)
     if blas is None:
         wanted = [os.environ.get(name, "") for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")]
         limit = next((int(value) for value in wanted if value.isdigit() and int(value) > 0), n)
         blas = max(1, min(limit, n // workers))
-    return min(workers, batch_size), blas
+    return workers, blas
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -165,15 +166,16 @@ class DataParallel:
     def forward_backward(self, idx, targets, seed=0, weight=1.0):
         """Add the gradients of weight * loss to the workers' gradients, and return the loss (the batch's mean).
 
-        idx, targets (B, T); seed: of this micro-step's dropout masks.
+        idx, targets (B, T), targets of -1 do not count; seed: of this micro-step's dropout masks.
         """
         shares = self._shares(len(idx))
+        count = _count(targets)
 
         def work(rank):
             (start, stop), replica = shares[rank], self.replicas[rank]
-            if start == stop:
+            share = _count(targets[start:stop]) / count
+            if share == 0:
                 return 0.0
-            share = (stop - start) / len(idx)
             with reuse_buffers(replica.pool), random_stream(seed, batch_offset=start):
                 _, loss = replica.model(idx[start:stop], targets[start:stop])
                 loss.backward(weight * share)
@@ -207,7 +209,7 @@ class DataParallel:
 
         def work(rank):
             (start, stop), replica = shares[rank], self.replicas[rank]
-            count = int((targets[start:stop] != -1).sum())
+            count = _count(targets[start:stop])
             if count == 0:
                 return 0.0, 0
             with no_grad(), reuse_buffers(replica.pool):
@@ -220,3 +222,8 @@ class DataParallel:
     def close(self):
         """End the worker threads."""
         self._threads.shutdown()
+
+
+def _count(targets):
+    """How many targets count."""
+    return int((targets != -1).sum())

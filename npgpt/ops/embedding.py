@@ -71,13 +71,13 @@ def embedding_backward(dwte, dwpe, dy, idx):
 
 
 def check_indices(op, name, indices, size, ignore_index=None):
-    """Integer indices as a C-contiguous int64 array; raises ValueError where one is outside 0 .. size - 1."""
+    """Integer indices as a C-contiguous int64 array; raises ValueError where one is not ignore_index (a negative number,
+    if given) and outside 0 .. size - 1."""
     indices = np.asarray(indices)
     if indices.dtype.kind not in "iu":
         raise ValueError(f"{op}: {name} must be integers, got dtype {indices.dtype}")
     indices = np.ascontiguousarray(indices, np.int64)
-    low = 0 if ignore_index is None else min(0, ignore_index)
-    if indices.size and (indices.min() < low or indices.max() >= size):
+    if ((indices < 0) & (indices != ignore_index)).any() or (indices >= size).any():
         raise ValueError(
             f"{op}: {name} must lie in 0 .. {size - 1}, got values from {indices.min()} to {indices.max()}. "
             f"Was the text encoded with another tokenizer?"
@@ -106,6 +106,6 @@ def embedding(idx, wte, wpe):
     def backward(dy):
         dwte, dwpe = wte.grad_to_add_to(), wpe.grad_to_add_to()
         embedding_backward(dwte, dwpe, as_rows(dy).reshape(B, T, C), idx)
-        return dwte, dwpe
+        return None, None  # both are added already
 
     return record(y, (wte, wpe), backward)

@@ -1,0 +1,300 @@
+"""How long a whole training step takes, beside PyTorch: forward, backward, gradient clipping, AdamW.
+
+    python -m benchmarks.step --workload cpu --peer torch
+
+Each side lives in a process of its own, so that its memory is its own and its threads disturb nobody: while one side
+runs a round of steps, the other is blocked in a read from its pipe.  Before anything is timed, both must find the same
+losses from the same weights and batches, over a few whole updates; if they do not, the exit code is 1.
+"""
+
+import argparse
+import contextlib
+import importlib.util
+import itertools
+import json
+import multiprocessing
+import platform
+import signal
+import statistics
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.workloads import WORKLOADS, initial_weights
+from npgpt.errors import NpgptError, UsageError, run_command
+
+LEARNING_RATE, BETAS, WEIGHT_DECAY, GRAD_CLIP = 1e-3, (0.9, 0.99), 0.1, 1.0
+CHECKED = 3  # steps whose losses must agree
+TOLERANCE = 1e-4  # how far, relative: the two sides round differently
+PAUSE = 0.1  # seconds; a BLAS or OpenMP thread spins for some 30 ms before it sleeps
+
+
+class BenchmarkError(NpgptError):
+    """The two sides disagree, or one of them has died."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The two sides.  Each is a context that gives
+#     step(idx, targets) -> loss     one whole update
+#     settle(timed) -> words         choose the number of threads; timed(n) runs n steps and returns the seconds of each
+# Only here are npgpt's kernels and torch imported, each in the process that needs it.
+
+
+@contextlib.contextmanager
+def npgpt_side(workload, options):
+    from npgpt.model import GPT
+    from npgpt.optim import AdamW, clip_scale
+    from npgpt.parallel import DataParallel, blas_threads, choose_threads
+
+    config = workload.config
+    workers, blas = choose_threads(workload.batch_size, config.block_size, options.workers, options.blas_threads)
+    model = GPT(config, seed=None)
+    parameters = dict(model.named_parameters())
+    for name, values in initial_weights({name: p.shape for name, p in parameters.items()}):
+        parameters[name].data[...] = values
+    parallel = DataParallel(model, workers)
+    optimizer = AdamW(parallel.flat, *BETAS, weight_decay=WEIGHT_DECAY)
+
+    def step(idx, targets):
+        parallel.zero_grad()
+        loss = parallel.forward_backward(idx, targets)
+        parallel.update(optimizer, LEARNING_RATE, clip_scale(parallel.gather_grads(), GRAD_CLIP))
+        return loss
+
+    with blas_threads(blas):
+        yield step, lambda timed: f"workers: {workers}, BLAS threads of each: {blas}"
+    parallel.close()
+
+
+@contextlib.contextmanager
+def torch_side(workload, options):
+    from benchmarks.torch_gpt import TorchGPT, copy_weights, make_adamw, torch, train_step
+
+    model = TorchGPT(workload.config)
+    copy_weights(model, initial_weights({name: tuple(p.shape) for name, p in model.named_parameters()}))
+    optimizer = make_adamw(model, LEARNING_RATE, BETAS, WEIGHT_DECAY, fused=True)
+    forward = torch.compile(model) if options.peer == "torch-compile" else model
+
+    def step(idx, targets):
+        return train_step(forward, optimizer, torch.from_numpy(idx), torch.from_numpy(targets), GRAD_CLIP)[0]
+
+    def settle(timed):
+        seconds = {}
+        for n in sorted({1, options.cores}):
+            torch.set_num_threads(n)
+            timed(2)  # torch.compile compiles anew for each number of threads
+            seconds[n] = statistics.median(timed(3))
+        best = min(seconds, key=seconds.get)
+        torch.set_num_threads(best)
+        return f"{best} threads, the best of " + ", ".join(f"{n}: {s * 1e3:.1f} ms" for n, s in seconds.items())
+
+    yield step, settle
+
+
+def serve(pipe, side, options):
+    """A side's process.  Sends (losses, words about threads); then, for each number n received, the seconds of n steps
+    in a row; and when n is 0 its peak memory."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; this process ends with it
+    workload = WORKLOADS[options.workload]
+    batches = itertools.cycle(workload.batches())
+
+    with side(workload, options) as (step, settle):
+
+        def timed(n):
+            seconds = []
+            for _ in range(n):
+                start = time.perf_counter()
+                step(*next(batches))
+                seconds.append(time.perf_counter() - start)
+            return seconds
+
+        losses = [step(*next(batches)) for _ in range(CHECKED)]
+        pipe.send((losses, settle(timed)))
+        while n := pipe.recv():  # blocks, and does not spin
+            timed(1)  # wakes the threads and fills the caches
+            pipe.send(timed(n))
+        pipe.send(peak_memory())
+
+
+def peak_memory():
+    """The most memory that this process has had, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: getrusage would count what the parent had when it started this process
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+class Process:
+    """The parent's end of a side."""
+
+    def __init__(self, name, side, options):
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs, side, options), daemon=True)
+        process.start()
+        theirs.close()  # so that receive() sees the end if the process dies
+        self.seconds = []  # a list for each round
+        self.losses, self.threads = self.receive()
+
+    def receive(self):
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            raise BenchmarkError(f"the {self.name} process died; its message stands above") from None
+
+    def ask(self, n):
+        self.pipe.send(n)
+        return self.receive()
+
+    def run_round(self, steps):
+        time.sleep(PAUSE)  # the threads that worked last go to sleep
+        self.seconds.append(self.ask(steps))
+
+    @property
+    def median(self):
+        return statistics.median(itertools.chain(*self.seconds))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The parent
+
+
+def sgemm_peak(repeats=3, n=2048):
+    """(FLOP/s, cores busy with it) of a product of two (n, n) float32 matrices: the best of a few."""
+    a = np.ones((n, n), np.float32)
+    out = np.empty_like(a)
+    runs = []
+    for _ in range(repeats):
+        start, start_cpu = time.perf_counter(), time.process_time()
+        np.matmul(a, a, out=out)
+        seconds = time.perf_counter() - start
+        runs.append((2 * n**3 / seconds, (time.process_time() - start_cpu) / seconds))
+    return max(runs)
+
+
+def check_losses(sides):
+    """The worst relative difference between the losses of all sides and those of the first."""
+    first = np.array(sides[0].losses)
+    worst = max(np.abs(np.array(side.losses) / first - 1).max() for side in sides)
+    if not worst <= TOLERANCE:  # a NaN fails as well
+        losses = "; ".join(f"{side.name} {', '.join(f'{loss:.6f}' for loss in side.losses)}" for side in sides)
+        raise BenchmarkError(f"the sides do not compute the same: losses of the first steps are {losses}")
+    return float(worst)
+
+
+def machine(packages):
+    """The processor's name and the versions of what ran on it."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {"cpu": cpu, "versions": versions}
+
+
+def measure(options):
+    """Run the benchmark; returns everything that is printed, as a dict for JSON."""
+    from npgpt.parallel import blas_threads
+
+    workload = WORKLOADS[options.workload]
+    sides = [Process("npgpt", npgpt_side, options)]
+    if options.peer != "none":
+        sides.append(Process(options.peer, torch_side, options))
+    difference = check_losses(sides)
+    peaks = []
+    for _ in range(options.rounds):
+        for side in sides:
+            side.run_round(options.steps or workload.steps)
+        time.sleep(PAUSE)
+        with blas_threads(options.cores):
+            peaks.append(sgemm_peak())
+    peak, _ = max(peaks)
+    result = {
+        "workload": options.workload,
+        "shape": str(workload),
+        **machine(["numpy", "numba"] + ["torch"] * (len(sides) > 1)),
+        "cores": options.cores,
+        "sgemm_flops_per_second": peak,
+        "sgemm_cores": [cores for _, cores in peaks],
+        "loss_difference": difference,
+        "sides": {
+            side.name: {
+                "threads": side.threads,
+                "seconds": side.median,
+                "tokens_per_second": workload.tokens / side.median,
+                "share_of_sgemm": workload.flops() / side.median / peak,
+                "peak_memory": side.ask(0),
+                "rounds": side.seconds,
+            }
+            for side in sides
+        },
+    }
+    if len(sides) > 1:
+        ours, peer = sides
+        result["ratio"] = peer.median / ours.median
+        medians = [[statistics.median(seconds) for seconds in side.seconds] for side in sides]
+        result["ratio_of_rounds"] = sorted(b / a for a, b in zip(*medians, strict=True))
+    return result
+
+
+def report(result):
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    print(f"machine   {result['cpu']}, {result['cores']} cores; {versions}")
+    print(f"workload  {result['workload']}: {result['shape']}")
+    print(f"sgemm     {result['sgemm_flops_per_second'] / 1e9:.0f} GFLOP/s, the best of this run")
+    busy = sum(cores < 0.85 * result["cores"] for cores in result["sgemm_cores"])
+    if busy:
+        print(f"BUSY      other programs were on the cores after {busy} of {len(result['sgemm_cores'])} rounds")
+    for name, side in result["sides"].items():
+        print(f"threads   {name}: {side['threads']}")
+    if "ratio" in result:
+        print(f"losses    of the first {CHECKED} steps agree within {result['loss_difference']:.0e}")
+    print(f"\n{'':<14} {'ms a step':>10} {'tokens/s':>10} {'of sgemm':>9} {'peak memory':>12}")
+    for name, side in result["sides"].items():
+        print(
+            f"{name:<14} {side['seconds'] * 1e3:>10.1f} {side['tokens_per_second']:>10,.0f} "
+            f"{side['share_of_sgemm']:>9.0%} {side['peak_memory'] / 1e6:>9,.0f} MB"
+        )
+    if "ratio" in result:
+        rounds = result["ratio_of_rounds"]
+        print(f"\n{' / '.join(reversed(result['sides']))} = {result['ratio']:.2f}", end="  ")
+        print(f"(rounds: {rounds[0]:.2f} to {rounds[-1]:.2f})")
+
+
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.split("\n")[0])
+    parser.add_argument("--workload", choices=WORKLOADS, default="cpu")
+    parser.add_argument("--peer", choices=("torch", "torch-compile", "none"), default="torch")
+    parser.add_argument("--rounds", type=positive, default=5, help="rounds of each side, in turn (%(default)s)")
+    parser.add_argument("--steps", type=positive, help="steps in a round (default: a second's or more)")
+    parser.add_argument("--workers", type=positive, help="npgpt's worker threads (default: chosen)")
+    parser.add_argument("--blas-threads", type=positive, help="BLAS threads of each (default: chosen)")
+    parser.add_argument("--json", metavar="FILE", help="write all figures to a file too")
+    options = parser.parse_args(argv)
+    if options.peer != "none" and importlib.util.find_spec("torch") is None:
+        raise UsageError("PyTorch is not installed: pip install torch, or measure npgpt alone with --peer none")
+
+    from npgpt.parallel import cores
+
+    options.cores = cores()
+    result = measure(options)
+    report(result)
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command("python -m benchmarks.step", main)

@@ -1,0 +1,247 @@
+"""The gradient checker: it lets right gradients pass and catches wrong ones; and all of npgpt's gradients pass it."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from npgpt import Tensor, random_stream
+from npgpt.engine import record
+from npgpt.gradcheck import BOUND, GradcheckError, cases, gradcheck, main, numeric_grad, relative_error
+from npgpt.ops import layernorm as layernorm_file
+from npgpt.ops.dropout import dropout
+
+# --------------------------------------------------------------------------------------------------------------------
+# All of npgpt's gradients
+
+
+CASES = list(cases())
+
+
+@pytest.mark.parametrize("f, inputs, names", [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_gradients_agree_with_finite_differences(f, inputs, names):
+    checked = gradcheck(f, inputs, names)
+    assert [name for name, _ in checked] == list(names)
+    assert all(error <= BOUND for _, error in checked)
+
+
+def test_titles_are_unique_and_every_op_of_the_graph_is_among_them():
+    titles = [case[0] for case in CASES]
+    assert len(set(titles)) == len(titles)
+    ops = (
+        "add sub mul div neg pow matmul exp log tanh relu sum mean max reshape transpose getitem where",
+        "embedding layernorm linear mlp dropout",
+    )
+    assert set(" ".join(ops).split()) | {"causal attention", "cross-entropy"} <= set(titles)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Planted errors.  Each op is x * w, elementwise or as a matrix product, with some backward.
+
+
+def product(backward):
+    """An op x * w with the given backward(dy, x, w)."""
+    return lambda x, w: record(x.data * w.data, (x, w), lambda dy: backward(dy, x.data, w.data))
+
+
+def matrix_product(backward):
+    return lambda x, w: record(x.data @ w.data, (x, w), lambda dy: backward(dy, x.data, w.data))
+
+
+def except_in_one_entry(array):
+    array = array.copy()
+    array[17, 5] *= 1.0001
+    return array
+
+
+def except_one_nan(array):
+    array = array.copy()
+    array[0, 0] = np.nan
+    return array
+
+
+def inputs(*shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [Tensor(rng.normal(size=shape), requires_grad=True) for shape in shapes]
+
+
+FAULTS = {
+    "wrong sign": product(lambda dy, x, w: (-dy * w, dy * x)),
+    "missing factor 2": product(lambda dy, x, w: (dy * w / 2, dy * x)),
+    "missing factor w": product(lambda dy, x, w: (dy, dy * x)),
+    "off by a hundred-thousandth": product(lambda dy, x, w: (dy * w * 1.00001, dy * x)),
+    "one wrong entry of 800": product(lambda dy, x, w: (except_in_one_entry(dy * w), dy * x)),
+    "zero gradient": product(lambda dy, x, w: (0 * dy, dy * x)),
+    "no gradient": product(lambda dy, x, w: (None, dy * x)),
+    "NaN gradient": product(lambda dy, x, w: (dy * w * np.nan, dy * x)),
+    "one NaN": product(lambda dy, x, w: (except_one_nan(dy * w), dy * x)),
+    "infinite gradient": product(lambda dy, x, w: (dy * w + np.inf, dy * x)),
+    "right for dy = 1 only": product(lambda dy, x, w: (w, dy * x)),
+    "the mean instead of the sum of dy": product(lambda dy, x, w: (dy.mean() * w, dy * x)),
+    "entries in another order": product(lambda dy, x, w: ((dy * w)[::-1], dy * x)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # inf / inf
+@pytest.mark.parametrize("f", FAULTS.values(), ids=FAULTS)
+def test_a_planted_error_is_caught_and_located(f):
+    with pytest.raises(GradcheckError, match=r"gradcheck: x\[\d+, \d+\]: backward gives .*, finite differences"):
+        gradcheck(f, inputs((40, 20), (40, 20)), names=["x", "w"])
+
+
+def test_the_error_names_the_worst_entry():
+    with pytest.raises(GradcheckError, match=r"input 0\[17, 5\]"):
+        gradcheck(FAULTS["one wrong entry of 800"], inputs((40, 20), (40, 20)))
+
+
+def test_an_error_in_the_second_input_is_caught():
+    with pytest.raises(GradcheckError, match=r"w\[\d, \d\]"):
+        gradcheck(product(lambda dy, x, w: (dy * w, dy)), inputs((3, 4), (3, 4)), names=["x", "w"])
+
+
+def test_a_transposed_gradient_of_a_square_matrix_is_caught():
+    right = matrix_product(lambda dy, x, w: (dy @ w.T, x.T @ dy))
+    wrong = matrix_product(lambda dy, x, w: (dy @ w.T, dy.T @ x))
+    gradcheck(right, inputs((5, 5), (5, 5)))
+    with pytest.raises(GradcheckError, match=r"input 1\["):
+        gradcheck(wrong, inputs((5, 5), (5, 5)))
+
+
+def test_the_upstream_gradient_is_not_one_of_the_inputs_again():
+    """Were dy = x, then x.T @ dy would be symmetric, and its transposition would pass."""
+    seen = []
+    f = matrix_product(lambda dy, x, w: (seen.append(dy) or dy @ w.T, x.T @ dy))
+    for seed in (0, 1):
+        gradcheck(f, inputs((5, 5), (5, 5), seed=seed), seed=seed)
+        assert not np.isclose(seen.pop(), inputs((5, 5), seed=seed)[0].data).any()
+
+
+def test_a_gradient_where_there_is_none_is_caught():
+    def floor(x):
+        return record(np.floor(x.data), (x,), lambda dy: (dy,))
+
+    with pytest.raises(GradcheckError):
+        gradcheck(floor, [Tensor(np.array([0.3, 1.7]), requires_grad=True)])
+
+
+def test_an_error_that_a_sum_would_hide_is_caught():
+    """The rows of a softmax sum to 1: with dy = 1 its gradient is 0, and so is this wrong one."""
+
+    def softmax(x, forgotten_term):
+        p = np.exp(x.data)
+        p /= p.sum(axis=1, keepdims=True)
+
+        def backward(dy):
+            centre = (dy * p).sum(axis=1, keepdims=True) if not forgotten_term else dy.mean(axis=1, keepdims=True)
+            return (p * (dy - centre),)
+
+        return record(p, (x,), backward)
+
+    (x,) = inputs((3, 4))
+    gradcheck(lambda x: softmax(x, False), [x])
+    with pytest.raises(GradcheckError):
+        gradcheck(lambda x: softmax(x, True), [x])
+    x.grad = None
+    softmax(x, True).sum().backward()
+    np.testing.assert_allclose(x.grad, 0, atol=1e-15)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Right gradients
+
+
+def test_right_gradients_pass_whatever_their_size():
+    for scale in (1e-6, 1, 1e6):
+        f = matrix_product(lambda dy, x, w: (dy @ w.T, x.T @ dy))
+        x, w = inputs((3, 4), (4, 5))
+        w.data *= scale
+        assert max(error for _, error in gradcheck(f, [x, w])) < 1e-8
+
+
+def test_a_gradient_of_zero_passes_where_there_is_none():
+    def half(x):
+        return record(x.data[:2] * 2, (x,), lambda dy: (np.concatenate([2 * dy, np.zeros(2)]),))
+
+    gradcheck(half, inputs((4,)))
+    constant, x = Tensor(np.ones(3)), Tensor(np.ones(3), requires_grad=True)
+    gradcheck(lambda x, unused: x * 1, [x, Tensor(np.ones(2), requires_grad=True)])
+    assert gradcheck(lambda x, c: x * c, [x, constant], ["x", "c"]) == [("x", pytest.approx(0, abs=1e-9))]
+
+
+def test_random_masks_are_the_same_at_every_call():
+    (x,) = inputs((3, 7))
+    gradcheck(lambda x: dropout(dropout(x, 0.3), 0.3), [x])
+    with random_stream(99):
+        gradcheck(lambda x: dropout(x, 0.3), [x])
+
+
+def test_inputs_are_left_as_they_were():
+    (x,) = inputs((3, 4))
+    before = x.data.copy()
+    gradcheck(lambda x: x.exp(), [x])
+    np.testing.assert_array_equal(x.data, before)
+
+
+def test_earlier_gradients_do_not_count():
+    (x,) = inputs((3, 4))
+    x.grad = np.full((3, 4), 7.0)
+    gradcheck(lambda x: x * x, [x])
+    gradcheck(lambda x: x * x, [x])
+
+
+def test_float32_is_rejected():
+    x = Tensor(np.ones(3, np.float32), requires_grad=True)
+    with pytest.raises(TypeError, match="gradcheck: x is float32; finite differences need float64"):
+        gradcheck(lambda x: x * x, [x], names=["x"])
+
+
+def test_finite_differences_of_a_polynomial_of_degree_four_are_exact():
+    (x,), dy = inputs((5,)), np.random.default_rng(1).normal(size=5)
+    numeric = numeric_grad(lambda: x.data**4, x, dy)
+    np.testing.assert_allclose(numeric, 4 * x.data**3 * dy, rtol=1e-9, atol=1e-9)
+
+
+def test_relative_error_measures_tiny_entries_by_the_largest_one():
+    analytic, numeric = np.array([1.0, 2e-9, 0.5, 0]), np.array([1.0, 1e-9, 1.0, 0])
+    np.testing.assert_allclose(relative_error(analytic, numeric), [0, 1e-6, 0.5, 0])
+    np.testing.assert_array_equal(relative_error(np.zeros(2), np.zeros(2)), 0)
+    np.testing.assert_array_equal(relative_error(np.array([0, 1e-9]), np.zeros(2)), [0, 1])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def test_the_command_passes(capsys):
+    assert main(["layernorm", "POW"]) == 0
+    output = capsys.readouterr().out
+    assert "layernorm, no bias" in output and "pow" in output and "attention" not in output
+    assert "passed: worst relative error" in output.splitlines()[-1] and "WRONG" not in output
+
+
+def test_the_command_fails_for_a_planted_fault(capsys, monkeypatch):
+    right = layernorm_file.layernorm_backward
+
+    def wrong(dx, dweight, dbias, *inputs):
+        right(dx, dweight, dbias, *inputs)
+        dbias *= -1
+
+    monkeypatch.setattr(layernorm_file, "layernorm_backward", wrong)
+    assert main(["layernorm"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if line.endswith("WRONG")] == ["bias"]
+    assert any("layernorm: bias[" in line and "backward gives" in line for line in lines)
+    assert lines[-1].startswith("FAILED: worst relative error")
+
+
+@pytest.mark.parametrize("words, code", [(["nosuchop"], 2), (["pow"], 0)])
+def test_exit_codes_of_the_command(words, code):
+    environment = {**os.environ, "NPGPT_KERNELS": "numpy"}
+    command = [sys.executable, "-m", "npgpt.gradcheck", *words]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    if code:
+        assert "nothing matches 'nosuchop'; there are: add, sub" in result.stderr
+        assert "Traceback" not in result.stderr

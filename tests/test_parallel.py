@@ -1,0 +1,341 @@
+"""A batch split over worker threads trains the same model, and how many threads there are."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from npgpt import GPT, AdamW, DataParallel, GPTConfig, no_grad, parallel, random_stream
+from npgpt.optim import clip_scale
+from npgpt.parallel import blas_threads, choose_threads, get_blas_threads
+
+
+def small_gpt(dropout=0.0, dtype=np.float32):
+    config = GPTConfig(vocab_size=13, block_size=8, n_layer=2, n_head=2, n_embd=12, dropout=dropout, bias=True)
+    return GPT(config, seed=3, dtype=dtype)
+
+
+def batches(n, batch_size=5, T=7, seed=0):
+    """Sequences that can be learned: each token is the one before it plus 1 or 2."""
+    rng = np.random.default_rng(seed)
+    for _ in range(n):
+        steps = rng.integers(1, 3, (batch_size, T + 1))
+        steps[:, 0] = rng.integers(0, 13, batch_size)
+        tokens = steps.cumsum(axis=1) % 13
+        yield tokens[:, :-1], tokens[:, 1:]
+
+
+@pytest.fixture
+def workers():
+    """workers(model, n): a DataParallel that is closed when the test ends."""
+    opened = []
+
+    def make(model, n):
+        opened.append(DataParallel(model, n))
+        return opened[-1]
+
+    yield make
+    for data_parallel in opened:
+        data_parallel.close()
+
+
+def train(data_parallel, steps=50, batch_size=5, n_micro=1):
+    """AdamW steps -> the loss of each."""
+    optimizer = AdamW(data_parallel.flat)
+    losses = []
+    data = batches(steps * n_micro, batch_size)
+    for step in range(steps):
+        data_parallel.zero_grad()
+        loss = 0.0
+        for micro in range(n_micro):
+            seed = step * n_micro + micro
+            loss += data_parallel.forward_backward(*next(data), seed=seed, weight=1 / n_micro) / n_micro
+        norm = data_parallel.gather_grads()
+        data_parallel.update(optimizer, 3e-3, clip_scale(norm, 1.0))
+        losses.append(loss)
+    return np.array(losses)
+
+
+def gradients(data_parallel, *micro_batches, weight=1.0, seed=4):
+    """All parameters' gradients, flat, and their norm."""
+    data_parallel.zero_grad()
+    for idx, targets in micro_batches:
+        data_parallel.forward_backward(idx, targets, seed=seed, weight=weight)
+    norm = data_parallel.gather_grads()
+    return data_parallel.flat.grads.copy(), norm
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Splitting changes nothing
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_any_number_of_workers_trains_the_same_and_the_same_number_gives_the_same_bits(workers, dropout):
+    """With dropout, too: a sequence's mask does not depend on the worker that it falls to."""
+    curves = {}
+    for n in (1, 2, 3):
+        first, again = workers(small_gpt(dropout), n), workers(small_gpt(dropout), n)
+        curves[n] = train(first)
+        np.testing.assert_array_equal(train(again), curves[n])
+        np.testing.assert_array_equal(again.flat.weights, first.flat.weights)
+    assert curves[1][-5:].mean() < curves[1][0] - 0.5  # something is learned
+    np.testing.assert_allclose(curves[2], curves[1], rtol=1e-4)
+    np.testing.assert_allclose(curves[3], curves[1], rtol=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7])
+def test_gradients_of_the_workers_add_up_to_the_models(workers, n, dropout):
+    (batch,) = batches(1)
+    plain = small_gpt(dropout, np.float64)
+    with random_stream(4):
+        _, loss = plain(*batch)
+    loss.backward()
+    split = workers(small_gpt(dropout, np.float64), n)
+    for replica in split.replicas:
+        for parameter in replica.model.parameters():
+            parameter.grad_buffer[...] = np.nan  # whatever was there before
+    flat_grads, norm = gradients(split, batch)
+    for name, parameter in plain.named_parameters():
+        ours = flat_grads[split.flat.names[name]].reshape(parameter.shape)
+        np.testing.assert_allclose(ours, parameter.grad, rtol=1e-10, atol=1e-12, err_msg=name)
+    squares = sum(float((parameter.grad**2).sum()) for parameter in plain.parameters())
+    assert norm == pytest.approx(np.sqrt(squares))
+    assert split.forward_backward(*batch, seed=4) == pytest.approx(loss.item())
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_gradients_of_micro_steps_add_up_with_their_weights(workers, n):
+    first, second = batches(2, batch_size=4)
+    whole = np.concatenate([first[0], second[0]]), np.concatenate([first[1], second[1]])
+    split = workers(small_gpt(dtype=np.float64), n)
+    in_one, _ = gradients(split, whole)
+    in_two, _ = gradients(split, first, second, weight=0.5)
+    np.testing.assert_allclose(in_two, in_one, rtol=1e-10, atol=1e-12)
+
+
+def test_an_update_starts_from_no_gradient(workers):
+    first, second = batches(2)
+    used, fresh = workers(small_gpt(), 3), workers(small_gpt(), 3)
+    gradients(used, first)
+    np.testing.assert_array_equal(gradients(used, second)[0], gradients(fresh, second)[0])
+
+
+def test_a_batch_smaller_than_the_number_of_workers(workers):
+    one, five = workers(small_gpt(), 1), workers(small_gpt(), 5)
+    np.testing.assert_allclose(train(five, 5, batch_size=2), train(one, 5, batch_size=2), rtol=1e-4)
+    np.testing.assert_allclose(train(five, 5, batch_size=1), train(one, 5, batch_size=1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_ignored_targets_count_in_no_share(workers, n):
+    """The loss is the mean over all targets of the batch that count, however unevenly the shares have them."""
+    ((idx, targets),) = batches(1, batch_size=6)
+    targets = targets.copy()
+    targets[0, 1:] = targets[1] = targets[2] = -1  # with 3 workers, one has nothing to learn from
+    plain = small_gpt(dtype=np.float64)
+    _, loss = plain(idx, targets)
+    loss.backward()
+    split = workers(small_gpt(dtype=np.float64), n)
+    split.zero_grad()
+    assert split.forward_backward(idx, targets) == pytest.approx(loss.item())
+    split.gather_grads()
+    for name, parameter in plain.named_parameters():
+        ours = split.flat.grads[split.flat.names[name]].reshape(parameter.shape)
+        np.testing.assert_allclose(ours, parameter.grad, rtol=1e-10, atol=1e-12, err_msg=name)
+
+
+def test_workers_share_the_weights_and_keep_them_shared(workers):
+    split = workers(small_gpt(), 3)
+    train(split, 2)
+    for replica in split.replicas:
+        for ours, theirs in zip(replica.model.parameters(), split.model.parameters(), strict=True):
+            assert np.shares_memory(ours.data, split.flat.weights)
+            np.testing.assert_array_equal(ours.data, theirs.data)
+
+
+def test_the_slices_of_the_update_cover_all_weights_once(workers):
+    for n in (1, 2, 3, 5):
+        split = workers(small_gpt(), n)
+        covered = np.zeros(len(split.flat.weights), int)
+        for part in split.slices:
+            covered[part] += 1
+        assert len(split.slices) == n and (covered == 1).all()
+
+
+def test_buffers_are_found_again_from_step_to_step(workers):
+    split = workers(small_gpt(dropout=0.1), 2)
+    train(split, 2, batch_size=24)
+    before = [replica.pool.nbytes for replica in split.replicas]
+    train(split, 4, batch_size=24)
+    assert [replica.pool.nbytes for replica in split.replicas] == before
+    assert all(before)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_loss_is_the_models_and_counts_the_targets(workers, n):
+    model = small_gpt(dropout=0.3)
+    split = workers(model, n)
+    ((idx, targets),) = batches(1, batch_size=6)
+    targets = targets.copy()
+    targets[0, 1:] = targets[4] = -1
+    split.train(False)
+    with no_grad():
+        expected = model(idx, targets)[1].item()
+    total, count = split.loss(idx, targets)
+    assert count == (targets != -1).sum() == 6 * 7 - 6 - 7
+    assert total / count == pytest.approx(expected, rel=1e-5)
+    assert all(parameter.grad is None for replica in split.replicas for parameter in replica.model.parameters())
+
+
+def test_loss_where_a_worker_or_every_worker_has_no_target(workers):
+    split = workers(small_gpt(), 3)
+    ((idx, targets),) = batches(1, batch_size=3)
+    alone, _ = split.loss(idx[2:], targets[2:])
+    targets = targets.copy()
+    targets[:2] = -1
+    total, count = split.loss(idx, targets)
+    assert count == 7 and total == pytest.approx(alone, rel=1e-5)
+    targets[2] = -1
+    assert split.loss(idx, targets) == (0, 0)
+
+
+def test_train_switches_dropout_of_every_worker(workers):
+    split = workers(small_gpt(dropout=0.5), 3)
+    batch = next(batches(1, batch_size=6))
+    split.train(False)
+    assert len({split.forward_backward(*batch, seed=seed) for seed in (1, 2)}) == 1
+    split.train(True)
+    assert len({split.forward_backward(*batch, seed=seed) for seed in (1, 2)}) == 2
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Errors and threads
+
+
+@pytest.mark.parametrize("position", [0, 5])
+def test_an_error_in_any_worker_reaches_the_caller_and_the_next_step_works(workers, position):
+    split = workers(small_gpt(), 3)
+    ((idx, targets),) = batches(1, batch_size=6)
+    broken = idx.copy()
+    broken[position] = 99
+    with pytest.raises(ValueError, match="embedding: idx must lie in 0 .. 12, got"):
+        split.forward_backward(broken, targets)
+    fresh = workers(small_gpt(), 3)
+    np.testing.assert_array_equal(gradients(split, (idx, targets))[0], gradients(fresh, (idx, targets))[0])
+
+
+def test_an_error_is_raised_only_after_all_workers_have_stopped(workers):
+    """Else the caller could start the next step while a worker still writes its gradients."""
+    split, finished = workers(small_gpt(), 3), []
+    started = threading.Event()
+
+    def work(rank):
+        if rank == 0:
+            started.wait(5)
+            raise ZeroDivisionError
+        started.set()
+        threading.Event().wait(0.05)
+        finished.append(rank)
+
+    with pytest.raises(ZeroDivisionError):
+        split._each(work)
+    assert sorted(finished) == [1, 2]
+
+
+def test_results_come_in_the_order_of_the_workers(workers):
+    assert workers(small_gpt(), 4)._each(lambda rank: rank * 10) == [0, 10, 20, 30]
+
+
+def test_a_closed_model_has_no_threads_left():
+    before = threading.active_count()
+    data_parallel = DataParallel(small_gpt(), 3)
+    train(data_parallel, 1)
+    assert threading.active_count() > before
+    data_parallel.close()
+    assert threading.active_count() == before
+
+
+needs_known_blas = pytest.mark.skipif(get_blas_threads() is None, reason="NumPy's BLAS is not one we know how to ask")
+
+
+@needs_known_blas
+def test_blas_threads_are_set_and_set_back():
+    before = get_blas_threads()
+    with blas_threads(1):
+        assert get_blas_threads() == 1
+        with blas_threads(2):
+            assert get_blas_threads() == 2
+        assert get_blas_threads() == 1
+    assert get_blas_threads() == before
+    with pytest.raises(ZeroDivisionError), blas_threads(1):
+        raise ZeroDivisionError
+    assert get_blas_threads() == before
+
+
+def test_an_unknown_blas_is_left_alone(monkeypatch):
+    monkeypatch.setattr(parallel, "_blas_functions", lambda: None)
+    assert get_blas_threads() is None
+    with blas_threads(3):
+        pass
+
+
+BLAS_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(cores=8, OMP_NUM_THREADS="4"): what choose_threads finds."""
+
+    def pretend(cores, **variables):
+        monkeypatch.setattr(parallel, "cores", lambda: cores)
+        for name in BLAS_VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    "cores, batch_size, block_size, expected",
+    [
+        (1, 12, 64, (1, 1)),
+        (2, 12, 64, (2, 1)),
+        (8, 12, 64, (3, 2)),  # 768 tokens: three workers are worth their pass over the gradients
+        (8, 4, 64, (1, 8)),
+        (8, 1, 1024, (1, 8)),  # a single sequence cannot be split
+        (8, 2, 1024, (2, 4)),
+        (4, 64, 256, (4, 1)),
+        (8, 1, 1, (1, 8)),
+    ],
+)
+def test_workers_and_blas_threads_fill_the_cores(machine, cores, batch_size, block_size, expected):
+    machine(cores)
+    assert choose_threads(batch_size, block_size) == expected
+
+
+def test_what_the_user_chose_is_kept(machine):
+    machine(8)
+    assert choose_threads(12, 64, workers=2) == (2, 4)
+    assert choose_threads(12, 64, workers=16, blas=3) == (12, 3)
+    assert choose_threads(12, 64, blas=5) == (3, 5)
+    for name in BLAS_VARIABLES:
+        machine(8, **{name: "2"})
+        assert choose_threads(1, 64) == (1, 2)
+        assert choose_threads(1, 64, blas=4) == (1, 4)
+    machine(8, OMP_NUM_THREADS="nonsense", MKL_NUM_THREADS="0")
+    assert choose_threads(1, 64) == (1, 8)
+
+
+def test_workers_that_cannot_be_used_leave_their_cores_to_blas(machine):
+    machine(8)
+    assert choose_threads(1, 64, workers=4) == (1, 8)
+
+
+def test_cores_is_a_positive_number():
+    assert parallel.cores() >= 1

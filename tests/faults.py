@@ -42,8 +42,8 @@ FAULTS = [
     Fault(
         "engine: the two halves of a + a are taken for one",
         "npgpt/engine.py",
-        "        if grad.shape != self.data.shape:\n",
-        "        if grad is self.grad:\n            return\n        if grad.shape != self.data.shape:\n",
+        "        self._handed_out = None\n        if grad.shape",
+        "        self._handed_out = None\n        if grad is self.grad:\n            return\n        if grad.shape",
         "In y = a + a the same array is the gradient of both operands, and both count.",
     ),
     Fault(
@@ -261,14 +261,14 @@ FAULTS = [
     Fault(
         "embedding: the tied output layer's share is lost",
         "npgpt/ops/embedding.py",
-        "        embedding_backward(wte.grad_to_add_to(),",
-        "        wte.grad = None\n        embedding_backward(wte.grad_to_add_to(),",
+        "        dwte, dwpe = wte.grad_to_add_to(), wpe.grad_to_add_to()\n",
+        "        wte.grad = None\n        dwte, dwpe = wte.grad_to_add_to(), wpe.grad_to_add_to()\n",
         "The token table is the output layer's weight as well; what that layer left in its gradient must stay.",
     ),
     Fault(
         "embedding: what was added in place is added again",
         "npgpt/ops/embedding.py",
-        "        return None, None\n",
+        "        return None, None  # both are added already\n",
         "        return wte.grad, wpe.grad\n",
         "The kernel has added to the tables' gradients already; the engine must not do so again.",
     ),

@@ -56,10 +56,10 @@ class TrainConfig:
 
     batch_size: int = _setting(12, "sequences per micro-step", low=1)
     gradient_accumulation_steps: int = _setting(1, "micro-steps per update", low=1)
-    max_iters: int = _setting(2000, "number of updates", low=0)
+    max_iters: int = _setting(3500, "number of updates", low=0)
     epochs: float | None = _setting(None, "passes over the training text, instead of max_iters", above=0)
 
-    learning_rate: float = _setting(1e-3, "peak learning rate", low=0)
+    learning_rate: float = _setting(3e-3, "peak learning rate", low=0)
     min_lr: float | None = _setting(None, "learning rate at the end of the decay; by default learning_rate / 10", low=0)
     decay_lr: bool = _setting(True, "decay the learning rate along a cosine")
     warmup_iters: int = _setting(100, "updates over which the learning rate rises from 0", low=0)
@@ -69,9 +69,9 @@ class TrainConfig:
     beta2: float = _setting(0.99, "decay of AdamW's mean of squared gradients", low=0, below=1)
     grad_clip: float = _setting(1.0, "longest gradient, all parameters together (0: no clipping)", low=0)
 
-    eval_interval: int = _setting(250, "updates between evaluations", low=1)
+    eval_interval: int = _setting(500, "updates between evaluations", low=1)
     eval_iters: int = _setting(20, "validation batches per evaluation", low=1)
-    log_interval: int = _setting(10, "updates between progress lines", low=1)
+    log_interval: int = _setting(50, "updates between progress lines", low=1)
     sample_tokens: int = _setting(120, "length of the sample at each evaluation, in tokens (0: none)", low=0)
     final_sample_tokens: int = _setting(600, "length of the sample at the end, in tokens (0: none)", low=0)
 

@@ -46,7 +46,7 @@ class BenchmarkError(NpgptError):
 def npgpt_side(workload, options):
     from npgpt.model import GPT
     from npgpt.optim import AdamW, clip_scale
-    from npgpt.parallel import DataParallel, blas_threads, choose_threads
+    from npgpt.parallel import DataParallel, choose_threads
 
     config = workload.config
     workers, blas = choose_threads(workload.batch_size, config.block_size, options.workers, options.blas_threads)
@@ -54,7 +54,7 @@ def npgpt_side(workload, options):
     parameters = dict(model.named_parameters())
     for name, values in initial_weights({name: p.shape for name, p in parameters.items()}):
         parameters[name].data[...] = values
-    parallel = DataParallel(model, workers)
+    parallel = DataParallel(model, workers, blas)
     optimizer = AdamW(parallel.flat, *BETAS, weight_decay=WEIGHT_DECAY)
 
     def step(idx, targets):
@@ -63,8 +63,7 @@ def npgpt_side(workload, options):
         parallel.update(optimizer, LEARNING_RATE, clip_scale(parallel.gather_grads(), GRAD_CLIP))
         return loss
 
-    with blas_threads(blas):
-        yield step, lambda timed: f"workers: {workers}, BLAS threads of each: {blas}"
+    yield step, lambda timed: f"workers: {workers}, BLAS threads of each: {blas}"
     parallel.close()
 
 

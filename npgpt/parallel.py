@@ -11,6 +11,7 @@ Two pools of threads that both spin for work on the same cores make everything s
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import os
 import sys
@@ -48,7 +49,9 @@ def _blas_libraries():
             yield from sorted(p for p in mapped if "blas" in os.path.basename(p) or "mkl_rt" in os.path.basename(p))
 
 
+@functools.cache
 def _blas_functions():
+    """(set, get) of the number of threads of NumPy's BLAS, or None where it is not one we know."""
     for path in _blas_libraries():
         with contextlib.suppress(OSError):
             library = ctypes.CDLL(path)
@@ -59,7 +62,7 @@ def _blas_functions():
 
 
 def get_blas_threads():
-    """Threads that a matrix product uses, or None where NumPy's BLAS is not one we know how to ask."""
+    """Threads that a matrix product uses, or None where that is not known."""
     functions = _blas_functions()
     return None if functions is None else int(functions[1]())
 
@@ -121,12 +124,14 @@ class Replica:
 class DataParallel:
     """A model whose batches are split over worker threads.
 
-    model: a GPT; its parameters are moved into flat storage (`flat`).  Results are the same bits for the same number
-    of workers, and the same to rounding for any number.
+    model    a GPT; its parameters are moved into flat storage (`flat`)
+    workers  threads that share each batch; results are the same bits for the same number of workers, and the same to
+             rounding for any number
+    blas     BLAS threads of each worker's matrix products
     """
 
-    def __init__(self, model, workers=1):
-        self.model = model
+    def __init__(self, model, workers=1, blas=1):
+        self.model, self.blas = model, blas
         self.flat = FlatParameters(model)
         self.replicas = [Replica(model, self.flat)]
         for _ in range(1, workers):
@@ -139,11 +144,12 @@ class DataParallel:
 
     def _each(self, work):
         """[work(0), ..., work(n - 1)], one per worker; number 0 runs in this thread."""
-        futures = [self._threads.submit(work, rank) for rank in range(1, len(self.replicas))]
-        try:
-            first = work(0)
-        finally:
-            results = [future.exception() or future.result() for future in futures]
+        with blas_threads(self.blas):
+            futures = [self._threads.submit(work, rank) for rank in range(1, len(self.replicas))]
+            try:
+                first = work(0)
+            finally:
+                results = [future.exception() or future.result() for future in futures]
         for result in results:
             if isinstance(result, BaseException):
                 raise result

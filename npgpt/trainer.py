@@ -23,7 +23,7 @@ from npgpt.data import Blocks, evaluation_blocks, load_text, split
 from npgpt.errors import CheckpointError, DivergedError, UsageError
 from npgpt.model import GPT
 from npgpt.optim import AdamW, clip_scale, cosine_lr
-from npgpt.parallel import DataParallel, blas_threads, choose_threads
+from npgpt.parallel import DataParallel, choose_threads
 from npgpt.tokenizer import TOKENIZERS, from_dict
 
 BEST, LAST = "best.safetensors", "last.safetensors"
@@ -89,7 +89,7 @@ class Trainer:
             config.batch_size, config.block_size, config.workers, config.blas_threads
         )
         self.model = GPT(config.gpt_config(self.tokenizer.vocab_size), seed=config.seed)
-        self.parallel = DataParallel(self.model, self.workers)
+        self.parallel = DataParallel(self.model, self.workers, self.blas_threads)
         self.optimizer = AdamW(self.parallel.flat, config.beta1, config.beta2, weight_decay=config.weight_decay)
         self.iter = 0
         self.best_loss = math.inf
@@ -154,7 +154,7 @@ class Trainer:
         """Train to the end; yields a Progress after each logged update and an Evaluation at each evaluation."""
         config = self.config
         self._open_folder()
-        with blas_threads(self.blas_threads), open(self.out_dir / "metrics.jsonl", "w", encoding="utf-8") as log:
+        with open(self.out_dir / "metrics.jsonl", "w", encoding="utf-8") as log:
             began = logged = time.perf_counter()
             logged_iter = 0
             while True:

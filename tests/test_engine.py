@@ -737,8 +737,10 @@ def test_numbers_and_arrays_take_the_dtype_of_the_tensor_beside_them(dtype, othe
 def test_gradients_have_the_dtype_of_their_tensor():
     x = Tensor(np.ones(3, np.float32), requires_grad=True)
     y = Tensor(np.ones(3, np.float64), requires_grad=True)
-    (x * y).sum().backward()
-    assert x.grad.dtype == np.float32 and y.grad.dtype == np.float64
+    for mixed in (x * y, x + y, y + x, x - y, y / x):
+        assert mixed.dtype == np.float64
+        mixed.sum().backward()
+        assert x.grad.dtype == np.float32 and y.grad.dtype == np.float64
 
 
 def test_a_tensor_shares_the_memory_of_its_array():

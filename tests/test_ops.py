@@ -385,6 +385,29 @@ def test_ops_take_inputs_and_gradients_that_are_not_contiguous():
             np.testing.assert_allclose(*results, err_msg=name)
 
 
+SHAPES = [(), (1,), (4,), (1, 1), (1, 4), (3, 1), (3, 4), (1, 1, 1), (1, 3, 1), (2, 1, 4), (2, 3, 4)]
+
+
+@pytest.mark.parametrize("a_shape", SHAPES, ids=str)
+def test_the_gradient_of_a_broadcast_is_the_sum_over_its_copies(a_shape):
+    new = New(np.float64)
+    for b_shape in SHAPES:
+        a, b = (Tensor(new(*shape), requires_grad=True) for shape in (a_shape, b_shape))
+        y = a * b
+        dy = new(*y.shape)
+        y.backward(dy)
+        for x, other in ((a, b), (b, a)):
+            entries = np.broadcast_to(np.arange(x.size).reshape(x.shape), y.shape)  # which entry of x each copy is of
+            expected = np.bincount(entries.ravel(), weights=(dy * other.data).ravel(), minlength=x.size)
+            np.testing.assert_allclose(x.grad, expected.reshape(x.shape), err_msg=f"{a_shape} * {b_shape}")
+
+
+def test_the_slope_of_relu_at_zero_is_zero():
+    x = Tensor(np.array([-1.0, -0.0, 0.0, 2.0]), requires_grad=True)
+    x.relu().backward(np.full(4, 3.0))
+    np.testing.assert_array_equal(x.grad, [0, 0, 0, 3])
+
+
 def test_equal_maxima_share_the_gradient():
     x = Tensor(np.array([[3.0, 1, 3, 3], [2, 5, 4, 5]]), requires_grad=True)
     x.max(axis=1).backward(np.array([6.0, 4.0]))
@@ -527,6 +550,7 @@ MISTAKES = [
         "cross_entropy: every target is ignore_index = -1: there is nothing to average",
     ),
     (lambda: tensor(3) @ tensor(3, 4), ValueError, r"two or more dimensions, got shapes \(3,\) and \(3, 4\)"),
+    (lambda: tensor(3, 4) @ tensor(4), ValueError, r"two or more dimensions, got shapes \(3, 4\) and \(4,\)"),
     (lambda: tensor(3) ** tensor(3), TypeError, "pow: the exponent must be a number"),
     (lambda: primitives.where([True], 1.0, 2.0), TypeError, "where: at least one of the two values must be a Tensor"),
 ]

@@ -1,5 +1,6 @@
 """A batch split over worker threads trains the same model, and how many threads there are."""
 
+import sys
 import threading
 
 import numpy as np
@@ -261,6 +262,13 @@ def test_a_closed_model_has_no_threads_left():
 
 
 needs_known_blas = pytest.mark.skipif(get_blas_threads() is None, reason="NumPy's BLAS is not one we know how to ask")
+
+
+def test_the_blas_of_numpys_own_packages_is_known():
+    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]
+    if sys.platform != "linux" or blas != "scipy-openblas":
+        pytest.skip(f"NumPy's BLAS is {blas}, on {sys.platform}")
+    assert get_blas_threads() >= 1
 
 
 @needs_known_blas

@@ -54,10 +54,11 @@ def test_logits_loss_and_every_gradient(figures, dtype, bound):
         assert_close(name, parameter.grad, figures[f"grads/{name}"], bound)
 
 
+@pytest.mark.parametrize("workers", [1, 2])  # B = 3: unequal shares, and the target that does not count is in the first
 @pytest.mark.parametrize("dtype, bound", PRECISIONS)
-def test_ten_clipped_adamw_steps(figures, dtype, bound):
+def test_ten_clipped_adamw_steps(figures, dtype, bound, workers):
     s = settings(figures)
-    parallel = DataParallel(make_model(figures, dtype))
+    parallel = DataParallel(make_model(figures, dtype), workers)
     optimizer = AdamW(parallel.flat, s["beta1"], s["beta2"], weight_decay=s["weight_decay"])
     losses, norms = [], []
     for idx, targets in zip(figures["idx"], figures["targets"], strict=True):

@@ -265,7 +265,10 @@ needs_known_blas = pytest.mark.skipif(get_blas_threads() is None, reason="NumPy'
 
 
 def test_the_blas_of_numpys_own_packages_is_known():
-    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]
+    try:
+        blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"]
+    except (TypeError, KeyError):
+        pytest.skip("this version of NumPy does not say what it was built with")
     if sys.platform != "linux" or blas != "scipy-openblas":
         pytest.skip(f"NumPy's BLAS is {blas}, on {sys.platform}")
     assert get_blas_threads() >= 1

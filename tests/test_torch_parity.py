@@ -54,7 +54,7 @@ def test_logits_loss_and_every_gradient(figures, dtype, bound):
         assert_close(name, parameter.grad, figures[f"grads/{name}"], bound)
 
 
-@pytest.mark.parametrize("workers", [1, 2])  # B = 3: unequal shares, and the target that does not count is in the first
+@pytest.mark.parametrize("workers", [1, 2])  # 2: unequal shares of a batch of 3, one with the target of -1
 @pytest.mark.parametrize("dtype, bound", PRECISIONS)
 def test_ten_clipped_adamw_steps(figures, dtype, bound, workers):
     s = settings(figures)

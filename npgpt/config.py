@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from npgpt.errors import UsageError
 
 # Every random choice is drawn from [the run's seed, one of these, a step], so that no two kinds share their numbers.
-INIT, ORDER, DROPOUT, SAMPLE = range(4)
+# From 1 on: for NumPy [seed, 0] is the same as [seed], which others may use.
+INIT, ORDER, DROPOUT, SAMPLE = 1, 2, 3, 4
 
 
 def _setting(default, text, low=None, above=None, high=None, below=None, choices=None):

@@ -475,7 +475,7 @@ MISTAKES = [
     (
         lambda: causal_attention(tensor(2, 5, 12), 5),
         ValueError,
-        r"qkv must have shape \(B, T, 3 \* n_head \* hs\) with n_head = 5, got \(2, 5, 12\)",
+        r"causal_attention: qkv must have shape \(B, T, 3 \* n_head \* hs\) with n_head = 5, got \(2, 5, 12\)",
     ),
     (lambda: causal_attention(tensor(5, 12), 2), ValueError, r"causal_attention: qkv must .* got \(5, 12\)"),
     (

@@ -31,8 +31,8 @@ def workers():
     """workers(model, n): a DataParallel that is closed when the test ends."""
     opened = []
 
-    def make(model, n):
-        opened.append(DataParallel(model, n))
+    def make(*args):
+        opened.append(DataParallel(*args))
         return opened[-1]
 
     yield make
@@ -144,6 +144,18 @@ def test_ignored_targets_count_in_no_share(workers, n):
     for name, parameter in plain.named_parameters():
         ours = split.flat.grads[split.flat.names[name]].reshape(parameter.shape)
         np.testing.assert_allclose(ours, parameter.grad, rtol=1e-10, atol=1e-12, err_msg=name)
+
+
+def test_every_worker_takes_part(workers):
+    for n in (1, 2, 3, 5):
+        split = workers(small_gpt(), n)
+        split.forward_backward(*next(batches(1)))
+        assert len(split.replicas) == n
+        assert all(parameter.grad is not None for replica in split.replicas for parameter in replica.model.parameters())
+        for size in (1, 5, 12):
+            shares = split._shares(size)
+            assert [start for start, _ in shares] == [0, *(stop for _, stop in shares[:-1])] and shares[-1][1] == size
+            assert max(b - a for a, b in shares) - min(b - a for a, b in shares) <= 1
 
 
 def test_workers_share_the_weights_and_keep_them_shared(workers):
@@ -286,6 +298,15 @@ def test_blas_threads_are_set_and_set_back():
     with pytest.raises(ZeroDivisionError), blas_threads(1):
         raise ZeroDivisionError
     assert get_blas_threads() == before
+
+
+@needs_known_blas
+def test_the_workers_products_use_their_number_of_blas_threads(workers):
+    before = get_blas_threads()
+    for blas in (1, 2):
+        split = workers(small_gpt(), 2, blas)
+        assert split._each(lambda rank: get_blas_threads()) == [blas, blas]
+        assert get_blas_threads() == before
 
 
 def test_an_unknown_blas_is_left_alone(monkeypatch):

@@ -327,8 +327,8 @@ def record(data, parents, backward):
     """A Tensor with this data, computed from these parents.
 
     backward(dy) returns the gradients of the parents, in their order, given the gradient dy of the output; None for a
-    parent without one, or whose gradient was added to in place.  It must not hold on to the output Tensor itself (its array is fine): that would be a
-    reference cycle, and memory would wait for the garbage collector.
+    parent without one, or whose gradient was added to in place.  It must not hold on to the output Tensor itself (its
+    array is fine): that would be a reference cycle, and memory would wait for the garbage collector.
     """
     out = Tensor(data)
     if _state.recording and any(parent.requires_grad for parent in parents):

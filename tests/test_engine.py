@@ -391,7 +391,7 @@ def test_the_graph_is_used_up(rng):
     x = leaf(rng, 3)
     y = (x * 2).sum()
     y.backward()
-    with pytest.raises(RuntimeError, match="used up by an earlier backward.*run the forward again"):
+    with pytest.raises(RuntimeError, match=r"used up by an earlier backward.*run the forward again"):
         y.backward()
 
 

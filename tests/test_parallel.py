@@ -236,7 +236,7 @@ def test_an_error_in_any_worker_reaches_the_caller_and_the_next_step_works(worke
     ((idx, targets),) = batches(1, batch_size=6)
     broken = idx.copy()
     broken[position] = 99
-    with pytest.raises(ValueError, match="embedding: idx must lie in 0 .. 12, got"):
+    with pytest.raises(ValueError, match=r"embedding: idx must lie in 0 \.\. 12, got"):
         split.forward_backward(broken, targets)
     fresh = workers(small_gpt(), 3)
     np.testing.assert_array_equal(gradients(split, (idx, targets))[0], gradients(fresh, (idx, targets))[0])

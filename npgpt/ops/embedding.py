@@ -71,8 +71,10 @@ def embedding_backward(dwte, dwpe, dy, idx):
 
 
 def check_indices(op, name, indices, size, ignore_index=None):
-    """Integer indices as a C-contiguous int64 array; raises ValueError where one is not ignore_index (a negative number,
-    if given) and outside 0 .. size - 1."""
+    """Integer indices as a C-contiguous int64 array.
+
+    Raises ValueError if one lies outside 0 .. size - 1 and is not ignore_index, a negative number.
+    """
     indices = np.asarray(indices)
     if indices.dtype.kind not in "iu":
         raise ValueError(f"{op}: {name} must be integers, got dtype {indices.dtype}")

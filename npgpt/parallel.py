@@ -135,7 +135,7 @@ class DataParallel:
         self.flat = FlatParameters(model)
         self.replicas = [Replica(model, self.flat)]
         for _ in range(1, workers):
-            twin = GPT(model.config, seed=None, dtype=self.flat.weights.dtype)
+            twin = GPT(model.config, seed=None, dtype=self.flat.weights.dtype).train(model.training)
             self.replicas.append(Replica(twin, FlatParameters(twin, share=self.flat)))
         size, n = len(self.flat.weights), len(self.replicas)
         cuts = [size * i // n // 16 * 16 for i in range(n)] + [size]
@@ -176,6 +176,8 @@ class DataParallel:
         """
         shares = self._shares(len(idx))
         count = _count(targets)
+        if count == 0:
+            raise ValueError("forward_backward: every target is -1: there is nothing to learn from")
 
         def work(rank):
             (start, stop), replica = shares[rank], self.replicas[rank]

@@ -574,6 +574,9 @@ def test_any_integers_do_as_tokens(dtype):
     y = embedding(idx, Tensor(np.arange(6.0).reshape(3, 2)), tensor(2, 2))
     np.testing.assert_array_equal(y.data[..., 0], [[2, 0], [4, 4]])
     assert cross_entropy(tensor(2, 2, 3), idx).item() == pytest.approx(np.log(3))
+    as_list = embedding(idx.tolist(), Tensor(np.arange(6.0).reshape(3, 2)), tensor(2, 2))
+    np.testing.assert_array_equal(as_list.data, y.data)
+    assert cross_entropy(tensor(2, 2, 3), idx.tolist()).item() == pytest.approx(np.log(3))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -616,6 +619,13 @@ def test_row_numbers_use_all_64_bits():
 def test_mix32_is_murmurhash3s_finaliser():
     figures = mix32_ref(np.array([0, 1, 2, 0xFFFFFFFF], np.uint32))
     assert [hex(figure) for figure in figures] == ["0x0", "0x514e28b7", "0x30f4c306", "0x81f16f39"]
+
+
+def test_masks_stay_what_they_are():
+    """A run that is resumed with a later version must drop what it would have dropped."""
+    mask = dropout_mask_ref(np.uint32(1337), 2**33 + 5, (3, 24), 0.5)
+    rows = ["".join(map(str, row.astype(int))) for row in mask]
+    assert rows == ["001111110011100011011010", "100100111100111001101001", "111001110110111010110100"]
 
 
 def attention_weights(batch, T, n_head, p_drop):

@@ -42,7 +42,7 @@ def dropout_mask_ref(key, first_row, shape, p):
 def dropout_ref(x, key, first_row, p):
     """x (N, C), uint32 key, number of the first row in the whole batch, probability p -> y (N, C)."""
     mask = dropout_mask_ref(key, first_row, x.shape, p)
-    return x * mask * x.dtype.type(1 / (1 - p))
+    return np.where(mask, x * x.dtype.type(1 / (1 - p)), x.dtype.type(0))
 
 
 def threshold(p):

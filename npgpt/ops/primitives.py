@@ -70,6 +70,7 @@ def pow(a, exponent):
     """a ** exponent, for an exponent that is a plain number."""
     if isinstance(exponent, Tensor):
         raise TypeError("pow: the exponent must be a number; for a Tensor exponent write exp(log(a) * exponent)")
+    exponent = exponent.item() if isinstance(exponent, np.generic) else exponent  # NumPy's numbers would change the dtype
     return record(a.data**exponent, (a,), lambda dy: (dy * exponent * a.data ** (exponent - 1),))
 
 
@@ -142,13 +143,13 @@ def max(a, axis=None, keepdims=False):
 
 
 def reshape(a, *shape):
-    shape = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
+    shape = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
     return record(a.data.reshape(shape), (a,), lambda dy: (dy.reshape(a.shape),))
 
 
 def transpose(a, *axes):
     """The axes in another order; reversed if none are given."""
-    axes = axes[0] if len(axes) == 1 and isinstance(axes[0], tuple) else axes
+    axes = axes[0] if len(axes) == 1 and isinstance(axes[0], (tuple, list)) else axes
     axes = axes or tuple(reversed(range(a.ndim)))
     return record(a.data.transpose(axes), (a,), lambda dy: (dy.transpose(np.argsort([i % a.ndim for i in axes])),))
 

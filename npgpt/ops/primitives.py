@@ -70,7 +70,7 @@ def pow(a, exponent):
     """a ** exponent, for an exponent that is a plain number."""
     if isinstance(exponent, Tensor):
         raise TypeError("pow: the exponent must be a number; for a Tensor exponent write exp(log(a) * exponent)")
-    exponent = exponent.item() if isinstance(exponent, np.generic) else exponent  # NumPy's numbers would change the dtype
+    exponent = exponent.item() if isinstance(exponent, np.generic) else exponent  # NumPy's would change the dtype
     return record(a.data**exponent, (a,), lambda dy: (dy * exponent * a.data ** (exponent - 1),))
 
 

@@ -165,7 +165,8 @@ def main(argv=None):
         if isinstance(event, Progress):
             print(
                 f"iter {event.iter:>6,} | loss {event.train_loss:.4f} | lr {event.lr:.2e} | "
-                f"{event.tokens_per_second:>8,.0f} tokens/s | {_duration(event.seconds_left)} left",
+                f"{event.tokens_per_second:>8,.0f} tokens/s"
+                + (f" | {_duration(event.seconds_left)} left" if event.seconds_left is not None else ""),
                 flush=True,
             )
             continue

@@ -38,7 +38,7 @@ class Progress:
     lr: float
     grad_norm: float
     tokens_per_second: float  # since the last Progress that was logged
-    seconds_left: float
+    seconds_left: float | None  # None after the first update, which compiles kernels or loads them
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Trainer:
         self._open_folder()
         with open(self.out_dir / "metrics.jsonl", "w", encoding="utf-8") as log:
             began = logged = time.perf_counter()
-            logged_iter = 0
+            logged_iter, steady = self.iter, None
             while True:
                 evaluation = None
                 at_end = self.iter >= self.max_iters
@@ -171,7 +171,11 @@ class Trainer:
                 loss, lr, norm = self.step()
                 now = time.perf_counter()
                 speed = (self.iter - logged_iter) * self.tokens_per_iter / (now - logged)
-                left = (now - began) / self.iter * (self.max_iters - self.iter)
+                left = None
+                if steady is None:
+                    steady = (now, self.iter)  # from here on every update takes about the same time
+                else:
+                    left = (now - steady[0]) / (self.iter - steady[1]) * (self.max_iters - self.iter)
                 progress = Progress(n, loss, lr, norm, speed, left)
                 self._log(log, began, evaluation, progress)
                 if n % config.log_interval == 0:

@@ -12,7 +12,7 @@ from npgpt.config import PRESETS, TrainConfig
 from npgpt.errors import NpgptError, UsageError
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
-SMALL = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 8 --batch-size 4 --max-iters 4 --eval-interval 2".split()
+SMALL = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 8 --batch-size 4 --max-iters 4 --eval-interval 2 --log-interval 1".split()
 
 
 def command(module, *args, **environment):
@@ -43,7 +43,7 @@ def test_training_shows_what_it_does(folder):
     out = (folder / "out.txt").read_text(encoding="utf-8")
     for words in (
         "workers x", "BLAS threads", "1,720 characters", "parameters: n_layer 1", "4 iterations of 32 tokens",
-        "iter      0 | loss", "tokens/s", "left", "validation loss", "whole validation split: loss",
+        "iter      0 | loss", "tokens/s", "s left", "validation loss", "whole validation split: loss",
         f"python -m npgpt.sample --out-dir {folder / 'run'}",
     ):  # fmt: skip
         assert words in out

@@ -12,7 +12,8 @@ from npgpt.config import PRESETS, TrainConfig
 from npgpt.errors import NpgptError, UsageError
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
-SMALL = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 8 --batch-size 4 --max-iters 4 --eval-interval 2 --log-interval 1".split()
+SHAPE = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 8 --batch-size 4"
+SMALL = f"{SHAPE} --max-iters 4 --eval-interval 2 --log-interval 1".split()
 
 
 def command(module, *args, **environment):

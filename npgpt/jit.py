@@ -110,6 +110,11 @@ def exp(x):
     raise TypeError("npgpt.jit.exp exists inside kernels only")
 
 
+def largest(row, n):
+    """The largest of the first n numbers of a row, inside a kernel only; float32: NaN if there is one."""
+    raise TypeError("npgpt.jit.largest exists inside kernels only")
+
+
 if KERNELS == "numba":
     import numba
     from numba.extending import overload
@@ -134,6 +139,10 @@ if KERNELS == "numba":
         if x == numba.float32:
             return _exp32
         return lambda x: np.exp(x)
+
+    @overload(largest, jit_options=FLAGS)
+    def _largest(row, n):
+        return _largest32 if row.dtype == numba.float32 else _largest64
 
 else:
 
@@ -160,6 +169,24 @@ def _exp32(x):
     p = p * r + np.float32(1)
     p = p * r + np.float32(1)
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+def _largest32(row, n):
+    # A maximum of floats does not vectorise as long as NaN means something; one of integers does.  The bits of a float,
+    # read as an integer, are in the floats' order but for the negative ones, whose order is reversed: flip them.
+    best = np.int32(-(2**31))
+    for j in range(n):
+        bits = np.float32(row[j]).view(np.int32)
+        best = max(best, np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))))
+    best = np.int32(best ^ ((best >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+    return np.int32(best).view(np.float32)
+
+
+def _largest64(row, n):
+    m = row[0]
+    for j in range(1, n):
+        m = max(m, row[j])
+    return m
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -137,15 +137,16 @@ class DataParallel:
         for _ in range(1, workers):
             twin = GPT(model.config, seed=None, dtype=self.flat.weights.dtype).train(model.training)
             self.replicas.append(Replica(twin, FlatParameters(twin, share=self.flat)))
-        size, n = len(self.flat.weights), len(self.replicas)
+        # adding gradients and updating weights uses no BLAS: there is a thread for each core that the products use
+        size, n = len(self.flat.weights), workers * blas
         cuts = [size * i // n // 16 * 16 for i in range(n)] + [size]
         self.slices = [slice(a, b) for a, b in itertools.pairwise(cuts)]
         self._threads = ThreadPoolExecutor(max(1, n - 1), thread_name_prefix="npgpt-worker")
 
-    def _each(self, work):
-        """[work(0), ..., work(n - 1)], one per worker; number 0 runs in this thread."""
+    def _each(self, work, n=None):
+        """[work(0), ..., work(n - 1)], by default one per worker, each in a thread; number 0 runs in this one."""
         with blas_threads(self.blas):
-            futures = [self._threads.submit(work, rank) for rank in range(1, len(self.replicas))]
+            futures = [self._threads.submit(work, rank) for rank in range(1, n or len(self.replicas))]
             try:
                 first = work(0)
             finally:
@@ -204,12 +205,12 @@ class DataParallel:
 
         for replica in self.replicas:
             replica.flat.finish_grads()
-        return float(np.sqrt(sum(self._each(work))))
+        return float(np.sqrt(sum(self._each(work, len(self.slices)))))
 
     def update(self, optimizer, lr, scale):
         """One update of the weights with flat.grads * scale."""
         optimizer.step += 1
-        self._each(lambda rank: optimizer.update(self.flat.grads, lr, scale, self.slices[rank]))
+        self._each(lambda rank: optimizer.update(self.flat.grads, lr, scale, self.slices[rank]), len(self.slices))
 
     def loss(self, idx, targets):
         """(sum of the loss over the targets that are not -1, number of these), without gradients."""

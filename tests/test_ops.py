@@ -124,6 +124,7 @@ ATTENTIONS = [  # B, T, n_head, hs, p_drop, batch_offset
     (2, QUERY_BLOCK - 1, 1, 3, 0.0, 0),
     (2, QUERY_BLOCK, 1, 3, 0.0, 0),
     (2, QUERY_BLOCK + 1, 1, 3, 0.3, 5),
+    (2, QUERY_BLOCK + 1, 8, 1, 0.3, 5),  # large enough for each sequence to be a group of its own
     (1, 300, 2, 5, 0.0, 0),
     (1, 300, 2, 5, 0.3, 2),
 ]

@@ -29,10 +29,11 @@ import math
 import numpy as np
 
 from npgpt.engine import as_rows, empty, next_random_key, record
-from npgpt.jit import exp, keeps, kernel, replaces, row_key
+from npgpt.jit import exp, helper, keeps, kernel, largest, replaces, row_key
 from npgpt.ops.dropout import check_p, dropout_mask_ref
 
 QUERY_BLOCK = 128  # queries worked on together
+CACHE = 2**19  # bytes that their scores may take: half of a usual second-level cache
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reference
@@ -104,7 +105,16 @@ def attention_backward_ref(dy, qkv, lse, n_head, p_drop, key, batch_offset):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Kernels.  A block holds the queries t0 .. t0 + n - 1 of all sequences and heads against the keys 0 .. t0 + n - 1.
+# Kernels.  A block holds the queries t0 .. t0 + n - 1 of some sequences, all heads, against the keys 0 .. t0 + n - 1.
+# Of a row's columns the first `seen` are those that the causal mask leaves.  Loops run on to `stop`, a multiple of
+# LANES, where the columns in between hold what adds nothing: a loop's remainder would go a number at a time.
+
+LANES = 64
+
+
+@helper
+def loop_stop(seen, width):
+    return min(width, (seen + LANES - 1) // LANES * LANES)
 
 
 @kernel
@@ -117,19 +127,18 @@ def softmax_forward(s, lse, t0, scale):
             for i in range(n):
                 row = s[b, h, i]
                 seen = t0 + i + 1  # the causal mask: columns 0 .. t0 + i
-                m = row[0]
-                for j in range(1, seen):
-                    m = max(m, row[j])
+                stop = loop_stop(seen, width)
+                row[seen:stop] = -np.inf
+                m = largest(row, stop)
                 total = s.dtype.type(0)
-                for j in range(seen):
+                for j in range(stop):
                     e = exp((row[j] - m) * scale)
                     row[j] = e
                     total += e
                 inverse = s.dtype.type(1) / total
-                for j in range(seen):
+                for j in range(stop):
                     row[j] *= inverse
-                for j in range(seen, width):
-                    row[j] = 0
+                row[seen:] = 0
                 lse[b, h, t0 + i] = m * scale + np.log(total)
 
 
@@ -144,10 +153,9 @@ def softmax_again(s, lse, t0, scale):
                 row = s[b, h, i]
                 seen = t0 + i + 1
                 row_lse = lse[b, h, t0 + i]
-                for j in range(seen):
+                for j in range(loop_stop(seen, width)):
                     row[j] = exp(row[j] * scale - row_lse)
-                for j in range(seen, width):
-                    row[j] = 0
+                row[seen:] = 0
 
 
 @kernel
@@ -160,14 +168,14 @@ def softmax_backward(grad, p, t0, scale):
             for i in range(n):
                 row_p, row = p[b, h, i], grad[b, h, i]
                 seen = t0 + i + 1
+                stop = loop_stop(seen, width)
                 # p = softmax(s)
                 total = p.dtype.type(0)
-                for j in range(seen):
+                for j in range(stop):
                     total += row[j] * row_p[j]
-                for j in range(seen):
+                for j in range(stop):
                     row[j] = row_p[j] * (row[j] - total) * scale
-                for j in range(seen, width):
-                    row[j] = 0
+                row[seen:] = 0
 
 
 @kernel
@@ -184,8 +192,17 @@ def block_dropout(a, p, t0, T, p_drop, key, batch_offset):
                     a[b, h, i, j] = p[b, h, i, j] * scale if keeps(bits, np.uint32(j), limit) else p.dtype.type(0)
 
 
-def _query_blocks(T):
-    return [(t0, min(t0 + QUERY_BLOCK, T)) for t0 in range(0, T, QUERY_BLOCK)]
+def _blocks(B, H, T, dtype):
+    """Slices (sequences, queries) that cover the batch, small enough for a block's scores to stay in the cache.
+
+    For each group of sequences the last queries come first: their keys are all T, so that the backward can write dk
+    and dv there, and add for the blocks that follow.
+    """
+    n = min(T, QUERY_BLOCK)
+    group = max(1, CACHE // (H * n * T * dtype.itemsize))
+    for b0 in range(0, B, group):
+        for t0 in reversed(range(0, T, n)):
+            yield slice(b0, min(b0 + group, B)), slice(t0, min(t0 + n, T))
 
 
 @replaces(attention_forward_ref)
@@ -194,13 +211,14 @@ def attention_forward(y, lse, qkv, n_head, p_drop, key, batch_offset):
     y = merged_heads(y, n_head)
     B, H, T, hs = q.shape
     scale = 1 / math.sqrt(hs)
-    for t0, t1 in _query_blocks(T):
-        p = empty((B, H, t1 - t0, t1), qkv.dtype)
-        np.matmul(q[:, :, t0:t1], k[:, :, :t1].swapaxes(-1, -2), out=p)
-        softmax_forward(p, lse, t0, scale)
+    for some, queries in _blocks(B, H, T, qkv.dtype):
+        t0, t1 = queries.start, queries.stop
+        p = empty((some.stop - some.start, H, t1 - t0, t1), qkv.dtype)
+        np.matmul(q[some, :, queries], k[some, :, :t1].swapaxes(-1, -2), out=p)
+        softmax_forward(p, lse[some], t0, scale)
         if p_drop > 0:
-            block_dropout(p, p, t0, T, p_drop, key, batch_offset)
-        np.matmul(p, v[:, :, :t1], out=y[:, :, t0:t1])
+            block_dropout(p, p, t0, T, p_drop, key, batch_offset + some.start)
+        np.matmul(p, v[some, :, :t1], out=y[some, :, queries])
 
 
 @replaces(attention_backward_ref)
@@ -210,28 +228,29 @@ def attention_backward(dqkv, dy, qkv, lse, n_head, p_drop, key, batch_offset):
     dy = merged_heads(dy, n_head)
     B, H, T, hs = q.shape
     scale = 1 / math.sqrt(hs)
-    for t0, t1 in reversed(_query_blocks(T)):
-        dy_block, q_block = dy[:, :, t0:t1], q[:, :, t0:t1]
-        p = empty((B, H, t1 - t0, t1), qkv.dtype)
-        np.matmul(q_block, k[:, :, :t1].swapaxes(-1, -2), out=p)
-        softmax_again(p, lse, t0, scale)
+    for some, queries in _blocks(B, H, T, qkv.dtype):
+        t0, t1 = queries.start, queries.stop
+        q_block, dy_block = q[some, :, queries], dy[some, :, queries]
+        p = empty((some.stop - some.start, H, t1 - t0, t1), qkv.dtype)
+        np.matmul(q_block, k[some, :, :t1].swapaxes(-1, -2), out=p)
+        softmax_again(p, lse[some], t0, scale)
         # y = a @ v
-        grad = np.matmul(dy_block, v[:, :, :t1].swapaxes(-1, -2), out=empty(p.shape, p.dtype))  # da
+        grad = np.matmul(dy_block, v[some, :, :t1].swapaxes(-1, -2), out=empty(p.shape, p.dtype))  # da
         a = p
         if p_drop > 0:
             # a = dropout(p)
             a = empty(p.shape, p.dtype)
-            block_dropout(a, p, t0, T, p_drop, key, batch_offset)
-            block_dropout(grad, grad, t0, T, p_drop, key, batch_offset)  # dp
-        _add_product(dv, a.swapaxes(-1, -2), dy_block, t1)
+            block_dropout(a, p, t0, T, p_drop, key, batch_offset + some.start)
+            block_dropout(grad, grad, t0, T, p_drop, key, batch_offset + some.start)  # dp
+        _add_product(dv[some], a.swapaxes(-1, -2), dy_block, t1)
         # p = softmax(s), s = scale * q @ k.T
         softmax_backward(grad, p, t0, scale)  # scale * ds
-        np.matmul(grad, k[:, :, :t1], out=dq[:, :, t0:t1])
-        _add_product(dk, grad.swapaxes(-1, -2), q_block, t1)
+        np.matmul(grad, k[some, :, :t1], out=dq[some, :, queries])
+        _add_product(dk[some], grad.swapaxes(-1, -2), q_block, t1)
 
 
 def _add_product(total, a, b, t1):
-    """total[:, :, :t1] += a @ b.  The last block comes first: it reaches all T keys, and writes instead of adding."""
+    """total[:, :, :t1] += a @ b.  The block with the last queries comes first: it writes instead of adding."""
     if t1 == total.shape[2]:
         np.matmul(a, b, out=total)
     else:

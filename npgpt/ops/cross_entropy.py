@@ -21,7 +21,7 @@ gradient dloss of the loss itself,
 import numpy as np
 
 from npgpt.engine import as_rows, empty, record
-from npgpt.jit import exp, kernel, replaces
+from npgpt.jit import exp, kernel, largest, replaces
 from npgpt.ops.embedding import check_indices
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -60,9 +60,7 @@ def cross_entropy_forward(loss, lse, logits, targets, ignore_index, count):
     N, V = logits.shape
     losses = 0.0  # in float64: a sum over many rows
     for n in range(N):
-        m = logits[n, 0]
-        for i in range(1, V):
-            m = max(m, logits[n, i])
+        m = largest(logits[n], V)
         total = logits.dtype.type(0)
         for i in range(V):
             total += exp(logits[n, i] - m)

@@ -1,4 +1,4 @@
-"""Flat storage, AdamW, gradient clipping, and the learning rate's schedule.
+"""Flat storage, AdamW, Muon, gradient clipping, and the learning rate's schedule.
 
 All parameters of a model lie in one flat array, all gradients in another, AdamW's moments in two more: the update is
 one pass over four arrays, which worker threads share slice by slice.
@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 
+from npgpt.engine import BufferPool, empty, reuse_buffers
 from npgpt.jit import kernel, replaces
 
 ALIGN = 16  # parameters start at multiples of this many elements (64 bytes in float32)
@@ -17,21 +18,25 @@ class FlatParameters:
     """Moves a model's parameters into one flat array and gives their gradients places in another.
 
     weights, grads    (size,) arrays; parameter.data and parameter.grad become views of them
-    names             parameter's name -> slice
-    n_decay           the matrices, which weight decay applies to, come first: elements 0 .. n_decay - 1
+    names, shapes     parameter's name -> slice, shape
+    n_hidden          the blocks' matrices come first: elements 0 .. n_hidden - 1
+    n_decay           then the embeddings; weight decay applies to all matrices: elements 0 .. n_decay - 1
 
     share: another FlatParameters of an equal model whose weights are used instead of this model's own.
     """
 
     def __init__(self, model, share=None):
-        named = sorted(model.named_parameters(), key=lambda item: item[1].ndim < 2)  # stable: matrices first
-        self.names, self.parameters, self.n_decay, size = {}, [], 0, 0
+        named = sorted(model.named_parameters(), key=lambda item: (item[1].ndim < 2, ".h." not in item[0]))
+        self.shapes = {name: parameter.shape for name, parameter in named}
+        self.names, self.parameters, self.n_hidden, self.n_decay, size = {}, [], 0, 0, 0
         for name, parameter in named:
             self.names[name] = slice(size, size + parameter.size)
             self.parameters.append(parameter)
             size += -(-parameter.size // ALIGN) * ALIGN
             if parameter.ndim >= 2:
                 self.n_decay = size
+                if ".h." in name:
+                    self.n_hidden = size
         dtype = named[0][1].dtype
         self.weights = np.zeros(size, dtype) if share is None else share.weights
         self.grads = np.zeros(size, dtype)
@@ -44,8 +49,8 @@ class FlatParameters:
 
     def views(self, values):
         """(name, its part of a flat array, in the parameter's shape) for each parameter."""
-        for (name, place), parameter in zip(self.names.items(), self.parameters, strict=True):
-            yield name, values[place].reshape(parameter.shape)
+        for name, place in self.names.items():
+            yield name, values[place].reshape(self.shapes[name])
 
     def finish_grads(self):
         """After backward: parameters that the loss did not depend on get a gradient of 0."""
@@ -135,6 +140,88 @@ class AdamW:
                     self.flat.weights[a:b], self.m[a:b], self.v[a:b], grads[a:b],
                     scale, lr, self.beta1, self.beta2, self.eps, weight_decay, self.step,
                 )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Muon
+
+
+def orthogonalize(x, steps=5):
+    """Replace each matrix of x (k, m, n), m <= n, by nearly the closest one with orthonormal rows, in place.
+
+    With the singular value decomposition U S V^T of a matrix, this is U V^T.  Newton-Schulz iteration finds it with
+    products alone: x <- a x + b (x x^T) x + c (x x^T)^2 x acts on each singular value as s <- a s + b s^3 + c s^5, and
+    this polynomial's coefficients (Jordan et al. 2024) drive all of (0, 1] to somewhere between 0.7 and 1.2 in 5 steps.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    k, m, _ = x.shape
+    norm = np.sqrt(np.einsum("kmn,kmn->k", x, x))
+    x /= norm[:, None, None] + x.dtype.type(1e-7)  # then no singular value is larger than 1
+    gram, poly, product = empty((k, m, m), x.dtype), empty((k, m, m), x.dtype), empty(x.shape, x.dtype)
+    for _ in range(steps):
+        np.matmul(x, x.swapaxes(1, 2), out=gram)
+        np.matmul(gram, gram, out=poly)
+        poly *= c
+        gram *= b
+        poly += gram  # b (x x^T) + c (x x^T)^2
+        np.matmul(poly, x, out=product)
+        x *= a
+        x += product
+    return x
+
+
+class Muon(AdamW):
+    """Muon (Jordan et al. 2024) for the matrices of the transformer blocks, AdamW for everything else.
+
+    Muon's step is the momentum of the gradient, made orthogonal: all directions of a matrix are changed alike, also
+    those that few examples speak of.  q, k and v are three matrices; a matrix of another shape than square gets a step
+    that is larger by sqrt(rows / columns), if it has more rows.
+
+    rate: learning rate of these matrices, as a multiple of the one that update() is given, which is AdamW's.
+    """
+
+    def __init__(self, flat, rate, momentum=0.95, **options):
+        super().__init__(flat, **options)
+        self.rate, self.momentum = rate, momentum
+        self.pools = {}  # first element of a part -> BufferPool of the thread that updates it
+
+    def update(self, grads, lr, scale=1.0, part=slice(None)):
+        """As AdamW.update; a matrix belongs to the part that its first element lies in."""
+        start, stop, _ = part.indices(len(self.m))
+        super().update(grads, lr, scale, slice(max(start, self.flat.n_hidden), max(stop, self.flat.n_hidden)))
+        groups = {}  # shape with m <= n -> [(weights, momentum, gradient)], views of that shape
+        for name, place in self.flat.names.items():
+            if start <= place.start < min(stop, self.flat.n_hidden):
+                for matrices in self._matrices(name, place, grads):
+                    groups.setdefault(matrices[0].shape, []).append(matrices)
+        with reuse_buffers(self.pools.setdefault(start, BufferPool())):
+            for (m, n), members in groups.items():
+                x = empty((len(members), m, n), self.m.dtype)
+                for direction, (_, momentum, grad) in zip(x, members, strict=True):
+                    # m = mu m + (1 - mu) g, and Nesterov's step along mu m + (1 - mu) g; its length does not matter
+                    np.multiply(grad, scale * (1 - self.momentum), out=direction)
+                    momentum *= self.momentum
+                    momentum += direction
+                    direction /= self.momentum
+                    direction += momentum
+                orthogonalize(x)
+                for direction, (weights, _, _) in zip(x, members, strict=True):
+                    tall = weights.strides[0] < weights.strides[1]  # a transposed view: more rows than columns
+                    weights *= 1 - lr * self.weight_decay
+                    direction *= lr * self.rate * (math.sqrt(n / m) if tall else 1.0)
+                    weights -= direction
+
+    def _matrices(self, name, place, grads):
+        """The (weights, momentum, gradient) of a parameter's matrices, transposed where they have more rows."""
+        rows, columns = self.flat.shapes[name]
+        n = 3 if name.endswith("c_attn.weight") else 1
+        views = [array[place].reshape(n, rows // n, columns) for array in (self.flat.weights, self.m, grads)]
+        for matrices in zip(*views, strict=True):
+            yield tuple(z.T if len(z) > columns else z for z in matrices)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Clipping and schedule
 
 
 def clip_scale(norm, grad_clip):

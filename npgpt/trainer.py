@@ -22,7 +22,7 @@ from npgpt.config import DROPOUT, SAMPLE, GPTConfig
 from npgpt.data import Blocks, evaluation_blocks, load_text, split
 from npgpt.errors import CheckpointError, DivergedError, UsageError
 from npgpt.model import GPT
-from npgpt.optim import AdamW, clip_scale, cosine_lr
+from npgpt.optim import AdamW, Muon, clip_scale, cosine_lr
 from npgpt.parallel import DataParallel, choose_threads
 from npgpt.tokenizer import TOKENIZERS, from_dict
 
@@ -90,9 +90,17 @@ class Trainer:
         )
         self.model = GPT(config.gpt_config(self.tokenizer.vocab_size), seed=config.seed)
         self.parallel = DataParallel(self.model, self.workers, self.blas_threads)
-        self.optimizer = AdamW(self.parallel.flat, config.beta1, config.beta2, weight_decay=config.weight_decay)
+        self.optimizer = self._optimizer()
         self.iter = 0
         self.best_loss = math.inf
+
+    def _optimizer(self):
+        config = self.config
+        options = dict(beta1=config.beta1, beta2=config.beta2, weight_decay=config.weight_decay)
+        if config.optimizer == "adamw":
+            return AdamW(self.parallel.flat, **options)
+        rate = config.muon_learning_rate / config.learning_rate if config.learning_rate else 0.0
+        return Muon(self.parallel.flat, rate, config.muon_momentum, **options)
 
     def learning_rate(self, iteration):
         config = self.config

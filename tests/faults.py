@@ -719,6 +719,27 @@ FAULTS = [
         "                pass\n",
         "A parameter that the loss does not depend on has a gradient of 0, not yesterday's.",
     ),
+    Fault(
+        "muon: queries, keys and values as one matrix",
+        "npgpt/optim.py",
+        'n = 3 if name.endswith("c_attn.weight") else 1',
+        "n = 1",
+        "Three layers that happen to lie in one array: made orthogonal together, they take from each other's step.",
+    ),
+    Fault(
+        "muon: the first moment without the new gradient",
+        "npgpt/optim.py",
+        "                    momentum += direction\n",
+        "",
+        "A mean that nothing is added to stays at 0.",
+    ),
+    Fault(
+        "muon: the fifth power of the singular values is lost",
+        "npgpt/optim.py",
+        "        poly += gram",
+        "        poly = gram",
+        "Without c s^5 the iteration grows without bound instead of settling near 1.",
+    ),
     # ----------------------------------------------------------------------------------------------------------------
     # parallel.py
     Fault(

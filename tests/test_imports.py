@@ -38,7 +38,7 @@ ONLY = {
     "engine": {"errors"},
     "jit": {"errors"},
     "ops": {"engine", "jit", "ops"},
-    "optim": {"errors", "jit"},
+    "optim": {"errors", "engine", "jit"},
     "data": {"errors", "config", "jit"},
     "tokenizer": {"errors", "config", "jit"},
     "checkpoint": {"errors", "config", "jit"},

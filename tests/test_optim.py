@@ -7,7 +7,7 @@ import pytest
 
 from npgpt import GPT, AdamW, GPTConfig, Tensor
 from npgpt.nn import Linear, Module
-from npgpt.optim import ALIGN, FlatParameters, clip_scale, cosine_lr, sum_of_squares
+from npgpt.optim import ALIGN, FlatParameters, Muon, clip_scale, cosine_lr, orthogonalize, sum_of_squares
 
 
 def small_gpt(seed=1, dtype=np.float64):
@@ -229,3 +229,72 @@ def test_schedule_never_rises_after_its_warmup():
     assert all(a < b for a, b in zip(rates[:10], rates[1:11], strict=True))
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))
     assert min(rates) == pytest.approx(1 / 11) and max(rates) == 1.0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Muon
+
+
+def muon_gpt(dtype=np.float64):
+    model = GPT(GPTConfig(vocab_size=11, block_size=5, n_layer=2, n_head=2, n_embd=12, bias=True), seed=3, dtype=dtype)
+    flat = FlatParameters(model)
+    flat.weights += np.random.default_rng(0).normal(size=flat.weights.shape).astype(dtype)
+    return flat
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 7), (2, 5, 23), (4, 64, 64)])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_orthogonalize_keeps_the_directions_and_levels_their_lengths(shape, dtype):
+    x = np.random.default_rng(0).normal(size=shape)
+    u, s, vt = np.linalg.svd(x, full_matrices=False)
+    y = orthogonalize(x.astype(dtype))
+    lengths = np.einsum("kim,kij,knj->kmn", u, y, vt)  # in x's own singular vectors: diagonal
+    diagonal = np.diagonal(lengths, axis1=1, axis2=2)
+    assert np.abs(lengths - diagonal[:, :, None] * np.eye(shape[1])).max() < 1e-3
+    well = s > 0.05 * np.linalg.norm(x, axis=(1, 2))[:, None]
+    assert (diagonal[well] > 0.65).all() and (diagonal < 1.25).all() and (diagonal > 0).all()
+
+
+def test_muon_takes_orthogonal_steps_on_hidden_matrices_and_adamws_on_the_rest():
+    flat, reference = muon_gpt(), muon_gpt()
+    options = dict(beta1=0.8, beta2=0.9, weight_decay=0.3)
+    muon, adamw = Muon(flat, rate=5.0, momentum=0.7, **options), AdamW(reference, **options)
+    momenta = {name: np.zeros(shape) for name, shape in flat.shapes.items()}
+    for step in range(3):
+        grads = np.random.default_rng([step]).normal(size=flat.weights.shape)
+        before = flat.weights.copy()
+        for optimizer in (muon, adamw):
+            optimizer.step += 1
+            optimizer.update(grads, lr=0.02, scale=0.6)
+        n = flat.n_hidden
+        assert (flat.weights[n:] == reference.weights[n:]).all() and n < flat.n_decay < len(flat.weights)
+        for name, place in flat.names.items():
+            if place.start >= n:
+                continue
+            shape = flat.shapes[name]
+            assert ".h." in name and len(shape) == 2
+            g = 0.6 * grads[place].reshape(shape)
+            momenta[name] = 0.7 * momenta[name] + 0.3 * g
+            direction = 0.7 * momenta[name] + 0.3 * g
+            parts = 3 if "c_attn" in name else 1
+            expected = before[place].reshape(shape) * (1 - 0.02 * 0.3)
+            for part, matrix in zip(np.split(expected, parts), np.split(direction, parts), strict=True):
+                tall = len(matrix) > matrix.shape[1]
+                x = (matrix.T if tall else matrix)[None].copy()
+                u = orthogonalize(x)[0]
+                part -= 0.02 * 5.0 * np.sqrt(max(1, matrix.shape[0] / matrix.shape[1])) * (u.T if tall else u)
+            np.testing.assert_allclose(flat.weights[place].reshape(shape), expected, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_muon_in_parts_is_muon_at_once():
+    whole, cut = muon_gpt(np.float32), muon_gpt(np.float32)
+    one, many = Muon(whole, 5.0), Muon(cut, 5.0)
+    ends = [0, 16, 700, cut.n_hidden // 16 * 16, cut.n_hidden + 32, len(cut.weights)]
+    for step in range(3):
+        grads = np.random.default_rng([step]).normal(size=whole.weights.shape).astype(np.float32)
+        one.step += 1
+        many.step += 1
+        one.update(grads, lr=0.01)
+        for start, stop in zip(ends, ends[1:], strict=False):
+            many.update(grads, lr=0.01, part=slice(start, stop))
+    assert (whole.weights == cut.weights).all() and (one.m == many.m).all()

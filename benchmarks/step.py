@@ -13,26 +13,21 @@ import importlib.util
 import itertools
 import json
 import multiprocessing
-import platform
 import signal
 import statistics
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.common import BenchmarkError, machine, machine_line, peak_memory, positive, sgemm_peak
 from benchmarks.workloads import WORKLOADS, initial_weights
-from npgpt.errors import NpgptError, UsageError, run_command
+from npgpt.errors import UsageError, run_command
 
 LEARNING_RATE, BETAS, WEIGHT_DECAY, GRAD_CLIP = 1e-3, (0.9, 0.99), 0.1, 1.0
 CHECKED = 3  # steps whose losses must agree
 TOLERANCE = 1e-4  # how far, relative: the two sides round differently
 PAUSE = 0.1  # seconds; a BLAS or OpenMP thread spins for some 30 ms before it sleeps
-
-
-class BenchmarkError(NpgptError):
-    """The two sides disagree, or one of them has died."""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -117,16 +112,6 @@ def serve(pipe, side, options):
         pipe.send(peak_memory())
 
 
-def peak_memory():
-    """The most memory that this process has had, in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux: getrusage would count what the parent had when it started this process
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-
-
 class Process:
     """The parent's end of a side."""
 
@@ -163,19 +148,6 @@ class Process:
 # The parent
 
 
-def sgemm_peak(repeats=3, n=2048):
-    """(FLOP/s, cores busy with it) of a product of two (n, n) float32 matrices: the best of a few."""
-    a = np.ones((n, n), np.float32)
-    out = np.empty_like(a)
-    runs = []
-    for _ in range(repeats):
-        start, start_cpu = time.perf_counter(), time.process_time()
-        np.matmul(a, a, out=out)
-        seconds = time.perf_counter() - start
-        runs.append((2 * n**3 / seconds, (time.process_time() - start_cpu) / seconds))
-    return max(runs)
-
-
 def check_losses(sides):
     """The worst relative difference between the losses of all sides and those of the first."""
     first = np.array(sides[0].losses)
@@ -184,16 +156,6 @@ def check_losses(sides):
         losses = "; ".join(f"{side.name} {', '.join(f'{loss:.6f}' for loss in side.losses)}" for side in sides)
         raise BenchmarkError(f"the sides do not compute the same: losses of the first steps are {losses}")
     return float(worst)
-
-
-def machine(packages):
-    """The processor's name and the versions of what ran on it."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
-    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    return {"cpu": cpu, "versions": versions}
 
 
 def measure(options):
@@ -242,8 +204,7 @@ def measure(options):
 
 
 def report(result):
-    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
-    print(f"machine   {result['cpu']}, {result['cores']} cores; {versions}")
+    print(machine_line(result, result["cores"]))
     print(f"workload  {result['workload']}: {result['shape']}")
     print(f"sgemm     {result['sgemm_flops_per_second'] / 1e9:.0f} GFLOP/s, the best of this run")
     busy = sum(cores < 0.85 * result["cores"] for cores in result["sgemm_cores"])
@@ -263,13 +224,6 @@ def report(result):
         rounds = result["ratio_of_rounds"]
         print(f"\n{' / '.join(reversed(result['sides']))} = {result['ratio']:.2f}", end="  ")
         print(f"(rounds: {rounds[0]:.2f} to {rounds[-1]:.2f})")
-
-
-def positive(text):
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
 
 
 def main(argv=None):

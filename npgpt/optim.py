@@ -186,12 +186,12 @@ class Muon(AdamW):
         self.pools = {}  # first element of a part -> BufferPool of the thread that updates it
 
     def update(self, grads, lr, scale=1.0, part=slice(None)):
-        """As AdamW.update; a matrix belongs to the part that its first element lies in."""
+        """As AdamW.update; a matrix belongs to the part that its middle lies in."""
         start, stop, _ = part.indices(len(self.m))
         super().update(grads, lr, scale, slice(max(start, self.flat.n_hidden), max(stop, self.flat.n_hidden)))
         groups = {}  # shape with m <= n -> [(weights, momentum, gradient)], views of that shape
         for name, place in self.flat.names.items():
-            if start <= place.start < min(stop, self.flat.n_hidden):
+            if place.start < self.flat.n_hidden and start <= (place.start + place.stop) // 2 < stop:
                 for matrices in self._matrices(name, place, grads):
                     groups.setdefault(matrices[0].shape, []).append(matrices)
         with reuse_buffers(self.pools.setdefault(start, BufferPool())):

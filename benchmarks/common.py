@@ -1,0 +1,61 @@
+"""What the benchmarks share: the machine's name, its sgemm peak, a process's peak memory."""
+
+import contextlib
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from npgpt.errors import NpgptError
+
+
+class BenchmarkError(NpgptError):
+    """What was measured is wrong, or the process that measured it has died."""
+
+
+def sgemm_peak(repeats=3, n=2048):
+    """(FLOP/s, cores busy with it) of a product of two (n, n) float32 matrices: the best of a few."""
+    a = np.ones((n, n), np.float32)
+    out = np.empty_like(a)
+    runs = []
+    for _ in range(repeats):
+        start, start_cpu = time.perf_counter(), time.process_time()
+        np.matmul(a, a, out=out)
+        seconds = time.perf_counter() - start
+        runs.append((2 * n**3 / seconds, (time.process_time() - start_cpu) / seconds))
+    return max(runs)
+
+
+def peak_memory():
+    """The most memory that this process has had, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: getrusage would count what the parent had when it started this process
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if "VmHWM" in line)
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def machine(packages):
+    """The processor's name and the versions of what ran on it."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {"cpu": cpu, "versions": versions}
+
+
+def machine_line(found, cores):
+    """The first line of a report; found: what machine() returned."""
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    return f"machine   {found['cpu']}, {cores} cores; {versions}"
+
+
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number

@@ -2,12 +2,13 @@
 
 import sys
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
 
-from npgpt import GPT, AdamW, DataParallel, GPTConfig, no_grad, parallel, random_stream
-from npgpt.optim import clip_scale
+from npgpt import GPT, AdamW, DataParallel, GPTConfig, jit, no_grad, parallel, random_stream
+from npgpt.optim import Muon, clip_scale
 from npgpt.parallel import blas_threads, choose_threads, get_blas_threads
 
 
@@ -371,3 +372,35 @@ def test_workers_that_cannot_be_used_leave_their_cores_to_blas(machine):
 
 def test_cores_is_a_positive_number():
     assert parallel.cores() >= 1
+
+
+@pytest.mark.skipif(jit.KERNELS == "numpy", reason="the references return fresh arrays")
+@pytest.mark.parametrize(
+    "make_optimizer, bound", [(AdamW, 64 * 1024), (lambda flat: Muon(flat, rate=5.0), 96 * 1024)], ids=["AdamW", "Muon"]
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_steady_step_allocates_no_large_array(workers, make_optimizer, bound, dropout):
+    """All that is allocated on the way, taken together, stays below the bound; one activation would have 192 KiB."""
+    model = GPT(GPTConfig(vocab_size=65, block_size=64, n_layer=1, n_head=4, n_embd=128, dropout=dropout))
+    split = workers(model, 2)
+    optimizer = make_optimizer(split.flat)
+    idx, targets = np.random.default_rng(0).integers(0, 65, (2, 12, 64))
+
+    def step():
+        split.zero_grad()
+        split.forward_backward(idx, targets)
+        split.gather_grads()
+        split.update(optimizer, 1e-3, 1.0)
+
+    for _ in range(3):
+        step()
+    tracemalloc.start()
+    try:
+        step()
+        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        step()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak - before < bound

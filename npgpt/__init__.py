@@ -1,6 +1,7 @@
 """npgpt: a GPT in NumPy and Numba, with its own reverse-mode autograd.
 
-    from npgpt import GPT, GPTConfig, Tensor, gradcheck
+    from npgpt import GPT, GPTConfig, Tensor
+    from npgpt.gradcheck import gradcheck
 
 Names are loaded when they are first used, so that a command line's `--help` need not wait for Numba.
 """
@@ -14,7 +15,6 @@ _WHERE = {
     "Tensor": "npgpt.ops.primitives",
     "no_grad": "npgpt.engine",
     "random_stream": "npgpt.engine",
-    "gradcheck": "npgpt.gradcheck",
     "GPT": "npgpt.model",
     "GPTConfig": "npgpt.config",
     "TrainConfig": "npgpt.config",

@@ -27,8 +27,8 @@ class Module:
 
     training = True
 
-    def __call__(self, *args):
-        return self.forward(*args)
+    def __call__(self, *args, **options):
+        return self.forward(*args, **options)
 
     def children(self):
         """(name, module) of each direct submodule."""

@@ -1,6 +1,5 @@
 """What the benchmarks share: the machine's name, its sgemm peak, a process's peak memory."""
 
-import contextlib
 import platform
 import time
 from importlib.metadata import version
@@ -40,12 +39,10 @@ def peak_memory():
 
 def machine(packages):
     """The processor's name and the versions of what ran on it."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
+    from npgpt.parallel import cpu_name
+
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    return {"cpu": cpu, "versions": versions}
+    return {"cpu": cpu_name(), "versions": versions}
 
 
 def machine_line(found, cores):

@@ -104,16 +104,6 @@ def parse(argv):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _cpu_name():
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            return next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        import platform
-
-        return platform.processor() or platform.machine()
-
-
 def _duration(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -131,7 +121,7 @@ def describe(trainer):
     return "\n".join(
         (
             f"npgpt   | version {__version__}, numpy {np.__version__}, {kernels}",
-            f"device  | {_cpu_name()}, {parallel.cores()} cores: "
+            f"device  | {parallel.cpu_name()}, {parallel.cores()} cores: "
             f"{trainer.workers} workers x {trainer.blas_threads} BLAS threads",
             f"data    | {' '.join(config.data)}: {trainer.n_characters:,} characters, {model.vocab_size} different "
             f"tokens; {len(trainer.train_tokens):,} tokens to train on, {len(trainer.val_tokens):,} held back",

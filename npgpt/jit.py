@@ -80,19 +80,24 @@ def cache_folder():
     return Path(base) / "npgpt"
 
 
+def _sources_hash():
+    """Changes with the files whose helpers are compiled into kernels of other files."""
+    files = Path(__file__), Path(__file__).with_name("tiles.py")
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
 def _kernel_cache():
     """Folder of the compiled kernels, or None where none is writable (then they compile anew in each process).
 
-    Numba notices a change in the file that a kernel stands in, but not in this one, whose helpers are compiled into
-    all of them: so the folder is named after this file's content.  A kernel may call helpers of its own file and of
-    this one, no others.
+    Numba notices a change in the file that a kernel stands in, but not in this one and in tiles.py: so the folder is
+    named after their content.  A kernel may call helpers of its own file and of these two, no others.
     """
     if os.environ.get("NUMBA_CACHE_DIR"):
         base = Path(os.environ["NUMBA_CACHE_DIR"])
     else:
         base = cache_folder()
     try:
-        folder = base / ("kernels-" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12])
+        folder = base / ("kernels-" + _sources_hash())
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f"probe-{os.getpid()}"
         probe.touch()
@@ -105,7 +110,7 @@ def _kernel_cache():
 def exp(x):
     """e**x of a float32 or float64 number, inside a kernel only.
 
-    float32: within 1e-7 relative of the exact value; below -87.3 it stays at 1.2e-38, above 88.3 at 2.4e38.
+    float32: within 1e-7 relative of the exact value; below -87.7 it is 0, above 88.3 it stays at 2.4e38.
     """
     raise TypeError("npgpt.jit.exp exists inside kernels only")
 
@@ -155,7 +160,7 @@ else:
 def _exp32(x):
     # e^x = 2^n e^r with n = round(x / ln 2), |r| <= ln(2)/2, and e^r by its Taylor polynomial of degree 7.
     # 2^n is made by writing n into the exponent bits.  A NaN stays a NaN: both comparisons are false for it.
-    x = np.float32(-87.33654) if x < np.float32(-87.33654) else x
+    x = np.float32(-88) if x < np.float32(-88) else x  # n = -127 makes the exponent bits 0, and the result 0
     x = np.float32(88.37626) if x > np.float32(88.37626) else x
     n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     r = x - n * np.float32(0.693359375)  # ln 2 in two parts, so that n * ln 2 loses nothing

@@ -27,6 +27,7 @@ TIMEOUT = 300  # seconds, for one run of the tests
 RELEVANT = {
     "npgpt/engine.py": (["test_engine.py"], ""),
     "npgpt/ops/primitives.py": (["test_gradcheck.py", "test_ops.py", "test_engine.py"], "not attention and not gpt"),
+    "npgpt/tiles.py": (["test_tiles.py"], ""),
     "npgpt/ops/embedding.py": (["test_ops.py", "test_gradcheck.py", "test_compositions.py"], "embedding or gpt"),
     "npgpt/ops/layernorm.py": (["test_ops.py", "test_gradcheck.py", "test_compositions.py"], "layernorm"),
     "npgpt/ops/linear.py": (["test_ops.py", "test_gradcheck.py", "test_compositions.py"], "linear"),

@@ -71,8 +71,8 @@ def mlp_forward_case(new, N, C, F):
 
 def mlp_backward_case(new, N, C, F):
     x, w_fc, b_fc, w_proj, b_proj = mlp_forward_case(new, N, C, F)
-    _, pre, act = mlp_forward_ref(x, w_fc, b_fc, w_proj, b_proj)
-    return new(N, C), x, w_fc, w_proj, pre, act
+    _, pre = mlp_forward_ref(x, w_fc, b_fc, w_proj, b_proj)
+    return new(N, C), x, w_fc, w_proj, pre
 
 
 def attention_forward_case(new, B, T, n_head, hs, p_drop, batch_offset):
@@ -124,7 +124,7 @@ ATTENTIONS = [  # B, T, n_head, hs, p_drop, batch_offset
     (2, QUERY_BLOCK - 1, 1, 3, 0.0, 0),
     (2, QUERY_BLOCK, 1, 3, 0.0, 0),
     (2, QUERY_BLOCK + 1, 1, 3, 0.3, 5),
-    (2, QUERY_BLOCK + 1, 8, 1, 0.3, 5),  # large enough for each sequence to be a group of its own
+    (2, 2 * QUERY_BLOCK + 7, 2, 33, 0.0, 0),
     (1, 300, 2, 5, 0.0, 0),
     (1, 300, 2, 5, 0.3, 2),
 ]
@@ -717,7 +717,7 @@ def test_exp_beyond_float32_stays_finite_and_nan_stays_nan():
     x = np.array([-np.inf, -1e30, -104, 89, 1e30, np.inf, np.nan], np.float32)
     y = np.empty_like(x)
     exp_of_each(y, x)
-    np.testing.assert_allclose(y[:3], 0, atol=1e-37)
+    assert (y[:3] == 0).all()
     assert (y[3:6] > 2e38).all() and np.isfinite(y[3:6]).all()
     assert np.isnan(y[6])
 

@@ -20,8 +20,8 @@ Backward, undoing one line after the other:
     s = scale q k^T: dq = scale ds k                dk = scale ds^T q
 
 The forward keeps no (T, T) matrix, only the logarithm of each row's sum, lse_t = log sum_j e^s_tj (Dao et al. 2022):
-the backward makes p = e^(s - lse) again.  And both work on blocks of queries, each with just the keys that it may see:
-for long sequences this is half of the multiplications, and memory that grows with T, not with T^2.
+the backward makes p = e^(s - lse) again.  And both take a few queries at a time, with just the keys that these may see:
+this is half of the multiplications, and memory that grows with T, not with T^2.
 """
 
 import math
@@ -31,9 +31,7 @@ import numpy as np
 from npgpt.engine import as_rows, empty, next_random_key, record
 from npgpt.jit import exp, helper, keeps, kernel, largest, replaces, row_key
 from npgpt.ops.dropout import check_p, dropout_mask_ref
-
-QUERY_BLOCK = 128  # queries worked on together
-CACHE = 2**19  # bytes that their scores may take: half of a usual second-level cache
+from npgpt.tiles import ROWS, product
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reference
@@ -105,157 +103,186 @@ def attention_backward_ref(dy, qkv, lse, n_head, p_drop, key, batch_offset):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Kernels.  A block holds the queries t0 .. t0 + n - 1 of some sequences, all heads, against the keys 0 .. t0 + n - 1.
-# Of a row's columns the first `seen` are those that the causal mask leaves.  Loops run on to `stop`, a multiple of
-# LANES, where the columns in between hold what adds nothing: a loop's remainder would go a number at a time.
+# Kernels.  ROWS queries at a time meet the keys up to the last of them; query t sees the keys 0 .. t (the causal mask).
+# Loops over a query's scores run on to a multiple of LANES, where the numbers in between are made such that they add
+# nothing: the rest of a loop that is not a multiple would go a number at a time.
 
+QUERY_BLOCK = 128  # queries whose scores the backward holds together
 LANES = 64
+COLUMNS = 32  # scores are computed up to a multiple of this; it divides LANES
+PAD = 16  # without it, rows of scores would lie a power of two apart, and fall onto the same few lines of the cache
 
 
 @helper
-def loop_stop(seen, width):
-    return min(width, (seen + LANES - 1) // LANES * LANES)
+def round_up(n, step):
+    return (n + step - 1) // step * step
 
 
-@kernel
-def softmax_forward(s, lse, t0, scale):
-    """s (B, n_head, n, t0 + n): q k^T in, p out, in place; lse (B, n_head, T): the rows t0 ... of it are written."""
-    B, H, n, width = s.shape
-    scale = s.dtype.type(scale)
-    for b in range(B):
-        for h in range(H):
-            for i in range(n):
-                row = s[b, h, i]
-                seen = t0 + i + 1  # the causal mask: columns 0 .. t0 + i
-                stop = loop_stop(seen, width)
-                row[seen:stop] = -np.inf
-                m = largest(row, stop)
-                total = s.dtype.type(0)
-                for j in range(stop):
-                    e = exp((row[j] - m) * scale)
-                    row[j] = e
-                    total += e
-                inverse = s.dtype.type(1) / total
-                for j in range(stop):
-                    row[j] *= inverse
-                row[seen:] = 0
-                lse[b, h, t0 + i] = m * scale + np.log(total)
+@helper
+def pack(out, x):
+    """out (n, n_head, T, hs) = x (T, n, n_head, hs): one head's rows side by side."""
+    T, n, H, hs = x.shape
+    for t in range(T):
+        for i in range(n):
+            for h in range(H):
+                for j in range(hs):
+                    out[i, h, t, j] = x[t, i, h, j]
 
 
-@kernel
-def softmax_again(s, lse, t0, scale):
-    """s: q k^T in, p out, in place, with the lse that softmax_forward left."""
-    B, H, n, width = s.shape
-    scale = s.dtype.type(scale)
-    for b in range(B):
-        for h in range(H):
-            for i in range(n):
-                row = s[b, h, i]
-                seen = t0 + i + 1
-                row_lse = lse[b, h, t0 + i]
-                for j in range(loop_stop(seen, width)):
-                    row[j] = exp(row[j] * scale - row_lse)
-                row[seen:] = 0
+@helper
+def unpack(out, x):
+    """out (T, n, n_head, hs) = x (n, n_head, T, hs)."""
+    T, n, H, hs = out.shape
+    for t in range(T):
+        for i in range(n):
+            for h in range(H):
+                for j in range(hs):
+                    out[t, i, h, j] = x[i, h, t, j]
 
 
-@kernel
-def softmax_backward(grad, p, t0, scale):
-    """grad: dp in, scale * ds out, in place."""
-    B, H, n, width = p.shape
-    scale = p.dtype.type(scale)
-    for b in range(B):
-        for h in range(H):
-            for i in range(n):
-                row_p, row = p[b, h, i], grad[b, h, i]
-                seen = t0 + i + 1
-                stop = loop_stop(seen, width)
-                # p = softmax(s)
-                total = p.dtype.type(0)
-                for j in range(stop):
-                    total += row[j] * row_p[j]
-                for j in range(stop):
-                    row[j] = row_p[j] * (row[j] - total) * scale
-                row[seen:] = 0
+@helper
+def transpose(out, x):
+    """out (hs, T or more) = x (T, hs) transposed."""
+    T, hs = x.shape
+    for t in range(T):
+        for j in range(hs):
+            out[j, t] = x[t, j]
 
 
-@kernel
-def block_dropout(a, p, t0, T, p_drop, key, batch_offset):
-    """a = dropout(p) for a block; the row of query t is number ((batch_offset + b) n_head + h) T + t of the mask."""
-    B, H, n, width = p.shape
-    scale = p.dtype.type(1 / (1 - p_drop))
+@helper
+def drop(row, n, p_drop, key, number):
+    """Dropout for the first n weights of a row; `number` is that of the row in the mask."""
+    bits = row_key(key, np.uint64(number))
+    scale = row.dtype.type(1 / (1 - p_drop))
     limit = np.uint32(p_drop * 2**32)
-    for b in range(B):
-        for h in range(H):
-            for i in range(n):
-                bits = row_key(key, np.uint64(((batch_offset + b) * H + h) * T + t0 + i))
-                for j in range(width):
-                    a[b, h, i, j] = p[b, h, i, j] * scale if keeps(bits, np.uint32(j), limit) else p.dtype.type(0)
+    for j in range(n):
+        row[j] = row[j] * scale if keeps(bits, np.uint32(j), limit) else row.dtype.type(0)
 
 
-def _blocks(B, H, T, dtype):
-    """Slices (sequences, queries) that cover the batch, small enough for a block's scores to stay in the cache.
+@kernel
+def forward_heads(y, lse, qkv, heads, k_t, s, p_drop, key, batch_offset):
+    """y (B, T, 1, n_head, hs), lse (B, n_head, T), qkv (B, T, 3, n_head, hs).
 
-    For each group of sequences the last queries come first: their keys are all T, so that the backward can write dk
-    and dv there, and add for the blocks that follow.
+    Scratch: heads (4, n_head, T, hs), k_t (hs, width), s (ROWS, width), with T rounded up to LANES as width.
     """
-    n = min(T, QUERY_BLOCK)
-    group = max(1, CACHE // (H * n * T * dtype.itemsize))
-    for b0 in range(0, B, group):
-        for t0 in reversed(range(0, T, n)):
-            yield slice(b0, min(b0 + group, B)), slice(t0, min(t0 + n, T))
+    B, T, _, H, hs = qkv.shape
+    scale = s.dtype.type(1 / math.sqrt(hs))
+    for b in range(B):
+        pack(heads[:3], qkv[b])
+        for h in range(H):
+            q, k, v, y_head = heads[0, h], heads[1, h], heads[2, h], heads[3, h]
+            transpose(k_t, k)
+            for t0 in range(0, T, ROWS):
+                t1 = min(t0 + ROWS, T)
+                # s = scale * q @ k.T
+                product(s[: t1 - t0, : round_up(t1, COLUMNS)], q[t0:t1], k_t, False)
+                # p = softmax(s), for all of these queries line by line: nothing then waits for the line before it
+                for t in range(t0, t1):
+                    row, stop = s[t - t0], round_up(t + 1, LANES)
+                    row[t + 1 : stop] = -np.inf
+                    lse[b, h, t] = largest(row, stop)
+                for t in range(t0, t1):
+                    row, m, stop = s[t - t0], lse[b, h, t], round_up(t + 1, LANES)
+                    total = s.dtype.type(0)
+                    for j in range(stop):
+                        e = exp((row[j] - m) * scale)
+                        row[j] = e
+                        total += e
+                    inverse = s.dtype.type(1) / total
+                    for j in range(stop):
+                        row[j] *= inverse
+                    lse[b, h, t] = m * scale + np.log(total)
+                    # a = dropout(p)
+                    if p_drop > 0:
+                        drop(row, t + 1, p_drop, key, ((batch_offset + b) * H + h) * T + t)
+                # y = a @ v
+                product(y_head[t0:t1], s[: t1 - t0, :t1], v[:t1], False)
+        unpack(y[b], heads[3:])
+
+
+@kernel
+def backward_heads(dqkv, dy, qkv, lse, heads, k_t, v_t, a, grad, p_drop, key, batch_offset):
+    """dqkv, qkv (B, T, 3, n_head, hs), dy (B, T, 1, n_head, hs), lse (B, n_head, T).
+
+    Scratch: heads (7, n_head, T, hs), k_t and v_t (hs, width), a and grad (QUERY_BLOCK or T, width + PAD), with T
+    rounded up to LANES as width.
+    """
+    B, T, _, H, hs = qkv.shape
+    scale = a.dtype.type(1 / math.sqrt(hs))
+    for b in range(B):
+        pack(heads[:3], qkv[b])
+        pack(heads[3:4], dy[b])
+        for h in range(H):
+            q, k, v, dy_head = heads[0, h], heads[1, h], heads[2, h], heads[3, h]
+            dq, dk, dv = heads[4, h], heads[5, h], heads[6, h]
+            transpose(k_t, k)
+            transpose(v_t, v)
+            # the last block of queries comes first: it sees all keys, so it writes dk and dv, and the others add
+            for start in range((T - 1) // QUERY_BLOCK * QUERY_BLOCK, -1, -QUERY_BLOCK):
+                end = min(start + QUERY_BLOCK, T)
+                for t0 in range(start, end, ROWS):
+                    t1 = min(t0 + ROWS, end)
+                    rows, columns = slice(t0 - start, t1 - start), round_up(t1, COLUMNS)
+                    product(a[rows, :columns], q[t0:t1], k_t, False)
+                    for t in range(t0, t1):
+                        row, row_lse, stop = a[t - start], lse[b, h, t], round_up(t + 1, LANES)
+                        row[t + 1 : stop] = -np.inf
+                        for j in range(stop):
+                            row[j] = exp(row[j] * scale - row_lse)  # p again
+                    # y = a @ v
+                    product(grad[rows, :columns], dy_head[t0:t1], v_t, False)  # da
+                    for t in range(t0, t1):
+                        row, row_grad, stop = a[t - start], grad[t - start], round_up(t + 1, LANES)
+                        row_grad[t + 1 : stop] = 0
+                        # a = dropout(p)
+                        number = ((batch_offset + b) * H + h) * T + t
+                        if p_drop > 0:
+                            drop(row_grad, t + 1, p_drop, key, number)  # dp
+                        # p = softmax(s)
+                        total = a.dtype.type(0)
+                        for j in range(stop):
+                            total += row_grad[j] * row[j]
+                        for j in range(stop):
+                            row_grad[j] = row[j] * (row_grad[j] - total) * scale  # scale * ds
+                        if p_drop > 0:
+                            drop(row, t + 1, p_drop, key, number)  # a again
+                    # s = scale * q @ k.T
+                    product(dq[t0:t1], grad[rows, :t1], k[:t1], False)
+                for j0 in range(0, end, ROWS):
+                    j1 = min(j0 + ROWS, end)
+                    t0 = max(start, j0)  # no query before j0 sees these keys
+                    rows = slice(t0 - start, end - start)
+                    product(dv[j0:j1], a[rows, j0:j1].T, dy_head[t0:end], end < T)
+                    product(dk[j0:j1], grad[rows, j0:j1].T, q[t0:end], end < T)
+        unpack(dqkv[b], heads[4:])
 
 
 @replaces(attention_forward_ref)
 def attention_forward(y, lse, qkv, n_head, p_drop, key, batch_offset):
-    q, k, v = split_heads(qkv, n_head)
-    y = merged_heads(y, n_head)
-    B, H, T, hs = q.shape
-    scale = 1 / math.sqrt(hs)
-    for some, queries in _blocks(B, H, T, qkv.dtype):
-        t0, t1 = queries.start, queries.stop
-        p = empty((some.stop - some.start, H, t1 - t0, t1), qkv.dtype)
-        np.matmul(q[some, :, queries], k[some, :, :t1].swapaxes(-1, -2), out=p)
-        softmax_forward(p, lse[some], t0, scale)
-        if p_drop > 0:
-            block_dropout(p, p, t0, T, p_drop, key, batch_offset + some.start)
-        np.matmul(p, v[some, :, :t1], out=y[some, :, queries])
+    B, T, C3 = qkv.shape
+    hs = C3 // 3 // n_head
+    heads, (k_t,), s = _scratch(4, 1, ROWS, n_head, T, hs, qkv.dtype)
+    y, qkv = y.reshape(B, T, 1, n_head, hs), qkv.reshape(B, T, 3, n_head, hs)
+    forward_heads(y, lse, qkv, heads, k_t, s, p_drop, key, batch_offset)
 
 
 @replaces(attention_backward_ref)
 def attention_backward(dqkv, dy, qkv, lse, n_head, p_drop, key, batch_offset):
-    q, k, v = split_heads(qkv, n_head)
-    dq, dk, dv = split_heads(dqkv, n_head)
-    dy = merged_heads(dy, n_head)
-    B, H, T, hs = q.shape
-    scale = 1 / math.sqrt(hs)
-    for some, queries in _blocks(B, H, T, qkv.dtype):
-        t0, t1 = queries.start, queries.stop
-        q_block, dy_block = q[some, :, queries], dy[some, :, queries]
-        p = empty((some.stop - some.start, H, t1 - t0, t1), qkv.dtype)
-        np.matmul(q_block, k[some, :, :t1].swapaxes(-1, -2), out=p)
-        softmax_again(p, lse[some], t0, scale)
-        # y = a @ v
-        grad = np.matmul(dy_block, v[some, :, :t1].swapaxes(-1, -2), out=empty(p.shape, p.dtype))  # da
-        a = p
-        if p_drop > 0:
-            # a = dropout(p)
-            a = empty(p.shape, p.dtype)
-            block_dropout(a, p, t0, T, p_drop, key, batch_offset + some.start)
-            block_dropout(grad, grad, t0, T, p_drop, key, batch_offset + some.start)  # dp
-        _add_product(dv[some], a.swapaxes(-1, -2), dy_block, t1)
-        # p = softmax(s), s = scale * q @ k.T
-        softmax_backward(grad, p, t0, scale)  # scale * ds
-        np.matmul(grad, k[some, :, :t1], out=dq[some, :, queries])
-        _add_product(dk[some], grad.swapaxes(-1, -2), q_block, t1)
+    B, T, C3 = qkv.shape
+    hs = C3 // 3 // n_head
+    n = min(T, QUERY_BLOCK)
+    heads, (k_t, v_t), scores = _scratch(7, 2, 2 * n, n_head, T, hs, qkv.dtype)
+    dy, qkv, dqkv = (x.reshape(B, T, -1, n_head, hs) for x in (dy, qkv, dqkv))
+    backward_heads(
+        dqkv, dy, qkv, lse, heads, k_t, v_t, scores[:n], scores[n:], p_drop, key, batch_offset
+    )  # fmt: skip
 
 
-def _add_product(total, a, b, t1):
-    """total[:, :, :t1] += a @ b.  The block with the last queries comes first: it writes instead of adding."""
-    if t1 == total.shape[2]:
-        np.matmul(a, b, out=total)
-    else:
-        B, H, _, hs = total.shape
-        total[:, :, :t1] += np.matmul(a, b, out=empty((B, H, t1, hs), total.dtype))
+def _scratch(n_heads, n_transposed, n_rows, n_head, T, hs, dtype):
+    """The scratch arrays of the two kernels: heads, transposed heads, rows of scores."""
+    width = -(-T // LANES) * LANES
+    shapes = (n_heads, n_head, T, hs), (n_transposed, hs, width), (n_rows, width + PAD)
+    return (empty(shape, dtype) for shape in shapes)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ gelu' by the product rule, with s' = 2 s (1 - s) du/dz and du/dz = k (1 + 3 a z^
 
     gelu'(z) = s + z 2 s (1 - s) k (1 + 3 a z^2)
 
-Mind which value goes where: dw_proj needs the value *after* the activation, gelu' the one *before* it.
+Mind which value goes where: dw_proj needs the value *after* the activation, gelu' the one *before* it.  Only the latter
+is kept from the forward; the former is made again from it, which is quicker than to fetch it from far memory.
 """
 
 import math
@@ -56,16 +57,17 @@ def gelu_slope_ref(z):
 
 
 def mlp_forward_ref(x, w_fc, b_fc, w_proj, b_proj):
-    """x (N, C), w_fc (F, C), b_fc (F,), w_proj (C, F), b_proj (C,) -> y (N, C), pre (N, F), act (N, F)."""
+    """x (N, C), w_fc (F, C), b_fc (F,), w_proj (C, F), b_proj (C,) -> y (N, C), pre (N, F)."""
     pre = linear_forward_ref(x, w_fc, b_fc)
     act = gelu_ref(pre)
     y = linear_forward_ref(act, w_proj, b_proj)
-    return y, pre, act
+    return y, pre
 
 
-def mlp_backward_ref(dy, x, w_fc, w_proj, pre, act):
-    """dy (N, C), and x, weights, pre, act of the forward -> dx, dw_fc, db_fc, dw_proj, db_proj."""
+def mlp_backward_ref(dy, x, w_fc, w_proj, pre):
+    """dy (N, C), and x, weights, pre of the forward -> dx, dw_fc, db_fc, dw_proj, db_proj."""
     # y = act @ w_proj.T + b_proj
+    act = gelu_ref(pre)
     dact, dw_proj, db_proj = linear_backward_ref(dy, act, w_proj)
     # act = gelu(pre)
     dpre = dact * gelu_slope_ref(pre)
@@ -91,8 +93,8 @@ def bias_gelu_forward(act, pre, bias):
 
 
 @kernel
-def gelu_backward(grad, dbias, pre):
-    """grad holds the gradient of act and gets that of pre, in place; dbias = its sum over the rows."""
+def gelu_backward(grad, act, dbias, pre):
+    """grad holds the gradient of act and gets that of pre, in place; dbias = its sum over the rows; act = gelu(pre)."""
     N, F = pre.shape
     one, a, minus_2k = pre.dtype.type(1), pre.dtype.type(A), pre.dtype.type(-2 * K)
     two_k, a3 = pre.dtype.type(2 * K), pre.dtype.type(3 * A)
@@ -102,6 +104,7 @@ def gelu_backward(grad, dbias, pre):
             z = pre[n, i]
             # act = z s
             s = one / (one + exp(minus_2k * (z + a * z * z * z)))
+            act[n, i] = z * s
             slope = s + z * s * (one - s) * two_k * (one + a3 * z * z)
             dz = grad[n, i] * slope
             grad[n, i] = dz
@@ -109,7 +112,8 @@ def gelu_backward(grad, dbias, pre):
 
 
 @replaces(mlp_forward_ref)
-def mlp_forward(y, pre, act, x, w_fc, b_fc, w_proj, b_proj):
+def mlp_forward(y, pre, x, w_fc, b_fc, w_proj, b_proj):
+    act = empty(pre.shape, pre.dtype)
     np.matmul(x, w_fc.T, out=pre)
     bias_gelu_forward(act, pre, b_fc)
     np.matmul(act, w_proj.T, out=y)
@@ -117,13 +121,14 @@ def mlp_forward(y, pre, act, x, w_fc, b_fc, w_proj, b_proj):
 
 
 @replaces(mlp_backward_ref)
-def mlp_backward(dx, dw_fc, db_fc, dw_proj, db_proj, dy, x, w_fc, w_proj, pre, act):
+def mlp_backward(dx, dw_fc, db_fc, dw_proj, db_proj, dy, x, w_fc, w_proj, pre):
+    grad, act = empty(pre.shape, pre.dtype), empty(pre.shape, pre.dtype)  # (N, F)
     # y = act @ w_proj.T + b_proj
-    grad = np.matmul(dy, w_proj, out=empty(pre.shape, pre.dtype))  # (N, F): dact
-    np.matmul(dy.T, act, out=dw_proj)
+    np.matmul(dy, w_proj, out=grad)  # dact
     sum_rows(db_proj, dy)
     # act = gelu(pre)
-    gelu_backward(grad, db_fc, pre)  # grad: dpre
+    gelu_backward(grad, act, db_fc, pre)  # grad: dpre
+    np.matmul(dy.T, act, out=dw_proj)
     # pre = x @ w_fc.T + b_fc
     np.matmul(grad, w_fc, out=dx)
     np.matmul(grad.T, x, out=dw_fc)
@@ -147,8 +152,8 @@ def mlp(x, w_fc, b_fc, w_proj, b_proj):
     N, F, C_out = len(rows), w_fc.shape[0], w_proj.shape[0]
     b_fc_data = np.zeros(F, x.dtype) if b_fc is None else b_fc.data
     b_proj_data = np.zeros(C_out, x.dtype) if b_fc is None else b_proj.data
-    y, pre, act = (empty(shape, x.dtype) for shape in ((N, C_out), (N, F), (N, F)))
-    mlp_forward(y, pre, act, rows, w_fc.data, b_fc_data, w_proj.data, b_proj_data)
+    y, pre = empty((N, C_out), x.dtype), empty((N, F), x.dtype)
+    mlp_forward(y, pre, rows, w_fc.data, b_fc_data, w_proj.data, b_proj_data)
     parents = (x, w_fc, w_proj) if b_fc is None else (x, w_fc, b_fc, w_proj, b_proj)
 
     def backward(dy):
@@ -157,7 +162,7 @@ def mlp(x, w_fc, b_fc, w_proj, b_proj):
         db_proj = empty((C_out,), x.dtype) if b_fc is None else b_proj.new_grad()
         mlp_backward(
             dx.reshape(rows.shape), dw_fc, db_fc, dw_proj, db_proj,
-            as_rows(dy), rows, w_fc.data, w_proj.data, pre, act,
+            as_rows(dy), rows, w_fc.data, w_proj.data, pre,
         )  # fmt: skip
         return (dx, dw_fc, dw_proj) if b_fc is None else (dx, dw_fc, db_fc, dw_proj, db_proj)
 

@@ -126,6 +126,12 @@ class Cases:
     def sum_of_squares(self):
         return Case((self.new(self.n_parameters),))
 
+    def newton_schulz(self):
+        return Case((self.new(8, self.C, self.C), self.new(8, self.C, self.C)))
+
+    def nesterov(self):
+        return Case((self.new(self.n_parameters), self.new(self.n_parameters), 0.3, 0.9))
+
     def adamw(self):
         p, m, v, g = (self.new(self.n_parameters) for _ in range(4))
         return Case((p, m, v**2, g, 0.3, 1e-3, 0.9, 0.99, 1e-8, 0.1, 10))

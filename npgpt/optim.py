@@ -146,28 +146,75 @@ class AdamW:
 # Muon
 
 
-def orthogonalize(x, steps=5):
-    """Replace each matrix of x (k, m, n), m <= n, by nearly the closest one with orthonormal rows, in place.
+NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # a, b, c of Jordan et al. 2024
 
-    With the singular value decomposition U S V^T of a matrix, this is U V^T.  Newton-Schulz iteration finds it with
-    products alone: x <- a x + b (x x^T) x + c (x x^T)^2 x acts on each singular value as s <- a s + b s^3 + c s^5, and
-    this polynomial's coefficients (Jordan et al. 2024) drive all of (0, 1] to somewhere between 0.7 and 1.2 in 5 steps.
+
+def inverse_root(gram, steps=5):
+    """gram (k, m, m), each x x^T of a matrix x (m, n) of norm 1 -> q (k, m, m): q x has nearly orthonormal rows.
+
+    With the singular value decomposition x = U S V^T, the matrix with orthonormal rows that is closest to x is U V^T =
+    (x x^T)^(-1/2) x.  Newton-Schulz iteration finds it with products alone: x <- (a I + b g + c g^2) x with g = x x^T
+    acts on each singular value as s <- a s + b s^3 + c s^5, and this polynomial drives all of (0, 1] to somewhere
+    between 0.7 and 1.2 in 5 steps.  Here the factors are multiplied with each other, and x is left to the end: as all
+    of them are polynomials of the first g, g <- (a I + b g + c g^2)^2 g.  For wide matrices this is half of the work.
+    Changes gram.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    k, m, _ = x.shape
-    norm = np.sqrt(np.einsum("kmn,kmn->k", x, x))
-    x /= norm[:, None, None] + x.dtype.type(1e-7)  # then no singular value is larger than 1
-    gram, poly, product = empty((k, m, m), x.dtype), empty((k, m, m), x.dtype), empty(x.shape, x.dtype)
-    for _ in range(steps):
-        np.matmul(x, x.swapaxes(1, 2), out=gram)
+    poly, spare = empty(gram.shape, gram.dtype), empty(gram.shape, gram.dtype)
+    q = empty(gram.shape, gram.dtype)
+    for step in range(steps):
         np.matmul(gram, gram, out=poly)
-        poly *= c
-        gram *= b
-        poly += gram  # b (x x^T) + c (x x^T)^2
-        np.matmul(poly, x, out=product)
-        x *= a
-        x += product
-    return x
+        newton_schulz(poly, gram)
+        if step == 0:
+            q[...] = poly
+        else:
+            np.matmul(poly, q, out=spare)
+            q, spare = spare, q
+        if step < steps - 1:
+            np.matmul(poly, gram, out=spare)
+            np.matmul(spare, poly, out=gram)
+    return q
+
+
+def newton_schulz_ref(square, gram):
+    """square = gram @ gram (k, m, m), gram (k, m, m) -> a I + b gram + c square, in square's place."""
+    a, b, c = NEWTON_SCHULZ
+    square[...] = a * np.eye(len(gram[0]), dtype=gram.dtype) + b * gram + c * square
+    return square
+
+
+@replaces(newton_schulz_ref)
+@kernel
+def newton_schulz(square, gram):
+    a, b, c = NEWTON_SCHULZ
+    a, b, c = gram.dtype.type(a), gram.dtype.type(b), gram.dtype.type(c)
+    for i in range(len(gram)):
+        for j in range(gram.shape[1]):
+            for k in range(gram.shape[2]):
+                square[i, j, k] = b * gram[i, j, k] + c * square[i, j, k]
+            square[i, j, j] += a
+
+
+def nesterov_ref(momentum, g, scale, mu):
+    """The mean of gradients, and Nesterov's look one step ahead of it, which takes the gradient's place.
+
+    momentum, g (n,) change in place; scale: what g is multiplied by first.
+    """
+    new = g * g.dtype.type(scale * (1 - mu))
+    momentum[...] = momentum * g.dtype.type(mu) + new
+    g[...] = momentum * g.dtype.type(mu) + new
+    return momentum, g
+
+
+@replaces(nesterov_ref)
+@kernel
+def nesterov(momentum, g, scale, mu):
+    real = g.dtype.type
+    share, mu = real(scale * (1 - mu)), real(mu)
+    for i in range(g.size):
+        new = g[i] * share
+        m = momentum[i] * mu + new
+        momentum[i] = m
+        g[i] = m * mu + new
 
 
 class Muon(AdamW):
@@ -186,38 +233,39 @@ class Muon(AdamW):
         self.pools = {}  # first element of a part -> BufferPool of the thread that updates it
 
     def update(self, grads, lr, scale=1.0, part=slice(None)):
-        """As AdamW.update; a matrix belongs to the part that its middle lies in."""
+        """As AdamW.update, but uses up the gradients of its matrices.  A matrix belongs to the part of its middle."""
         start, stop, _ = part.indices(len(self.m))
         super().update(grads, lr, scale, slice(max(start, self.flat.n_hidden), max(stop, self.flat.n_hidden)))
-        groups = {}  # shape with m <= n -> [(weights, momentum, gradient)], views of that shape
+        groups = {}  # length of the shorter side -> [(weights, momentum, gradient)]
         for name, place in self.flat.names.items():
             if place.start < self.flat.n_hidden and start <= (place.start + place.stop) // 2 < stop:
                 for matrices in self._matrices(name, place, grads):
-                    groups.setdefault(matrices[0].shape, []).append(matrices)
+                    groups.setdefault(min(matrices[0].shape), []).append(matrices)
         with reuse_buffers(self.pools.setdefault(start, BufferPool())):
-            for (m, n), members in groups.items():
-                x = empty((len(members), m, n), self.m.dtype)
-                for direction, (_, momentum, grad) in zip(x, members, strict=True):
-                    # m = mu m + (1 - mu) g, and Nesterov's step along mu m + (1 - mu) g; its length does not matter
-                    np.multiply(grad, scale * (1 - self.momentum), out=direction)
-                    momentum *= self.momentum
-                    momentum += direction
-                    direction /= self.momentum
-                    direction += momentum
-                orthogonalize(x)
-                for direction, (weights, _, _) in zip(x, members, strict=True):
-                    tall = weights.strides[0] < weights.strides[1]  # a transposed view: more rows than columns
-                    weights *= 1 - lr * self.weight_decay
-                    direction *= lr * self.rate * (math.sqrt(n / m) if tall else 1.0)
-                    weights -= direction
+            for m, members in groups.items():
+                self._update_group(m, members, lr, scale)
+
+    def _update_group(self, m, members, lr, scale):
+        gram, norms = empty((len(members), m, m), self.m.dtype), []
+        for g, (_, momentum, x) in zip(gram, members, strict=True):
+            nesterov(momentum.reshape(-1), x.reshape(-1), scale, self.momentum)
+            np.matmul(*((x, x.T) if len(x) == m else (x.T, x)), out=g)  # of the rows or the columns: the fewer ones
+            norms.append(math.sqrt(np.trace(g)) + 1e-7)
+            g /= norms[-1] ** 2  # as if x had been divided by its norm: then no singular value is larger than 1
+        for q, norm, (weights, _, x) in zip(inverse_root(gram), norms, members, strict=True):
+            rows, columns = x.shape
+            step = np.matmul(*((q, x) if rows == m else (x, q)), out=empty(x.shape, x.dtype))
+            step *= lr * self.rate * math.sqrt(max(1, rows / columns)) / norm
+            if self.weight_decay:
+                weights *= 1 - lr * self.weight_decay
+            weights -= step
 
     def _matrices(self, name, place, grads):
-        """The (weights, momentum, gradient) of a parameter's matrices, transposed where they have more rows."""
+        """The (weights, momentum, gradient) of a parameter's matrices."""
         rows, columns = self.flat.shapes[name]
         n = 3 if name.endswith("c_attn.weight") else 1
         views = [array[place].reshape(n, rows // n, columns) for array in (self.flat.weights, self.m, grads)]
-        for matrices in zip(*views, strict=True):
-            yield tuple(z.T if len(z) > columns else z for z in matrices)
+        yield from zip(*views, strict=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------

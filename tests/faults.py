@@ -763,16 +763,30 @@ FAULTS = [
     Fault(
         "muon: the first moment without the new gradient",
         "npgpt/optim.py",
-        "                    momentum += direction\n",
-        "",
+        "    momentum[...] = momentum * g.dtype.type(mu) + new\n",
+        "    momentum[...] = momentum * g.dtype.type(mu)\n",
         "A mean that nothing is added to stays at 0.",
     ),
     Fault(
         "muon: the fifth power of the singular values is lost",
         "npgpt/optim.py",
-        "        poly += gram",
-        "        poly = gram",
+        "+ b * gram + c * square\n    return square",
+        "+ b * gram\n    return square",
         "Without c s^5 the iteration grows without bound instead of settling near 1.",
+    ),
+    Fault(
+        "muon: the product's factor acts once on the Gram matrix",
+        "npgpt/optim.py",
+        "            np.matmul(spare, poly, out=gram)\n",
+        "            gram[...] = spare\n",
+        "x was multiplied by the factor, so x x^T is multiplied by it on both sides.",
+    ),
+    Fault(
+        "muon: a tall matrix by its rows",
+        "npgpt/optim.py",
+        "np.matmul(*((q, x) if rows == m else (x, q)), out",
+        "np.matmul(*((q, x) if rows == m else (x, q @ q)), out",
+        "One factor (x^T x)^(-1/2) makes the columns orthonormal.",
     ),
     # ----------------------------------------------------------------------------------------------------------------
     # parallel.py

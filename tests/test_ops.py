@@ -105,6 +105,14 @@ def sum_of_squares_case(new, n):
     return (new(n),)
 
 
+def newton_schulz_case(new, k, m):
+    return new(k, m, m), new(k, m, m)
+
+
+def nesterov_case(new, n, mu):
+    return new(n), new(n), 0.3, mu
+
+
 def adamw_case(new, n, weight_decay, step):
     p, m, v, g = new(n), new(n), new(n) ** 2, new(n)
     return p, m, v, g, 0.3, 1e-2, 0.9, 0.95, 1e-8, weight_decay, step
@@ -144,6 +152,8 @@ CASES = {
     "cross_entropy_forward": (cross_entropy_forward_case, LOGITS),
     "cross_entropy_backward": (cross_entropy_backward_case, LOGITS),
     "dropout_rows": (dropout_case, DROPOUTS),
+    "newton_schulz": (newton_schulz_case, [(1, 1), (2, 3), (3, 33)]),
+    "nesterov": (nesterov_case, [(1, 0.9), (67, 0.85)]),
     "sum_of_squares": (sum_of_squares_case, [(1,), (7,), (1000,)]),
     "adamw": (adamw_case, [(1, 0.1, 1), (7, 0.0, 2), (67, 0.5, 100)]),
 }

@@ -1,30 +1,14 @@
-"""What the benchmarks share: the machine's name, its sgemm peak, a process's peak memory."""
+"""What the benchmarks share: the machine's name and a process's peak memory."""
 
 import platform
-import time
 from importlib.metadata import version
 from pathlib import Path
-
-import numpy as np
 
 from npgpt.errors import NpgptError
 
 
 class BenchmarkError(NpgptError):
     """What was measured is wrong, or the process that measured it has died."""
-
-
-def sgemm_peak(repeats=3, n=2048):
-    """(FLOP/s, cores busy with it) of a product of two (n, n) float32 matrices: the best of a few."""
-    a = np.ones((n, n), np.float32)
-    out = np.empty_like(a)
-    runs = []
-    for _ in range(repeats):
-        start, start_cpu = time.perf_counter(), time.process_time()
-        np.matmul(a, a, out=out)
-        seconds = time.perf_counter() - start
-        runs.append((2 * n**3 / seconds, (time.process_time() - start_cpu) / seconds))
-    return max(runs)
 
 
 def peak_memory():

@@ -12,11 +12,10 @@ import argparse
 import inspect
 import statistics
 import time
-from dataclasses import dataclass
 
 import numpy as np
 
-from benchmarks.common import BenchmarkError, machine, machine_line, positive, sgemm_peak
+from benchmarks.common import BenchmarkError, machine, machine_line, positive
 from benchmarks.workloads import WORKLOADS
 from npgpt.errors import UsageError, run_command
 
@@ -25,28 +24,18 @@ P_DROP = 0.1
 KEY = np.uint32(0xC0FFEE)  # of the dropout mask
 
 
-@dataclass
-class Case:
-    """The reference's arguments; FLOPs if matrix products do the work; bytes of tables that no token looks up."""
-
-    args: tuple
-    flops: int = 0
-    unused: int = 0
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Cases
 
 
 class Cases:
-    """A method for each pair, which makes its Case.  linear is the layer that makes q, k and v."""
+    """A method for each pair, which makes its reference's arguments.  linear is the layer that makes q, k and v."""
 
     def __init__(self, workload):
         c = workload.config
         self.B, self.T, self.V = workload.batch_size // 2, c.block_size, c.vocab_size
         self.N, self.C, self.H, self.bias = self.B * self.T, c.n_embd, c.n_head, c.bias
         self.n_parameters = (c.n_layer * 12 * self.C**2 + (self.V + self.T) * self.C) // 2
-        self.pairs = self.B * self.T * (self.T + 1) // 2  # of a query and a key that it may see, as in Workload.flops
         self.rng = np.random.default_rng(0)
 
     def new(self, *shape):
@@ -55,86 +44,80 @@ class Cases:
     def tokens(self, *shape):
         return self.rng.integers(0, self.V, shape)
 
-    def unused(self, idx):
-        return (self.V - len(np.unique(idx))) * self.C * 4
-
     def embedding_forward(self):
         idx = self.tokens(self.B, self.T)
-        return Case((idx, self.new(self.V, self.C), self.new(self.T, self.C)), unused=self.unused(idx))
+        return idx, self.new(self.V, self.C), self.new(self.T, self.C)
 
     def embedding_backward(self):
         idx, dy = self.tokens(self.B, self.T), self.new(self.B, self.T, self.C)
-        return Case((self.new(self.V, self.C), self.new(self.T, self.C), dy, idx), unused=2 * self.unused(idx))
+        return self.new(self.V, self.C), self.new(self.T, self.C), dy, idx
 
     def layernorm_forward(self):
-        return Case((self.new(self.N, self.C), self.new(self.C), self.new(self.C), 1e-5))
+        return self.new(self.N, self.C), self.new(self.C), self.new(self.C), 1e-5
 
     def layernorm_backward(self):
         from npgpt.ops.layernorm import layernorm_forward_ref
 
-        x, weight, bias, eps = self.layernorm_forward().args
+        x, weight, bias, eps = self.layernorm_forward()
         _, mean, rstd = layernorm_forward_ref(x, weight, bias, eps)
-        return Case((self.new(self.N, self.C), x, weight, mean, rstd))
+        return self.new(self.N, self.C), x, weight, mean, rstd
 
     def linear_forward(self):
         bias = self.new(3 * self.C) if self.bias else None
-        args = self.new(self.N, self.C), self.new(3 * self.C, self.C), bias
-        return Case(args, flops=6 * self.N * self.C**2)
+        return self.new(self.N, self.C), self.new(3 * self.C, self.C), bias
 
     def linear_backward(self):
-        x, weight, _ = self.linear_forward().args
-        return Case((self.new(self.N, 3 * self.C), x, weight), flops=12 * self.N * self.C**2)
+        x, weight, _ = self.linear_forward()
+        return self.new(self.N, 3 * self.C), x, weight
 
     def mlp_forward(self):
         C, F = self.C, 4 * self.C
         scale = np.float32(C**-0.5)  # activations of about 1, as in training: GELU is not the identity there
-        args = self.new(self.N, C), self.new(F, C) * scale, self.new(F), self.new(C, F) * scale, self.new(C)
-        return Case(args, flops=16 * self.N * C**2)
+        return self.new(self.N, C), self.new(F, C) * scale, self.new(F), self.new(C, F) * scale, self.new(C)
 
     def mlp_backward(self):
         from npgpt.ops.mlp import mlp_forward_ref
 
-        x, w_fc, b_fc, w_proj, b_proj = self.mlp_forward().args
+        x, w_fc, b_fc, w_proj, b_proj = self.mlp_forward()
         _, pre = mlp_forward_ref(x, w_fc, b_fc, w_proj, b_proj)
-        return Case((self.new(self.N, self.C), x, w_fc, w_proj, pre), flops=32 * self.N * self.C**2)
+        return self.new(self.N, self.C), x, w_fc, w_proj, pre
 
     def attention_forward(self):
-        args = self.new(self.B, self.T, 3 * self.C), self.H, 0.0, KEY, 0
-        return Case(args, flops=4 * self.C * self.pairs)
+        return self.new(self.B, self.T, 3 * self.C), self.H, 0.0, KEY, 0
 
     def attention_backward(self):
         from npgpt.ops.attention import attention_forward_ref
 
-        args = self.attention_forward().args
+        args = self.attention_forward()
         _, lse = attention_forward_ref(*args)
         dy = self.new(self.B, self.T, self.C)
-        return Case((dy, args[0], lse, *args[1:]), flops=8 * self.C * self.pairs)
+        return dy, args[0], lse, *args[1:]
 
     def cross_entropy_forward(self):
-        return Case((self.new(self.N, self.V), self.tokens(self.N), -1, self.N))
+        return self.new(self.N, self.V), self.tokens(self.N), -1, self.N
 
     def cross_entropy_backward(self):
         from npgpt.ops.cross_entropy import cross_entropy_forward_ref
 
-        logits, targets, ignore_index, count = self.cross_entropy_forward().args
+        logits, targets, ignore_index, count = self.cross_entropy_forward()
         _, lse = cross_entropy_forward_ref(logits, targets, ignore_index, count)
-        return Case((1.0, logits, targets, lse, ignore_index, count))
+        return 1.0, logits, targets, lse, ignore_index, count
 
     def dropout_rows(self):
-        return Case((self.new(self.N, self.C), KEY, 0, P_DROP))
+        return self.new(self.N, self.C), KEY, 0, P_DROP
 
     def sum_of_squares(self):
-        return Case((self.new(self.n_parameters),))
+        return (self.new(self.n_parameters),)
 
     def newton_schulz(self):
-        return Case((self.new(8, self.C, self.C), self.new(8, self.C, self.C)))
+        return self.new(8, self.C, self.C), self.new(8, self.C, self.C)
 
     def nesterov(self):
-        return Case((self.new(self.n_parameters), self.new(self.n_parameters), 0.3, 0.9))
+        return self.new(self.n_parameters), self.new(self.n_parameters), 0.3, 0.9
 
     def adamw(self):
         p, m, v, g = (self.new(self.n_parameters) for _ in range(4))
-        return Case((p, m, v**2, g, 0.3, 1e-3, 0.9, 0.99, 1e-8, 0.1, 10))
+        return p, m, v**2, g, 0.3, 1e-3, 0.9, 0.99, 1e-8, 0.1, 10
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -146,9 +129,14 @@ def copies(args):
     return [arg.copy() if isinstance(arg, np.ndarray) else arg for arg in args]
 
 
-def measure(name, fast, reference, case, repeats):
-    """(median seconds of fast, of the reference, bytes, relative error).  Raises BenchmarkError if they disagree."""
-    ours, theirs = copies(case.args), copies(case.args)
+def measure(name, fast, reference, args, repeats):
+    """(median seconds of fast, of the reference, FLOPs, bytes, relative error).
+
+    Raises BenchmarkError if they disagree.
+    """
+    from npgpt.jit import COSTS
+
+    ours, theirs = copies(args), copies(args)
     results = reference(*theirs)
     results = [np.asarray(result) for result in (results if isinstance(results, tuple) else (results,))]
     if len(inspect.signature(fast).parameters) > len(theirs):  # outputs are arguments of their own
@@ -160,14 +148,13 @@ def measure(name, fast, reference, case, repeats):
     errors = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(outputs, results, strict=True)]
     if not np.less_equal(errors, TOLERANCE).all():  # a NaN fails as well
         raise BenchmarkError(f"{name} and its reference do not compute the same: relative error {np.max(errors):.1e}")
-    nbytes = sum(array.nbytes for array in (*outputs, *theirs) if isinstance(array, np.ndarray)) - case.unused
     seconds = [], []
     for _ in range(repeats):
         for side, function, args in zip(seconds, (fast, reference), (ours, theirs), strict=True):
             start = time.perf_counter()
             function(*args)
             side.append(time.perf_counter() - start)
-    return *map(statistics.median, seconds), nbytes, max(errors)
+    return *map(statistics.median, seconds), *COSTS[name](*ours), max(errors)
 
 
 def main(argv=None):
@@ -180,7 +167,7 @@ def main(argv=None):
     import npgpt.optim  # noqa: F401  (both for their pairs)
     from npgpt.engine import BufferPool, reuse_buffers
     from npgpt.jit import KERNELS, PAIRS
-    from npgpt.parallel import blas_threads, cores
+    from npgpt.parallel import blas_threads, cores, sgemm_peak
 
     if KERNELS != "numba":
         raise UsageError("with NPGPT_KERNELS=numpy there is nothing to measure: the references are all that runs")
@@ -192,12 +179,12 @@ def main(argv=None):
     with blas_threads(1), reuse_buffers(BufferPool()):
         print(machine_line(machine(["numpy", "numba"]), cores()))
         print(f"workload  half a batch of {options.workload}: {workload}")
-        print(f"sgemm     {sgemm_peak()[0] / 1e9:.0f} GFLOP/s, one thread\n")
+        print(f"sgemm     {sgemm_peak(n=2048)[0] / 1e9:.0f} GFLOP/s, one thread\n")
         print(f"{'':<24}{'us fast':>10}{'us reference':>14}{'ratio':>8}{'speed':>16}{'error':>10}")
         for name, (fast, reference) in PAIRS.items():
-            case = getattr(cases, name)()
-            ours, theirs, nbytes, error = measure(name, fast, reference, case, options.repeats)
-            speed = f"{case.flops / ours / 1e9:.1f} GFLOP/s" if case.flops else f"{nbytes / ours / 1e9:.1f} GB/s   "
+            args = getattr(cases, name)()
+            ours, theirs, flops, nbytes, error = measure(name, fast, reference, args, options.repeats)
+            speed = f"{flops / ours / 1e9:.1f} GFLOP/s" if flops else f"{nbytes / ours / 1e9:.1f} GB/s   "
             row = f"{name:<24}{ours * 1e6:>10,.0f}{theirs * 1e6:>14,.0f}{theirs / ours:>8.1f}{speed:>16}{error:>10.0e}"
             print(row, flush=True)
     return 0

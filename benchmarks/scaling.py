@@ -17,7 +17,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from benchmarks.common import BenchmarkError, machine, machine_line, peak_memory, sgemm_peak
+from benchmarks.common import BenchmarkError, machine, machine_line, peak_memory
 from benchmarks.step import npgpt_side
 from benchmarks.workloads import Workload
 from npgpt.config import GPTConfig
@@ -32,7 +32,7 @@ SECONDS, STEPS = 2, 3  # a configuration is timed for so many of each, at least
 
 def run(workload, threads, quick):
     """In the process that is measured: (median seconds of a step, peak bytes of memory, sgemm FLOP/s, busy)."""
-    from npgpt.parallel import blas_threads, cores
+    from npgpt.parallel import blas_threads, cores, sgemm_peak
 
     batches, seconds = itertools.cycle(workload.batches()), []
     with npgpt_side(workload, threads) as (step, _):

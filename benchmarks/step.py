@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import BenchmarkError, machine, machine_line, peak_memory, positive, sgemm_peak
+from benchmarks.common import BenchmarkError, machine, machine_line, peak_memory, positive
 from benchmarks.workloads import WORKLOADS, initial_weights
 from npgpt.errors import UsageError, run_command
 
@@ -160,7 +160,7 @@ def check_losses(sides):
 
 def measure(options):
     """Run the benchmark; returns everything that is printed, as a dict for JSON."""
-    from npgpt.parallel import blas_threads
+    from npgpt.parallel import blas_threads, sgemm_peak
 
     workload = WORKLOADS[options.workload]
     sides = [Process("npgpt", npgpt_side, options)]
@@ -173,7 +173,7 @@ def measure(options):
             side.run_round(options.steps or workload.steps)
         time.sleep(PAUSE)
         with blas_threads(options.cores):
-            peaks.append(sgemm_peak())
+            peaks.append(sgemm_peak(n=2048))
     peak, _ = max(peaks)
     result = {
         "workload": options.workload,

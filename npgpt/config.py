@@ -38,6 +38,23 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise UsageError(f"n_embd = {self.n_embd} must be divisible by n_head = {self.n_head}")
 
+    def training_flops(self, B, T):
+        """Multiplications and additions in the matrix products of one training step with B sequences of T tokens.
+
+        Linear layers, the tied output layer among them: one product forward and two backward (dx and dweight), each of
+        2 FLOPs per row and weight, so 6 N params for N = B T rows.  A block has 12 C^2 such weights: 3 C^2 for q, k, v,
+        C^2 for the attention's output, 8 C^2 for the MLP.  Looking up an embedding multiplies nothing.
+
+        Attention: two products forward (q k^T, p v) and four backward (dp, dv, dq, dk), each of 2 hs FLOPs for each
+        head and pair of a query and a key, so 12 C per pair.  Only the T (T + 1) / 2 pairs that the causal mask
+        leaves are counted, and neither is q k^T when a backward makes it a second time: this is work that had to be
+        done, not work that an implementation happens to do.
+        """
+        C = self.n_embd
+        linear = 6 * B * T * (self.n_layer * 12 * C * C + self.vocab_size * C)
+        attention = self.n_layer * B * 12 * C * T * (T + 1) // 2
+        return linear + attention
+
 
 @dataclass(frozen=True)
 class TrainConfig:

@@ -27,6 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
+from npgpt.profiler import measured
+
 KERNELS = os.environ.get("NPGPT_KERNELS", "numba")
 if KERNELS not in ("numba", "numpy"):
     raise ImportError(f"NPGPT_KERNELS must be 'numba' or 'numpy', got {KERNELS!r}")
@@ -39,22 +41,34 @@ FLAGS = {
 
 # fast function's name -> (fast function, its NumPy reference)
 PAIRS = {}
+# fast function's name -> what computes, from its arguments, (FLOPs of its matrix products, bytes of its arrays)
+COSTS = {}
 
 
-def replaces(reference):
+def replaces(reference, flops=None, nbytes=None):
     """Tie a function that writes into buffers to the reference that it must equal.
 
     The fast function takes its outputs first and then exactly the reference's arguments; the reference returns the
     outputs, in that order.  An output that is also an input (updated in place) is named in both.
+
+    flops, nbytes: functions of the fast function's arguments that tell what it costs; by default it does no matrix
+    product, and each array is read or written once.
     """
     n_in = len(inspect.signature(reference).parameters)
 
+    def cost(*args):
+        return (
+            flops(*args) if flops else 0,
+            nbytes(*args) if nbytes else sum(arg.nbytes for arg in args if isinstance(arg, np.ndarray)),
+        )
+
     def tie(fast):
         name = getattr(fast, "__name__", reference.__name__)
-        PAIRS[name] = (fast, reference)
+        PAIRS[name], COSTS[name] = (fast, reference), cost
         if KERNELS == "numba":
-            return fast
+            return measured(name, cost)(fast)
 
+        @measured(name, cost)
         def run_reference(*args):
             results = reference(*args[len(args) - n_in:])
             if not isinstance(results, tuple):

@@ -10,6 +10,7 @@ import numpy as np
 
 from npgpt.engine import BufferPool, empty, reuse_buffers
 from npgpt.jit import kernel, replaces
+from npgpt.profiler import measured
 
 ALIGN = 16  # parameters start at multiples of this many elements (64 bytes in float32)
 
@@ -217,6 +218,12 @@ def nesterov(momentum, g, scale, mu):
         g[i] = m * mu + new
 
 
+def _muon_cost(muon, m, members, lr, scale):
+    """(FLOPs, bytes) of Muon._update_group: 17 products in inverse_root, one before and one after it."""
+    sizes = sum(weights.size for weights, _, _ in members)
+    return 17 * 2 * m**3 * len(members) + 4 * m * sizes, 3 * sizes * muon.m.itemsize
+
+
 class Muon(AdamW):
     """Muon (Jordan et al. 2024) for the matrices of the transformer blocks, AdamW for everything else.
 
@@ -245,6 +252,7 @@ class Muon(AdamW):
             for m, members in groups.items():
                 self._update_group(m, members, lr, scale)
 
+    @measured("muon", cost=_muon_cost)
     def _update_group(self, m, members, lr, scale):
         gram, norms = empty((len(members), m, m), self.m.dtype), []
         for g, (_, momentum, x) in zip(gram, members, strict=True):

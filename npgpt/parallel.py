@@ -16,6 +16,7 @@ import itertools
 import os
 import platform
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -98,6 +99,24 @@ def cpu_name():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def sgemm_peak(seconds=0.25, n=1024):
+    """(FLOP/s, cores busy with it) of products of two (n, n) float32 matrices: the best of those done in `seconds`.
+
+    With the BLAS threads that are set.  It is the roof over every training step: there is next to nothing in one but
+    matrix products.
+    """
+    a = np.ones((n, n), np.float32)
+    out = np.empty_like(a)
+    runs, end = [], time.perf_counter() + seconds
+    np.matmul(a, a, out=out)  # wakes the threads
+    while not runs or time.perf_counter() < end:
+        start, start_cpu = time.perf_counter(), time.process_time()
+        np.matmul(a, a, out=out)
+        took = time.perf_counter() - start
+        runs.append((2 * n**3 / took, (time.process_time() - start_cpu) / took))
+    return max(runs)
 
 
 TOKENS_PER_WORKER = 256

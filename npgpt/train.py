@@ -62,6 +62,7 @@ def build_parser():
     parser.add_argument("nanogpt_file", nargs="?", metavar="CONFIG", help=argparse.SUPPRESS)
     parser.add_argument("--preset", default="default", help="settings to start from; see below (default: default)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out-dir")
+    parser.add_argument("--profile", action="store_true", help="at the end, print where the updates' time went")
     parser.add_argument("--version", action="version", version=f"npgpt {__version__}")
     hints = typing.get_type_hints(TrainConfig)
     for setting in dataclasses.fields(TrainConfig):
@@ -83,9 +84,10 @@ def build_parser():
 
 
 def parse(argv):
-    """Flags -> (TrainConfig, whether an earlier run may be replaced).  Raises UsageError."""
+    """Flags -> (TrainConfig, what remains: overwrite and profile).  Raises UsageError."""
     given = vars(build_parser().parse_args(argv))
-    name, overwrite, nanogpt_file = given.pop("preset"), given.pop("overwrite"), given.pop("nanogpt_file")
+    name, nanogpt_file = given.pop("preset"), given.pop("nanogpt_file")
+    rest = {flag: given.pop(flag) for flag in ("overwrite", "profile")}
     if nanogpt_file is not None:
         if os.path.basename(nanogpt_file) not in NANOGPT_FILES:
             raise UsageError(f"unknown argument {nanogpt_file}; a text file is passed with --data {nanogpt_file}")
@@ -98,7 +100,7 @@ def parse(argv):
         raise UsageError("give --epochs or --max-iters, not both")
     if "data" in given:
         given["data"] = tuple(given["data"])
-    return TrainConfig(**{**preset(name), **given}), overwrite
+    return TrainConfig(**{**preset(name), **given}), rest
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -122,7 +124,8 @@ def describe(trainer):
         (
             f"npgpt   | version {__version__}, numpy {np.__version__}, {kernels}",
             f"device  | {parallel.cpu_name()}, {parallel.cores()} cores: "
-            f"{trainer.workers} workers x {trainer.blas_threads} BLAS threads",
+            f"{trainer.workers} workers x {trainer.blas_threads} BLAS threads, "
+            f"sgemm {trainer.sgemm_peak / 1e9:,.0f} GFLOP/s",
             f"data    | {' '.join(config.data)}: {trainer.n_characters:,} characters, {model.vocab_size} different "
             f"tokens; {len(trainer.train_tokens):,} tokens to train on, {len(trainer.val_tokens):,} held back",
             f"model   | {trainer.model.num_params():,} parameters: n_layer {model.n_layer}, n_head {model.n_head}, "
@@ -134,6 +137,27 @@ def describe(trainer):
     )
 
 
+def profile_table(profile, trainer):
+    """Where the time of an update went, a line for each op's forward and backward."""
+    n, total = profile.entries, profile.seconds
+    whose = f", of which the first of {trainer.workers} workers does this share" if trainer.workers > 1 else ""
+    lines = [
+        "-" * 60,
+        f"an update, the mean of {n:,}, takes {total / n * 1e3:,.2f} ms{whose}:",
+        f"{'':<24}{'calls':>7}{'ms':>10}{'GFLOP':>9}{'GB':>8}{'GFLOP/s':>9}{'GB/s':>7}{'share':>7}",
+    ]
+    rest = total
+    for name, row in sorted(profile.rows.items(), key=lambda item: -item[1].seconds):
+        rest -= row.seconds
+        rate = f"{row.flops / row.seconds / 1e9:.0f}" if row.flops else ""
+        lines.append(
+            f"{name:<24}{row.calls / n:>7.0f}{row.seconds / n * 1e3:>10.3f}{row.flops / n / 1e9:>9.3f}"
+            f"{row.nbytes / n / 1e9:>8.4f}{rate:>9}{row.nbytes / row.seconds / 1e9:>7.0f}{row.seconds / total:>7.1%}"
+        )
+    lines.append(f"{'graph, Python, waiting':<24}{'':>7}{rest / n * 1e3:>10.3f}{'':>33}{rest / total:>7.1%}")
+    return "\n".join(lines)
+
+
 def _print_sample(trainer, n_tokens):
     if n_tokens:
         for piece in trainer.sample(n_tokens):
@@ -142,20 +166,23 @@ def _print_sample(trainer, n_tokens):
 
 
 def main(argv=None):
-    config, overwrite = parse(sys.argv[1:] if argv is None else argv)
+    config, rest = parse(sys.argv[1:] if argv is None else argv)
     # what a console cannot show (its encoding may be ASCII) must not end a run
     sys.stdout.reconfigure(errors="replace")
 
+    from npgpt.profiler import Profile
     from npgpt.trainer import Progress, Trainer  # only now: NumPy and Numba take their time to load
 
-    trainer = Trainer(config, overwrite)
+    profile = Profile() if rest["profile"] else None
+    trainer = Trainer(config, rest["overwrite"], profile)
     print(describe(trainer), flush=True)
     best = None
     for event in trainer.run():
         if isinstance(event, Progress):
+            share = trainer.share_of_peak(event.tokens_per_second)
             print(
                 f"iter {event.iter:>6,} | loss {event.train_loss:.4f} | lr {event.lr:.2e} | "
-                f"{event.tokens_per_second:>8,.0f} tokens/s"
+                f"{event.tokens_per_second:>8,.0f} tokens/s, {share:3.0%} of sgemm"
                 + (f" | {_duration(event.seconds_left)} left" if event.seconds_left is not None else ""),
                 flush=True,
             )
@@ -171,6 +198,8 @@ def main(argv=None):
         print("-" * 60)
         print(f"best validation loss {best.val_loss:.4f} at iteration {best.iter:,}; it is what this samples from:")
         print(f"  python -m npgpt.sample --out-dir {trainer.out_dir}")
+    if profile is not None and profile.entries:
+        print(profile_table(profile, trainer))
     return 0
 
 

@@ -8,6 +8,7 @@ The loop computes and writes files; what is shown to a person is the business of
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -23,7 +24,8 @@ from npgpt.data import Blocks, evaluation_blocks, load_text, split
 from npgpt.errors import CheckpointError, DivergedError, UsageError
 from npgpt.model import GPT
 from npgpt.optim import AdamW, Muon, clip_scale, cosine_lr
-from npgpt.parallel import DataParallel, choose_threads
+from npgpt.parallel import DataParallel, blas_threads, choose_threads, sgemm_peak
+from npgpt.profiler import profiling
 from npgpt.tokenizer import TOKENIZERS, from_dict
 
 BEST, LAST = "best.safetensors", "last.safetensors"
@@ -56,10 +58,11 @@ class Trainer:
 
     config     a TrainConfig
     overwrite  whether an earlier run in config.out_dir may be lost
+    profile    a Profile that gets to know where the updates' time goes; not that of the first, which compiles kernels
     """
 
-    def __init__(self, config, overwrite=False):
-        self.config = config
+    def __init__(self, config, overwrite=False, profile=None):
+        self.config, self.profile = config, profile
         self.out_dir = Path(config.out_dir)
         if self.out_dir.exists() and not self.out_dir.is_dir():
             raise UsageError(f"--out-dir {self.out_dir} is a file; name a folder")
@@ -101,6 +104,17 @@ class Trainer:
             return AdamW(self.parallel.flat, **options)
         rate = config.muon_learning_rate / config.learning_rate if config.learning_rate else 0.0
         return Muon(self.parallel.flat, rate, config.muon_momentum, **options)
+
+    @functools.cached_property
+    def sgemm_peak(self):
+        """FLOP/s of large matrix products with all threads of this run, measured when it is first asked for."""
+        with blas_threads(self.workers * self.blas_threads):
+            return sgemm_peak()[0]
+
+    def share_of_peak(self, tokens_per_second):
+        """Training speed as a share of sgemm_peak: that of the FLOPs which a step needs at least."""
+        B, T = self.config.batch_size, self.config.block_size
+        return tokens_per_second * self.model.config.training_flops(B, T) / (B * T) / self.sgemm_peak
 
     def learning_rate(self, iteration):
         config = self.config
@@ -176,7 +190,8 @@ class Trainer:
                         return
                     logged, logged_iter = time.perf_counter(), self.iter
                 n = self.iter
-                loss, lr, norm = self.step()
+                with profiling(None if steady is None else self.profile):
+                    loss, lr, norm = self.step()
                 now = time.perf_counter()
                 speed = (self.iter - logged_iter) * self.tokens_per_iter / (now - logged)
                 left = None

@@ -43,7 +43,8 @@ def folder(tmp_path_factory):
 def test_training_shows_what_it_does(folder):
     out = (folder / "out.txt").read_text(encoding="utf-8")
     for words in (
-        "workers x", "BLAS threads", "1,720 characters", "parameters: n_layer 1", "4 iterations of 32 tokens",
+        "workers x", "BLAS threads", "GFLOP/s", "of sgemm", "1,720 characters", "parameters: n_layer 1",
+        "4 iterations of 32 tokens",
         "iter      0 | loss", "tokens/s", "s left", "validation loss", "whole validation split: loss",
         f"python -m npgpt.sample --out-dir {folder / 'run'}",
     ):  # fmt: skip
@@ -53,9 +54,21 @@ def test_training_shows_what_it_does(folder):
     assert len(rows) == 5
 
 
+def test_profile_shows_where_the_updates_time_went(folder):
+    args = ["--data", folder / "text.txt", "--out-dir", folder / "profiled", *SMALL, "--profile"]
+    code, out, err = command("train", *args)
+    assert (code, err) == (0, "")
+    table = out[out.index("an update, the mean of 3, takes") :].splitlines()
+    assert table[1].split() == ["calls", "ms", "GFLOP", "GB", "GFLOP/s", "GB/s", "share"]
+    shares = {line[:24].strip(): float(line.split()[-1].rstrip("%")) for line in table[2:]}
+    assert {"mlp_forward", "attention_backward", "adamw", "graph, Python, waiting"} <= set(shares)
+    assert 98 < sum(shares.values()) < 102 and min(shares.values()) >= 0
+
+
 def test_flags_with_dashes_underscores_and_equals_signs():
-    config, overwrite = train.parse(["--block_size=64", "--n-embd", "96", "--decay_lr=False", "--bias", "--overwrite"])
-    assert (config.block_size, config.n_embd, config.decay_lr, config.bias, overwrite) == (64, 96, False, True, True)
+    config, rest = train.parse(["--block_size=64", "--n-embd", "96", "--decay_lr=False", "--bias", "--overwrite"])
+    assert (config.block_size, config.n_embd, config.decay_lr, config.bias) == (64, 96, False, True)
+    assert rest == {"overwrite": True, "profile": False}
     assert train.parse([])[0] == TrainConfig()
     config, _ = train.parse(["--data", "a.txt", "b.txt", "--min-lr", "0"])
     assert config.data == ("a.txt", "b.txt") and config.min_lr == 0

@@ -257,7 +257,7 @@ def backward_heads(dqkv, dy, qkv, lse, heads, k_t, v_t, a, grad, p_drop, key, ba
         unpack(dqkv[b], heads[4:])
 
 
-@replaces(attention_forward_ref)
+@replaces(attention_forward_ref, flops=lambda y, *_: 2 * y.size * (y.shape[1] + 1))
 def attention_forward(y, lse, qkv, n_head, p_drop, key, batch_offset):
     B, T, C3 = qkv.shape
     hs = C3 // 3 // n_head
@@ -266,7 +266,7 @@ def attention_forward(y, lse, qkv, n_head, p_drop, key, batch_offset):
     forward_heads(y, lse, qkv, heads, k_t, s, p_drop, key, batch_offset)
 
 
-@replaces(attention_backward_ref)
+@replaces(attention_backward_ref, flops=lambda dqkv, dy, *_: 4 * dy.size * (dy.shape[1] + 1))
 def attention_backward(dqkv, dy, qkv, lse, n_head, p_drop, key, batch_offset):
     B, T, C3 = qkv.shape
     hs = C3 // 3 // n_head

@@ -42,7 +42,7 @@ def embedding_backward_ref(dwte, dwpe, dy, idx):
 # Kernels
 
 
-@replaces(embedding_forward_ref)
+@replaces(embedding_forward_ref, nbytes=lambda y, idx, wte, wpe: 2 * y.nbytes + idx.nbytes + wpe.nbytes)
 @kernel
 def embedding_forward(y, idx, wte, wpe):
     B, T, C = y.shape
@@ -53,7 +53,7 @@ def embedding_forward(y, idx, wte, wpe):
                 y[b, t, i] = wte[v, i] + wpe[t, i]
 
 
-@replaces(embedding_backward_ref)
+@replaces(embedding_backward_ref, nbytes=lambda dwte, dwpe, dy, idx: 3 * dy.nbytes + idx.nbytes + dwpe.nbytes)
 @kernel
 def embedding_backward(dwte, dwpe, dy, idx):
     B, T, C = dy.shape

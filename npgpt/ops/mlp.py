@@ -111,7 +111,7 @@ def gelu_backward(grad, act, dbias, pre):
             dbias[i] += dz
 
 
-@replaces(mlp_forward_ref)
+@replaces(mlp_forward_ref, flops=lambda y, pre, x, *_: 2 * pre.size * (x.shape[1] + y.shape[1]))
 def mlp_forward(y, pre, x, w_fc, b_fc, w_proj, b_proj):
     act = empty(pre.shape, pre.dtype)
     np.matmul(x, w_fc.T, out=pre)
@@ -120,7 +120,7 @@ def mlp_forward(y, pre, x, w_fc, b_fc, w_proj, b_proj):
     add_bias(y, b_proj)
 
 
-@replaces(mlp_backward_ref)
+@replaces(mlp_backward_ref, flops=lambda dx, dw_fc, db_fc, dw_proj, *_: 4 * len(dx) * (dw_fc.size + dw_proj.size))
 def mlp_backward(dx, dw_fc, db_fc, dw_proj, db_proj, dy, x, w_fc, w_proj, pre):
     grad, act = empty(pre.shape, pre.dtype), empty(pre.shape, pre.dtype)  # (N, F)
     # y = act @ w_proj.T + b_proj

@@ -1,4 +1,4 @@
-"""What all benchmarks train: the three standard workloads, their weights, their batches, and what a step costs."""
+"""What all benchmarks train: the standard workloads, their weights, their batches, and what a step costs."""
 
 from dataclasses import dataclass
 
@@ -48,6 +48,8 @@ WORKLOADS = {
     "cpu": _workload(L=4, H=4, C=128, V=65, B=12, T=64, bias=False, steps=50),
     # nanoGPT's shakespeare_char, at a batch of 16 and without dropout
     "baby": _workload(L=6, H=6, C=384, V=65, B=16, T=256, bias=False, steps=2),
+    # the same model with few long sequences
+    "long": _workload(L=6, H=6, C=384, V=65, B=4, T=1024, bias=False, steps=2),
     # GPT-2 124M at llm.c's CPU setting, with the vocabulary that it has, not padded
     "gpt2": _workload(L=12, H=12, C=768, V=50257, B=4, T=64, bias=True, steps=2),
 }

@@ -74,23 +74,25 @@ class TrainConfig:
 
     batch_size: int = _setting(12, "sequences per micro-step", low=1)
     gradient_accumulation_steps: int = _setting(1, "micro-steps per update", low=1)
-    max_iters: int = _setting(3500, "number of updates", low=0)
+    max_iters: int = _setting(2400, "number of updates", low=0)
     epochs: float | None = _setting(None, "passes over the training text, instead of max_iters", above=0)
 
-    optimizer: str = _setting("adamw", "AdamW, or Muon for the blocks' matrices", choices=("adamw", "muon"))
-    learning_rate: float = _setting(3e-3, "peak learning rate", low=0)
+    optimizer: str = _setting("muon", "AdamW, or Muon for the blocks' matrices", choices=("adamw", "muon"))
+    learning_rate: float = _setting(4e-3, "peak learning rate", low=0)
     min_lr: float | None = _setting(None, "learning rate at the end of the decay; by default learning_rate / 10", low=0)
     decay_lr: bool = _setting(True, "decay the learning rate along a cosine")
-    warmup_iters: int = _setting(100, "updates over which the learning rate rises from 0", low=0)
+    warmup_iters: int = _setting(20, "updates over which the learning rate rises from 0", low=0)
     lr_decay_iters: int | None = _setting(None, "update at which min_lr is reached; by default the last one", low=0)
-    muon_learning_rate: float = _setting(0.02, "peak learning rate of Muon's matrices", low=0)
+    muon_learning_rate: float = _setting(0.03, "peak learning rate of Muon's matrices", low=0)
     muon_momentum: float = _setting(0.95, "decay of Muon's mean of gradients", above=0, below=1)
     weight_decay: float = _setting(0.1, "AdamW's weight decay, on matrices only", low=0)
     beta1: float = _setting(0.9, "decay of AdamW's mean of gradients", low=0, below=1)
     beta2: float = _setting(0.99, "decay of AdamW's mean of squared gradients", low=0, below=1)
     grad_clip: float = _setting(1.0, "longest gradient, all parameters together (0: no clipping)", low=0)
 
-    eval_interval: int = _setting(500, "updates between evaluations", low=1)
+    eval_interval: int = _setting(400, "updates between evaluations", low=1)
+    patience: int | None = _setting(None, "stop after so many evaluations without a new best", low=1)
+    keep: int = _setting(2, "checkpoints kept, the newest ones; the best is kept besides", low=1)
     eval_iters: int = _setting(20, "validation batches per evaluation", low=1)
     log_interval: int = _setting(50, "updates between progress lines", low=1)
     sample_tokens: int = _setting(120, "length of the sample at each evaluation, in tokens (0: none)", low=0)
@@ -120,7 +122,7 @@ PRESETS = {
         dict(
             data=("shakespeare",), n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0,
             max_iters=2000, lr_decay_iters=2000, learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, beta2=0.99,
-            weight_decay=0.1, eval_interval=250, eval_iters=20, log_interval=1,
+            optimizer="adamw", weight_decay=0.1, eval_interval=250, eval_iters=20, log_interval=1,
         ),
     ),
     "nanogpt-gpu": (
@@ -128,15 +130,15 @@ PRESETS = {
         dict(
             data=("shakespeare",), n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2,
             max_iters=5000, lr_decay_iters=5000, learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, beta2=0.99,
-            weight_decay=0.1, eval_interval=250, eval_iters=200, log_interval=10,
+            optimizer="adamw", weight_decay=0.1, eval_interval=250, eval_iters=200, log_interval=10,
         ),
     ),
     "speedrun": (
         "nanogpt-cpu's model to the same loss with Muon, in a quarter of the iterations",
         dict(
             data=("shakespeare",), n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0,
-            max_iters=480, optimizer="muon", learning_rate=5e-3, muon_learning_rate=0.03, muon_momentum=0.85,
-            min_lr=4e-4, warmup_iters=20, beta2=0.99, weight_decay=0.0, eval_interval=120, eval_iters=20,
+            max_iters=430, optimizer="muon", learning_rate=5e-3, muon_learning_rate=0.04, muon_momentum=0.85,
+            min_lr=4e-4, warmup_iters=10, beta2=0.99, weight_decay=0.0, eval_interval=215, eval_iters=20,
         ),
     ),
     "gpt2": (
@@ -144,7 +146,7 @@ PRESETS = {
         dict(
             n_layer=12, n_head=12, n_embd=768, block_size=1024, batch_size=4, gradient_accumulation_steps=8, bias=True,
             dropout=0.0, max_iters=600000, lr_decay_iters=600000, learning_rate=6e-4, min_lr=6e-5, warmup_iters=2000,
-            beta2=0.95, weight_decay=0.1, eval_interval=1000, eval_iters=20, log_interval=1,
+            beta2=0.95, optimizer="adamw", weight_decay=0.1, eval_interval=1000, eval_iters=20, log_interval=1,
         ),
     ),
 }  # fmt: skip

@@ -113,6 +113,27 @@ def _shakespeare():
     return raw.decode("utf-8")
 
 
+def repeated_lines(text, val_fraction, most=2000):
+    """Share of the held-back text's lines that stand in the training text too; None if it has no line to speak of.
+
+    Looked at are `most` lines, evenly spread, of 24 characters or more: shorter ones come twice in any text.
+    """
+    n = len(text) - max(1, int(len(text) * val_fraction))
+    held_back = [line for line in map(str.strip, text[n:].splitlines()[1:]) if len(line) >= 24]
+    chosen = set(held_back[:: -(-len(held_back) // most) or 1])
+    if not chosen:
+        return None
+    seen, start = set(), 0
+    while start < n:  # line by line, without a copy of the whole text
+        end = text.find("\n", start, n)
+        end = n if end < 0 else end
+        line = text[start:end].strip()
+        if line in chosen:
+            seen.add(line)
+        start = end + 1
+    return len(seen) / len(chosen)
+
+
 def split(tokens, val_fraction):
     """(training tokens, validation tokens): the last val_fraction of a text is held back."""
     n = len(tokens) - max(1, int(len(tokens) * val_fraction))

@@ -39,6 +39,7 @@ NAN_FILL = os.environ.get("NPGPT_NAN_FILL", "0") not in ("", "0")
 
 class _ThreadState(threading.local):
     recording = True
+    checked = None
     pool = None
     random_seed = 0
     random_calls = 0
@@ -56,6 +57,31 @@ def no_grad():
         yield
     finally:
         _state.recording = before
+
+
+class NotFinite(Exception):
+    """What finite_checks found: its text names the op, and the direction."""
+
+
+@contextlib.contextmanager
+def finite_checks(names):
+    """Within this context a result of an op, or a gradient that it makes, that is not finite raises NotFinite.
+
+    names: id of a tensor -> what it is called, for the message; those of a model's parameters, say.
+    """
+    before, _state.checked = _state.checked, names
+    try:
+        yield
+    finally:
+        _state.checked = before
+
+
+def _check_finite(arrays, direction, backward, parents):
+    if all(array is None or np.isfinite(array).all() for array in arrays):
+        return
+    op = backward.__qualname__.partition(".")[0]
+    named = [_state.checked[id(parent)] for parent in parents if id(parent) in _state.checked]
+    raise NotFinite(f"the {direction} of {op}" + (f" with {', '.join(named)}" if named else ""))
 
 
 @contextlib.contextmanager
@@ -291,6 +317,8 @@ class Tensor:
                 continue  # a leaf
             dy = node.grad
             grads = node._backward(dy)
+            if _state.checked is not None:
+                _check_finite(grads, "backward", node._backward, node._parents)
             for parent, parent_grad in zip(node._parents, grads, strict=True):
                 if parent_grad is not None and parent.requires_grad:
                     parent._add_grad(parent_grad)
@@ -330,6 +358,8 @@ def record(data, parents, backward):
     parent without one, or whose gradient was added to in place.  It must not hold on to the output Tensor itself (its
     array is fine): that would be a reference cycle, and memory would wait for the garbage collector.
     """
+    if _state.checked is not None:
+        _check_finite([data], "forward", backward, parents)
     out = Tensor(data)
     if _state.recording and any(parent.requires_grad for parent in parents):
         out.requires_grad = True

@@ -5,7 +5,9 @@
     2    usage: flags, data or prompt                UsageError
     3    a checkpoint or the disk                    CheckpointError
     4    the training diverged                       DivergedError
-    130  stopped by Ctrl-C
+    5    another training holds the run folder       BusyError
+    130  stopped by Ctrl-C                           StoppedError
+    143  stopped by SIGTERM                          StoppedError
     141  whoever read the output stopped reading (as in `... | head`)
 """
 
@@ -35,6 +37,20 @@ class DivergedError(NpgptError):
     """A loss or gradient that is not a finite number."""
 
     exit_code = 4
+
+
+class BusyError(NpgptError):
+    """A run folder that another training writes to."""
+
+    exit_code = 5
+
+
+class StoppedError(NpgptError):
+    """A signal that ended the work; number: the signal's."""
+
+    def __init__(self, number, message):
+        super().__init__(message)
+        self.exit_code = 128 + number
 
 
 def run_command(name, main):

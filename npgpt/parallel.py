@@ -214,7 +214,7 @@ class DataParallel:
             share = _count(targets[start:stop]) / count
             if share == 0:
                 return 0.0
-            with reuse_buffers(replica.pool), random_stream(seed, batch_offset=start):
+            with _quiet(), reuse_buffers(replica.pool), random_stream(seed, batch_offset=start):
                 _, loss = replica.model(idx[start:stop], targets[start:stop])
                 loss.backward(weight * share)
                 return share * loss.item()
@@ -250,7 +250,7 @@ class DataParallel:
             count = _count(targets[start:stop])
             if count == 0:
                 return 0.0, 0
-            with no_grad(), reuse_buffers(replica.pool):
+            with _quiet(), no_grad(), reuse_buffers(replica.pool):
                 _, loss = replica.model(idx[start:stop], targets[start:stop])
                 return loss.item() * count, count
 
@@ -260,6 +260,11 @@ class DataParallel:
     def close(self):
         """End the worker threads."""
         self._threads.shutdown()
+
+
+def _quiet():
+    """Numbers that are not finite are for the caller to see in the result, not for NumPy to warn of."""
+    return np.errstate(all="ignore")
 
 
 def _count(targets):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from npgpt.config import SAMPLE
-from npgpt.errors import CheckpointError, UsageError, run_command
+from npgpt.errors import UsageError, run_command
 from npgpt.train import Parser
 
 PROG = "python -m npgpt.sample"
@@ -17,7 +17,7 @@ PROG = "python -m npgpt.sample"
 def parse(argv):
     parser = Parser(prog=PROG, description="Write text with a trained GPT.")
     parser.add_argument("--out-dir", default="out", help="run folder of npgpt.train (default: out)")
-    parser.add_argument("--checkpoint", default="best", help="best or last (default: best)")
+    parser.add_argument("--checkpoint", default="best", help="best, last, or a file (default: best)")
     parser.add_argument("--prompt", "--start", default="\n", help="text to continue (default: a line break)")
     parser.add_argument("--num-samples", type=int, default=1, help="number of texts (default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=500, help="length of each text (default: 500)")
@@ -26,7 +26,6 @@ def parse(argv):
     parser.add_argument("--seed", type=int, default=1337, help="same seed, same text (default: 1337)")
     args = parser.parse_args(argv)
     for name, holds, words in (
-        ("checkpoint", args.checkpoint in ("best", "last"), "must be best or last"),
         ("prompt", args.prompt != "", "must have one character at least"),
         ("num-samples", args.num_samples >= 1, "must be at least 1"),
         ("max-new-tokens", args.max_new_tokens >= 1, "must be at least 1"),
@@ -45,12 +44,11 @@ def main(argv=None):
 
     import numpy as np
 
-    from npgpt.trainer import BEST, LAST, load_model
+    from npgpt import folder
+    from npgpt.trainer import load_model
 
-    path = Path(args.out_dir) / (BEST if args.checkpoint == "best" else LAST)
-    if not path.exists():
-        raise CheckpointError(f"no checkpoint {path}; python -m npgpt.train --out-dir {args.out_dir} makes one")
-    model, tokenizer, _ = load_model(path)
+    find = {"best": folder.best, "last": folder.newest}.get(args.checkpoint)
+    model, tokenizer, _ = load_model(find(args.out_dir) if find else Path(args.checkpoint))
     try:
         idx = tokenizer.encode(args.prompt)
     except UsageError as error:

@@ -13,7 +13,8 @@ import typing
 
 from npgpt import __version__
 from npgpt.config import PRESETS, TrainConfig, preset
-from npgpt.errors import UsageError, run_command
+from npgpt.errors import StoppedError, UsageError, run_command
+from npgpt.stop import catching_signals
 
 PROG = "python -m npgpt.train"
 
@@ -60,8 +61,14 @@ def build_parser():
     lines = "\n".join(f"  {name:<14}{text}" for name, (text, _) in PRESETS.items())
     parser = Parser(prog=PROG, description="Train a GPT on text.", epilog=f"presets:\n{lines}")
     parser.add_argument("nanogpt_file", nargs="?", metavar="CONFIG", help=argparse.SUPPRESS)
-    parser.add_argument("--preset", default="default", help="settings to start from; see below (default: default)")
+    parser.add_argument("--preset", help="settings to start from; see below (default: default)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out-dir")
+    parser.add_argument(
+        "--resume", nargs="?", const=True, metavar="FILE",
+        help="go on with the run in --out-dir from its newest checkpoint, or from the one named here; "
+        "other flags change the settings that may change",
+    )  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="begin even if the memory seems too small")
     parser.add_argument("--profile", action="store_true", help="at the end, print where the updates' time went")
     parser.add_argument("--version", action="version", version=f"npgpt {__version__}")
     hints = typing.get_type_hints(TrainConfig)
@@ -84,10 +91,10 @@ def build_parser():
 
 
 def parse(argv):
-    """Flags -> (TrainConfig, what remains: overwrite and profile).  Raises UsageError."""
+    """Flags -> (settings that were given, flags that are no settings).  Raises UsageError."""
     given = vars(build_parser().parse_args(argv))
     name, nanogpt_file = given.pop("preset"), given.pop("nanogpt_file")
-    rest = {flag: given.pop(flag) for flag in ("overwrite", "profile")}
+    rest = {flag: given.pop(flag) for flag in ("overwrite", "resume", "force", "profile")}
     if nanogpt_file is not None:
         if os.path.basename(nanogpt_file) not in NANOGPT_FILES:
             raise UsageError(f"unknown argument {nanogpt_file}; a text file is passed with --data {nanogpt_file}")
@@ -100,7 +107,9 @@ def parse(argv):
         raise UsageError("give --epochs or --max-iters, not both")
     if "data" in given:
         given["data"] = tuple(given["data"])
-    return TrainConfig(**{**preset(name), **given}), rest
+    if rest["resume"] and rest["overwrite"]:
+        raise UsageError("give --resume or --overwrite, not both")
+    return {**(preset(name) if name else {}), **given}, rest
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -126,15 +135,32 @@ def describe(trainer):
             f"device  | {parallel.cpu_name()}, {parallel.cores()} cores: "
             f"{trainer.workers} workers x {trainer.blas_threads} BLAS threads, "
             f"sgemm {trainer.sgemm_peak / 1e9:,.0f} GFLOP/s",
-            f"data    | {' '.join(config.data)}: {trainer.n_characters:,} characters, {model.vocab_size} different "
-            f"tokens; {len(trainer.train_tokens):,} tokens to train on, {len(trainer.val_tokens):,} held back",
+            f"data    | {' '.join(config.data)}: {trainer.n_bytes:,} bytes of UTF-8, {trainer.n_characters:,} "
+            f"characters, {model.vocab_size} different tokens",
+            *(f"        | {line}" for line in examine(trainer)),
             f"model   | {trainer.model.num_params():,} parameters: n_layer {model.n_layer}, n_head {model.n_head}, "
             f"n_embd {model.n_embd}, block_size {model.block_size}, dropout {model.dropout}",
             f"run     | {trainer.max_iters:,} iterations of {trainer.tokens_per_iter:,} tokens, "
-            f"{trainer.max_iters / trainer.iters_per_epoch:.1f} epochs of {trainer.iters_per_epoch:,.0f}; "
-            f"files go to {trainer.out_dir}{os.sep}",
+            f"about {trainer.memory_needed / 1e6:,.0f} MB of memory; files go to {trainer.out_dir}{os.sep}",
         )
     )
+
+
+def examine(trainer):
+    """What to know of the data before hours are spent on it, a line each."""
+    n, epochs = len(trainer.train_tokens), trainer.max_iters / trainer.iters_per_epoch
+    per_parameter = n / trainer.model.num_params()
+    yield (
+        f"{n:,} tokens to train on, {len(trainer.val_tokens):,} held back; {per_parameter:.2g} tokens per parameter, "
+        f"{epochs:.1f} epochs of {trainer.iters_per_epoch:,.0f} iterations"
+    )
+    if trainer.repeated_lines is not None:
+        words = f"{trainer.repeated_lines:.1%} of the held-back lines stand in the training text too"
+        if trainer.repeated_lines > 0.1:
+            words += ": the validation loss will look better than it is"
+        yield words
+    if epochs > 5 and per_parameter < 5:
+        yield "overfitting is to be expected: try --dropout 0.2, --patience 3, more text, or a smaller model"
 
 
 def profile_table(profile, trainer):
@@ -158,27 +184,42 @@ def profile_table(profile, trainer):
     return "\n".join(lines)
 
 
-def _print_sample(trainer, n_tokens):
+def _print_sample(trainer, n_tokens, stop):
     if n_tokens:
         for piece in trainer.sample(n_tokens):
             print(piece, end="", flush=True)
+            if stop.number is not None:
+                break
         print()
 
 
 def main(argv=None):
-    config, rest = parse(sys.argv[1:] if argv is None else argv)
+    given, flags = parse(sys.argv[1:] if argv is None else argv)
+    config = TrainConfig(**given)  # before NumPy and Numba take their time to load: a mistake shows at once
     # what a console cannot show (its encoding may be ASCII) must not end a run
     sys.stdout.reconfigure(errors="replace")
+    with catching_signals() as stop:
+        return train(config, given, flags, stop)
 
+
+def train(config, given, flags, stop):
+    """Train, and print; the exit code."""
     from npgpt.profiler import Profile
-    from npgpt.trainer import Progress, Trainer  # only now: NumPy and Numba take their time to load
+    from npgpt.trainer import Evaluation, Notice, Progress, Trainer
 
-    profile = Profile() if rest["profile"] else None
-    trainer = Trainer(config, rest["overwrite"], profile)
+    profile = Profile() if flags["profile"] else None
+    if flags["resume"]:
+        source = config.out_dir if flags["resume"] is True else flags["resume"]
+        trainer = Trainer.resume(source, given, profile, flags["force"])
+    else:
+        trainer = Trainer(config, flags["overwrite"], profile, flags["force"])
+    if stop.number is not None:
+        raise StoppedError(stop.number, "stopped before anything was trained")
     print(describe(trainer), flush=True)
-    best = None
-    for event in trainer.run():
-        if isinstance(event, Progress):
+    for event in trainer.run(stop):
+        if isinstance(event, Notice):
+            print(f"{PROG}: {event.text}", file=sys.stderr, flush=True)
+        elif isinstance(event, Progress):
             share = trainer.share_of_peak(event.tokens_per_second)
             print(
                 f"iter {event.iter:>6,} | loss {event.train_loss:.4f} | lr {event.lr:.2e} | "
@@ -186,18 +227,17 @@ def main(argv=None):
                 + (f" | {_duration(event.seconds_left)} left" if event.seconds_left is not None else ""),
                 flush=True,
             )
-            continue
-        best = event if event.is_best else best
-        print(f"iter {event.iter:>6,} | validation loss {event.val_loss:.4f}{' (best so far)' * event.is_best}")
-        if event.val_loss_whole is None:
-            _print_sample(trainer, config.sample_tokens)
+        elif isinstance(event, Evaluation):
+            print(f"iter {event.iter:>6,} | validation loss {event.val_loss:.4f}{' (best so far)' * event.is_best}")
+            if event.val_loss_whole is None:
+                _print_sample(trainer, trainer.config.sample_tokens, stop)
+                print("-" * 60)
+                continue
+            print(f"whole validation split: loss {event.val_loss_whole:.4f}")
+            _print_sample(trainer, trainer.config.final_sample_tokens, stop)
             print("-" * 60)
-            continue
-        print(f"whole validation split: loss {event.val_loss_whole:.4f}")
-        _print_sample(trainer, config.final_sample_tokens)
-        print("-" * 60)
-        print(f"best validation loss {best.val_loss:.4f} at iteration {best.iter:,}; it is what this samples from:")
-        print(f"  python -m npgpt.sample --out-dir {trainer.out_dir}")
+            print(f"best validation loss {trainer.best_loss:.4f} at iteration {trainer.best_iter:,}; sample from it:")
+            print(f"  python -m npgpt.sample --out-dir {trainer.out_dir}")
     if profile is not None and profile.entries:
         print(profile_table(profile, trainer))
     return 0

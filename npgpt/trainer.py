@@ -1,7 +1,7 @@
 """The training loop: data, model, workers, evaluation, checkpoints and log, from one TrainConfig.
 
-    trainer = Trainer(config)
-    for event in trainer.run():        # Progress after an update, Evaluation at each evaluation
+    trainer = Trainer(config)              # or Trainer.resume(out_dir)
+    for event in trainer.run():            # Progress after an update, Evaluation at each evaluation, Notice
         print(event)
 
 The loop computes and writes files; what is shown to a person is the business of npgpt/train.py.
@@ -10,7 +10,6 @@ The loop computes and writes files; what is shown to a person is the business of
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -18,17 +17,27 @@ from pathlib import Path
 
 import numpy as np
 
-from npgpt import checkpoint
-from npgpt.config import DROPOUT, SAMPLE, GPTConfig
-from npgpt.data import Blocks, evaluation_blocks, load_text, split
-from npgpt.errors import CheckpointError, DivergedError, UsageError
+from npgpt import __version__, folder, jit, memory
+from npgpt.config import DROPOUT, SAMPLE, GPTConfig, TrainConfig
+from npgpt.data import Blocks, evaluation_blocks, load_text, repeated_lines, split
+from npgpt.engine import NotFinite, finite_checks, random_stream
+from npgpt.errors import CheckpointError, DivergedError, StoppedError, UsageError
 from npgpt.model import GPT
 from npgpt.optim import AdamW, Muon, clip_scale, cosine_lr
-from npgpt.parallel import DataParallel, blas_threads, choose_threads, sgemm_peak
+from npgpt.parallel import DataParallel, blas_threads, choose_threads, cpu_name, sgemm_peak
 from npgpt.profiler import profiling
+from npgpt.stop import Stop
 from npgpt.tokenizer import TOKENIZERS, from_dict
 
-BEST, LAST = "best.safetensors", "last.safetensors"
+MOST_SKIPPED = 5  # updates in a row that may be skipped because something was not finite
+
+# settings without which a run would not be the same run any more
+FIXED = (
+    "tokenizer", "val_fraction", "n_layer", "n_head", "n_embd", "block_size", "bias", "batch_size",
+    "gradient_accumulation_steps", "optimizer", "seed",
+)  # fmt: skip
+
+clock = time.perf_counter
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ class Progress:
     grad_norm: float
     tokens_per_second: float  # since the last Progress that was logged
     seconds_left: float | None  # None after the first update, which compiles kernels or loads them
+    skipped: bool = False  # whether the weights were left as they are, because loss or gradient was not finite
 
 
 @dataclass(frozen=True)
@@ -53,26 +63,67 @@ class Evaluation:
     val_loss_whole: float | None = None  # on all of the split; at the end of the run only
 
 
+@dataclass(frozen=True)
+class Notice:
+    """Something that a person should know, in a line."""
+
+    text: str
+
+
+class _StopNow(Exception):
+    """Unwinds to where a checkpoint can be written."""
+
+
 class Trainer:
     """A training run.  Raises UsageError and CheckpointError before anything is trained.
 
     config     a TrainConfig
     overwrite  whether an earlier run in config.out_dir may be lost
+    force      whether to begin even if the memory seems too small
     profile    a Profile that gets to know where the updates' time goes; not that of the first, which compiles kernels
     """
 
-    def __init__(self, config, overwrite=False, profile=None):
-        self.config, self.profile = config, profile
+    def __init__(self, config, overwrite=False, profile=None, force=False):
+        self.config, self.profile, self.force = config, profile, force
         self.out_dir = Path(config.out_dir)
-        if self.out_dir.exists() and not self.out_dir.is_dir():
-            raise UsageError(f"--out-dir {self.out_dir} is a file; name a folder")
-        if not overwrite and any((self.out_dir / name).exists() for name in (BEST, LAST)):
-            raise UsageError(
-                f"{self.out_dir} holds an earlier run. Choose another folder with --out-dir, "
-                f"or add --overwrite to replace that run"
-            )
+        self.overwrite = overwrite
+        if not overwrite:
+            folder.refuse_earlier_run(self.out_dir)
+        self._prepare()
+
+    @classmethod
+    def resume(cls, path, changes=None, profile=None, force=False):
+        """The run in a folder, or in a checkpoint file, as it stood when its newest checkpoint was written.
+
+        changes    settings that are to be other than before, as a dict
+        profile, force    as for a new run
+
+        Raises CheckpointError if there is no good checkpoint, and UsageError if data or changes do not fit it.
+        """
+        path = Path(path)
+        arrays, state = folder.load(path if path.is_file() else folder.newest(path))
+        out_dir = path.parent if path.is_file() else path
+        trainer = cls.__new__(cls)
+        before = _config_of(state, path)
+        changes = dict(changes or {})
+        if "max_iters" in changes:
+            changes.setdefault("epochs", None)
+        trainer.config = dataclasses.replace(before, **{**changes, "out_dir": str(out_dir)})
+        trainer.profile, trainer.force, trainer.out_dir, trainer.overwrite = profile, force, out_dir, False
+        for name in FIXED:
+            old, new = getattr(before, name), getattr(trainer.config, name)
+            if old != new:
+                raise UsageError(f"the run in {out_dir} was begun with {name} = {old}; it cannot go on with {new}")
+        trainer._prepare()
+        trainer._restore(arrays, state, before, path)
+        return trainer
+
+    def _prepare(self):
+        """Data, model, workers and optimizer, as they are before the first update."""
+        config = self.config
         text = load_text(config.data)
-        self.n_characters = len(text)
+        self.n_characters, self.n_bytes = len(text), len(text.encode("utf-8"))
+        self.repeated_lines = repeated_lines(text, config.val_fraction)
         self.fingerprint = hashlib.sha256(text.encode("utf-8")).hexdigest()
         self.tokenizer = TOKENIZERS[config.tokenizer].from_text(text)
         tokens = self.tokenizer.encode(text)
@@ -91,11 +142,82 @@ class Trainer:
         self.workers, self.blas_threads = choose_threads(
             config.batch_size, config.block_size, config.workers, config.blas_threads
         )
+        self._check_memory(len(tokens))
         self.model = GPT(config.gpt_config(self.tokenizer.vocab_size), seed=config.seed)
         self.parallel = DataParallel(self.model, self.workers, self.blas_threads)
         self.optimizer = self._optimizer()
         self.iter = 0
-        self.best_loss = math.inf
+        self.best_loss, self.best_iter = math.inf, 0
+        self.skipped = 0  # updates in a row
+        self.elapsed = 0.0  # seconds that run() had taken when it was interrupted
+        self.resumed_from = None  # the iteration of the checkpoint that this run goes on from
+        self.notices = []  # what run() has to say first
+        self.saved_iter, self.unsaved = None, None  # of the last checkpoint, and why it could not be written
+
+    def _check_memory(self, n_tokens):
+        """Raise UsageError if the run will need more memory than there is; `memory_needed` tells the bytes."""
+        asked = self.config, self.tokenizer.vocab_size, n_tokens, self.workers
+        self.memory_needed, there_is = memory.estimate(*asked), memory.available()
+        if there_is is not None and self.memory_needed > there_is and not self.force:
+            most = sorted(memory.parts(*asked).items(), key=lambda part: -part[1])[:3]
+            raise UsageError(
+                f"this run needs about {self.memory_needed / 1e9:,.1f} GB of memory, and there are "
+                f"{there_is / 1e9:,.1f} GB ({', '.join(f'{words} {size / 1e9:,.1f}' for words, size in most)}). "
+                f"Lower --batch-size, --block-size, --n-embd, --n-layer or --workers; --force tries it all the same"
+            )
+
+    @property
+    def environment(self):
+        """What the bits of a result depend on, besides the settings."""
+        return {
+            "npgpt": __version__,
+            "numpy": np.__version__,
+            "kernels": f"numba {jit.numba.__version__}" if jit.KERNELS == "numba" else jit.KERNELS,
+            "processor": cpu_name(),
+            "workers": self.workers,
+            "blas_threads": self.blas_threads,
+        }
+
+    def _restore(self, arrays, state, before, path):
+        """Become the run that wrote this checkpoint."""
+        if state.get("data_sha256") != self.fingerprint:
+            raise UsageError(
+                f"data: {' '.join(self.config.data)} is not the text that the run in {self.out_dir} was begun with: "
+                f"it had {state.get('n_characters', 0):,} characters, now there are {self.n_characters:,} "
+                f"(sha256 {str(state.get('data_sha256'))[:8]}..., now {self.fingerprint[:8]}...)"
+            )
+        if state.get("tokenizer") != self.tokenizer.to_dict():
+            raise UsageError(f"the tokenizer of the run in {self.out_dir} has other tokens than this text")
+        flat = self.parallel.flat
+        for prefix, values in self._arrays():
+            for name, view in flat.views(values):
+                if prefix + name not in arrays or arrays[prefix + name].shape != view.shape:
+                    raise CheckpointError(f"{path}: {prefix + name} is missing, or has another shape than {view.shape}")
+                view[...] = arrays[prefix + name]
+        try:
+            self.iter = self.resumed_from = self.saved_iter = int(state["iter"])
+            self.optimizer.step, self.skipped = int(state["optimizer_step"]), int(state["skipped"])
+            self.best_loss = math.inf if state["best_loss"] is None else float(state["best_loss"])
+            self.best_iter, self.elapsed = int(state["best_iter"]), float(state["elapsed_s"])
+            environment = dict(state["environment"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: the state of the run is not complete ({error})") from None
+        for name, value in self.environment.items():
+            if environment.get(name) != value:
+                self.notices.append(
+                    f"{name} was {environment.get(name)} and is {value}: the run goes on, but not with the same bits"
+                )
+        self.changes = {
+            f.name: [getattr(before, f.name), getattr(self.config, f.name)]
+            for f in dataclasses.fields(TrainConfig)
+            if f.name != "out_dir" and getattr(before, f.name) != getattr(self.config, f.name)
+        }
+        for name, (old, new) in self.changes.items():
+            self.notices.append(f"{name} was {old} and is {new} from iteration {self.iter:,} on")
+
+    def _arrays(self):
+        """(prefix of the names, flat array) of all that a checkpoint holds."""
+        return ("", self.parallel.flat.weights), ("adamw.m.", self.optimizer.m), ("adamw.v.", self.optimizer.v)
 
     def _optimizer(self):
         config = self.config
@@ -124,42 +246,67 @@ class Trainer:
             min_lr, decay_iters = config.learning_rate, 0
         return cosine_lr(iteration, config.learning_rate, min_lr, config.warmup_iters, decay_iters)
 
-    def step(self):
-        """One update -> (loss, learning rate, gradient norm).
+    def step(self, stop=Stop):
+        """One update -> (loss, learning rate, gradient norm, whether it was skipped).
 
-        Raises DivergedError, and leaves the weights as they are, if the loss or the norm is not finite.
+        If the loss or the gradient's norm is not finite, the update is skipped: weights and moments stay as they are.
+        Raises DivergedError at the fifth in a row.
         """
         config, n_micro = self.config, self.config.gradient_accumulation_steps
         self.parallel.zero_grad()
         loss = 0.0
         for n in range(self.iter * n_micro, (self.iter + 1) * n_micro):
-            x, y = self.blocks.batch(n, config.batch_size)
-            seed = np.random.SeedSequence([config.seed, DROPOUT, n]).generate_state(1)[0]
-            loss += self.parallel.forward_backward(x, y, seed, weight=1 / n_micro) / n_micro
-        norm = self.parallel.gather_grads()
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            raise self._diverged(f"the loss is {loss}, the gradient's norm {norm}")
-        lr = self.learning_rate(self.iter)
-        self.parallel.update(self.optimizer, lr, clip_scale(norm, config.grad_clip))
+            _check(stop)
+            loss += self.parallel.forward_backward(*self._micro_batch(n), weight=1 / n_micro) / n_micro
+        norm, lr = self.parallel.gather_grads(), self.learning_rate(self.iter)
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        if skipped:
+            self.skipped += 1
+            if self.skipped == MOST_SKIPPED:
+                raise self._diverged(f"the loss is {loss}, the gradient's norm {norm}{self._first_not_finite()}")
+        else:
+            self.parallel.update(self.optimizer, lr, clip_scale(norm, config.grad_clip))
+            self.skipped = 0
         self.iter += 1
-        return loss, lr, norm
+        return loss, lr, norm, skipped
+
+    def _micro_batch(self, n):
+        """Micro-step number n: x, y (B, T) and the seed of its dropout masks."""
+        seed = np.random.SeedSequence([self.config.seed, DROPOUT, n]).generate_state(1)[0]
+        return *self.blocks.batch(n, self.config.batch_size), seed
 
     def _diverged(self, what):
-        return DivergedError(
-            f"{what} at iteration {self.iter}. Try a smaller --learning-rate; "
-            f"{self.out_dir / BEST} holds the best weights so far"
-        )
+        good = folder.checkpoints(self.out_dir)
+        hint = f"; the last good checkpoint is {good[0]}" if good else ""
+        return DivergedError(f"{what} at iteration {self.iter}{hint}. Try a smaller --learning-rate")
 
-    def evaluate(self, blocks):
-        """Mean loss over evaluation blocks x, y (n, block_size)."""
+    def _first_not_finite(self):
+        """Words for the first op of this update whose result was not finite; found by doing the update once more."""
+        n_micro = self.config.gradient_accumulation_steps
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for n in range(self.iter * n_micro, (self.iter + 1) * n_micro):
+            x, y, seed = self._micro_batch(n)
+            try:
+                with finite_checks(names), random_stream(seed), np.errstate(all="ignore"):
+                    _, loss = self.model(x, y)
+                    loss.backward()
+            except NotFinite as error:
+                return f", first in {error}"
+        return ""
+
+    def evaluate(self, blocks, stop=Stop):
+        """Mean loss over evaluation blocks x, y (n, block_size).  Raises DivergedError if it is not finite."""
         x, y = blocks
         total = count = 0
         self.parallel.train(False)
-        for i in range(0, len(x), self.config.batch_size):
-            part = slice(i, i + self.config.batch_size)
-            loss, n = self.parallel.loss(x[part], y[part])
-            total, count = total + loss, count + n
-        self.parallel.train(True)
+        try:
+            for i in range(0, len(x), self.config.batch_size):
+                _check(stop)
+                part = slice(i, i + self.config.batch_size)
+                loss, n = self.parallel.loss(x[part], y[part])
+                total, count = total + loss, count + n
+        finally:
+            self.parallel.train(True)
         if not math.isfinite(total):
             raise self._diverged(f"the validation loss is {total / count}")
         return total / count
@@ -172,40 +319,89 @@ class Trainer:
         rng = np.random.default_rng([self.config.seed, SAMPLE, self.iter])
         return self.tokenizer.stream(self.model.generate([start], n_tokens, temperature=0.8, rng=rng))
 
-    def run(self):
-        """Train to the end; yields a Progress after each logged update and an Evaluation at each evaluation."""
-        config = self.config
-        self._open_folder()
-        with open(self.out_dir / "metrics.jsonl", "w", encoding="utf-8") as log:
-            began = logged = time.perf_counter()
-            logged_iter, steady = self.iter, None
-            while True:
-                evaluation = None
-                at_end = self.iter >= self.max_iters
-                if at_end or self.iter % config.eval_interval == 0:
-                    evaluation = self._evaluate_and_save(at_end)
-                    yield evaluation
-                    if at_end:
-                        self._log(log, began, evaluation)
-                        return
-                    logged, logged_iter = time.perf_counter(), self.iter
-                n = self.iter
-                with profiling(None if steady is None else self.profile):
-                    loss, lr, norm = self.step()
-                now = time.perf_counter()
-                speed = (self.iter - logged_iter) * self.tokens_per_iter / (now - logged)
-                left = None
-                if steady is None:
-                    steady = (now, self.iter)  # from here on every update takes about the same time
-                else:
-                    left = (now - steady[0]) / (self.iter - steady[1]) * (self.max_iters - self.iter)
-                progress = Progress(n, loss, lr, norm, speed, left)
-                self._log(log, began, evaluation, progress)
-                if n % config.log_interval == 0:
-                    logged, logged_iter = now, self.iter
-                    yield progress
+    def run(self, stop=Stop):
+        """Train to the end; yields a Progress after each logged update and an Evaluation at each evaluation.
 
-    def _log(self, log, began, evaluation, progress=None):
+        stop: a Stop; when it has a number, the work ends within a micro-step, a checkpoint is written, and StoppedError
+        is raised.  Raises DivergedError, BusyError, and CheckpointError if at the end the last checkpoint or the log
+        could not be written; while it goes on, such a failure is a Notice.
+        """
+        self.folder = folder.RunFolder(self.out_dir)
+        try:
+            if self.resumed_from is None:
+                if not self.overwrite:
+                    folder.refuse_earlier_run(self.out_dir)  # it may have come while the lock was another's
+                self.folder.clear()
+            else:
+                self.folder.forget_after(self.iter)
+            self.folder.open_log(self.iter)
+            yield from self._run(stop)
+        except _StopNow:
+            list(self._save(None))
+            raise StoppedError(stop.number, self._farewell()) from None
+        except GeneratorExit:  # nobody asks for the next event: the output was closed, say
+            list(self._save(None))
+            raise
+        finally:
+            self.folder.close()
+
+    def _farewell(self):
+        if self.saved_iter is None:
+            return f"stopped; nothing could be saved: {self.unsaved}"
+        return (
+            f"stopped at iteration {self.iter:,}; the checkpoint is of iteration {self.saved_iter:,}. Go on with: "
+            f"python -m npgpt.train --resume --out-dir {self.out_dir}"
+        )
+
+    def _run(self, stop):
+        config = self.config
+        for text in self.notices:
+            yield Notice(text)
+        if self.resumed_from is not None and self.changes:
+            yield from self._log({"iter": self.iter, "changed": self.changes})
+        self.began, logged = clock() - self.elapsed, clock()
+        logged_iter, steady = self.iter, None
+        while True:
+            _check(stop)
+            evaluation = None
+            out_of_patience = False
+            if self.iter >= self.max_iters or self.iter % config.eval_interval == 0:
+                evaluation = yield from self._evaluate_and_save(stop)
+                if config.patience is not None:
+                    out_of_patience = self.iter - self.best_iter >= config.patience * config.eval_interval
+                at_end = self.iter >= self.max_iters or out_of_patience
+                if at_end:
+                    whole = self.evaluate(self.val_blocks, stop)
+                    evaluation = dataclasses.replace(evaluation, val_loss_whole=whole)
+                yield evaluation
+                if at_end:
+                    yield from self._log(self._row(evaluation))
+                    if out_of_patience:
+                        yield Notice(f"no new best in {config.patience} evaluations: the run ends here")
+                    if self.unsaved is not None:
+                        raise CheckpointError(str(self.unsaved))
+                    return
+                logged, logged_iter = clock(), self.iter
+            n = self.iter
+            with profiling(None if steady is None else self.profile):
+                loss, lr, norm, skipped = self.step(stop)
+            now = clock()
+            speed = (self.iter - logged_iter) * self.tokens_per_iter / (now - logged) if now > logged else math.inf
+            left = None
+            if steady is None:
+                steady = (now, self.iter)  # from here on every update takes about the same time
+            else:
+                left = (now - steady[0]) / (self.iter - steady[1]) * (self.max_iters - self.iter)
+            progress = Progress(n, loss, lr, norm, speed, left, skipped)
+            yield from self._log(self._row(evaluation, progress))
+            if skipped:
+                yield Notice(f"iteration {n:,}: loss {loss}, gradient norm {norm}; the update was skipped")
+            if n % config.log_interval == 0:
+                logged, logged_iter = now, self.iter
+                yield progress
+
+    def _row(self, evaluation, progress=None):
+        """A row of the log; numbers that are not finite are null."""
         row = {"iter": self.iter if progress is None else progress.iter}
         row["train_loss"] = None if progress is None else progress.train_loss
         if evaluation is not None:
@@ -214,47 +410,79 @@ class Trainer:
                 row["val_loss_whole"] = evaluation.val_loss_whole
         for name in ("lr", "grad_norm", "tokens_per_second"):
             row[name] = None if progress is None else getattr(progress, name)
-        row["elapsed_s"] = round(time.perf_counter() - began, 3)
-        try:
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-        except OSError as error:
-            raise CheckpointError(f"cannot write {log.name}: {error.strerror}") from None
+        row["elapsed_s"] = round(clock() - self.began, 3)
+        if progress is not None and progress.skipped:
+            row["skipped"] = True
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
-    def _open_folder(self):
+    def _log(self, row):
         try:
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-            (self.out_dir / "metrics.jsonl").touch()
-        except OSError as error:
-            raise CheckpointError(f"cannot write to the run folder {self.out_dir}: {error.strerror}") from None
+            self.folder.log(row)
+            if isinstance(self.unsaved, _LogError):
+                self.unsaved = None
+        except CheckpointError as error:
+            if self.unsaved is None:
+                self.unsaved = _LogError(str(error))
+                yield Notice(f"{error}; the training goes on, and tries again")
 
-    def _evaluate_and_save(self, at_end):
-        loss = self.evaluate(self.val_sample)
-        is_best = loss < self.best_loss
-        names = [LAST]
+    def _evaluate_and_save(self, stop):
+        loss = self.evaluate(self.val_sample, stop)
+        # (the run may have been resumed from just here: then its best may be this evaluation)
+        is_best = loss < self.best_loss or (loss == self.best_loss and self.iter == self.best_iter)
         if is_best:
-            self.best_loss = loss
-            names.append(BEST)
-        for name in names:
-            self.save(name, loss)
-        return Evaluation(self.iter, loss, is_best, self.evaluate(self.val_blocks) if at_end else None)
+            self.best_loss, self.best_iter = loss, self.iter
+        yield from self._save(loss)
+        return Evaluation(self.iter, loss, is_best)
 
-    def save(self, name, val_loss):
-        """Write a checkpoint: weights, AdamW's moments, and what is needed to use them."""
+    def _save(self, val_loss):
+        """Write a checkpoint of the weights after `iter` updates, unless there is one.  Yields a Notice if it fails."""
+        if self.saved_iter == self.iter and val_loss is None:
+            return
         flat, arrays = self.parallel.flat, {}
-        for prefix, values in (("", flat.weights), ("adamw.m.", self.optimizer.m), ("adamw.v.", self.optimizer.v)):
-            for parameter, view in flat.views(values):
-                arrays[prefix + parameter] = view
+        if not all(np.isfinite(values).all() for _, values in self._arrays()):
+            raise self._diverged("weights are not finite: no checkpoint is written of them")
+        for prefix, values in self._arrays():
+            for name, view in flat.views(values):
+                arrays[prefix + name] = view
         state = {
             "iter": self.iter,
+            "optimizer_step": self.optimizer.step,
+            "skipped": self.skipped,
             "val_loss": val_loss,
-            "best_loss": self.best_loss,
+            "best_loss": None if math.isinf(self.best_loss) else self.best_loss,
+            "best_iter": self.best_iter,
+            "elapsed_s": clock() - self.began,
             "train": dataclasses.asdict(self.config),
             "model": dataclasses.asdict(self.model.config),
             "tokenizer": self.tokenizer.to_dict(),
             "data_sha256": self.fingerprint,
+            "n_characters": self.n_characters,
+            "environment": self.environment,
         }
-        checkpoint.save(self.out_dir / name, arrays, {"format": "npgpt", "npgpt": json.dumps(state)})
+        try:
+            self.folder.save(self.iter, arrays, state, self.config.keep)
+            self.saved_iter, self.unsaved = self.iter, None
+        except CheckpointError as error:
+            self.unsaved = error
+            yield Notice(f"{error}; the training goes on, and tries again at the next evaluation")
+
+
+class _LogError(CheckpointError):
+    """A row of the log that waits to be written."""
+
+
+def _check(stop):
+    if stop.number is not None:
+        raise _StopNow
+
+
+def _config_of(state, path):
+    """The TrainConfig that a checkpoint's run was made with."""
+    try:
+        settings = dict(state["train"])
+        return TrainConfig(**{**settings, "data": tuple(settings["data"])})
+    except (KeyError, TypeError, ValueError, UsageError) as error:
+        raise CheckpointError(f"{path} was not written by npgpt.train, or is damaged ({error})") from None
 
 
 def load_model(path):
@@ -262,9 +490,8 @@ def load_model(path):
 
     Raises CheckpointError if the file is not a checkpoint of npgpt.
     """
-    arrays, metadata = checkpoint.load(path)
+    arrays, state = folder.load(path)
     try:
-        state = json.loads(metadata["npgpt"])
         config, tokenizer = GPTConfig(**state["model"]), from_dict(state["tokenizer"])
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise CheckpointError(f"{path} was not written by npgpt.train, or is damaged ({error})") from None
@@ -275,5 +502,7 @@ def load_model(path):
         if name not in arrays or arrays[name].shape != parameter.shape:
             found = arrays[name].shape if name in arrays else "nothing"
             raise CheckpointError(f"{path}: {name} must have shape {parameter.shape}, found {found}")
+        if not np.isfinite(arrays[name]).all():
+            raise CheckpointError(f"{path}: {name} has numbers that are not finite")
         parameter.data[...] = arrays[name]
     return model, tokenizer, state

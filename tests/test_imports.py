@@ -19,7 +19,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8"), str(path)) for name, 
 # From the ground up: a module may import those that stand in a line above its own, and no others.
 LINES = [
     ["errors"],
-    ["config", "profiler"],
+    ["config", "profiler", "stop", "memory"],
     ["engine", "jit"],
     ["tiles"],
     ["ops"],
@@ -28,6 +28,7 @@ LINES = [
     ["gradcheck", "optim"],
     ["parallel"],
     ["data", "tokenizer", "checkpoint"],
+    ["folder"],
     ["trainer"],
     ["train"],
     ["sample"],  # (reads its flags with train's parser)
@@ -38,6 +39,8 @@ ONLY = {
     "config": {"errors"},
     "engine": {"errors"},
     "profiler": set(),
+    "stop": set(),
+    "memory": set(),
     "jit": {"errors", "profiler"},
     "tiles": {"jit"},
     "ops": {"engine", "jit", "tiles", "ops"},
@@ -45,6 +48,7 @@ ONLY = {
     "data": {"errors", "config", "jit"},
     "tokenizer": {"errors", "config", "jit"},
     "checkpoint": {"errors", "config", "jit"},
+    "folder": {"errors", "checkpoint"},
 }
 EXTRAS = {"torch", "safetensors", "tokenizers", "matplotlib", "mpi4py"}  # never needed by npgpt itself
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

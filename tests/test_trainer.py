@@ -8,10 +8,10 @@ import os
 import numpy as np
 import pytest
 
-from npgpt import checkpoint
+from npgpt import checkpoint, folder
 from npgpt.config import TrainConfig
 from npgpt.errors import CheckpointError, DivergedError, UsageError
-from npgpt.trainer import BEST, LAST, Evaluation, Progress, Trainer, load_model
+from npgpt.trainer import Evaluation, Progress, Trainer, load_model
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40
 
@@ -120,23 +120,23 @@ def test_evaluation_is_without_dropout_and_changes_nothing(config):
 
 def test_checkpoints_hold_the_model(config):
     trainer, events = run(config)
-    for name in (BEST, LAST):
-        model, tokenizer, state = load_model(trainer.out_dir / name)
+    for path in (folder.best(config.out_dir), folder.newest(config.out_dir)):
+        model, tokenizer, state = load_model(path)
         assert tokenizer.decode(tokenizer.encode("lazy fox")) == "lazy fox"
         assert model.config == trainer.model.config
         assert state["iter"] in (0, 5, 10, 12) and math.isfinite(state["val_loss"])
     for (_, ours), (_, theirs) in zip(model.named_parameters(), trainer.model.named_parameters(), strict=True):
         assert (ours.data == theirs.data).all()
     assert state["iter"] == 12
-    arrays, _ = checkpoint.load(trainer.out_dir / LAST)
+    arrays, _ = checkpoint.load(path)
     assert (arrays["adamw.v.transformer.wte.weight"] > 0).any()
     best = min((e for e in events if isinstance(e, Evaluation)), key=lambda e: e.val_loss)
-    assert load_model(trainer.out_dir / BEST)[2]["iter"] == best.iter
+    assert load_model(folder.best(config.out_dir))[2]["iter"] == best.iter
 
 
 def test_an_earlier_run_is_not_lost_by_accident(config):
     run(config)
-    with pytest.raises(UsageError, match=r"holds an earlier run.*--overwrite"):
+    with pytest.raises(UsageError, match=r"holds an earlier run.*--resume.*--overwrite"):
         Trainer(config)
     assert len(metrics(config)) == 13
     run(config, overwrite=True)
@@ -144,10 +144,10 @@ def test_an_earlier_run_is_not_lost_by_accident(config):
 
 def test_divergence_stops_the_run_and_keeps_the_weights_finite(config):
     trainer = Trainer(variant(config, learning_rate=1e30, grad_clip=0.0, warmup_iters=0, eval_interval=100))
-    with pytest.raises(DivergedError, match=r"at iteration \d+.*smaller --learning-rate") as error:
+    with pytest.raises(DivergedError, match=r"at iteration \d+; the last good.*smaller --learning-rate") as error:
         list(trainer.run())
     assert error.value.exit_code == 4
-    model, _, _ = load_model(trainer.out_dir / LAST)
+    model, _, _ = load_model(folder.newest(config.out_dir))
     assert all(np.isfinite(parameter.data).all() for parameter in model.parameters())
 
 
@@ -167,8 +167,7 @@ def test_a_folder_that_cannot_be_used(config, tmp_path, monkeypatch):
 
 def test_a_checkpoint_that_is_none_of_ours(config):
     trainer, _ = run(config)
-    arrays, metadata = checkpoint.load(trainer.out_dir / LAST)
-    state = json.loads(metadata["npgpt"])
+    arrays, state = folder.load(folder.newest(config.out_dir))
 
     def load_changed(arrays=arrays, **changes):
         path = trainer.out_dir / "changed"

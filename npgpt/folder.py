@@ -1,0 +1,212 @@
+"""A run folder: its lock, its checkpoints, its log.
+
+    iter-00000500.safetensors     checkpoints, named after the updates that they have behind them
+    metrics.jsonl                 the log: one JSON object a line
+    lock                          held by the training that writes here, as long as its process lives
+"""
+
+import contextlib
+import json
+import os
+import platform
+import re
+import time
+from pathlib import Path
+
+from npgpt import checkpoint
+from npgpt.errors import BusyError, CheckpointError, UsageError
+
+_NAME = re.compile(r"iter-(\d{8,})\.safetensors")
+
+
+def checkpoints(path):
+    """The paths of a folder's checkpoints, the newest first."""
+    try:
+        found = [(int(match[1]), p) for p in Path(path).iterdir() if (match := _NAME.fullmatch(p.name))]
+    except OSError:
+        return []
+    return [p for _, p in sorted(found, reverse=True)]
+
+
+def newest(path):
+    """The newest checkpoint of a folder.  Raises CheckpointError if there is none."""
+    found = checkpoints(path)
+    if not found:
+        raise CheckpointError(f"there is no checkpoint in {path}; python -m npgpt.train --out-dir {path} makes one")
+    return found[0]
+
+
+def best(path):
+    """The checkpoint with the lowest validation loss, the newer of two with the same; damaged ones do not count.
+
+    Raises CheckpointError if there is none.
+    """
+    losses = {}
+    for found in checkpoints(path):
+        with contextlib.suppress(CheckpointError):
+            loss = read_state(checkpoint.load_metadata(found), found).get("val_loss")
+            if isinstance(loss, float):
+                losses[found] = loss
+    return min(losses, key=losses.get) if losses else newest(path)
+
+
+def read_state(metadata, path):
+    """What a training wrote about itself into the metadata of a checkpoint, as a dict.  Raises CheckpointError."""
+    try:
+        state = json.loads(metadata["npgpt"])
+    except (KeyError, ValueError, RecursionError):
+        state = None
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} was not written by npgpt.train")
+    return state
+
+
+def load(path):
+    """(arrays, state) of a checkpoint file.  A CheckpointError names the previous good one of its folder."""
+    try:
+        arrays, metadata = checkpoint.load(path)
+        return arrays, read_state(metadata, path)
+    except CheckpointError as error:
+        hint = ""
+        for older in checkpoints(Path(path).parent):
+            if older.name < Path(path).name:
+                with contextlib.suppress(CheckpointError):
+                    checkpoint.load(older)
+                    hint = f". The one before it is good: {older}"
+                    break
+        raise CheckpointError(f"{error}{hint}") from None
+
+
+class RunFolder:
+    """A folder that this process writes to.
+
+    Raises CheckpointError if it cannot be written to, and BusyError if another process does.
+    """
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self._log, self._pending, self._good = None, b"", 0  # the log's file, what it still lacks, its length so far
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise CheckpointError(f"cannot write to the run folder {self.path}: {error.strerror}") from None
+        try:
+            _lock(self._lock)
+        except OSError:
+            holder = os.read(self._lock, 200).decode("utf-8", "replace").strip() or "another process"
+            os.close(self._lock)
+            raise BusyError(f"the run folder {self.path} is in use by {holder}; choose another --out-dir") from None
+        with contextlib.suppress(OSError):  # for whoever finds it locked; a full disk is no reason to stop
+            os.ftruncate(self._lock, 0)
+            words = f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+            os.write(self._lock, words.encode("utf-8"))
+        for leftover in self.path.glob(f"iter-*{checkpoint.TEMPORARY}"):  # of a process that was killed
+            with contextlib.suppress(OSError):
+                leftover.unlink()
+
+    def close(self):
+        """Let the next training in."""
+        if self._log is not None:
+            os.close(self._log)
+            self._log = None
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    # ---- checkpoints
+
+    def clear(self):
+        """Remove an earlier run."""
+        self._remove([*checkpoints(self.path), self.path / "metrics.jsonl"])
+
+    def forget_after(self, iteration):
+        """Set aside the checkpoints beyond `iteration`: a run that is resumed from there makes its own."""
+        for path in checkpoints(self.path):
+            if int(_NAME.fullmatch(path.name)[1]) > iteration:
+                with contextlib.suppress(OSError):
+                    os.replace(path, path.with_name(path.name + ".set-aside"))
+
+    def save(self, iteration, arrays, state, keep):
+        """Write a checkpoint; then remove all but the newest `keep` and the best.  Returns its path.
+
+        Raises CheckpointError; then nothing was removed, and the file that had this name is as it was.
+        """
+        path = self.path / f"iter-{iteration:08d}.safetensors"
+        checkpoint.save(path, arrays, {"format": "npgpt", "npgpt": json.dumps(state)})
+        found = checkpoints(self.path)
+        spare = best(self.path)
+        self._remove(p for p in found[keep:] if p not in (spare, path))
+        return path
+
+    def _remove(self, paths):
+        for path in paths:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+    # ---- log
+
+    def open_log(self, before):
+        """Start the log, or go on with it after its rows of iterations 0 .. before - 1; later rows are cut off.
+
+        Raises CheckpointError.
+        """
+        path = self.path / "metrics.jsonl"
+        try:
+            self._log = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+            self._good = 0
+            for line in path.read_bytes().splitlines(keepends=True):
+                if not line.endswith(b"\n") or not _row_before(line, before):
+                    break
+                self._good += len(line)
+            os.ftruncate(self._log, self._good)
+        except OSError as error:
+            raise CheckpointError(f"cannot write to the run folder {self.path}: {error.strerror}") from None
+
+    def log(self, row):
+        """Add a row to the log.  Raises CheckpointError; the row is not lost, but written with the next."""
+        self._pending += json.dumps(row, allow_nan=False).encode("utf-8") + b"\n"
+        try:
+            os.lseek(self._log, self._good, os.SEEK_SET)
+            written = 0
+            while written < len(self._pending):
+                written += os.write(self._log, self._pending[written:])
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._log, self._good)  # half a row would be none
+            raise CheckpointError(f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}") from None
+        self._good += len(self._pending)
+        self._pending = b""
+
+
+def _row_before(line, iteration):
+    try:
+        return json.loads(line)["iter"] < iteration
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _lock(file):
+    """Lock an open file for this process alone, or raise OSError at once.  The system unlocks it when it ends."""
+    if os.name == "nt":
+        import msvcrt
+
+        os.lseek(file, 2**20, os.SEEK_SET)  # beyond what is written there, so that it can be read
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        os.lseek(file, 0, os.SEEK_SET)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def refuse_earlier_run(path):
+    """Raise UsageError if a folder holds checkpoints, or is no folder."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"--out-dir {path} is a file; name a folder")
+    if checkpoints(path):
+        raise UsageError(
+            f"{path} holds an earlier run. Go on with it by --resume, choose another folder with --out-dir, "
+            f"or add --overwrite to replace it"
+        )

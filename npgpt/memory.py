@@ -1,0 +1,93 @@
+"""How much memory a training run will need, told before it begins, and how much there is."""
+
+import contextlib
+import ctypes
+import os
+import sys
+from pathlib import Path
+
+FLOAT = 4  # bytes
+KERNELS = 50e6  # bytes that compiled kernels and BLAS take once they run
+
+
+def estimate(config, vocab_size, n_tokens, workers):
+    """Peak memory in bytes of a training run, from a TrainConfig, its corpus and its number of workers.
+
+    To be asked before anything is allocated: what the process has taken already counts as it is.
+    """
+    return in_use() + KERNELS + sum(parts(config, vocab_size, n_tokens, workers).values())
+
+
+def parts(config, vocab_size, n_tokens, workers):
+    """What the memory will be for: words -> bytes."""
+    L, C, T, V = config.n_layer, config.n_embd, config.block_size, vocab_size
+    sizes = [12 * C * C * L, (V + T) * C]  # matrices of the blocks, embeddings; vectors are small
+    n = -(-config.batch_size // workers) * T  # tokens in a worker's share of a micro-step
+    # a block keeps for its backward: two layer norms' outputs (2 C), q, k, v (3 C), attention (C), the MLP before its
+    # activation (4 C), and what is added to the residual stream, and its sums (4 C)
+    block = 14 * C + (3 * C if config.dropout else 0)
+    # beside them: GELU's output and gradients on their way (some 20 C), logits and their gradient
+    activations = n * (L * block + 20 * C + 2 * V) + 9 * C * T
+    return {
+        "weights": FLOAT * sum(sizes),
+        "gradients, for each worker": FLOAT * sum(sizes) * workers,
+        "the optimizer's moments": FLOAT * 2 * sum(sizes),
+        "activations, for each worker": FLOAT * activations * workers,
+        "text and tokens": 11 * n_tokens,
+    }
+
+
+def in_use():
+    """Bytes of memory that this process has now; 0 where that cannot be told."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def available():
+    """Bytes that this process may have in all: what it has, and what the machine or its container has left.
+
+    None where that cannot be told.
+    """
+    found = [_machine(), *_container()]
+    return min((n for n in found if n is not None), default=None)
+
+
+def _machine():
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024 + in_use()
+    if sys.platform == "win32":
+
+        class Status(ctypes.Structure):
+            _fields_ = [("length", ctypes.c_ulong), ("load", ctypes.c_ulong)] + [
+                (name, ctypes.c_ulonglong) for name in ("total", "left", "c", "d", "e", "f", "g")
+            ]
+
+        status = Status(length=ctypes.sizeof(Status))
+        if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+            return status.left
+        return None
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # macOS: it gives away what it uses as a cache
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _container():
+    """What the control groups of this process leave to it (cgroup v2, then v1)."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds == "":
+                base, limit, usage = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
+            elif "memory" in kinds.split(","):
+                base, limit, usage = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"
+            else:
+                continue
+            folder = base / path.lstrip("/")
+            for place in (folder, *folder.parents):
+                with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+                    yield int((place / limit).read_text()) - int((place / usage).read_text()) + in_use()
+                if place == base:
+                    break

@@ -1,0 +1,424 @@
+"""Whatever happens to a run, it is not lost: kills, full disks, damaged files, signals, races.
+
+    python tests/endurance.py            all of it, as often as it takes to believe it (the better part of an hour)
+    python tests/endurance.py --short    a part of each, as CI does (two minutes)
+    python tests/endurance.py kill io    only these
+
+Every part prints what it counted; the exit code is 1 if anything was not as it must be.
+"""
+
+import argparse
+import errno
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from npgpt import checkpoint, folder  # noqa: E402
+from npgpt.errors import CheckpointError  # noqa: E402
+
+TEXT = "".join(f"{i} squared is {i * i}; the quick brown fox jumps over the lazy dog.\n" for i in range(400))
+SMALL = (
+    "--n-layer 1 --n-head 2 --n-embd 16 --block-size 16 --batch-size 4 --eval-iters 2 --sample-tokens 0 "
+    "--final-sample-tokens 0 --workers 1 --blas-threads 1 --log-interval 1 --warmup-iters 2"
+).split()
+
+
+class Failed(Exception):
+    """Something was not as it must be."""
+
+
+def expect(holds, words):
+    if not holds:
+        raise Failed(words)
+
+
+def train(*args, **options):
+    """Start npgpt.train; its output comes as text."""
+    command = [sys.executable, "-m", "npgpt.train", *map(str, args)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **options.pop("environment", {})}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=environment, **options
+    )
+
+
+def result(run_folder):
+    """What a finished run left: its newest checkpoint's arrays, and the log without what the clock says."""
+    arrays, state = folder.load(folder.newest(run_folder))
+    rows = [json.loads(line) for line in (Path(run_folder) / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row.pop("elapsed_s", None)
+        row.pop("tokens_per_second", None)
+    return {name: array.tobytes() for name, array in arrays.items()}, rows, state["best_iter"], state["best_loss"]
+
+
+def corpus(place):
+    path = place / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def kill(place, short):
+    """kill -9 at random moments of a run that saves often: its newest checkpoint is good, and the run goes on."""
+    text, run, rng, kills = corpus(place), place / "run", random.Random(0), 15 if short else 200
+    begun, last = False, -1
+    for _ in range(kills):
+        how = ["--resume"] if begun else ["--overwrite"]
+        process = train("--data", text, "--out-dir", run, *SMALL, *how, "--max-iters", 10**6, "--eval-interval", 2)
+        announced = _wait_for_evaluations(process, 1)
+        time.sleep(rng.uniform(0, 0.25))
+        process.kill()
+        announced += re.findall(r"iter +([\d,]+) \| validation", process.communicate()[0])
+        newest = max(int(i.replace(",", "")) for i in announced)
+        arrays, state = folder.load(folder.newest(run))  # raises if it is not good
+        expect(state["iter"] >= newest, f"iteration {newest} was announced, the newest one is of {state['iter']}")
+        expect(state["iter"] > last or not begun or newest <= last + 2, "the run does not get on")
+        expect(all(np.isfinite(array).all() for array in arrays.values()), "numbers that are not finite")
+        begun, last = True, state["iter"]
+    process = train("--data", text, "--out-dir", run, *SMALL, "--resume", "--max-iters", last + 3, "--eval-interval", 2)
+    process.communicate()
+    expect(process.returncode == 0 and not list(run.glob("*.tmp")), "the last resume did not end well")
+    return f"{kills} of {kills} kills left a good newest checkpoint; {last:,} iterations were done in between"
+
+
+def _wait_for_evaluations(process, n):
+    """Read a process's output until n evaluations were announced -> their iterations, as text."""
+    announced = []
+    for line in process.stdout:
+        announced += re.findall(r"iter +([\d,]+) \| validation", line)
+        if len(announced) >= n:
+            return announced
+    raise Failed(f"it ended with {process.wait()}: {process.stderr.read()}")
+
+
+class FaultyOs:
+    """The os module, with the call number `at` of those that do I/O failing, once or from there on."""
+
+    CALLS = ("open", "write", "fsync", "close", "replace", "unlink", "read", "lseek", "fstat")
+
+    def __init__(self, at, number, for_ever):
+        self.at, self.number, self.for_ever, self.calls = at, number, for_ever, 0
+
+    def __getattr__(self, name):
+        function = getattr(os, name)
+        if name not in self.CALLS:
+            return function
+
+        def call(*args):
+            self.calls += 1
+            if self.calls == self.at or (self.for_ever and self.calls > self.at):
+                if name == "close":
+                    function(*args)  # a close that fails has closed
+                raise OSError(self.number, os.strerror(self.number))
+            return function(*args)
+
+        return call
+
+
+def io(place, short):
+    """Every I/O call of a save fails in turn: the checkpoint before it stays good, and nothing is left lying about."""
+    arrays = {"w": np.arange(300_000, dtype=np.float32)}
+    count = 0
+    for number in (errno.ENOSPC, errno.EIO):
+        for for_ever in (False, True):
+            at = 1
+            while True:
+                run = folder.RunFolder(place / "run")
+                run.save(1, arrays, {"iter": 1, "val_loss": 2.0}, keep=2)
+                faulty = FaultyOs(at, number, for_ever)
+                checkpoint.os = faulty
+                try:
+                    checkpoint.save(place / "run" / "iter-00000002.safetensors", arrays, {"npgpt": '{"iter": 2}'})
+                    failed = False
+                except CheckpointError:
+                    failed = True
+                finally:
+                    checkpoint.os = os
+                _, state = folder.load(folder.newest(place / "run"))
+                expect(state["iter"] in (1, 2), "another checkpoint than the two that were written")
+                _, state = folder.load(place / "run" / "iter-00000001.safetensors")
+                run.close()
+                run = folder.RunFolder(place / "run")  # clears away what could not be cleared away on a broken disk
+                left = [path.name for path in (place / "run").iterdir() if path.name.endswith(checkpoint.TEMPORARY)]
+                expect(not left, f"left lying about: {left}")
+                run.clear()
+                run.close()
+                count += 1
+                if not failed and faulty.calls < at:
+                    break  # there are not so many calls
+                at += 1
+    return f"{count} failing calls, each once and for ever, ENOSPC and EIO: the checkpoint before was good each time"
+
+
+def fuzz(place, short):
+    """Mutated checkpoints: an error, or the same bits; within a second, and twice the file + 64 MB of memory."""
+    rng = random.Random(0)
+    arrays = {"a.weight": np.arange(2000, dtype=np.float32).reshape(40, 50), "b": np.ones(7), "c": np.array([3])}
+    path = place / "x.safetensors"
+    checkpoint.save(path, arrays, {"format": "npgpt", "npgpt": json.dumps({"iter": 3, "words": "x" * 500})})
+    whole = path.read_bytes()
+    (length,) = struct.unpack("<Q", whole[:8])
+    header, body = json.loads(whole[8 : 8 + length]), whole[8 + length :]
+
+    def with_header(changed):
+        text = changed if isinstance(changed, bytes) else json.dumps(changed).encode()
+        return struct.pack("<Q", len(text)) + text + body
+
+    def entry(**changes):
+        return with_header({**header, "a.weight": {**header["a.weight"], **changes}})
+
+    def special():
+        kind = rng.randrange(9)
+        if kind == 0:
+            return struct.pack("<Q", rng.choice([0, 1, 2**31, 2**63, 2**64 - 1, length + 1])) + whole[8:]
+        if kind == 1:
+            return with_header(json.dumps(header).encode()[:-1] + b', "b": {"dtype": "F64", "shape": [7]}}')
+        if kind == 2:
+            return entry(data_offsets=[rng.randrange(9000), rng.randrange(9000)])
+        if kind == 3:
+            return entry(shape=rng.choice([[2**62], [2**40, 2**40], [0], [-1, -2000], [1] * 100, [10**400], ["x"]]))
+        if kind == 4:
+            return with_header(b"[" * rng.choice([10, 10_000, 300_000]))
+        if kind == 5:
+            return with_header(b'{"a":' * rng.choice([10, 10_000, 100_000]))
+        if kind == 6:
+            weights = np.frombuffer(body[:8000], np.float32).copy()
+            weights[rng.randrange(2000)] = math.nan
+            return whole[: 8 + length] + weights.tobytes() + body[8000:]
+        if kind == 7:
+            return with_header(b"9" * rng.choice([10, 5000, 100_000]))
+        return with_header({**header, "__metadata__": rng.choice([3, {"x": 3}, [], {"npgpt": "{"}])})
+
+    n, loaded, slowest = 300 if short else 10_000, 0, 0.0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(n):
+        kind, raw = rng.random(), bytearray(whole)
+        if kind < 0.5:
+            for _ in range(rng.choice([1, 1, 2, 20])):
+                at = rng.randrange(len(raw) if rng.random() < 0.5 else 8 + length)
+                raw[at] ^= 1 << rng.randrange(8)
+        elif kind < 0.65:
+            raw = raw[: rng.randrange(len(raw))]
+        elif kind < 0.75:
+            raw = raw + rng.randbytes(rng.choice([1, 8, 4096]))
+        else:
+            raw = special()
+        path.write_bytes(raw)
+        start = time.perf_counter()
+        try:
+            found, _ = folder.load(path)
+        except CheckpointError as error:
+            expect("\n" not in str(error) and len(str(error)) < 2000, f"an error of more than a line: {error}")
+        else:
+            loaded += 1
+            expect(bytes(raw) == whole, "a changed file was loaded")
+            expect(all(found[name].tobytes() == array.tobytes() for name, array in arrays.items()), "other bits")
+        slowest = max(slowest, time.perf_counter() - start)
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        expect(slowest < 1, f"a load took {slowest:.1f} s")
+        expect(grown < 2 * len(raw) + 64e6, f"memory grew by {grown / 1e6:.0f} MB over a file of {len(raw):,} bytes")
+    return f"{n:,} mutated files: {loaded} were the same after all, the others refused; slowest {slowest:.3f} s"
+
+
+def signals(place, short):
+    """SIGINT and SIGTERM at random moments: the right code, in 10 s; resumed, the run ends as if undisturbed."""
+    text, rng, slowest = corpus(place), random.Random(1), 0.0
+    common = ["--data", text, *SMALL, "--max-iters", 60, "--eval-interval", 7, "--dropout", 0.1]
+    expect(train(*common, "--out-dir", place / "whole").wait() == 0, "the run that nobody disturbs failed")
+    expected = result(place / "whole")
+    counts = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for n in range(4 if short else 50):
+            run = place / f"{number.name}{n}"
+            cold = {"NUMBA_CACHE_DIR": str(run) + "-cache"} if n % 10 == 3 else {}  # then it meets the compiler
+            process = train(*common, "--out-dir", run, environment=cold)
+            process.stdout.readline()  # the handlers are in place
+            time.sleep(rng.uniform(0, 6.0 if cold else 0.6))
+            start = time.perf_counter()
+            process.send_signal(number)
+            _, err = process.communicate()
+            slowest = max(slowest, time.perf_counter() - start)
+            code = process.returncode
+            counts[code] = counts.get(code, 0) + 1
+            expect(code in (0, 128 + number), f"{number.name}: exit code {code}: {err}")
+            expect("Traceback" not in err, err)
+            if code:
+                expect(folder.checkpoints(run), f"no checkpoint: {err}")
+                process = train(*common, "--out-dir", run, "--resume")
+                _, err = process.communicate()
+                expect(process.returncode == 0, err)
+            expect(result(run) == expected, f"{run}: not the same as the run that nobody disturbed")
+            shutil.rmtree(run)
+    expect(slowest < 10, f"one took {slowest:.1f} s to stop")
+    return f"exit codes {counts} (0: it had just ended); slowest {slowest:.1f} s; all ended with the same bits"
+
+
+def locks(place, short):
+    """8 trainings released at once on one folder: exactly one runs."""
+    text, rounds = corpus(place), 2 if short else 50
+    for n in range(rounds):
+        run = place / f"run{n}"
+        at = time.time() + (6 if n == 0 else 4)
+        code = f"import time; from npgpt import train, trainer; time.sleep(max(0, {at} - time.time())); train.command()"
+        args = ["--data", str(text), "--out-dir", str(run), *SMALL, "--max-iters", "400", "--eval-interval", "400"]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", code, *args], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+            )
+            for _ in range(8)
+        ]  # fmt: skip
+        errors = [process.communicate()[1] for process in processes]
+        codes = sorted(process.returncode for process in processes)
+        # whoever comes when the first has finished finds its run, and is told so
+        expect(codes.count(0) == 1 and set(codes) <= {0, 2, 5}, f"exit codes {codes}: {errors}")
+        expect(codes.count(5) >= 1 and not any("Traceback" in error for error in errors), f"{codes}: {errors}")
+    return f"{rounds} rounds of 8: one ran in each, the others were told who held the folder"
+
+
+def inputs(place, short):
+    """Random bytes as data, random Unicode as prompts, and odd surroundings: exit code 0 or 2, never a traceback."""
+    rng, n = random.Random(2), 40 if short else 1000
+    text = corpus(place)
+    code = """
+import sys, io, json, contextlib
+from npgpt import train, sample
+from npgpt.errors import NpgptError
+for line in sys.stdin:
+    name, *args = json.loads(line)
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    with contextlib.redirect_stdout(out):
+        try:
+            code = {"train": train, "sample": sample}[name].main(args)
+        except NpgptError as error:
+            code = error.exit_code
+            assert "\\n" not in str(error), error
+    print(code, file=sys.stderr, flush=True)
+"""
+    tiny = [*SMALL, "--max-iters", "0", "--overwrite", "--out-dir", str(place / "run")]
+    expect(train("--data", text, *SMALL, "--max-iters", 1, "--out-dir", place / "model").wait() == 0, "no model")
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "NPGPT_KERNELS": "numpy"},
+    )  # fmt: skip
+    codes = {}
+    for i in range(2 * n):
+        if i % 2:
+            ranges = (1, 128), (128, 0xD800), (0xE000, 0x110000)
+            chars = [chr(rng.randrange(*rng.choice(ranges))) for _ in range(rng.randrange(1, 20))]
+            prompt = "".join(chars) if rng.random() < 0.7 else "the lazy dog"[: rng.randrange(1, 12)]
+            args = ["sample", "--out-dir", str(place / "model"), f"--prompt={prompt}", "--max-new-tokens=3"]
+        else:
+            size = rng.choice([0, 1, 16, 17, 18, 40, 1000])
+            alphabet = rng.choice([bytes(range(256)), b"ab\n", "é日\u2028x".encode()])
+            (place / "data").write_bytes(bytes(rng.choice(alphabet) for _ in range(size)))
+            args = ["train", "--data", str(place / "data"), *rng.choice([[], ["--tokenizer", "byte"]]), *tiny]
+        process.stdin.write(json.dumps(args) + "\n")
+        process.stdin.flush()
+        answer = ""
+        while not answer.strip().isdigit():
+            answer = process.stderr.readline()
+            expect(answer != "" and "Traceback" not in answer, f"{args}: {answer}{process.stderr.read()}")
+        codes[int(answer)] = codes.get(int(answer), 0) + 1
+    process.stdin.close()
+    process.wait()
+    expect(set(codes) <= {0, 2}, f"exit codes {codes}")
+    odd = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    once = ["--max-iters", 1, "--overwrite", "--out-dir", place / "odd"]
+    for environment in (odd, {"HOME": "/nonexistent", "XDG_CACHE_HOME": ""}, {"HOME": ""}):
+        one = train("--data", text, *SMALL, *once, environment=environment)
+        _, err = one.communicate()
+        expect(one.returncode == 0 and "Traceback" not in err, f"{environment}: {err}")
+    frozen = place / "frozen"
+    shutil.copytree(ROOT / "npgpt", frozen / "npgpt", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in [*frozen.rglob("*"), frozen]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    one = train("--data", text, *SMALL, *once, environment={"PYTHONPATH": str(frozen)})
+    _, err = one.communicate()
+    for path in [frozen, *frozen.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    expect(one.returncode == 0, f"read-only install: {err}")
+    return f"{n:,} files and {n:,} prompts: exit codes {codes}; LANG=C, no HOME and a read-only install work"
+
+
+def memory_estimate(place, short):
+    """The estimate beside the measured peak."""
+    shapes = [
+        {}, {"n_embd": 256}, {"n_layer": 8}, {"block_size": 256}, {"batch_size": 64}, {"optimizer": "adamw"},
+        {"n_embd": 384, "n_head": 6, "n_layer": 6}, {"block_size": 512, "batch_size": 4}, {"workers": 1},
+        {"dropout": 0.1, "batch_size": 48}, {"tokenizer": "byte", "batch_size": 32},
+        {"n_embd": 512, "n_head": 8, "block_size": 128, "batch_size": 8},
+    ]  # fmt: skip
+    text = place / "text.txt"
+    text.write_text("".join(random.Random(0).choices("abcdefghij klmnopqrst uvwxyz.,\n", k=1_000_000)))
+    code = """
+import json, sys
+from npgpt.config import TrainConfig
+from npgpt.trainer import Trainer
+trainer = Trainer(TrainConfig(**json.loads(sys.argv[1])))
+for event in trainer.run():
+    pass
+peak = next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
+print(trainer.memory_needed, peak)
+"""
+    worst = 0.0
+    for shape in shapes[:4] if short else shapes:
+        config = {"data": [str(text)], "out_dir": str(place / "run"), "max_iters": 3, "eval_iters": 1, **shape}
+        shutil.rmtree(place / "run", ignore_errors=True)
+        done = subprocess.run(
+            [sys.executable, "-c", code, json.dumps(config)], capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        expect(done.returncode == 0, done.stderr)
+        estimate, peak = map(float, done.stdout.split())
+        print(f"    {estimate / 1e6:7.0f} MB told, {peak / 1e6:7.0f} measured, {estimate / peak - 1:+.1%}  {shape}")
+        worst = max(worst, abs(estimate / peak - 1))
+    expect(worst <= 0.15, f"{worst:.0%} off")
+    return f"at most {worst:.1%} off"
+
+
+PARTS = {
+    "kill": kill, "io": io, "fuzz": fuzz, "signals": signals, "locks": locks, "inputs": inputs,
+    "memory": memory_estimate,
+}  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)} (default: all)")
+    parser.add_argument("--short", action="store_true")
+    options = parser.parse_args()
+    failed = 0
+    for name in options.parts or PARTS:
+        start = time.perf_counter()
+        print(f"{name}: {PARTS[name].__doc__}", flush=True)
+        with tempfile.TemporaryDirectory(prefix="npgpt-endurance-", ignore_cleanup_errors=True) as place:
+            try:
+                words = PARTS[name](Path(place), options.short)
+            except (Failed, CheckpointError) as error:
+                failed += 1
+                words = f"FAILED: {error}"
+        print(f"    {words}  ({time.perf_counter() - start:.0f} s)", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,342 @@
+"""A run that was interrupted and resumed ends as if nobody had disturbed it, to the last bit of weights and log."""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from npgpt import checkpoint, folder, trainer
+from npgpt.config import TrainConfig
+from npgpt.errors import BusyError, CheckpointError, DivergedError, StoppedError, UsageError
+from npgpt.stop import Stop
+from npgpt.trainer import Evaluation, Notice, Progress, Trainer
+
+TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40
+END, INTERVAL = 17, 4
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return TrainConfig(
+        data=(str(tmp_path / "text.txt"),), out_dir=str(tmp_path / "run"), n_layer=1, n_head=2, n_embd=16, block_size=8,
+        batch_size=4, max_iters=END, eval_interval=INTERVAL, eval_iters=2, log_interval=3, warmup_iters=2, workers=2,
+        blas_threads=1, learning_rate=1e-2, keep=100,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def made_up_clock(monkeypatch):
+    """A clock that shows half a second for each update: then the log's times repeat themselves as well."""
+    running = []
+    monkeypatch.setattr(trainer, "clock", lambda: running[-1].iter * 0.5 if running else 0.0)
+
+    def run(one, stop=Stop):
+        running.append(one)
+        return list(one.run(stop))
+
+    return run
+
+
+def variant(config, **changes):
+    return dataclasses.replace(config, **changes)
+
+
+def log(config):
+    return (Path(config.out_dir) / "metrics.jsonl").read_bytes()
+
+
+def outcome(one):
+    return one.parallel.flat.weights.tobytes(), one.optimizer.m.tobytes(), one.optimizer.v.tobytes(), log(one.config)
+
+
+class StopAt:
+    """Asks to stop when the trainer has looked at it n times."""
+
+    def __init__(self, n):
+        self.n, self.looks = n, 0
+
+    @property
+    def number(self):
+        self.looks += 1
+        return 15 if self.looks > self.n else None
+
+
+VARIANTS = [
+    {}, {"dropout": 0.1}, {"gradient_accumulation_steps": 4}, {"dropout": 0.1, "gradient_accumulation_steps": 4},
+    {"optimizer": "adamw", "dropout": 0.1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", VARIANTS)
+def test_stopped_anywhere_and_resumed_it_ends_with_the_same_bytes(config, made_up_clock, tmp_path, changes):
+    whole = Trainer(variant(config, **changes, out_dir=str(tmp_path / "whole")))
+    watcher = StopAt(10**9)
+    made_up_clock(whole, watcher)
+    expected = outcome(whole)
+    looks = watcher.looks
+    stopped_at = set()
+    points = sorted({round(i * (looks - 1) / 19) for i in range(20)})  # first and last look among them
+    for n in points:
+        one = Trainer(variant(config, **changes), overwrite=True)
+        with pytest.raises(StoppedError) as error:
+            made_up_clock(one, StopAt(n))
+        assert error.value.exit_code == 143 and "--resume" in str(error.value)
+        stopped_at.add(one.iter)
+        again = Trainer.resume(config.out_dir)
+        events = made_up_clock(again)
+        assert again.resumed_from == one.iter and not any(isinstance(event, Notice) for event in events)
+        assert outcome(again) == expected, f"stopped at iteration {one.iter}"
+        assert (again.best_loss, again.best_iter) == (whole.best_loss, whole.best_iter)
+    assert len(points) == 20 and {0, END} <= stopped_at and stopped_at & {4, 8, 12, 16}
+
+
+def test_resumed_from_every_checkpoint_and_twice(config, made_up_clock, tmp_path):
+    whole = Trainer(variant(config, out_dir=str(tmp_path / "whole")))
+    made_up_clock(whole)
+    one = Trainer(config)
+    made_up_clock(one)
+    paths = folder.checkpoints(config.out_dir)
+    assert [int(p.name[5:13]) for p in paths] == [17, 16, 12, 8, 4, 0]
+    for path in paths:  # the newer ones are set aside
+        again = Trainer.resume(path)
+        with pytest.raises(StoppedError):
+            made_up_clock(again, StopAt(3))
+        again = Trainer.resume(config.out_dir)
+        made_up_clock(again)
+        assert outcome(again) == outcome(whole)
+
+
+# what is lost -> how the checkpoint looks then; nothing may be without consequence
+LOSSES = {
+    "weights": lambda arrays, state: [arrays[n].fill(0) for n in arrays if not n.startswith("adamw")],
+    "first moments": lambda arrays, state: [arrays[n].fill(0) for n in arrays if n.startswith("adamw.m.")],
+    "second moments": lambda arrays, state: [arrays[n].fill(0) for n in arrays if n.startswith("adamw.v.")],
+    "iter": lambda arrays, state: state.update(iter=0),
+    "optimizer_step": lambda arrays, state: state.update(optimizer_step=0),
+    "best_loss": lambda arrays, state: state.update(best_loss=None),
+    "best_iter": lambda arrays, state: state.update(best_iter=0),
+    "elapsed_s": lambda arrays, state: state.update(elapsed_s=0.0),
+    **{
+        f"no {name}": lambda arrays, state, name=name: state.pop(name)
+        for name in ("iter", "optimizer_step", "skipped", "best_loss", "best_iter", "elapsed_s", "train", "tokenizer",
+                     "data_sha256", "environment")
+    },
+    "an array": lambda arrays, state: arrays.pop("adamw.v.transformer.wpe.weight"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lost", LOSSES)
+def test_whatever_is_lost_of_the_saved_state_is_noticed(config, made_up_clock, tmp_path, lost):
+    # a rate at which the loss rises again after iteration 8, where it is interrupted
+    config = variant(config, optimizer="adamw", learning_rate=0.2, warmup_iters=0, decay_lr=False, patience=2)
+    whole = Trainer(variant(config, out_dir=str(tmp_path / "whole")))
+    made_up_clock(whole)
+    with pytest.raises(StoppedError):
+        made_up_clock(Trainer(config), StopAt(26))
+    path = folder.newest(config.out_dir)
+    arrays, state = folder.load(path)
+    assert state["best_iter"] == 8 < state["iter"] < 12 and whole.iter == 16
+    LOSSES[lost](arrays, state)
+    checkpoint.save(path, arrays, {"npgpt": json.dumps(state)})
+    try:
+        again = Trainer.resume(path)
+    except (CheckpointError, UsageError):
+        return
+    made_up_clock(again)
+    best = again.best_loss, again.best_iter
+    assert (outcome(again), best) != (outcome(whole), (whole.best_loss, whole.best_iter))
+
+
+def test_skipped_updates_in_a_row_are_counted_across_a_resume(config, monkeypatch):
+    diverging = variant(config, learning_rate=1e30, grad_clip=0.0, warmup_iters=0, eval_interval=100, optimizer="adamw")
+    one = Trainer(diverging)
+    events = []
+    with pytest.raises(StoppedError):
+        for event in one.run(stop := Stop()):
+            events.append(event)
+            if one.skipped == 2:
+                stop.number = 2
+    assert [event.skipped for event in events if isinstance(event, Progress)].count(True) <= 2
+    again = Trainer.resume(config.out_dir)
+    assert again.skipped == 2 and again.optimizer.step == again.iter - 2
+    with pytest.raises(DivergedError):
+        list(again.run())
+    assert again.skipped == 5
+
+
+# ---- what may change and what may not
+
+
+@pytest.fixture
+def interrupted(config):
+    with pytest.raises(StoppedError):
+        list(Trainer(config).run(StopAt(20)))
+    return config
+
+
+def test_what_may_change_is_said_and_logged(interrupted):
+    again = Trainer.resume(interrupted.out_dir, {"max_iters": 9, "learning_rate": 5e-3, "eval_iters": 2})
+    events = list(again.run())
+    texts = [event.text for event in events if isinstance(event, Notice)]
+    assert len(texts) == 2 and any(text.startswith("max_iters was 17 and is 9 from iteration") for text in texts)
+    rows = [json.loads(line) for line in log(interrupted).splitlines()]
+    (changed,) = [row for row in rows if "changed" in row]
+    assert changed == {"iter": again.resumed_from, "changed": {"max_iters": [17, 9], "learning_rate": [1e-2, 5e-3]}}
+    assert rows[-1]["iter"] == 9
+
+
+def test_other_surroundings_are_said(interrupted, monkeypatch):
+    again = Trainer.resume(interrupted.out_dir, {"workers": 1})
+    texts = [event.text for event in again.run() if isinstance(event, Notice)]
+    assert "workers was 2 and is 1: the run goes on, but not with the same bits" in texts
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"n_embd": 32}, "begun with n_embd = 16; it cannot go on with 32"),
+        ({"block_size": 4}, "block_size = 8"),
+        ({"tokenizer": "byte"}, "tokenizer = char"),
+        ({"batch_size": 8}, "batch_size = 4"),
+        ({"seed": 3}, "seed = 1337"),
+    ],
+)
+def test_what_may_not_change_is_refused(interrupted, changes, words):
+    with pytest.raises(UsageError, match=words):
+        Trainer.resume(interrupted.out_dir, changes)
+
+
+def test_another_text_is_refused(interrupted, tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT + "!", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"not the text .* had 1,800 characters, now there are 1,801"):
+        Trainer.resume(interrupted.out_dir)
+    (tmp_path / "text.txt").rename(tmp_path / "moved.txt")
+    (tmp_path / "moved.txt").write_text(TEXT, encoding="utf-8")
+    Trainer.resume(interrupted.out_dir, {"data": (str(tmp_path / "moved.txt"),)})
+
+
+def test_nothing_to_resume_and_a_damaged_newest(interrupted, tmp_path):
+    with pytest.raises(CheckpointError, match="there is no checkpoint in"):
+        Trainer.resume(tmp_path / "nowhere")
+    newest, before, *_ = folder.checkpoints(interrupted.out_dir)
+    newest.write_bytes(newest.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=rf"cut off.*The one before it is good: .*{before.name}"):
+        Trainer.resume(interrupted.out_dir)
+    Trainer.resume(before)
+
+
+# ---- the folder
+
+
+def test_old_checkpoints_go_but_not_the_best_and_the_newest(config):
+    one = Trainer(variant(config, keep=1, learning_rate=1.0, warmup_iters=0, decay_lr=False, optimizer="adamw"))
+    evaluations = [event for event in one.run() if isinstance(event, Evaluation)]
+    losses = {event.iter: event.val_loss for event in evaluations}
+    best = min(losses, key=losses.get)
+    assert best != END
+    assert sorted(p.name for p in folder.checkpoints(config.out_dir)) == [
+        f"iter-{i:08d}.safetensors" for i in sorted({best, END})
+    ]
+    assert folder.best(config.out_dir).name == f"iter-{best:08d}.safetensors"
+
+
+def test_a_folder_is_for_one_training_at_a_time(config):
+    first = folder.RunFolder(config.out_dir)
+    with pytest.raises(BusyError, match=rf"in use by process {os.getpid()} on .*--out-dir") as error:
+        list(Trainer(config).run())
+    assert error.value.exit_code == 5
+    first.close()
+    list(Trainer(config).run())
+
+
+def test_patience_ends_a_run_that_no_longer_gets_better(config):
+    one = Trainer(variant(config, patience=2, learning_rate=0.0, max_iters=1000))
+    events = list(one.run())
+    assert isinstance(events[-1], Notice) and "no new best in 2 evaluations" in events[-1].text
+    assert one.iter == 2 * INTERVAL and events[-2].val_loss_whole is not None
+
+
+def test_when_nobody_asks_for_more_the_run_is_saved(config):
+    events = Trainer(config).run()
+    while not (isinstance(event := next(events), Progress) and event.iter == 6):
+        pass
+    events.close()
+    assert Trainer.resume(config.out_dir).iter == 7
+
+
+# ---- the disk
+
+
+class FullDisk:
+    """The os module, on a disk that is full as long as `full` says so."""
+
+    full = True
+
+    def __getattr__(self, name):
+        def write(file, part):
+            raise OSError(28, os.strerror(28))
+
+        return write if name == "write" and self.full else getattr(os, name)
+
+
+def test_a_full_disk_is_said_and_tried_again(config, monkeypatch):
+    one, disk = Trainer(variant(config, keep=1)), FullDisk()
+    texts, saved = [], []
+    for event in one.run():
+        if isinstance(event, Notice):
+            texts.append(event.text)
+        if isinstance(event, Evaluation):
+            saved.append([p.name for p in folder.checkpoints(config.out_dir)])
+            monkeypatch.setattr(checkpoint, "os", disk if event.iter < 12 else os)
+            monkeypatch.setattr(folder, "os", disk if event.iter < 12 else os)
+    assert saved[2] == ["iter-00000000.safetensors"]  # at iteration 8: those of 4 and 8 could not be written
+    assert saved[-1][0] == "iter-00000017.safetensors"
+    assert any("No space left on device; the training goes on" in text for text in texts)
+    rows = [json.loads(line) for line in log(config).splitlines()]
+    assert [row["iter"] for row in rows] == list(range(END + 1))  # no row is lost
+
+
+def test_a_disk_that_stays_full_ends_with_an_error_at_the_end(config, monkeypatch):
+    one = Trainer(config)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        for event in one.run():
+            if isinstance(event, Evaluation) and event.iter == 4:
+                monkeypatch.setattr(checkpoint, "os", FullDisk())
+    assert one.iter == END and folder.newest(config.out_dir).name == "iter-00000004.safetensors"
+
+
+# ---- divergence
+
+
+def test_five_updates_that_are_not_finite_end_the_run_and_the_first_op_is_named(config):
+    one = Trainer(variant(config, grad_clip=0.0, eval_interval=100))
+    events = one.run()
+    while not (isinstance(event := next(events), Progress) and event.iter == 3):
+        pass
+    one.model.transformer.h[0].mlp.c_fc.weight.data[...] = 1e38
+    before = one.parallel.flat.weights.copy(), one.optimizer.m.copy()
+    words = r"first in the forward of mlp with transformer\.h\.0\.mlp\.c_fc.*iter-0"
+    with pytest.raises(DivergedError, match=words) as error:
+        list(events)
+    assert error.value.exit_code == 4 and f"iteration {one.iter}" in str(error.value)
+    assert (one.parallel.flat.weights == before[0]).all() and (one.optimizer.m == before[1]).all()
+    rows = [json.loads(line) for line in log(config).splitlines()]
+    assert [row.get("skipped", False) for row in rows[-4:]] == [True] * 4 and rows[-1]["train_loss"] is None
+
+
+def test_weights_that_are_not_finite_are_never_saved(config):
+    one = Trainer(config)
+    events = one.run()
+    while not (isinstance(event := next(events), Progress) and event.iter == 3):
+        pass
+    one.parallel.flat.weights[5] = math.inf
+    with pytest.raises(DivergedError):
+        list(events)
+    for path in folder.checkpoints(config.out_dir):
+        arrays, _ = folder.load(path)
+        assert all(np.isfinite(array).all() for array in arrays.values())

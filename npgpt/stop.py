@@ -1,6 +1,5 @@
 """Ctrl-C and SIGTERM as a wish to stop: the work at hand is brought to a good end first."""
 
-import contextlib
 import os
 import signal
 
@@ -11,10 +10,10 @@ class Stop:
     number = None
 
 
-@contextlib.contextmanager
-def catching_signals():
-    """Within this context the first Ctrl-C or SIGTERM is noted in the Stop that it gives; a second one ends the process
-    at once.  To be entered in the main thread.
+def catch_signals():
+    """From now on the first Ctrl-C or SIGTERM is noted in the Stop that this returns; a second one ends the process.
+
+    To be called in the main thread, by a program that looks at the Stop until it ends.
     """
     stop = Stop()
 
@@ -23,11 +22,7 @@ def catching_signals():
             os._exit(128 + number)
         stop.number = number
 
-    names = ("SIGINT", "SIGTERM", "SIGBREAK")  # the last is Windows' for a console that closes
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.signal(number, note) for number in numbers}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):  # the last is Windows' for a console that closes
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), note)
+    return stop

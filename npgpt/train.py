@@ -14,7 +14,7 @@ import typing
 from npgpt import __version__
 from npgpt.config import PRESETS, TrainConfig, preset
 from npgpt.errors import StoppedError, UsageError, run_command
-from npgpt.stop import catching_signals
+from npgpt.stop import Stop, catch_signals
 
 PROG = "python -m npgpt.train"
 
@@ -193,17 +193,12 @@ def _print_sample(trainer, n_tokens, stop):
         print()
 
 
-def main(argv=None):
+def main(argv=None, stop=Stop):
     given, flags = parse(sys.argv[1:] if argv is None else argv)
     config = TrainConfig(**given)  # before NumPy and Numba take their time to load: a mistake shows at once
     # what a console cannot show (its encoding may be ASCII) must not end a run
     sys.stdout.reconfigure(errors="replace")
-    with catching_signals() as stop:
-        return train(config, given, flags, stop)
 
-
-def train(config, given, flags, stop):
-    """Train, and print; the exit code."""
     from npgpt.profiler import Profile
     from npgpt.trainer import Evaluation, Notice, Progress, Trainer
 
@@ -245,7 +240,8 @@ def train(config, given, flags, stop):
 
 def command():
     """Entry point of the console script npgpt-train."""
-    run_command(PROG, main)
+    stop = catch_signals()
+    run_command(PROG, lambda: main(stop=stop))
 
 
 if __name__ == "__main__":

@@ -404,3 +404,14 @@ def test_a_steady_step_allocates_no_large_array(workers, make_optimizer, bound, 
     finally:
         tracemalloc.stop()
     assert peak - before < bound
+
+
+def test_evaluation_takes_a_fraction_of_the_memory_of_a_training_step():
+    config = GPTConfig(vocab_size=65, block_size=64, n_layer=8, n_head=2, n_embd=64)
+    trained, evaluated = (DataParallel(GPT(config, seed=0), workers=1) for _ in range(2))
+    idx = np.random.default_rng(0).integers(0, 65, (2, 4, 64))
+    trained.forward_backward(*idx)
+    evaluated.loss(*idx)
+    trained.close()
+    evaluated.close()
+    assert evaluated.replicas[0].pool.nbytes < trained.replicas[0].pool.nbytes / 4

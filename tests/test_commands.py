@@ -10,6 +10,7 @@ import pytest
 from npgpt import sample, train
 from npgpt.config import PRESETS, TrainConfig
 from npgpt.errors import NpgptError, UsageError
+from npgpt.folder import RunFolder
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
 SHAPE = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 8 --batch-size 4"
@@ -165,6 +166,42 @@ def test_training_mistakes_are_one_line_and_an_exit_code(folder, make, exit_code
 def write(folder, name, raw):
     (folder / name).write_bytes(raw)
     return folder / name
+
+
+def test_resume_goes_on_with_what_was_begun_and_says_what_is_new(folder):
+    run = folder / "resumed"
+    assert command("train", "--data", folder / "text.txt", "--out-dir", run, *SMALL)[0] == 0
+    code, out, err = command("train", "--resume", "--out-dir", run, "--max-iters", 7)
+    assert code == 0 and "iter      6 | loss" in out and "iter      3 | loss" not in out
+    assert err == "python -m npgpt.train: max_iters was 4 and is 7 from iteration 4 on\n"
+    code, out, err = command("train", "--resume", run / "iter-00000006.safetensors", "--n-embd", 32)
+    assert (code, out) == (2, "") and "begun with n_embd = 16; it cannot go on with 32" in err
+    for args in (["--resume", "--out-dir", folder / "nothing"], ["--resume", folder / "nothing"]):
+        code, out, err = command("train", *args)
+        assert (code, out) == (3, "") and "there is no checkpoint" in err and err.count("\n") == 1
+
+
+def test_a_folder_in_use_is_exit_code_5(folder):
+    with_lock = RunFolder(folder / "busy")
+    code, _, err = command("train", "--data", folder / "text.txt", "--out-dir", folder / "busy", *SMALL)
+    with_lock.close()
+    assert code == 5 and f"in use by process {os.getpid()}" in err and err.count("\n") == 1
+
+
+def test_too_little_memory_is_said_before_anything_is_allocated(folder):
+    huge = ["--n-embd", "65536", "--n-layer", "1000", "--n-head", "1"]
+    code, _, err = command("train", "--data", folder / "text.txt", "--out-dir", folder / "huge", *huge)
+    assert code == 2 and "GB of memory, and there are" in err and "Lower --batch-size" in err and err.count("\n") == 1
+    assert not (folder / "huge").exists()
+
+
+def test_what_is_to_be_known_of_the_data_is_said_at_the_start(folder):
+    out = (folder / "out.txt").read_text(encoding="utf-8")
+    for words in ("1,720 bytes of UTF-8", "tokens per parameter", "100.0% of the held-back lines", "MB of memory"):
+        assert words in out
+    args = ["--data", folder / "text.txt", "--out-dir", folder / "many", *SMALL, "--epochs", 6]
+    args = [arg for i, arg in enumerate(args) if "--max-iters" not in (arg, args[i - 1])]
+    assert "overfitting is to be expected" in command("train", *args)[1]
 
 
 def test_a_text_of_one_character_repeated_trains(folder):

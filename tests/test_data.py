@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from npgpt import data
-from npgpt.data import Blocks, evaluation_blocks, load_text, read_utf8, split
+from npgpt.data import Blocks, evaluation_blocks, load_text, read_utf8, repeated_lines, split
 from npgpt.errors import UsageError
 
 
@@ -164,3 +164,17 @@ def test_a_part_of_the_evaluation_is_spread_evenly():
     assert x[:, 0].tolist() == [0, 200, 400, 600, 800]
     with pytest.raises(UsageError, match="2 tokens"):
         evaluation_blocks(np.arange(1), 10)
+
+
+def test_lines_of_the_held_back_text_that_the_training_text_has_too():
+    old = [f"line number {i} of the first part, which is long" for i in range(90)]
+    new = [f"line number {i} of the other part, which is new" for i in range(10)]
+
+    def share(lines):
+        return repeated_lines("\n".join(lines), 0.101)
+
+    assert share(old + new) == 0
+    assert share([*old, *old[:10]]) == 1
+    assert share(old + new[:5] + old[:5]) == pytest.approx(5 / 9, abs=0.1)
+    assert repeated_lines("short\n" * 100, 0.1) is None
+    assert repeated_lines("x", 0.1) is None

@@ -28,10 +28,12 @@ def parts(config, vocab_size, n_tokens, workers):
     block = 14 * C + (3 * C if config.dropout else 0)
     # beside them: GELU's output and gradients on their way (some 20 C), logits and their gradient
     activations = n * (L * block + 20 * C + 2 * V) + 9 * C * T
+    # Muon: four arrays like the Gram matrices of all its matrices, and one step for each thread
+    muon = 4 * 6 * C * C * L + 5 * C * C * workers if config.optimizer == "muon" else 0
     return {
         "weights": FLOAT * sum(sizes),
         "gradients, for each worker": FLOAT * sum(sizes) * workers,
-        "the optimizer's moments": FLOAT * 2 * sum(sizes),
+        "the optimizer": FLOAT * (2 * sum(sizes) + muon),
         "activations, for each worker": FLOAT * activations * workers,
         "text and tokens": 11 * n_tokens,
     }

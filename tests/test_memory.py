@@ -31,9 +31,9 @@ def test_every_part_grows_with_what_it_depends_on():
     base = parts()
     assert all(size > 0 for size in base.values())
     for bigger, grown in (
-        (parts(n_layer=8), {"weights", "gradients", "moments", "activations"}),
-        (parts(vocab_size=10_000), {"weights", "gradients", "moments", "activations"}),
-        (parts(workers=3), {"gradients", "activations"}),
+        (parts(n_layer=8), {"weights", "gradients", "optimizer", "activations"}),
+        (parts(vocab_size=10_000), {"weights", "gradients", "optimizer", "activations"}),
+        (parts(workers=3), {"gradients", "optimizer", "activations"}),
         (parts(batch_size=24), {"activations"}),
         (parts(dropout=0.1), {"activations"}),
         (parts(n_tokens=10**6), {"text"}),

@@ -119,25 +119,14 @@ def round_up(n, step):
 
 
 @helper
-def pack(out, x):
-    """out (n, n_head, T, hs) = x (T, n, n_head, hs): one head's rows side by side."""
+def copy(out, x):
+    """out = x, both (T, n, n_head, hs), with rows of hs contiguous numbers."""
     T, n, H, hs = x.shape
     for t in range(T):
         for i in range(n):
             for h in range(H):
                 for j in range(hs):
-                    out[i, h, t, j] = x[t, i, h, j]
-
-
-@helper
-def unpack(out, x):
-    """out (T, n, n_head, hs) = x (n, n_head, T, hs)."""
-    T, n, H, hs = out.shape
-    for t in range(T):
-        for i in range(n):
-            for h in range(H):
-                for j in range(hs):
-                    out[t, i, h, j] = x[i, h, t, j]
+                    out[t, i, h, j] = x[t, i, h, j]
 
 
 @helper
@@ -167,8 +156,9 @@ def forward_heads(y, lse, qkv, heads, k_t, s, p_drop, key, batch_offset):
     """
     B, T, _, H, hs = qkv.shape
     scale = s.dtype.type(1 / math.sqrt(hs))
+    by_time = heads.transpose(2, 0, 1, 3)  # (T, 4, n_head, hs)
     for b in range(B):
-        pack(heads[:3], qkv[b])
+        copy(by_time[:, :3], qkv[b])
         for h in range(H):
             q, k, v, y_head = heads[0, h], heads[1, h], heads[2, h], heads[3, h]
             transpose(k_t, k)
@@ -197,7 +187,7 @@ def forward_heads(y, lse, qkv, heads, k_t, s, p_drop, key, batch_offset):
                         drop(row, t + 1, p_drop, key, ((batch_offset + b) * H + h) * T + t)
                 # y = a @ v
                 product(y_head[t0:t1], s[: t1 - t0, :t1], v[:t1], False)
-        unpack(y[b], heads[3:])
+        copy(y[b], by_time[:, 3:])
 
 
 @kernel
@@ -209,9 +199,10 @@ def backward_heads(dqkv, dy, qkv, lse, heads, k_t, v_t, a, grad, p_drop, key, ba
     """
     B, T, _, H, hs = qkv.shape
     scale = a.dtype.type(1 / math.sqrt(hs))
+    by_time = heads.transpose(2, 0, 1, 3)  # (T, 7, n_head, hs)
     for b in range(B):
-        pack(heads[:3], qkv[b])
-        pack(heads[3:4], dy[b])
+        copy(by_time[:, :3], qkv[b])
+        copy(by_time[:, 3:4], dy[b])
         for h in range(H):
             q, k, v, dy_head = heads[0, h], heads[1, h], heads[2, h], heads[3, h]
             dq, dk, dv = heads[4, h], heads[5, h], heads[6, h]
@@ -254,7 +245,7 @@ def backward_heads(dqkv, dy, qkv, lse, heads, k_t, v_t, a, grad, p_drop, key, ba
                     rows = slice(t0 - start, end - start)
                     product(dv[j0:j1], a[rows, j0:j1].T, dy_head[t0:end], end < T)
                     product(dk[j0:j1], grad[rows, j0:j1].T, q[t0:end], end < T)
-        unpack(dqkv[b], heads[4:])
+        copy(dqkv[b], by_time[:, 4:])
 
 
 @replaces(attention_forward_ref, flops=lambda y, *_: 2 * y.size * (y.shape[1] + 1))

@@ -11,6 +11,7 @@ import numpy as np
 from npgpt.engine import BufferPool, empty, reuse_buffers
 from npgpt.jit import kernel, replaces
 from npgpt.profiler import measured
+from npgpt.tiles import product
 
 ALIGN = 16  # parameters start at multiples of this many elements (64 bytes in float32)
 
@@ -157,23 +158,41 @@ def inverse_root(gram, steps=5):
     (x x^T)^(-1/2) x.  Newton-Schulz iteration finds it with products alone: x <- (a I + b g + c g^2) x with g = x x^T
     acts on each singular value as s <- a s + b s^3 + c s^5, and this polynomial drives all of (0, 1] to somewhere
     between 0.7 and 1.2 in 5 steps.  Here the factors are multiplied with each other, and x is left to the end: as all
-    of them are polynomials of the first g, g <- (a I + b g + c g^2)^2 g.  For wide matrices this is half of the work.
-    Changes gram.
+    of them are polynomials of the first g, g <- (a I + b g + c g^2)^2 g, and every product is symmetric: half of it is
+    computed.  Changes gram.
     """
     poly, spare = empty(gram.shape, gram.dtype), empty(gram.shape, gram.dtype)
     q = empty(gram.shape, gram.dtype)
     for step in range(steps):
-        np.matmul(gram, gram, out=poly)
+        symmetric_product(poly, gram, gram)
         newton_schulz(poly, gram)
         if step == 0:
             q[...] = poly
         else:
-            np.matmul(poly, q, out=spare)
+            symmetric_product(spare, poly, q)
             q, spare = spare, q
         if step < steps - 1:
-            np.matmul(poly, gram, out=spare)
-            np.matmul(spare, poly, out=gram)
+            symmetric_product(spare, poly, gram)
+            symmetric_product(gram, spare, poly)
     return q
+
+
+def symmetric_product_ref(a, b):
+    """a @ b for symmetric matrices a, b (k, m, m) that commute: then the product is symmetric, too."""
+    return a @ b
+
+
+@replaces(symmetric_product_ref, flops=lambda out, a, b: out.size * (out.shape[1] + 1))
+@kernel
+def symmetric_product(out, a, b):
+    k, m, _ = out.shape
+    for n in range(k):
+        for i in range(0, m, 32):
+            end = min(i + 32, m)
+            product(out[n, i:end, :end], a[n, i:end], b[n], False)
+        for i in range(m):
+            for j in range(i + 1, m):
+                out[n, i, j] = out[n, j, i]
 
 
 def newton_schulz_ref(square, gram):
@@ -221,7 +240,7 @@ def nesterov(momentum, g, scale, mu):
 def _muon_cost(muon, m, members, lr, scale):
     """(FLOPs, bytes) of Muon._update_group: 17 products in inverse_root, one before and one after it."""
     sizes = sum(weights.size for weights, _, _ in members)
-    return 17 * 2 * m**3 * len(members) + 4 * m * sizes, 3 * sizes * muon.m.itemsize
+    return 17 * m**2 * (m + 1) * len(members) + 4 * m * sizes, 3 * sizes * muon.m.itemsize
 
 
 class Muon(AdamW):

@@ -777,9 +777,17 @@ FAULTS = [
     Fault(
         "muon: the product's factor acts once on the Gram matrix",
         "npgpt/optim.py",
-        "            np.matmul(spare, poly, out=gram)\n",
+        "            symmetric_product(gram, spare, poly)\n",
         "            gram[...] = spare\n",
         "x was multiplied by the factor, so x x^T is multiplied by it on both sides.",
+    ),
+    Fault(
+        "muon kernel: the symmetric half is left as it was",
+        "npgpt/optim.py",
+        "                out[n, i, j] = out[n, j, i]\n",
+        "                out[n, i, j] = out[n, i, j]\n",
+        "Only the lower half was computed.",
+        kernel=True,
     ),
     Fault(
         "muon: a tall matrix by its rows",

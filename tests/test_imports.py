@@ -44,7 +44,7 @@ ONLY = {
     "jit": {"errors", "profiler"},
     "tiles": {"jit"},
     "ops": {"engine", "jit", "tiles", "ops"},
-    "optim": {"errors", "engine", "jit", "profiler"},
+    "optim": {"errors", "engine", "jit", "tiles", "profiler"},
     "data": {"errors", "config", "jit"},
     "tokenizer": {"errors", "config", "jit"},
     "checkpoint": {"errors", "config", "jit"},

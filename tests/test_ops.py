@@ -105,6 +105,12 @@ def sum_of_squares_case(new, n):
     return (new(n),)
 
 
+def symmetric_product_case(new, k, m):
+    a = new(k, m, m)
+    a = (a + a.swapaxes(1, 2)) / np.sqrt(8 * m)  # eigenvalues of about 1
+    return a, a @ a
+
+
 def newton_schulz_case(new, k, m):
     return new(k, m, m), new(k, m, m)
 
@@ -152,6 +158,7 @@ CASES = {
     "cross_entropy_forward": (cross_entropy_forward_case, LOGITS),
     "cross_entropy_backward": (cross_entropy_backward_case, LOGITS),
     "dropout_rows": (dropout_case, DROPOUTS),
+    "symmetric_product": (symmetric_product_case, [(1, 1), (2, 5), (3, 33), (1, 70)]),
     "newton_schulz": (newton_schulz_case, [(1, 1), (2, 3), (3, 33)]),
     "nesterov": (nesterov_case, [(1, 0.9), (67, 0.85)]),
     "sum_of_squares": (sum_of_squares_case, [(1,), (7,), (1000,)]),
@@ -218,6 +225,8 @@ def test_nan_in_gives_nan_out_in_the_same_places(name, dtype):
     args = copies(make(New(dtype), *many[3 if len(many) > 3 else 1]))
     poisoned = next(arg for arg in args if isinstance(arg, np.ndarray) and arg.dtype == dtype)
     poisoned.reshape(-1)[-1] = np.nan
+    if name == "symmetric_product":  # of which only half is computed: the result must be symmetric
+        args[1][-1, -1, -1] = np.nan
     if name == "dropout_rows":  # what is dropped is gone, NaN or not; the last element of this mask is kept
         x, key, first_row, p = args
         assert dropout_mask_ref(key, first_row, x.shape, p)[-1, -1]

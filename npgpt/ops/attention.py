@@ -149,14 +149,14 @@ def drop(row, n, p_drop, key, number):
 
 
 @kernel
-def forward_heads(y, lse, qkv, heads, k_t, s, p_drop, key, batch_offset):
+def forward_heads(y, lse, qkv, heads, by_time, k_t, s, p_drop, key, batch_offset):
     """y (B, T, 1, n_head, hs), lse (B, n_head, T), qkv (B, T, 3, n_head, hs).
 
-    Scratch: heads (4, n_head, T, hs), k_t (hs, width), s (ROWS, width), with T rounded up to LANES as width.
+    Scratch: heads (4, n_head, T, hs), the same memory as by_time (T, 4, n_head, hs); k_t (hs, width), s (ROWS, width),
+    with T rounded up to LANES as width.
     """
     B, T, _, H, hs = qkv.shape
     scale = s.dtype.type(1 / math.sqrt(hs))
-    by_time = heads.transpose(2, 0, 1, 3)  # (T, 4, n_head, hs)
     for b in range(B):
         copy(by_time[:, :3], qkv[b])
         for h in range(H):
@@ -191,15 +191,14 @@ def forward_heads(y, lse, qkv, heads, k_t, s, p_drop, key, batch_offset):
 
 
 @kernel
-def backward_heads(dqkv, dy, qkv, lse, heads, k_t, v_t, a, grad, p_drop, key, batch_offset):
+def backward_heads(dqkv, dy, qkv, lse, heads, by_time, k_t, v_t, a, grad, p_drop, key, batch_offset):
     """dqkv, qkv (B, T, 3, n_head, hs), dy (B, T, 1, n_head, hs), lse (B, n_head, T).
 
-    Scratch: heads (7, n_head, T, hs), k_t and v_t (hs, width), a and grad (QUERY_BLOCK or T, width + PAD), with T
-    rounded up to LANES as width.
+    Scratch: heads (7, n_head, T, hs), the same memory as by_time (T, 7, n_head, hs); k_t and v_t (hs, width), a and
+    grad (QUERY_BLOCK or T, width + PAD), with T rounded up to LANES as width.
     """
     B, T, _, H, hs = qkv.shape
     scale = a.dtype.type(1 / math.sqrt(hs))
-    by_time = heads.transpose(2, 0, 1, 3)  # (T, 7, n_head, hs)
     for b in range(B):
         copy(by_time[:, :3], qkv[b])
         copy(by_time[:, 3:4], dy[b])
@@ -254,7 +253,7 @@ def attention_forward(y, lse, qkv, n_head, p_drop, key, batch_offset):
     hs = C3 // 3 // n_head
     heads, (k_t,), s = _scratch(4, 1, ROWS, n_head, T, hs, qkv.dtype)
     y, qkv = y.reshape(B, T, 1, n_head, hs), qkv.reshape(B, T, 3, n_head, hs)
-    forward_heads(y, lse, qkv, heads, k_t, s, p_drop, key, batch_offset)
+    forward_heads(y, lse, qkv, heads, heads.transpose(2, 0, 1, 3), k_t, s, p_drop, key, batch_offset)
 
 
 @replaces(attention_backward_ref, flops=lambda dqkv, dy, *_: 4 * dy.size * (dy.shape[1] + 1))
@@ -265,7 +264,8 @@ def attention_backward(dqkv, dy, qkv, lse, n_head, p_drop, key, batch_offset):
     heads, (k_t, v_t), scores = _scratch(7, 2, 2 * n, n_head, T, hs, qkv.dtype)
     dy, qkv, dqkv = (x.reshape(B, T, -1, n_head, hs) for x in (dy, qkv, dqkv))
     backward_heads(
-        dqkv, dy, qkv, lse, heads, k_t, v_t, scores[:n], scores[n:], p_drop, key, batch_offset
+        dqkv, dy, qkv, lse, heads, heads.transpose(2, 0, 1, 3), k_t, v_t, scores[:n], scores[n:],
+        p_drop, key, batch_offset,
     )  # fmt: skip
 
 

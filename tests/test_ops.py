@@ -107,7 +107,7 @@ def sum_of_squares_case(new, n):
 
 def symmetric_product_case(new, k, m):
     a = new(k, m, m)
-    a = (a + a.swapaxes(1, 2)) / np.sqrt(8 * m)  # eigenvalues of about 1
+    a = (a + a.swapaxes(1, 2)) / (8 * m) ** 0.5  # eigenvalues of about 1
     return a, a @ a
 
 

@@ -157,7 +157,7 @@ def _read_into(file, offset, memory):
 
 def _check(file, needs_hash=True):
     """(entries, metadata, offset of the arrays) of an open file whose hash is right.  Nothing large is allocated."""
-    entries, metadata, start, text = _parse(file, with_text=True)
+    entries, metadata, start, text = _parse(file)
     if "sha256" not in metadata:
         if needs_hash:
             raise ValueError("it has no sha256")
@@ -174,8 +174,8 @@ def _check(file, needs_hash=True):
     return entries, metadata, start
 
 
-def _parse(file, with_text=False):
-    """(entries, metadata, offset of the arrays): entries are name -> (dtype, shape, start, stop)."""
+def _parse(file):
+    """(entries, metadata, offset of the arrays, header's text): entries are name -> (dtype, shape, start, stop)."""
     size = os.fstat(file).st_size
     if size < 8:
         raise ValueError(f"it has {size} bytes only")
@@ -211,7 +211,7 @@ def _parse(file, with_text=False):
         end = stop
     if end != size - 8 - length:
         raise ValueError(f"{size - 8 - length - end} bytes at its end belong to nothing")
-    return (entries, metadata, 8 + length, bytes(text)) if with_text else (entries, metadata, 8 + length)
+    return entries, metadata, 8 + length, bytes(text)
 
 
 def _unique(pairs):

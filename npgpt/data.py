@@ -118,7 +118,7 @@ def repeated_lines(text, val_fraction, most=2000):
 
     Looked at are `most` lines, evenly spread, of 24 characters or more: shorter ones come twice in any text.
     """
-    n = len(text) - max(1, int(len(text) * val_fraction))
+    n = _training_length(len(text), val_fraction)
     held_back = [line for line in map(str.strip, text[n:].splitlines()[1:]) if len(line) >= 24]
     chosen = set(held_back[:: -(-len(held_back) // most) or 1])
     if not chosen:
@@ -134,9 +134,13 @@ def repeated_lines(text, val_fraction, most=2000):
     return len(seen) / len(chosen)
 
 
+def _training_length(n, val_fraction):
+    return n - max(1, int(n * val_fraction))
+
+
 def split(tokens, val_fraction):
     """(training tokens, validation tokens): the last val_fraction of a text is held back."""
-    n = len(tokens) - max(1, int(len(tokens) * val_fraction))
+    n = _training_length(len(tokens), val_fraction)
     return tokens[:n], tokens[n:]
 
 

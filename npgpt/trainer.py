@@ -122,9 +122,10 @@ class Trainer:
         """Data, model, workers and optimizer, as they are before the first update."""
         config = self.config
         text = load_text(config.data)
-        self.n_characters, self.n_bytes = len(text), len(text.encode("utf-8"))
+        raw = text.encode("utf-8")
+        self.n_characters, self.n_bytes = len(text), len(raw)
         self.repeated_lines = repeated_lines(text, config.val_fraction)
-        self.fingerprint = hashlib.sha256(text.encode("utf-8")).hexdigest()
+        self.fingerprint = hashlib.sha256(raw).hexdigest()
         self.tokenizer = TOKENIZERS[config.tokenizer].from_text(text)
         tokens = self.tokenizer.encode(text)
         self.train_tokens, self.val_tokens = split(tokens, config.val_fraction)
@@ -486,7 +487,7 @@ def _config_of(state, path):
 
 
 def load_model(path):
-    """(GPT, tokenizer, state) of a checkpoint file; state is what Trainer.save wrote beside the arrays.
+    """(GPT, tokenizer, state) of a checkpoint file; state is what the Trainer wrote beside the arrays.
 
     Raises CheckpointError if the file is not a checkpoint of npgpt.
     """

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from npgpt import jit
-from npgpt.tiles import product
+from npgpt.tiles import ROWS, product
 
 pytestmark = pytest.mark.skipif(jit.KERNELS == "numpy", reason="tiles exist inside kernels only")
 
@@ -17,9 +17,13 @@ def run_product(out, a, b, add):
 
 
 def inside(shape, dtype):
-    """(an array of this shape, the larger array that it is a part of), both filled with 7."""
-    whole = np.full((shape[0] + 2, shape[1] + 80), 7, dtype)
-    return whole[1:-1, 5 : 5 + shape[1]], whole
+    """(an array of this shape, the larger array that it is a part of), both filled with 7.
+
+    The margin is wider than a tile, so that a fault at an edge shows here as a wrong number, never as a crash.
+    """
+    margin = max(ROWS, 80)
+    whole = np.full((shape[0] + 2 * margin, shape[1] + 2 * margin), 7, dtype)
+    return whole[margin:-margin, margin:-margin], whole
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(np.float32, 1e-5), (np.float64, 1e-13)])
@@ -30,9 +34,8 @@ def test_product_is_numpys_and_touches_nothing_else(dtype, tolerance, add, trans
     for M in SIZES:
         for N in SIZES:
             for K in (0, 1, 5, 40):
-                a = rng.standard_normal((K, M)).astype(dtype).T
-                if not transposed:
-                    a = np.ascontiguousarray(a)
+                a = inside((K, M), dtype)[0].T if transposed else inside((M, K), dtype)[0]
+                a[...] = rng.standard_normal((M, K))
                 b, _ = inside((K, N), dtype)
                 b[...] = rng.standard_normal((K, N))
                 out, whole = inside((M, N), dtype)

@@ -121,6 +121,13 @@ def _kernel_cache():
         return None
 
 
+def cores():
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def exp(x):
     """e**x of a float32 or float64 number, inside a kernel only.
 
@@ -134,9 +141,30 @@ def largest(row, n):
     raise TypeError("npgpt.jit.largest exists inside kernels only")
 
 
+def array_at(address, n, like):
+    """The n numbers that lie at an address, as an array of the dtype of `like`, inside a kernel only.
+
+    So a kernel can be told of any number of arrays by a table of their addresses.  0 is no array: it has no numbers.
+    """
+    raise TypeError("npgpt.jit.array_at exists inside kernels only")
+
+
+def meet(counter, n):
+    """Wait until n threads have come here as often as this one, inside a kernel only.
+
+    counter (1,) int64, 0 at first, is shared by the threads.  They spin: a wait takes a fraction of a microsecond, not
+    the tens of it that a sleeping thread needs to wake up, but each of them needs a core.  Who adds a huge number to the
+    counter sets all of them free.
+    """
+    raise TypeError("npgpt.jit.meet exists inside kernels only")
+
+
 if KERNELS == "numba":
     import numba
-    from numba.extending import overload
+    from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils
+    from numba.extending import intrinsic, overload
 
     _CACHE = _kernel_cache()
 
@@ -152,6 +180,67 @@ if KERNELS == "numba":
             numba.config.CACHE_DIR = before
 
     helper = numba.njit(**FLAGS)  # for scalar functions that are compiled into the kernels that call them
+
+    @intrinsic
+    def _pointer(typingctx, address, like):
+        """The address as a pointer to numbers like those of an array."""
+
+        def codegen(context, builder, signature, args):
+            return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(like.dtype)(address, like), codegen
+
+    @overload(array_at, jit_options=FLAGS)
+    def _array_at(address, n, like):
+        def array_at(address, n, like):
+            return numba.carray(_pointer(address, like), n if address else 0)
+
+        return array_at
+
+    @intrinsic
+    def _add_atomically(typingctx, counter, n):
+        """counter[0] += n as one indivisible step; returns what it was."""
+
+        def codegen(context, builder, signature, args):
+            array = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0])
+            return builder.atomic_rmw("add", array.data, args[1], "seq_cst")
+
+        return types.int64(counter, types.int64), codegen
+
+    @intrinsic
+    def _look(typingctx, counter):
+        """counter[0] as it is in memory now."""
+
+        def codegen(context, builder, signature, args):
+            array = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0])
+            return builder.load_atomic(array.data, "seq_cst", 8)
+
+        return types.int64(counter), codegen
+
+    @intrinsic
+    def _let_others_run(typingctx):
+        """Tell the system that this thread has nothing to do; where it knows of no such call, nothing happens."""
+
+        def codegen(context, builder, signature, args):
+            if os.name == "posix":
+                call = ir.FunctionType(ir.IntType(32), [])
+                builder.call(cgutils.get_or_insert_function(builder.module, call, "sched_yield"), [])
+            return context.get_dummy_value()
+
+        return types.void(), codegen
+
+    @overload(meet, jit_options=FLAGS)
+    def _meet(counter, n):
+        def meet(counter, n):
+            arrived = _add_atomically(counter, 1) + 1
+            all_here = (arrived + n - 1) // n * n
+            turns = 0
+            while _look(counter) < all_here:
+                turns += 1
+                if turns > 1000:  # the thread that we wait for may be waiting for this core
+                    _let_others_run()
+
+        return meet
 
     @overload(exp, jit_options=FLAGS)
     def _exp(x):

@@ -14,11 +14,11 @@ import math
 import numpy as np
 
 from npgpt.config import INIT, GPTConfig
-from npgpt.engine import no_grad
 from npgpt.nn import MLP, CausalSelfAttention, Dropout, Embedding, LayerNorm, Linear, Module, ModuleDict
 from npgpt.ops import primitives  # noqa: F401  (gives Tensor its operators)
 from npgpt.ops.cross_entropy import cross_entropy
 from npgpt.ops.embedding import embedding
+from npgpt.sampling import Controls, Generation
 
 
 class Block(Module):
@@ -90,42 +90,14 @@ class GPT(Module):
         n = sum(parameter.size for parameter in self.parameters())
         return n - self.transformer.wpe.weight.size if non_embedding else n
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, rng=None):
-        """Continue a sequence of tokens, one token at a time.
+    def generate(self, idx, max_new_tokens, rng=None, cache=True, **controls):
+        """Continue a list of tokens, one token at a time: yields each new one as an int.
 
-        idx             list of tokens, at least one; the last block_size of them are the context
-        temperature     logits are divided by it; 0 always takes the likeliest token
-        top_k           choose among the k likeliest tokens only
-        rng             numpy Generator, one number of which is used for each token
-
-        Yields each new token as an int.
+        rng        numpy Generator, one number of which is used for each token
+        cache      whether keys and values are kept from token to token; without it the result is the same, later
+        controls   those of npgpt.sampling.Controls: temperature, top_k, top_p, ...
         """
         rng = rng or np.random.default_rng(0)
-        idx = list(idx)
-        was_training = self.training
-        self.eval()
-        try:
-            for _ in range(max_new_tokens):
-                context = np.array([idx[-self.config.block_size :]])
-                with no_grad():
-                    last = self.features(context).data[0, -1]  # (C,)
-                logits = self.transformer.wte.weight.data @ last  # (V,)
-                idx.append(choose_token(logits, temperature, top_k, rng.random()))
-                yield idx[-1]
-        finally:
-            self.train(was_training)
-
-
-def choose_token(logits, temperature, top_k, uniform):
-    """The token that a uniform number in [0, 1) picks from the distribution that the logits (V,) describe."""
-    if temperature == 0:
-        return int(logits.argmax())
-    z = logits.astype(np.float64) / temperature
-    if top_k is not None and top_k < len(z):
-        z = np.where(z < np.partition(z, -top_k)[-top_k], -np.inf, z)
-    p = np.exp(z - z.max())
-    cumulative = np.cumsum(p)
-    return int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
-
-
-__all__ = ["GPT", "Block", "GPTConfig", "choose_token"]
+        generation = Generation(self, idx, [rng], Controls(**controls), len(idx) + max_new_tokens, cache)
+        for _ in range(max_new_tokens):
+            yield generation.step()[0][0]

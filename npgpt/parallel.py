@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from npgpt.engine import BufferPool, no_grad, random_stream, reuse_buffers
+from npgpt.jit import cores
 from npgpt.model import GPT
 from npgpt.optim import FlatParameters, sum_of_squares
 
@@ -83,13 +84,6 @@ def blas_threads(n):
         yield
     finally:
         setter(before)
-
-
-def cores():
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def cpu_name():

@@ -3,7 +3,8 @@
 Flags may be written with dashes or underscores.  Exit codes are listed in npgpt/errors.py.
 """
 
-import math
+import contextlib
+import json
 import sys
 from pathlib import Path
 
@@ -12,56 +13,156 @@ from npgpt.errors import UsageError, run_command
 from npgpt.train import Parser
 
 PROG = "python -m npgpt.sample"
+SIDE_BY_SIDE = 8  # texts that grow together; more would take memory, and be little faster
 
 
 def parse(argv):
     parser = Parser(prog=PROG, description="Write text with a trained GPT.")
     parser.add_argument("--out-dir", default="out", help="run folder of npgpt.train (default: out)")
     parser.add_argument("--checkpoint", default="best", help="best, last, or a file (default: best)")
-    parser.add_argument("--prompt", "--start", default="\n", help="text to continue (default: a line break)")
-    parser.add_argument("--num-samples", type=int, default=1, help="number of texts (default: 1)")
-    parser.add_argument("--max-new-tokens", type=int, default=500, help="length of each text (default: 500)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy, 1 as learnt (default: 0.8)")
-    parser.add_argument("--top-k", type=int, help="choose among the k likeliest tokens (default: all)")
-    parser.add_argument("--seed", type=int, default=1337, help="same seed, same text (default: 1337)")
+    parser.add_argument("--prompt", "--start", help="text to continue (default: a line break)")
+    parser.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue; - is standard input")
+    parser.add_argument("--interactive", action="store_true", help="ask for prompts, one after the other")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="number of texts (default: 1)")
+    parser.add_argument("--max-new-tokens", type=int, default=500, metavar="N", help="length of each (default: 500)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may come again")
+    parser.add_argument("--seed", type=int, default=1337, metavar="N", help="same seed, same text (default: 1337)")
+    controls = parser.add_argument_group("how the next token is chosen, in this order")
+    controls.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: tokens of the text are less likely"
+    )
+    controls.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 is greedy, 1 as learnt (default: 0.8)")
+    controls.add_argument("--top-k", type=int, metavar="N", help="only the N likeliest tokens")
+    controls.add_argument("--top-p", type=float, metavar="X", help="only the likeliest tokens, with X of the probability")
+    controls.add_argument("--min-p", type=float, metavar="X", help="only tokens with X times the likeliest one's probability")
+    output = parser.add_argument_group("output and speed")
+    output.add_argument("--json", action="store_true", help="one JSON object a line for each text")
+    output.add_argument("--logprobs", action="store_true", help="show each token with its log-probability, in nats")
+    output.add_argument("--int8", action="store_true", help="weights of 8 bits: faster where the model is large")
+    output.add_argument("--threads", type=int, metavar="N", help="cores to use (default: all, for a large model)")
     args = parser.parse_args(argv)
     for name, holds, words in (
         ("prompt", args.prompt != "", "must have one character at least"),
+        ("prompt-file", args.prompt_file is None or args.prompt is None, "and --prompt: give one of them"),
+        ("interactive", not args.interactive or (args.prompt_file is None and not args.json), "asks for prompts itself, and answers in text"),
         ("num-samples", args.num_samples >= 1, "must be at least 1"),
         ("max-new-tokens", args.max_new_tokens >= 1, "must be at least 1"),
-        ("temperature", args.temperature >= 0 and math.isfinite(args.temperature), "must be at least 0"),
-        ("top-k", args.top_k is None or args.top_k >= 1, "must be at least 1"),
+        ("stop", all(args.stop), "must have one character at least"),
         ("seed", args.seed >= 0, "must be at least 0"),
-    ):
+        ("threads", args.threads is None or args.threads >= 1, "must be at least 1"),
+    ):  # fmt: skip
         if not holds:
             raise UsageError(f"--{name} {words}")
     return args
 
 
+def read_prompt(args):
+    """The text to continue."""
+    if args.prompt_file is None:
+        return "\n" if args.prompt is None else args.prompt
+    where = "standard input" if args.prompt_file == "-" else args.prompt_file
+    try:
+        raw = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+    except OSError as error:
+        raise UsageError(f"--prompt-file: cannot read {where}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--prompt-file: {where} is not UTF-8 text: byte {error.start} is wrong") from None
+    if not text:
+        raise UsageError(f"--prompt-file: {where} is empty")
+    return text
+
+
+def encode(tokenizer, prompt):
+    try:
+        return tokenizer.encode(prompt).tolist()
+    except UsageError as error:
+        raise UsageError(f"the prompt: {error}") from None
+
+
+def print_texts(texts, tokenizer, prompt):
+    """Show texts as they grow, with lines between them, and each token's log-probability if there is one."""
+    for n, pieces in enumerate(texts):
+        if n:
+            print("-" * 60)
+        print(prompt, end="", flush=True)
+        rows = []
+        for piece in pieces:
+            print(piece.text, end="", flush=True)
+            if piece.logprob is not None:
+                rows.append(f"{piece.logprob:10.4f}  {tokenizer.decode([piece.token])!r}\n")
+        print()
+        print("".join(rows), end="")
+
+
+def print_json(texts, seed, prompt):
+    """One JSON object a line for each text."""
+    for n, pieces in enumerate(texts):
+        pieces = list(pieces)
+        row = {"sample": n, "seed": seed, "prompt": prompt, "text": "".join(piece.text for piece in pieces)}
+        row["finish"] = pieces[-1].finish
+        row["tokens"] = [piece.token for piece in pieces[:-1]]
+        if pieces[0].logprob is not None:
+            row["logprobs"] = [piece.logprob for piece in pieces[:-1]]
+        print(json.dumps(row), flush=True)
+
+
+def interact(write, tokenizer):
+    """Ask for prompts until the input ends; an empty line goes on with the last text."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  (gives input() its history and its arrow keys, where there is one)
+    print("type a text to continue; an empty line goes on with the last one, Ctrl-D ends", file=sys.stderr)
+    text = ""
+    while True:
+        try:
+            prompt = input("> ") or text
+        except EOFError:
+            print()
+            return
+        if not prompt:
+            continue
+        try:
+            idx = encode(tokenizer, prompt)
+        except UsageError as error:
+            print(f"{PROG}: {error}", file=sys.stderr)
+            continue
+        written = []
+
+        def kept(pieces, written=written):
+            for piece in pieces:
+                written.append(piece.text)
+                yield piece
+
+        print_texts((kept(pieces) for pieces in write(idx)), tokenizer, prompt)
+        text = prompt + "".join(written)
+
+
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
+    prompt = None if args.interactive else read_prompt(args)
     sys.stdout.reconfigure(errors="replace")  # what a console cannot show must not end the text
 
     import numpy as np
 
-    from npgpt import folder
+    from npgpt import folder, sampling
     from npgpt.trainer import load_model
 
+    controls = sampling.Controls(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     find = {"best": folder.best, "last": folder.newest}.get(args.checkpoint)
     model, tokenizer, _ = load_model(find(args.out_dir) if find else Path(args.checkpoint))
-    try:
-        idx = tokenizer.encode(args.prompt)
-    except UsageError as error:
-        raise UsageError(f"--prompt: {error}") from None
-    for n in range(args.num_samples):
-        if n:
-            print("-" * 60)
-        print(args.prompt, end="", flush=True)
-        rng = np.random.default_rng([args.seed, SAMPLE, n])
-        tokens = model.generate(idx, args.max_new_tokens, args.temperature, args.top_k, rng)
-        for piece in tokenizer.stream(tokens):
-            print(piece, end="", flush=True)
-        print()
+
+    def write(idx):
+        rngs = [np.random.default_rng([args.seed, SAMPLE, n]) for n in range(args.num_samples)]
+        return sampling.write(
+            model, tokenizer, idx, rngs, args.max_new_tokens, controls, args.stop, args.logprobs, args.int8, args.threads
+        )  # fmt: skip
+
+    if args.interactive:
+        interact(write, tokenizer)
+    elif args.json:
+        print_json(write(encode(tokenizer, prompt)), args.seed, prompt)
+    else:
+        print_texts(write(encode(tokenizer, prompt)), tokenizer, prompt)
     return 0
 
 

@@ -1,6 +1,5 @@
 """Text to tokens and back: characters, or the bytes of UTF-8."""
 
-import codecs
 import unicodedata
 
 import numpy as np
@@ -11,6 +10,11 @@ from npgpt.errors import CheckpointError, UsageError
 def _name(char):
     """A character as an error message shows it: 'é' (U+00E9 LATIN SMALL LETTER E WITH ACUTE)."""
     return f"{char!r} (U+{ord(char):04X} {unicodedata.name(char, 'with no name')})"
+
+
+def decode(tokenizer, tokens):
+    """Tokens -> text; bytes that are no character come as U+FFFD.  (npgpt.sampling.Writer does it a token at a time.)"""
+    return b"".join(map(tokenizer.bytes_of, tokens)).decode("utf-8", "replace")
 
 
 class CharTokenizer:
@@ -46,13 +50,12 @@ class CharTokenizer:
             )
         return tokens.astype(np.int64)
 
-    def stream(self, tokens):
-        """Iterable of tokens -> iterator of the text, piece by piece."""
-        for token in tokens:
-            yield self.chars[token]
+    def bytes_of(self, token):
+        """A token's text in UTF-8."""
+        return self.chars[token].encode("utf-8", "surrogatepass")
 
     def decode(self, tokens):
-        return "".join(self.stream(tokens))
+        return decode(self, tokens)
 
     def to_dict(self):
         return {"kind": self.kind, "chars": self.chars}
@@ -75,19 +78,12 @@ class ByteTokenizer:
         except UnicodeEncodeError as error:
             raise UsageError(f"character {_name(text[error.start])} at position {error.start} is not text") from None
 
-    def stream(self, tokens):
-        """Iterable of tokens -> iterator of the text; a character comes when its last byte is there."""
-        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in tokens:
-            piece = decoder.decode(bytes([token]))
-            if piece:
-                yield piece
-        piece = decoder.decode(b"", final=True)
-        if piece:
-            yield piece
+    def bytes_of(self, token):
+        """A token's text in UTF-8; here half a character, maybe."""
+        return bytes([token])
 
     def decode(self, tokens):
-        return "".join(self.stream(tokens))
+        return decode(self, tokens)
 
     def to_dict(self):
         return {"kind": self.kind}

@@ -26,6 +26,7 @@ from npgpt.model import GPT
 from npgpt.optim import AdamW, Muon, clip_scale, cosine_lr
 from npgpt.parallel import DataParallel, blas_threads, choose_threads, cpu_name, sgemm_peak
 from npgpt.profiler import profiling
+from npgpt.sampling import Writer
 from npgpt.stop import Stop
 from npgpt.tokenizer import TOKENIZERS, from_dict
 
@@ -318,7 +319,10 @@ class Trainer:
         if "\n" in getattr(self.tokenizer, "chars", "\n"):
             start = int(self.tokenizer.encode("\n")[0])
         rng = np.random.default_rng([self.config.seed, SAMPLE, self.iter])
-        return self.tokenizer.stream(self.model.generate([start], n_tokens, temperature=0.8, rng=rng))
+        writer = Writer(self.tokenizer)
+        for token in self.model.generate([start], n_tokens, rng, temperature=0.8):
+            yield writer.feed(token)
+        yield writer.end()
 
     def run(self, stop=Stop):
         """Train to the end; yields a Progress after each logged update and an Evaluation at each evaluation.

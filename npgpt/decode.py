@@ -1,0 +1,339 @@
+"""One token after the other: the forward pass of a GPT for the newest tokens only, at the speed of memory.
+
+A token's keys and values depend on the tokens up to it alone, so they are computed once and kept (the KV cache): the
+next token needs one row of every matrix product instead of T rows.
+
+    for each block l and each row, which is one token at one position of one stream:
+        q, k, v = c_attn(ln_1(x))
+        keys[l, stream, :, position], values[l, stream, :, position] = k, v
+        x += c_proj(softmax(q keys[l, stream, :, :position+1]^T / sqrt(hs)) values[l, stream, :, :position+1])
+        x += mlp(ln_2(x))
+    logits = ln_f(x) wte^T
+
+This is the model of npgpt/model.py without what only its gradients need.  A row may belong to any stream (one of the
+texts that are written side by side) and stand at any position whose predecessors are in the cache or among the rows of
+the same call: reading a prompt is many rows of one stream, writing eight texts is one row of each.
+
+A product of one row with a matrix uses each weight once, for two operations: what takes the time is to fetch it from
+memory.  So the kernel takes all blocks in one call, reads each weight where the model has it, once for all rows, and
+shares the work with all cores where there is enough to read.  With int8 weights there is a quarter as much of it:
+
+    w[n, k] ~ scale[n] q[n, k]        scale[n] = max_k |w[n, k]| / 127,   q[n, k] = round(w[n, k] / scale[n])
+
+Dettmers et al. 2022 (LLM.int8(), section 2.1) call this row-wise quantisation.
+"""
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from npgpt.jit import KERNELS, array_at, cores, exp, helper, kernel, largest, meet
+from npgpt.ops.layernorm import EPS, layernorm_forward_ref
+from npgpt.ops.linear import linear_forward_ref
+from npgpt.ops.mlp import A, K, gelu_ref
+from npgpt.tiles import dots
+
+# the parameters of a block in the order in which the kernel is told where they lie
+BLOCK = (
+    "ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "attn.c_proj.bias",
+    "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias",
+)  # fmt: skip
+MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+CHUNK = 32  # rows of a call when a prompt is read
+ONE_CORE = 4e6  # bytes of weights that one core reads before another one has woken up
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reference
+
+
+def decode_ref(keys, values, tokens, streams, positions, n_logits, parameters, n_head):
+    """Put rows into the cache, and return the logits (n_logits, V) of the last ones.
+
+    keys, values                  (L, B, n_head, T, hs): the cache, changed in place
+    tokens, streams, positions    (R,) integers; a row's predecessors are in the cache or among the rows
+    parameters                    the model's parameters, name -> array
+    """
+    wte, wpe = parameters["transformer.wte.weight"], parameters["transformer.wpe.weight"]
+    zeros = np.zeros(4 * wte.shape[1], wte.dtype)
+
+    def norm(x, name):
+        weight = parameters[f"{name}.weight"]
+        return layernorm_forward_ref(x, weight, parameters.get(f"{name}.bias", zeros[: len(weight)]), EPS)[0]
+
+    def linear(x, name):
+        weight = parameters[f"{name}.weight"]
+        return linear_forward_ref(x, weight, parameters.get(f"{name}.bias", zeros[: len(weight)]))
+
+    x = wte[tokens] + wpe[positions]  # (R, C)
+    R, C = x.shape
+    hs = C // n_head
+    for layer in range(len(keys)):
+        block = f"transformer.h.{layer}"
+        q, k, v = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn").reshape(R, 3, n_head, hs).transpose(1, 0, 2, 3)
+        keys[layer, streams, :, positions] = k  # (R, n_head, hs)
+        values[layer, streams, :, positions] = v
+        y = np.empty_like(q)
+        for row, (stream, position) in enumerate(zip(streams, positions, strict=True)):
+            past = layer, stream, slice(None), slice(0, position + 1)
+            scores = (keys[past] @ q[row][:, :, None])[:, :, 0] / math.sqrt(hs)  # (n_head, position + 1)
+            p = np.exp(scores - scores.max(axis=1, keepdims=True))
+            p /= p.sum(axis=1, keepdims=True)
+            y[row] = (p[:, None] @ values[past])[:, 0]
+        x = x + linear(y.reshape(R, C), f"{block}.attn.c_proj")
+        x = x + linear(gelu_ref(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")), f"{block}.mlp.c_proj")
+    return norm(x[R - n_logits :], "transformer.ln_f") @ wte.T
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Kernel
+
+
+@helper
+def _norm(y, x, weight, bias):
+    """y = layer norm of the rows of x (R, C); the same lines as in npgpt/ops/layernorm.py."""
+    R, C = x.shape
+    one, inv_C, eps = x.dtype.type(1), x.dtype.type(1 / C), x.dtype.type(EPS)
+    for r in range(R):
+        total = x.dtype.type(0)
+        for i in range(C):
+            total += x[r, i]
+        m = total * inv_C
+        total = x.dtype.type(0)
+        for i in range(C):
+            total += (x[r, i] - m) * (x[r, i] - m)
+        rstd = one / np.sqrt(total * inv_C + eps)
+        for i in range(C):
+            y[r, i] = (x[r, i] - m) * rstd * weight[i]
+        if len(bias):
+            for i in range(C):
+                y[r, i] += bias[i]
+
+
+@helper
+def _attend(y, q, keys, values, p):
+    """y (hs,) = softmax(q keys^T / sqrt(hs)) values: q (1, hs), keys and values (n, hs), p room for (1, n) numbers."""
+    n, hs = keys.shape
+    real = y.dtype.type
+    scale, total = real(1 / np.sqrt(hs)), real(0)
+    dots(p, q, keys, p[0, :0], p[0, :0], 0, n, False)
+    p = p[0]
+    m = largest(p, n)
+    for t in range(n):
+        p[t] = exp((p[t] - m) * scale)
+        total += p[t]
+    inverse = real(1) / total
+    y[:] = 0
+    for t in range(n):
+        weight = p[t] * inverse
+        for i in range(hs):
+            y[i] += weight * values[t, i]
+
+
+GROUP = 16  # elements that are never split between threads, nor computed in two ways: bits must not depend on the split
+
+
+@helper
+def _gelu(z):
+    """z = gelu(z) in place, as in npgpt/ops/mlp.py."""
+    one, a, minus_2k = z.dtype.type(1), z.dtype.type(A), z.dtype.type(-2 * K)
+    whole = len(z) // GROUP * GROUP
+    for start in range(0, whole, GROUP):
+        for i in range(start, start + GROUP):
+            z[i] = z[i] / (one + exp(minus_2k * (z[i] + a * z[i] * z[i] * z[i])))
+    for i in range(whole, len(z)):
+        z[i] = z[i] / (one + exp(minus_2k * (z[i] + a * z[i] * z[i] * z[i])))
+
+
+@helper
+def _part(n, rank, ranks):
+    """(first, last): the share of n rows of weights that a thread computes."""
+    groups = (n + GROUP - 1) // GROUP
+    return min(n, groups * rank // ranks * GROUP), min(n, groups * (rank + 1) // ranks * GROUP)
+
+
+@kernel
+def decode_kernel(
+    logits, keys, values, tokens, streams, positions, wte, wte_scale, wpe, places, scale_places, final,
+    x, qkv, y, hidden, h, p, rank, ranks, counter,
+):  # fmt: skip
+    """What decode_ref does, as number `rank` of `ranks` threads that share the rows of all matrices.
+
+    places              (L, 12) addresses of the parameters in BLOCK, 0 for none; scale_places (L, 4) those of the scales
+    final               (1, 2) addresses of ln_f's weight and bias
+    x, qkv, y, hidden   (R, C), (R, 3C), (R, C), (R, 4C): what the threads work on together
+    h, p                (R, C), (1, T): this one's own
+    """
+    R, C = x.shape
+    n_head, hs = keys.shape[2], keys.shape[4]
+    real = x.dtype.type
+    head0, head1 = n_head * rank // ranks, n_head * (rank + 1) // ranks
+    out0, out1 = _part(C, rank, ranks)
+    for r in range(R):
+        token, position = tokens[r], positions[r]
+        for i in range(out0, out1):
+            e = real(wte[token, i])
+            if len(wte_scale):
+                e *= wte_scale[token]
+            x[r, i] = e + wpe[position, i]
+    for layer in range(len(keys)):
+        place, scales = places[layer], scale_places[layer]
+        meet(counter, ranks)
+        # q, k, v = c_attn(ln_1(x)), of this thread's heads
+        _norm(h, x, array_at(place[0], C, x), array_at(place[1], C, x))
+        w = array_at(place[2], 3 * C * C, wte).reshape(3 * C, C)
+        scale, bias = array_at(scales[0], 3 * C, x), array_at(place[3], 3 * C, x)
+        for part in range(3):
+            dots(qkv, h, w, scale, bias, part * C + head0 * hs, part * C + head1 * hs, False)
+        for r in range(R):
+            stream, position = streams[r], positions[r]
+            for head in range(head0, head1):
+                at = head * hs
+                keys[layer, stream, head, position] = qkv[r, C + at : C + at + hs]
+                values[layer, stream, head, position] = qkv[r, 2 * C + at : 2 * C + at + hs]
+        for r in range(R):
+            stream, n = streams[r], positions[r] + 1
+            for head in range(head0, head1):
+                at = head * hs
+                _attend(
+                    y[r, at : at + hs], qkv[r : r + 1, at : at + hs], keys[layer, stream, head, :n],
+                    values[layer, stream, head, :n], p,
+                )  # fmt: skip
+        meet(counter, ranks)
+        # x += c_proj(y)
+        w = array_at(place[4], C * C, wte).reshape(C, C)
+        dots(x, y, w, array_at(scales[1], C, x), array_at(place[5], C, x), out0, out1, True)
+        meet(counter, ranks)
+        # hidden = gelu(c_fc(ln_2(x)))
+        _norm(h, x, array_at(place[6], C, x), array_at(place[7], C, x))
+        w = array_at(place[8], 4 * C * C, wte).reshape(4 * C, C)
+        first, last = _part(4 * C, rank, ranks)
+        dots(hidden, h, w, array_at(scales[2], 4 * C, x), array_at(place[9], 4 * C, x), first, last, False)
+        for r in range(R):
+            _gelu(hidden[r, first:last])
+        meet(counter, ranks)
+        # x += c_proj(hidden)
+        w = array_at(place[10], 4 * C * C, wte).reshape(C, 4 * C)
+        dots(x, hidden, w, array_at(scales[3], C, x), array_at(place[11], C, x), out0, out1, True)
+    if len(logits):
+        meet(counter, ranks)
+        _norm(h, x, array_at(final[0, 0], C, x), array_at(final[0, 1], C, x))
+        first, last = _part(len(wte), rank, ranks)
+        dots(logits, h[R - len(logits) :], wte, wte_scale, array_at(0, 0, x), first, last, False)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The cache, and what runs on it
+
+
+def quantize(w):
+    """w (N, K) -> q (N, K) int8 and scale (N,), with w ~ scale[:, None] q."""
+    scale = np.maximum(w.max(axis=1), -w.min(axis=1)) / w.dtype.type(127)
+    scale[scale == 0] = 1  # a row of zeros
+    return np.rint(w / scale[:, None]).astype(np.int8), scale
+
+
+def _addresses(rows):
+    """Where arrays lie in memory: a list of lists of them -> int64, 0 for None."""
+    return np.array([[0 if array is None else array.ctypes.data for array in row] for row in rows], np.int64)
+
+
+class Decoder:
+    """The keys and values of some texts, and the logits of what may follow them.
+
+    model      a GPT, whose weights are read where they are; dropout does not act
+    n_streams  texts side by side
+    length     the most positions of a text that will be needed, at most the model's block_size
+    int8       whether the matrices are rounded to 8 bits, in a copy; biases, layer norms and wpe stay as they are
+    threads    how many share the work; by default all cores, if there is enough of it
+
+    The logits of a row are the same bits whatever is computed beside it, and with any number of threads.
+    """
+
+    def __init__(self, model, n_streams=1, length=None, int8=False, threads=None):
+        config = model.config
+        L, H, C, V = config.n_layer, config.n_head, config.n_embd, config.vocab_size
+        self.n_head, self.length = H, min(config.block_size, length or config.block_size)
+        self.parameters = {name: np.ascontiguousarray(p.data) for name, p in model.named_parameters()}
+        dtype = self.parameters["transformer.wte.weight"].dtype
+        self.keys, self.values = np.zeros((2, L, n_streams, H, self.length, C // H), dtype)
+        scales = {}  # of the matrices that are int8: name -> (N,)
+        if int8:
+            for name, w in self.parameters.items():
+                if w.ndim == 2 and "wpe" not in name:
+                    self.parameters[name], scales[name] = quantize(w)
+        self.nbytes = sum(w.nbytes for name, w in self.parameters.items() if "wpe" not in name)  # read for each call
+        self.limits = np.array([[V], [n_streams], [self.length]])
+        self.rows = max(CHUNK, n_streams)
+        if KERNELS == "numpy":
+            for name, scale in scales.items():
+                self.parameters[name] = self.parameters[name] * scale[:, None]
+            return
+        if threads is None:
+            threads = cores() if self.nbytes > ONE_CORE else 1
+        self.threads = threads
+        self._pool = ThreadPoolExecutor(threads - 1, "npgpt-decoder") if threads > 1 else None
+        blocks = [f"transformer.h.{layer}." for layer in range(L)]
+        self._scales = scales  # as the kernel knows only where they lie, they must be kept here
+        self._weights = (
+            self.parameters["transformer.wte.weight"],
+            scales.get("transformer.wte.weight", np.zeros(0, dtype)),
+            self.parameters["transformer.wpe.weight"],
+            _addresses([[self.parameters.get(block + name) for name in BLOCK] for block in blocks]),
+            _addresses([[scales.get(block + name) for name in BLOCK if name in MATRICES] for block in blocks]),
+            _addresses([[self.parameters.get(f"transformer.ln_f.{name}") for name in ("weight", "bias")]]),
+        )
+        n = self.rows
+        self._logits = np.empty((n, V), dtype)
+        self._shared = [np.empty((n, width), dtype) for width in (C, 3 * C, C, 4 * C)]
+        self._own = [(np.empty((n, C), dtype), np.empty((1, self.length), dtype)) for _ in range(threads)]
+        self._counter = np.zeros(1, np.int64)
+
+    def __call__(self, tokens, streams, positions, n_logits):
+        """Put rows into the cache, and return the logits (n_logits, V) of the last ones, until the next call.
+
+        tokens, streams, positions    (R,) integers, at most `rows` of them; what stands before a row in its stream must
+                                      be in the cache, or among the rows
+        """
+        rows = np.array([tokens, streams, positions], np.int64)
+        R = rows.shape[1]
+        if R > self.rows or n_logits > R or (rows < 0).any() or (rows >= self.limits).any():
+            raise ValueError(
+                f"Decoder: expected at most {self.rows} rows, logits of no more than these, and tokens, streams, positions "
+                f"below {self.limits[:, 0].tolist()}; got {R} rows, {n_logits} logits, {rows.max(axis=1).tolist()} at most"
+            )
+        if KERNELS == "numpy":
+            return decode_ref(self.keys, self.values, *rows, n_logits, self.parameters, self.n_head)
+        logits = self._logits[:n_logits]
+        # (all arrays are contiguous, whatever R and the number of threads: one kernel is compiled, with one rounding)
+        args = logits, self.keys, self.values, *rows, *self._weights, *(buffer[:R] for buffer in self._shared)
+
+        def run(rank):
+            h, p = self._own[rank]
+            decode_kernel(*args, h[:R], p, rank, self.threads, self._counter)
+
+        self._counter[0], others = 0, []
+        try:
+            others.extend(self._pool.submit(run, rank) for rank in range(1, self.threads))
+            run(0)
+        except BaseException:  # Ctrl-C, say, before the kernel was reached: nobody must wait for this thread
+            self._counter[0] = 2**62
+            raise
+        finally:
+            for other in others:
+                other.result()
+        return logits
+
+    def read(self, tokens, stream=0, position=0):
+        """Put n tokens into a stream from a position on -> the logits (V,) after the last, until the next call."""
+        for start in range(0, len(tokens), self.rows):
+            part = tokens[start : start + self.rows]
+            n = len(part)
+            at = np.arange(position + start, position + start + n)
+            logits = self(part, np.full(n, stream), at, int(start + n == len(tokens)))
+        return logits[0]
+
+    def copy(self, stream, length):
+        """Give all streams the first `length` positions of this one."""
+        for cache in (self.keys, self.values):
+            cache[:, :, :, :length] = cache[:, stream : stream + 1, :, :length]

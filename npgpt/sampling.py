@@ -1,0 +1,249 @@
+"""From logits to text: which token comes next, where the context begins, and when a text ends.
+
+The controls act on the logits z (V,) one after the other, in the order of Hugging Face's transformers:
+
+    repetition penalty    z_i -> z_i / r if z_i > 0 else z_i r, for each token i of the text so far (Keskar et al. 2019)
+    temperature           z -> z / t;  0 takes the likeliest token
+    top-k                 only the k likeliest tokens stay (Fan et al. 2018), and those as likely as the last of them
+    top-p                 only the smallest set of likeliest tokens that has p of the probability (Holtzman et al. 2020)
+    min-p                 only tokens of at least min_p times the likeliest one's probability (Nguyen et al. 2024)
+
+and the token is drawn from the softmax of what is left.
+"""
+
+import codecs
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from npgpt.decode import Decoder
+from npgpt.engine import no_grad
+from npgpt.errors import UsageError
+
+
+SIDE_BY_SIDE = 8  # texts that grow together; more would take more memory, and be little faster
+
+
+@dataclass(frozen=True)
+class Controls:
+    """How the next token is chosen.  Raises UsageError for a number out of its range."""
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        for name, holds, words in (
+            ("temperature", self.temperature >= 0 and math.isfinite(self.temperature), "at least 0"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "greater than 0 and at most 1"),
+            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "at least 0 and at most 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "greater than 0"),
+        ):
+            if not holds:
+                raise UsageError(f"{name} must be {words}, got {getattr(self, name)}")
+
+    def probabilities(self, logits, texts):
+        """logits (B, V), and the tokens of each text so far -> what the next ones are drawn from, (B, V) float64."""
+        z = logits.astype(np.float64)
+        if self.repetition_penalty != 1:
+            for row, text in zip(z, texts, strict=True):
+                seen = np.unique(np.asarray(text, np.int64))
+                seen = seen[seen < len(row)]
+                row[seen] = np.where(row[seen] > 0, row[seen] / self.repetition_penalty, row[seen] * self.repetition_penalty)
+        z -= z.max(axis=1, keepdims=True)
+        if self.temperature == 0:
+            p = np.zeros_like(z)
+            p[np.arange(len(z)), z.argmax(axis=1)] = 1
+            return p
+        z /= self.temperature
+        if self.top_k is not None and self.top_k < z.shape[1]:
+            z[z < np.partition(z, -self.top_k, axis=1)[:, -self.top_k, None]] = -np.inf
+        p = np.exp(z)
+        p /= p.sum(axis=1, keepdims=True)
+        if self.top_p is not None and self.top_p < 1:
+            falling = -np.sort(-p, axis=1)
+            n = (np.cumsum(falling, axis=1) < self.top_p).sum(axis=1)  # that do not have it yet; the next one does
+            p[p < falling[np.arange(len(p)), np.minimum(n, p.shape[1] - 1), None]] = 0
+        if self.min_p:
+            p[p < self.min_p * p.max(axis=1, keepdims=True)] = 0
+        return p / p.sum(axis=1, keepdims=True)
+
+
+def choose(p, uniforms):
+    """The tokens (B,) that uniform numbers (B,) in [0, 1) pick from probabilities p (B, V)."""
+    cumulative = np.cumsum(p, axis=1)
+    total = cumulative[:, -1]
+    # the product may be rounded up to the total itself, beyond which there is no token
+    point = np.minimum(uniforms * total, np.nextafter(total, 0))
+    return (cumulative <= point[:, None]).sum(axis=1)
+
+
+def context_start(n, start, block_size):
+    """Where the context of token number n begins, if that of the one before began at `start`.
+
+    Positions are absolute: a window that slid along by one token would change the position, and so the keys and values,
+    of every token in it.  So it stays where it is until it is full; then its last half is kept, and computed anew.
+    """
+    return start if n - start <= block_size else n - max(1, block_size // 2)
+
+
+class Generation:
+    """Texts that grow from one prompt, side by side, a token at a time.
+
+    model      a GPT
+    idx        the prompt: a list of tokens, at least one; its last block_size tokens are the first context
+    rngs       a numpy Generator for each text; one number of it is used for each token
+    controls   Controls
+    length     the most tokens that a text will have, prompt and all, if that is known
+    cache      False: the whole context goes through the model for every token, as in training, with the same result
+    vocab_size how many tokens may be chosen: those beyond do not stand for any text
+    int8, threads    of the Decoder
+    """
+
+    def __init__(
+        self, model, idx, rngs, controls=None, length=None, cache=True, vocab_size=None, int8=False, threads=None
+    ):  # fmt: skip
+        self.model, self.controls, self.rngs = model, controls or Controls(), rngs
+        self.block_size = model.config.block_size
+        self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
+        self.texts = [list(idx) for _ in rngs]
+        self.alive = list(range(len(rngs)))  # the texts that still grow
+        self.start = max(0, len(idx) - self.block_size)
+        self.cached = 0  # positions of each text in the cache
+        self.decoder = Decoder(model, len(rngs), length, int8, threads) if cache else None
+
+    def logits(self):
+        """(texts alive, V): what the next tokens are chosen from.  To be asked once for each token."""
+        alive, n = self.alive, len(self.texts[self.alive[0]])
+        start = context_start(n, self.start, self.block_size)
+        if start != self.start:
+            self.start, self.cached = start, 0
+        if self.decoder is None:
+            return self._forward()
+        position, self.cached = self.cached, n - start
+        if self.cached - position == 1:  # what was chosen last
+            tokens = [self.texts[i][-1] for i in alive]
+            return self.decoder(tokens, alive, [position] * len(alive), len(alive))
+        contexts = [self.texts[i][start + position :] for i in alive]
+        if all(context == contexts[0] for context in contexts):  # the prompt
+            last = self.decoder.read(contexts[0], alive[0], position)
+            self.decoder.copy(alive[0], self.cached)
+            return np.tile(last, (len(alive), 1))
+        return np.stack([self.decoder.read(context, i, position).copy() for i, context in zip(alive, contexts, strict=True)])
+
+    def _forward(self):
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with no_grad():
+                context = np.array([self.texts[i][self.start :] for i in self.alive])
+                last = self.model.features(context).data[:, -1]  # (B, C)
+        finally:
+            self.model.train(was_training)
+        return last @ self.model.transformer.wte.weight.data.T
+
+    def step(self, logprobs=False):
+        """The next token of each text that still grows, and their log-probabilities or None: two lists.
+
+        A log-probability is the model's own, in nats, before any control.
+        """
+        logits = self.logits()[:, : self.vocab_size]
+        p = self.controls.probabilities(logits, [self.texts[i] for i in self.alive])
+        tokens = choose(p, np.array([self.rngs[i].random() for i in self.alive])).tolist()
+        for i, token in zip(self.alive, tokens, strict=True):
+            self.texts[i].append(token)
+        if not logprobs:
+            return tokens, [None] * len(tokens)
+        z = logits - logits.max(axis=1, keepdims=True)
+        found = z[np.arange(len(z)), tokens] - np.log(np.exp(z, dtype=np.float64).sum(axis=1))
+        return tokens, found.tolist()
+
+    def end(self, i):
+        """Text number i is complete."""
+        self.alive.remove(i)
+
+
+class Writer:
+    """Tokens as they come -> text as it may be shown: whole characters, and nothing of a string at which it ends.
+
+    tokenizer  gives the bytes of a token
+    stops      the text ends before the first of these strings that is complete; `stopped` tells whether it has
+    """
+
+    def __init__(self, tokenizer, stops=()):
+        self.tokenizer, self.stops = tokenizer, stops
+        self.text, self.stopped = "", False  # what was shown
+        self._held = ""  # what may be the beginning of a stop string
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, token):
+        """The text that can be shown now that this token has come; it may be empty."""
+        return self._show(self._decoder.decode(self.tokenizer.bytes_of(token)), last=False)
+
+    def end(self):
+        """The text that was held back, when no token will come any more."""
+        return self._show(self._decoder.decode(b"", final=True), last=True)
+
+    def _show(self, piece, last):
+        if self.stopped:
+            return ""
+        text = self._held + piece
+        # the first one to be complete; of those that end in the same place, the longest
+        found = min(((at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0), default=None)
+        if found is not None:
+            self.stopped, n = True, found[1]
+        elif last:
+            n = len(text)
+        else:
+            longest = max(map(len, self.stops), default=1) - 1
+            n = next(n for n in range(max(0, len(text) - longest), len(text) + 1) if self._may_stop(text[n:]))
+        self._held = text[n:]
+        self.text += text[:n]
+        return text[:n]
+
+    def _may_stop(self, text):
+        return text == "" or any(stop.startswith(text) for stop in self.stops)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one more token has brought, or the end of a text."""
+
+    text: str  # what can be shown now
+    token: int | None  # None at the end
+    logprob: float | None  # the model's own, in nats, if asked for
+    finish: str | None  # at the end only: "length", or "stop" for a stop string
+
+
+def write(
+    model, tokenizer, idx, rngs, max_new_tokens, controls=None, stops=(), logprobs=False, int8=False, threads=None
+):  # fmt: skip
+    """Texts that continue a list of tokens: yields, for each of rngs, an iterator of Pieces.
+
+    They grow side by side and are given one after the other.  What a text says does not depend on the others.
+    """
+    for first in range(0, len(rngs), SIDE_BY_SIDE):
+        group = rngs[first : first + SIDE_BY_SIDE]
+        length = len(idx) + max_new_tokens
+        generation = Generation(model, idx, group, controls, length, True, tokenizer.vocab_size, int8, threads)
+        writers = [Writer(tokenizer, stops) for _ in group]
+        waiting = [[] for _ in group]  # what has been written, and not been asked for
+        for i in range(len(group)):
+            yield _pieces(i, generation, length, writers, waiting, logprobs)
+
+
+def _pieces(i, generation, length, writers, waiting, logprobs):
+    while waiting[i] or i in generation.alive:
+        if not waiting[i]:
+            alive = list(generation.alive)
+            for j, token, logprob in zip(alive, *generation.step(logprobs), strict=True):
+                waiting[j].append(Piece(writers[j].feed(token), token, logprob, None))
+                if writers[j].stopped or len(generation.texts[j]) == length:
+                    finish = "stop" if writers[j].stopped else "length"
+                    waiting[j].append(Piece(writers[j].end(), None, None, finish))
+                    generation.end(j)
+        yield waiting[i].pop(0)

@@ -1,0 +1,228 @@
+"""The KV cache and its kernel, beside the model's own forward pass."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from npgpt import decode, jit
+from npgpt.config import GPTConfig
+from npgpt.decode import CHUNK, Decoder, decode_ref, quantize
+from npgpt.model import GPT
+
+kernels_only = pytest.mark.skipif(jit.KERNELS == "numpy", reason="there are no kernels to be tested")
+
+SHAPES = [  # L, H, C, V, T: heads of odd sizes, one head, one position, sizes beside those of a tile
+    (2, 3, 24, 50, 20),
+    (1, 1, 5, 3, 1),
+    (3, 2, 34, 17, 40),
+    (2, 4, 64, 65, 70),
+]
+
+
+def model_of(shape, bias=True, dtype=np.float64, seed=0):
+    """A GPT whose every parameter matters: all are of the order of 1."""
+    L, H, C, V, T = shape
+    model = GPT(GPTConfig(T, V, L, H, C, bias=bias), dtype=dtype)
+    rng = np.random.default_rng(seed)
+    for _, parameter in model.named_parameters():
+        parameter.data[...] = rng.normal(0, 1 if parameter.ndim == 1 else 1 / np.sqrt(parameter.shape[1]), parameter.shape)
+    return model
+
+
+def tokens_of(model, n=None, seed=1):
+    return np.random.default_rng(seed).integers(0, model.config.vocab_size, n or model.config.block_size)
+
+
+def full(model, tokens):
+    """The logits (T, V) of the model's own forward pass."""
+    return model(tokens[None])[0].data[0].copy()
+
+
+TOLERANCE = {np.float32: 3e-5, np.float64: 1e-12}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_token_by_token_the_logits_are_those_of_the_whole_forward_pass(shape, bias, dtype):
+    model = model_of(shape, bias, dtype)
+    tokens = tokens_of(model)
+    expected = full(model, tokens)
+    for threads in (1, 2, 3):
+        decoder = Decoder(model, n_streams=2, threads=threads)
+        for t, token in enumerate(tokens):  # the second stream: the first stays empty
+            logits = decoder([token], [1], [t], 1)
+            np.testing.assert_allclose(logits[0], expected[t], rtol=0, atol=TOLERANCE[dtype] * abs(expected).max())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_reference_is_the_model_too(shape):
+    model = model_of(shape)
+    tokens = tokens_of(model)
+    L, H, C, _, T = shape
+    keys, values = np.zeros((2, L, 1, H, T, C // H))
+    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+    logits = decode_ref(keys, values, tokens, np.zeros(T, int), np.arange(T), T, parameters, H)
+    np.testing.assert_allclose(logits, full(model, tokens), rtol=0, atol=1e-12)
+
+
+def test_rows_of_several_streams_in_any_order():
+    model = model_of(SHAPES[0])
+    texts = [tokens_of(model, seed=seed) for seed in range(3)]
+    expected = [full(model, text) for text in texts]
+    decoder = Decoder(model, n_streams=3)
+    rows = [(stream, t) for stream, n in enumerate((4, 7, 2)) for t in range(n)]
+    rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    streams, positions = np.array(rows).T
+    logits = decoder([texts[s][t] for s, t in rows], streams, positions, len(rows))
+    for row, (stream, t) in enumerate(rows):
+        np.testing.assert_allclose(logits[row], expected[stream][t], rtol=0, atol=1e-12)
+    logits = decoder([texts[0][4], texts[2][2]], [0, 2], [4, 2], 1)  # only the last row's are asked for
+    assert logits.shape == (1, 50)
+    np.testing.assert_allclose(logits[0], expected[2][2], rtol=0, atol=1e-12)
+
+
+def test_a_prompt_of_several_chunks_is_read_and_copied():
+    model = model_of(SHAPES[3])
+    tokens = tokens_of(model)
+    assert len(tokens) > 2 * CHUNK
+    expected = full(model, tokens)
+    decoder = Decoder(model, n_streams=3)
+    np.testing.assert_allclose(decoder.read(tokens[:-1], stream=1), expected[-2], rtol=0, atol=1e-12)
+    decoder.copy(1, len(tokens) - 1)
+    for stream in range(3):
+        logits = decoder.read(tokens[-1:], stream, len(tokens) - 1)
+        np.testing.assert_allclose(logits, expected[-1], rtol=0, atol=1e-12)
+
+
+@kernels_only
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_row_has_the_same_bits_whatever_is_computed_beside_it_and_by_any_number_of_threads(int8):
+    model = model_of(SHAPES[2], dtype=np.float32)
+    tokens = tokens_of(model)
+    results = []
+    for threads in (1, 2, 5):
+        for width in (1, 2, 3, 4, 7, CHUNK):
+            decoder = Decoder(model, 2, int8=int8, threads=threads)
+            rows = []
+            for start in range(0, len(tokens), width):
+                part = tokens[start : start + width]
+                n = len(part)
+                rows.extend(decoder(part, [1] * n, range(start, start + n), n).copy())
+            results.append(np.array(rows))
+    assert all(np.array_equal(result, results[0]) for result in results)
+
+
+def test_weights_are_read_where_the_model_has_them():
+    model = model_of(SHAPES[0])
+    decoder = Decoder(model)
+    before = decoder([3], [0], [0], 1).copy()
+    for parameter in model.parameters():
+        parameter.data *= 1.5
+    after = decoder([3], [0], [0], 1)
+    assert not np.allclose(before, after)
+    np.testing.assert_allclose(after[0], full(model, np.array([3]))[0], rtol=0, atol=1e-12)
+
+
+def test_quantize_rounds_each_row_by_its_own_largest_number():
+    w = np.random.default_rng(0).standard_normal((7, 30)) * np.array([1, 10, 1e-3, 0, 5, 1, 1])[:, None]
+    q, scale = quantize(w)
+    assert q.dtype == np.int8 and (abs(q).max(axis=1) == [127, 127, 127, 0, 127, 127, 127]).all()
+    assert (abs(scale[:, None] * q - w) <= scale[:, None] / 2 * 1.0001).all()
+    assert not scale[3] * q[3].any()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_int8_is_the_model_with_rounded_matrices(dtype):
+    model = model_of(SHAPES[0], dtype=dtype)
+    tokens = tokens_of(model)
+    exact = full(model, tokens)
+    for threads in (1, 2):
+        logits = Decoder(model, int8=True, threads=threads)(tokens, [0] * 20, range(20), 20).copy()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "wpe" not in name:
+            q, scale = quantize(parameter.data)
+            parameter.data[...] = scale[:, None] * q
+    rounded = full(model, tokens)
+    np.testing.assert_allclose(logits, rounded, rtol=0, atol=10 * TOLERANCE[dtype] * abs(rounded).max())
+    assert 1e-4 < abs(rounded - exact).max() / exact.std() < 0.3  # there is a difference, and it is small
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [([50], [0], [0], 1), ([-1], [0], [0], 1), ([0], [2], [0], 1), ([0], [0], [20], 1), ([0], [0], [0], 2)]
+    + [([0] * (CHUNK + 1), [0] * (CHUNK + 1), range(CHUNK + 1), 1)],
+)
+def test_rows_that_are_not_there_are_refused(rows):
+    decoder = Decoder(model_of(SHAPES[0]), 2)
+    with pytest.raises(ValueError, match=r"Decoder: expected at most 32 rows.* below \[50, 2, 20\]"):
+        decoder(*rows)
+
+
+@kernels_only
+def test_an_interrupt_sets_the_other_threads_free(monkeypatch):
+    model = model_of(SHAPES[0])
+    decoder = Decoder(model, threads=3)
+    kernel = decode.decode_kernel
+
+    def interrupted(*args):
+        if threading.current_thread() is threading.main_thread():
+            time.sleep(0.05)  # the others have come to the first place where they wait for this one
+            raise KeyboardInterrupt
+        kernel(*args)
+
+    monkeypatch.setattr(decode, "decode_kernel", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decoder([3], [0], [0], 1)
+    monkeypatch.setattr(decode, "decode_kernel", kernel)
+    np.testing.assert_allclose(decoder([3], [0], [0], 1)[0], full(model, np.array([3]))[0], rtol=0, atol=1e-12)
+
+
+# ---- what kernels with several threads need
+
+
+@kernels_only
+def test_threads_meet():
+    @jit.kernel
+    def count(steps, seen, rank, counter, n):
+        """Every thread counts its own steps, and after each looks whether the others have made theirs."""
+        for step in range(n):
+            steps[rank] = step + 1
+            jit_meet(counter, len(steps))
+            for other in range(len(steps)):
+                seen[rank] += steps[other] != step + 1
+            jit_meet(counter, len(steps))
+
+    for threads in (1, 2, 4):
+        steps, seen, counter = np.zeros(threads, np.int64), np.zeros(threads, np.int64), np.zeros(1, np.int64)
+        count(steps[:1].copy(), seen[:1].copy(), 0, np.zeros(1, np.int64), 1)  # compiled before they start
+        others = [threading.Thread(target=count, args=(steps, seen, rank, counter, 500)) for rank in range(threads)]
+        for other in others:
+            other.start()
+        for other in others:
+            other.join()
+        assert steps.tolist() == [500] * threads and not seen.any()
+
+
+jit_meet = jit.meet
+
+
+@kernels_only
+def test_an_array_at_an_address_is_the_array_itself():
+    @jit.kernel
+    def double(address, n, like):
+        values = jit_array_at(address, n, like)
+        for i in range(len(values)):
+            values[i] *= 2
+        return len(values)
+
+    for dtype in (np.float32, np.float64, np.int8):
+        values = np.arange(5, dtype=dtype)
+        assert double(values.ctypes.data, 5, values[:0]) == 5
+        assert values.tolist() == [0, 2, 4, 6, 8]
+        assert double(0, 5, values[:0]) == 0
+
+
+jit_array_at = jit.array_at

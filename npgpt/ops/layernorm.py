@@ -35,6 +35,8 @@ import numpy as np
 from npgpt.engine import as_rows, empty, record
 from npgpt.jit import kernel, replaces
 
+EPS = 1e-5  # GPT-2's
+
 # --------------------------------------------------------------------------------------------------------------------
 # Reference
 
@@ -118,7 +120,7 @@ def layernorm_backward(dx, dweight, dbias, dy, x, weight, mean, rstd):
 # Op
 
 
-def layernorm(x, weight, bias=None, eps=1e-5):
+def layernorm(x, weight, bias=None, eps=EPS):
     """Normalise the last axis of x to mean 0 and variance 1, then scale by weight and shift by bias.
 
     x (..., C), weight (C,), bias (C,) or None; all of one dtype -> y (..., C).

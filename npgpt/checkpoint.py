@@ -186,16 +186,20 @@ class Reader:
             with np.errstate(over="ignore"):  # too large for out: infinite
                 np.copyto(out, array, casting="same_kind")
 
-
-def load(path, needs_hash=True):
-    """(arrays, metadata) of a checkpoint, as a Reader reads them; BF16 becomes float32, and BOOL uint8."""
-    with Reader(path, needs_hash) as reader:
+    def arrays(self):
+        """name -> array, for all of them; BF16 becomes float32, and BOOL uint8."""
         arrays = {}
-        for name, entry in reader.entries.items():
+        for name, entry in self.entries.items():
             dtype = np.dtype(np.float32) if entry.dtype == "BF16" else READABLE[entry.dtype].newbyteorder("=")
             arrays[name] = np.empty(entry.shape, dtype)
-            reader.copy_to(name, arrays[name])
-        return arrays, reader.metadata
+            self.copy_to(name, arrays[name])
+        return arrays
+
+
+def load(path, needs_hash=True):
+    """(arrays, metadata) of a checkpoint, all of it.  Raises CheckpointError."""
+    with Reader(path, needs_hash) as reader:
+        return reader.arrays(), reader.metadata
 
 
 def load_metadata(path):

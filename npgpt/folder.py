@@ -86,9 +86,9 @@ def _good_before(path):
 
 
 def load(path):
-    """(arrays, state) of a checkpoint file: `opened`, and all arrays, the optimizer's too, in memory."""
-    with opened(path) as (_, state):
-        return checkpoint.load(path)[0], state
+    """(arrays, state) of a checkpoint file, the optimizer's arrays among them.  Raises CheckpointError as `opened`."""
+    with opened(path) as (reader, state):
+        return reader.arrays(), state
 
 
 class RunFolder:

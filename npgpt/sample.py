@@ -5,7 +5,6 @@ Flags may be written with dashes or underscores.  Exit codes are listed in npgpt
 
 import math
 import sys
-from pathlib import Path
 
 from npgpt.config import SAMPLE
 from npgpt.errors import UsageError, run_command
@@ -16,7 +15,7 @@ PROG = "python -m npgpt.sample"
 
 def parse(argv):
     parser = Parser(prog=PROG, description="Write text with a trained GPT.")
-    parser.add_argument("--out-dir", default="out", help="run folder of npgpt.train (default: out)")
+    parser.add_argument("--out-dir", default="out", help="run folder, or Hugging Face GPT-2 folder (default: out)")
     parser.add_argument("--checkpoint", default="best", help="best, last, or a file (default: best)")
     parser.add_argument("--prompt", "--start", default="\n", help="text to continue (default: a line break)")
     parser.add_argument("--num-samples", type=int, default=1, help="number of texts (default: 1)")
@@ -44,11 +43,15 @@ def main(argv=None):
 
     import numpy as np
 
-    from npgpt import folder
-    from npgpt.trainer import load_model
+    from npgpt import folder, hub
+    from npgpt.model import GPT
 
-    find = {"best": folder.best, "last": folder.newest}.get(args.checkpoint)
-    model, tokenizer, _ = load_model(find(args.out_dir) if find else Path(args.checkpoint))
+    find = {"best": hub.find, "last": folder.newest}.get(args.checkpoint)
+    path = find(args.out_dir) if find else args.checkpoint
+    model = GPT.from_pretrained(path)
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise UsageError(f"{path} has no tokenizer that npgpt can open, so that it cannot read or write text")
     try:
         idx = tokenizer.encode(args.prompt)
     except UsageError as error:

@@ -22,13 +22,15 @@ LINES = [
     ["config", "profiler", "stop", "memory"],
     ["engine", "jit"],
     ["tiles"],
+    ["tokenizer", "checkpoint"],
+    ["folder"],
     ["ops"],
     ["nn"],
+    ["hub"],
     ["model"],
     ["gradcheck", "optim"],
     ["parallel"],
-    ["data", "tokenizer", "checkpoint"],
-    ["folder"],
+    ["data"],
     ["trainer"],
     ["train"],
     ["sample"],  # (reads its flags with train's parser)
@@ -49,6 +51,7 @@ ONLY = {
     "tokenizer": {"errors", "config", "jit"},
     "checkpoint": {"errors", "config", "jit"},
     "folder": {"errors", "checkpoint"},
+    "hub": {"errors", "config", "ops", "tokenizer", "checkpoint", "folder"},
 }
 EXTRAS = {"torch", "safetensors", "tokenizers", "matplotlib", "mpi4py"}  # never needed by npgpt itself
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

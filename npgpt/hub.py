@@ -226,6 +226,8 @@ def _config_of(settings, path):
 
 def _gpt_config(values):
     """GPTConfig(**values) of values that came from a file: ValueError or UsageError if one is not what it must be."""
+    if not isinstance(values, dict):
+        raise ValueError("the model's settings are no JSON object")
     kinds = {f.name: f.type for f in dataclasses.fields(GPTConfig)}
     for name, value in values.items():
         if name not in kinds:

@@ -567,7 +567,21 @@ def test_opening_holds_the_weights_once(tmp_path):
         assert 0.8 * megabytes < grown < 1.1 * megabytes + 8, f"{name}: {grown:.0f} MB for {megabytes:.0f} MB"
 
 
-# ---- transformers itself
+# ---- safetensors and transformers themselves
+
+
+def test_the_package_safetensors_reads_what_is_written_and_writes_what_is_read(tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    model, path = random_gpt(), tmp_path / "model.safetensors"
+    model.save_pretrained(tmp_path)
+    found = safetensors.load_file(path)
+    assert found.keys() == tensors_of(model).keys()
+    assert all(found[name].tobytes() == array.tobytes() for name, array in tensors_of(model).items())
+    found["transformer.h.0.attn.bias"] = np.ones((1, 1, 7, 7), np.bool_)  # another dtype: it changes the order
+    found["transformer.wpe.weight"] = found["transformer.wpe.weight"].astype(np.float64)
+    safetensors.save_file(found, path, metadata={"format": "pt"})
+    assert same_weights(GPT.from_pretrained(tmp_path), model)
+
 
 HF_SHAPES = [
     dict(vocab_size=40, n_positions=16, n_embd=48, n_layer=3, n_head=4),

@@ -9,23 +9,32 @@ Any program that reads safetensors reads the weights: https://huggingface.co/doc
 
 The metadata's "sha256" is the hash of header and rest, taken with 64 zeros in its own place: a file is either whole, to
 the last bit, or it is refused.
+
+Other programs write no hash, list the arrays in any order, and know more dtypes; such files are read too.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
+import mmap
 import os
 import re
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from npgpt.errors import CheckpointError
 
-DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}
+DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}  # what is written
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+# what is read besides; NumPy has no BF16, which is the upper half of an F32, so that its bits are read as an integer
+READABLE = DTYPES | {"F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "BOOL": np.dtype("u1")}
+READABLE |= {f"{sign}{8 * size}": np.dtype(f"<{sign.lower()}{size}") for sign in "IU" for size in (1, 2, 4, 8)}
+FLOATS = ("F32", "F64", "F16", "BF16")
 MAX_HEADER = 2**24  # bytes
 CHUNK = 2**20  # bytes that are hashed at a time
 TEMPORARY = ".tmp"  # ending of a file that is being written
@@ -43,7 +52,6 @@ def save(path, arrays, metadata):
     The file appears under its name only when it is complete, on the disk, and read back: until then, and if anything
     fails, what was there stays.  Raises CheckpointError.
     """
-    path = Path(path)
     header, offset = {"__metadata__": {**metadata, "sha256": _ZEROS.decode()}}, 0
     for name, array in arrays.items():
         dtype = _NAMES[array.dtype.newbyteorder("<")]
@@ -51,18 +59,34 @@ def save(path, arrays, metadata):
         offset += array.nbytes
     text = json.dumps(header, ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)  # so that the arrays are aligned in memory when the file is mapped
-    raw = [memoryview(np.ascontiguousarray(a, a.dtype.newbyteorder("<"))).cast("B") for a in arrays.values() if a.size]
     digest = hashlib.sha256(text)
-    for part in raw:
+    for part in _raw(arrays):
         digest.update(part)
     # the metadata stands first, and what stands in it before the hash is text: its quotation marks are escaped
     text = text.replace(_HASH % _ZEROS, _HASH % digest.hexdigest().encode(), 1)
+    replace(path, itertools.chain([struct.pack("<Q", len(text)), text], _raw(arrays)), _check)
+
+
+def _raw(arrays):
+    """The bytes of each array; those of one that is not contiguous are copied, and kept no longer than the next."""
+    for array in arrays.values():
+        if array.size:
+            yield memoryview(np.ascontiguousarray(array, array.dtype.newbyteorder("<"))).cast("B")
+
+
+def replace(path, parts, check=lambda file: None):
+    """Write a file that consists of parts (bytes), all of it or nothing; what had its name until then is replaced.
+
+    check(open file) looks at what was written before it gets its name; a ValueError says what is wrong with it.
+    Raises CheckpointError.
+    """
+    path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         try:
-            _write(temporary, [struct.pack("<Q", len(text)), text, *raw])
+            _write(temporary, parts)
             with _open(temporary) as file:
-                _check(file)
+                check(file)
             os.replace(temporary, path)
             _flush_folder(path.parent)
         except ValueError as error:
@@ -101,33 +125,94 @@ def _flush_folder(folder):
 # Reading
 
 
-def load(path, needs_hash=True):
-    """(arrays, metadata) of a checkpoint.  Raises CheckpointError that says what is wrong with the file.
+@dataclass(frozen=True)
+class Entry:
+    """What the header says about one array."""
+
+    dtype: str  # a name of READABLE
+    shape: tuple
+    start: int  # its first byte, counted from the end of the header
+    stop: int
+
+
+class Reader:
+    """An open file whose header and hash are right, and whose arrays are read one at a time, straight to their places.
+
+    path, metadata    the file's path; its metadata, text -> text
+    entries           name -> Entry
 
     needs_hash: whether a file without "sha256" is refused; other programs write none.
+
+    A context manager that closes the file.  Raises CheckpointError that says what is wrong with the file.
     """
-    with _reading(path) as file:
-        entries, metadata, start = _check(file, needs_hash)
+
+    def __init__(self, path, needs_hash=True):
+        self.path = path
+        with _reading(path), contextlib.ExitStack() as opened:
+            self._file = opened.enter_context(_open(path))
+            self.entries, self.metadata, self._start = _check(self._file, needs_hash)
+            self._opened = opened.pop_all()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._opened.close()
+
+    def mapped(self, name):
+        """An array as it stands in the file, read-only; BF16 as the integers that its bits are.
+
+        The file's pages are mapped, not copied: the system reads them when they are used, and may drop them.
+        """
+        entry = self.entries[name]
+        dtype, n = READABLE[entry.dtype], entry.stop - entry.start
+        if n == 0:
+            return np.empty(entry.shape, dtype)  # of nothing there is no mapping
+        with _reading(self.path):
+            first = self._start + entry.start
+            before = first % mmap.ALLOCATIONGRANULARITY
+            pages = mmap.mmap(self._file, before + n, access=mmap.ACCESS_READ, offset=first - before)
+            return np.ndarray(entry.shape, dtype, pages, before)  # the last array that uses the mapping ends it
+
+    def copy_to(self, name, out):
+        """Copy an array into `out`, of the same shape, without a second copy in between.
+
+        Numbers become those of out's dtype; BF16 needs a float32 `out`.
+        """
+        array = self.mapped(name)
+        if self.entries[name].dtype == "BF16":
+            np.left_shift(array, 16, out=out.view(np.uint32), dtype=np.uint32)
+        else:
+            with np.errstate(over="ignore"):  # too large for out: infinite
+                np.copyto(out, array, casting="same_kind")
+
+    def arrays(self):
+        """name -> array, for all of them; BF16 becomes float32, and BOOL uint8."""
         arrays = {}
-        for name, (dtype, shape, offset, _) in entries.items():
-            array = arrays[name] = np.empty(shape, dtype)
-            if array.size:
-                _read_into(file, start + offset, memoryview(array.reshape(-1)).cast("B"))
-            arrays[name] = array.astype(dtype.newbyteorder("="), copy=False)
-        return arrays, metadata
+        for name, entry in self.entries.items():
+            dtype = np.dtype(np.float32) if entry.dtype == "BF16" else READABLE[entry.dtype].newbyteorder("=")
+            arrays[name] = np.empty(entry.shape, dtype)
+            self.copy_to(name, arrays[name])
+        return arrays
+
+
+def load(path, needs_hash=True):
+    """(arrays, metadata) of a checkpoint, all of it.  Raises CheckpointError."""
+    with Reader(path, needs_hash) as reader:
+        return reader.arrays(), reader.metadata
 
 
 def load_metadata(path):
     """The metadata alone of a checkpoint whose arrays are not looked at.  Raises CheckpointError."""
-    with _reading(path) as file:
+    with _reading(path), _open(path) as file:
         return _parse(file)[1]
 
 
 @contextlib.contextmanager
 def _reading(path):
+    """Turns what may go wrong with a file while it is read into a CheckpointError that names it."""
     try:
-        with _open(path) as file:
-            yield file
+        yield
     except FileNotFoundError:
         raise CheckpointError(f"there is no checkpoint {path}") from None
     except OSError as error:
@@ -175,7 +260,7 @@ def _check(file, needs_hash=True):
 
 
 def _parse(file):
-    """(entries, metadata, offset of the arrays, header's text): entries are name -> (dtype, shape, start, stop)."""
+    """(entries, metadata, offset of the arrays, header's text): entries are name -> Entry, in the header's order."""
     size = os.fstat(file).st_size
     if size < 8:
         raise ValueError(f"it has {size} bytes only")
@@ -195,20 +280,27 @@ def _parse(file):
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata is not text")
-    entries, end = {}, 0
+    entries = {}
     for name, entry in header.items():
         try:
-            dtype, shape, (start, stop) = DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+            dtype, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             sound = all(type(n) is int and n >= 0 for n in (*shape, start, stop)) and len(shape) <= 32
-            sound = sound and start == end and stop - start == math.prod(shape) * dtype.itemsize
+            sound = sound and stop - start == math.prod(shape) * READABLE[dtype].itemsize
+            # even beside a 0 NumPy makes no array of such a shape
+            sound = sound and math.prod(max(n, 1) for n in shape) < 2**60
         except (KeyError, TypeError, ValueError):
             sound = False
         if not sound:
-            raise ValueError(f"its entry for {name!r} is damaged")
+            raise ValueError(f"its entry for {name!r} is damaged, or of a dtype that is not read")
         if stop > size - 8 - length:
             raise ValueError(f"{name!r} ends at byte {stop} of {size - 8 - length}; is the file cut off?")
-        entries[name] = dtype, shape, start, stop
-        end = stop
+        entries[name] = Entry(dtype, shape, start, stop)
+    end = 0
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if entry.start != end:
+            words = "shares bytes with another array" if entry.start < end else "comes after bytes of no array"
+            raise ValueError(f"its entry for {name!r} is damaged: it {words}")
+        end = entry.stop
     if end != size - 8 - length:
         raise ValueError(f"{size - 8 - length - end} bytes at its end belong to nothing")
     return entries, metadata, 8 + length, bytes(text)

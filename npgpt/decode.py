@@ -317,7 +317,7 @@ class Decoder:
             others.extend(self._pool.submit(run, rank) for rank in range(1, self.threads))
             run(0)
         except BaseException:  # Ctrl-C, say, before the kernel was reached: nobody must wait for this thread
-            self._counter[0] = 2**62
+            self._counter[0] = -(2**62)
             raise
         finally:
             for other in others:

@@ -61,20 +61,34 @@ def read_state(metadata, path):
     return state
 
 
+@contextlib.contextmanager
+def opened(path):
+    """(Reader, state) of a checkpoint file, which is open as long as the `with` lasts.
+
+    A CheckpointError names the previous good one of its folder.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            reader = stack.enter_context(checkpoint.Reader(path))
+            state = read_state(reader.metadata, path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{_good_before(path)}") from None
+        yield reader, state
+
+
+def _good_before(path):
+    """Words that name the newest good checkpoint of a folder that is older than this one, if there is one."""
+    for older in checkpoints(Path(path).parent):
+        if older.name < Path(path).name:
+            with contextlib.suppress(CheckpointError), checkpoint.Reader(older):
+                return f". The one before it is good: {older}"
+    return ""
+
+
 def load(path):
-    """(arrays, state) of a checkpoint file.  A CheckpointError names the previous good one of its folder."""
-    try:
-        arrays, metadata = checkpoint.load(path)
-        return arrays, read_state(metadata, path)
-    except CheckpointError as error:
-        hint = ""
-        for older in checkpoints(Path(path).parent):
-            if older.name < Path(path).name:
-                with contextlib.suppress(CheckpointError):
-                    checkpoint.load(older)
-                    hint = f". The one before it is good: {older}"
-                    break
-        raise CheckpointError(f"{error}{hint}") from None
+    """(arrays, state) of a checkpoint file, the optimizer's arrays among them.  Raises CheckpointError as `opened`."""
+    with opened(path) as (reader, state):
+        return reader.arrays(), state
 
 
 class RunFolder:

@@ -153,8 +153,8 @@ def meet(counter, n):
     """Wait until n threads have come here as often as this one, inside a kernel only.
 
     counter (1,) int64, 0 at first, is shared by the threads.  They spin: a wait takes a fraction of a microsecond, not
-    the tens of it that a sleeping thread needs to wake up, but each of them needs a core.  Who adds a huge number to the
-    counter sets all of them free.
+    the tens of it that a sleeping thread needs to wake up, but each of them needs a core.  Who makes the counter
+    negative sets all of them free, here and at every later meeting.
     """
     raise TypeError("npgpt.jit.meet exists inside kernels only")
 
@@ -235,7 +235,7 @@ if KERNELS == "numba":
             arrived = _add_atomically(counter, 1) + 1
             all_here = (arrived + n - 1) // n * n
             turns = 0
-            while _look(counter) < all_here:
+            while 0 <= _look(counter) < all_here:
                 turns += 1
                 if turns > 1000:  # the thread that we wait for may be waiting for this core
                     _let_others_run()

@@ -13,6 +13,7 @@ import math
 
 import numpy as np
 
+from npgpt import hub
 from npgpt.config import INIT, GPTConfig
 from npgpt.nn import MLP, CausalSelfAttention, Dropout, Embedding, LayerNorm, Linear, Module, ModuleDict
 from npgpt.ops import primitives  # noqa: F401  (gives Tensor its operators)
@@ -42,7 +43,11 @@ class GPT(Module):
     config  a GPTConfig
     seed    what the initial weights are drawn from; None leaves them zero, for weights that are filled in afterwards
     dtype   float32, or float64 for gradient checks
+
+    tokenizer    what its tokens mean, or None where that is not known; the model itself has no use for it
     """
+
+    tokenizer = None
 
     def __init__(self, config, seed=1337, dtype=np.float32):
         self.config = config
@@ -58,6 +63,32 @@ class GPT(Module):
         self.lm_head.weight = self.transformer.wte.weight  # tied: one parameter in two places (Press and Wolf 2017)
         if seed is not None:
             self._init_weights(np.random.default_rng([seed, INIT]))
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """The GPT in a run folder (its best checkpoint), a checkpoint file, or a Hugging Face GPT-2 folder.
+
+        A Hugging Face folder holds config.json and model.safetensors, or the parts of a model.safetensors.index.json.
+        Nothing is downloaded, and no code that a file may hold is run.
+
+        The GPT comes with its `tokenizer`, and with dropout switched off, as after eval(); train() switches it on.
+
+        Raises CheckpointError that names the file and what is wrong with it.
+        """
+        with hub.opened(path) as found:
+            model = cls(found.config, seed=None)
+            found.copy_to(model)
+        model.tokenizer = found.tokenizer
+        return model.eval()
+
+    def save_pretrained(self, path):
+        """Write config.json and model.safetensors, which Hugging Face's GPT2LMHeadModel.from_pretrained opens.
+
+        path  a folder, which is made if need be; files of these names are replaced, each of them whole or not at all
+
+        The `tokenizer` is written too.  Raises CheckpointError.
+        """
+        hub.save(self, path)
 
     def _init_weights(self, rng):
         # GPT-2's initialisation: N(0, 0.02), the layers that write to the residual stream smaller, as 2 n_layer of

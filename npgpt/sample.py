@@ -6,7 +6,6 @@ Flags may be written with dashes or underscores.  Exit codes are listed in npgpt
 import contextlib
 import json
 import sys
-from pathlib import Path
 
 from npgpt.config import SAMPLE
 from npgpt.errors import UsageError, run_command
@@ -18,8 +17,11 @@ SIDE_BY_SIDE = 8  # texts that grow together; more would take memory, and be lit
 
 def parse(argv):
     parser = Parser(prog=PROG, description="Write text with a trained GPT.")
-    parser.add_argument("--out-dir", default="out", help="run folder of npgpt.train (default: out)")
-    parser.add_argument("--checkpoint", default="best", help="best, last, or a file (default: best)")
+    parser.add_argument(
+        "--model", "--out-dir", default="out", metavar="PATH",
+        help="run folder of npgpt.train, checkpoint, or Hugging Face GPT-2 folder (default: out)",
+    )  # fmt: skip
+    parser.add_argument("--checkpoint", default="best", help="of a run folder: best, last, or a file (default: best)")
     parser.add_argument("--prompt", "--start", help="text to continue (default: a line break)")
     parser.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue; - is standard input")
     parser.add_argument("--interactive", action="store_true", help="ask for prompts, one after the other")
@@ -145,11 +147,14 @@ def main(argv=None):
     import numpy as np
 
     from npgpt import folder, sampling
-    from npgpt.trainer import load_model
+    from npgpt.model import GPT
 
     controls = sampling.Controls(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
-    find = {"best": folder.best, "last": folder.newest}.get(args.checkpoint)
-    model, tokenizer, _ = load_model(find(args.out_dir) if find else Path(args.checkpoint))
+    path = args.model if args.checkpoint in ("best", "last") else args.checkpoint
+    model = GPT.from_pretrained(folder.newest(path) if args.checkpoint == "last" else path)
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise UsageError(f"{path} has no tokenizer that npgpt can open, so that it cannot read or write text")
 
     def write(idx):
         rngs = [np.random.default_rng([args.seed, SAMPLE, n]) for n in range(args.num_samples)]

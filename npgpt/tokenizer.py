@@ -23,7 +23,7 @@ class CharTokenizer:
     kind = "char"
 
     def __init__(self, chars):
-        if not chars or list(chars) != sorted(set(chars)):
+        if not isinstance(chars, str) or not chars or list(chars) != sorted(set(chars)):
             raise ValueError("CharTokenizer: chars must be different characters in sorted order, at least one")
         self.chars = chars
         self._codes = np.array([ord(char) for char in chars], np.uint32)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from npgpt import __version__, folder, jit, memory
-from npgpt.config import DROPOUT, SAMPLE, GPTConfig, TrainConfig
+from npgpt import __version__, checkpoint, folder, jit, memory
+from npgpt.config import DROPOUT, SAMPLE, TrainConfig
 from npgpt.data import Blocks, evaluation_blocks, load_text, repeated_lines, split
 from npgpt.engine import NotFinite, finite_checks, random_stream
 from npgpt.errors import CheckpointError, DivergedError, StoppedError, UsageError
@@ -28,7 +28,7 @@ from npgpt.parallel import DataParallel, blas_threads, choose_threads, cpu_name,
 from npgpt.profiler import profiling
 from npgpt.sampling import Writer
 from npgpt.stop import Stop
-from npgpt.tokenizer import TOKENIZERS, from_dict
+from npgpt.tokenizer import TOKENIZERS
 
 MOST_SKIPPED = 5  # updates in a row that may be skipped because something was not finite
 
@@ -102,8 +102,13 @@ class Trainer:
         Raises CheckpointError if there is no good checkpoint, and UsageError if data or changes do not fit it.
         """
         path = Path(path)
-        arrays, state = folder.load(path if path.is_file() else folder.newest(path))
         out_dir = path.parent if path.is_file() else path
+        with folder.opened(path if path.is_file() else folder.newest(path)) as (reader, state):
+            return cls._resume(path, out_dir, reader, state, changes, profile, force)
+
+    @classmethod
+    def _resume(cls, path, out_dir, reader, state, changes, profile, force):
+        """The run that wrote an open checkpoint."""
         trainer = cls.__new__(cls)
         before = _config_of(state, path)
         changes = dict(changes or {})
@@ -116,7 +121,7 @@ class Trainer:
             if old != new:
                 raise UsageError(f"the run in {out_dir} was begun with {name} = {old}; it cannot go on with {new}")
         trainer._prepare()
-        trainer._restore(arrays, state, before, path)
+        trainer._restore(reader, state, before, path)
         return trainer
 
     def _prepare(self):
@@ -146,6 +151,7 @@ class Trainer:
         )
         self._check_memory(len(tokens))
         self.model = GPT(config.gpt_config(self.tokenizer.vocab_size), seed=config.seed)
+        self.model.tokenizer = self.tokenizer
         self.parallel = DataParallel(self.model, self.workers, self.blas_threads)
         self.optimizer = self._optimizer()
         self.iter = 0
@@ -180,8 +186,8 @@ class Trainer:
             "blas_threads": self.blas_threads,
         }
 
-    def _restore(self, arrays, state, before, path):
-        """Become the run that wrote this checkpoint."""
+    def _restore(self, reader, state, before, path):
+        """Become the run that wrote this checkpoint; its arrays go straight from the file to their places."""
         if state.get("data_sha256") != self.fingerprint:
             raise UsageError(
                 f"data: {' '.join(self.config.data)} is not the text that the run in {self.out_dir} was begun with: "
@@ -193,9 +199,10 @@ class Trainer:
         flat = self.parallel.flat
         for prefix, values in self._arrays():
             for name, view in flat.views(values):
-                if prefix + name not in arrays or arrays[prefix + name].shape != view.shape:
+                entry = reader.entries.get(prefix + name)
+                if entry is None or entry.shape != view.shape or entry.dtype not in checkpoint.FLOATS:
                     raise CheckpointError(f"{path}: {prefix + name} is missing, or has another shape than {view.shape}")
-                view[...] = arrays[prefix + name]
+                reader.copy_to(prefix + name, view)
         try:
             self.iter = self.resumed_from = self.saved_iter = int(state["iter"])
             self.optimizer.step, self.skipped = int(state["optimizer_step"]), int(state["skipped"])
@@ -488,26 +495,3 @@ def _config_of(state, path):
         return TrainConfig(**{**settings, "data": tuple(settings["data"])})
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise CheckpointError(f"{path} was not written by npgpt.train, or is damaged ({error})") from None
-
-
-def load_model(path):
-    """(GPT, tokenizer, state) of a checkpoint file; state is what the Trainer wrote beside the arrays.
-
-    Raises CheckpointError if the file is not a checkpoint of npgpt.
-    """
-    arrays, state = folder.load(path)
-    try:
-        config, tokenizer = GPTConfig(**state["model"]), from_dict(state["tokenizer"])
-    except (KeyError, TypeError, ValueError, UsageError) as error:
-        raise CheckpointError(f"{path} was not written by npgpt.train, or is damaged ({error})") from None
-    if config.vocab_size != tokenizer.vocab_size:
-        raise CheckpointError(f"{path}: vocab_size {config.vocab_size}, but its tokenizer has {tokenizer.vocab_size}")
-    model = GPT(config, seed=None)
-    for name, parameter in model.named_parameters():
-        if name not in arrays or arrays[name].shape != parameter.shape:
-            found = arrays[name].shape if name in arrays else "nothing"
-            raise CheckpointError(f"{path}: {name} must have shape {parameter.shape}, found {found}")
-        if not np.isfinite(arrays[name]).all():
-            raise CheckpointError(f"{path}: {name} has numbers that are not finite")
-        parameter.data[...] = arrays[name]
-    return model, tokenizer, state

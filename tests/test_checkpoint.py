@@ -8,7 +8,7 @@ import struct
 import numpy as np
 import pytest
 
-from npgpt.checkpoint import load, save
+from npgpt.checkpoint import Reader, load, save
 from npgpt.errors import CheckpointError
 
 ARRAYS = {
@@ -106,6 +106,52 @@ def test_a_damaged_file_is_one_clear_error(tmp_path, raw):
     with pytest.raises(CheckpointError, match="bad is not a good checkpoint") as error:
         load(tmp_path / "bad")
     assert "\n" not in str(error.value)
+
+
+def test_the_entries_of_a_file_may_stand_in_any_order(tmp_path):
+    entries = {
+        "b": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
+        "none": {"dtype": "F64", "shape": [0, 5], "data_offsets": [12, 12]},
+        "c": {"dtype": "BF16", "shape": [1, 2], "data_offsets": [12, 16]},
+        "a": {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]},
+        "nothing": {"dtype": "U8", "shape": [0], "data_offsets": [4, 4]},
+    }
+    body = np.array([1, -2], "<f2").tobytes() + np.array([3, 4], "<f4").tobytes() + bytes.fromhex("803f 40c0")
+    (tmp_path / "f").write_bytes(_file(entries, body))
+    arrays, _ = load(tmp_path / "f", needs_hash=False)
+    assert {name: array.tolist() for name, array in arrays.items()} == {
+        "a": [1, -2], "b": [3, 4], "c": [[1, -3]], "none": [], "nothing": [],
+    }  # fmt: skip
+    assert arrays["c"].dtype == np.float32 and arrays["none"].shape == (0, 5)
+    for name, offsets, words in (
+        ("b", [0, 8], "shares bytes with another"),
+        ("b", [8, 16], "shares bytes with another|comes after bytes of no array"),
+        ("a", [1, 5], "comes after bytes of no array"),
+        ("none", [11, 11], "shares bytes with another"),
+        ("c", [16, 20], "is the file cut off"),
+    ):
+        damaged = {**entries, name: {**entries[name], "data_offsets": offsets}}
+        (tmp_path / "f").write_bytes(_file(damaged, body))
+        with pytest.raises(CheckpointError, match=words):
+            load(tmp_path / "f", needs_hash=False)
+    damaged = {**entries, "none": {**entries["none"], "shape": [0, 2**40, 2**40]}}
+    (tmp_path / "f").write_bytes(_file(damaged, body))
+    with pytest.raises(CheckpointError, match="'none' is damaged"):
+        load(tmp_path / "f", needs_hash=False)
+
+
+def test_an_array_is_copied_to_its_place_and_the_file_can_be_replaced_meanwhile(tmp_path):
+    path = tmp_path / "a"
+    save(path, ARRAYS, METADATA)
+    with Reader(path) as reader:
+        if os.name != "nt":  # Windows lets nobody replace a file that is open
+            save(path, {"w": ARRAYS["w"] + 1}, {})
+        out = np.zeros((4, 3), np.float32)
+        reader.copy_to("w", out.T)
+        assert (out == ARRAYS["w"].T).all()
+        assert not reader.mapped("w").flags.writeable
+        kept = reader.mapped("double")
+    assert kept.tobytes() == ARRAYS["double"].tobytes()  # the pages stay as long as an array is made of them
 
 
 def test_a_missing_file_is_named(tmp_path):

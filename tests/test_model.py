@@ -7,7 +7,7 @@ import pytest
 
 from npgpt.config import GPTConfig
 from npgpt.errors import UsageError
-from npgpt.model import GPT, choose_token
+from npgpt.model import GPT
 from npgpt.optim import AdamW
 from npgpt.parallel import DataParallel
 
@@ -144,47 +144,3 @@ def test_wrong_inputs_are_refused():
     ):
         with pytest.raises(ValueError, match=words):
             model(np.array(idx))
-
-
-# ---- generation
-
-
-def test_generation_past_the_context_and_greedy():
-    model = GPT(CONFIG, seed=2)
-    tokens = list(model.generate([1, 2], 30, temperature=0))
-    assert len(tokens) == 30 and all(0 <= token < 11 for token in tokens)
-    text = [1, 2]
-    for token in tokens:  # each is the likeliest after the last block_size tokens
-        logits, _ = model(np.array([text[-9:]]))
-        assert token == logits.data[0, -1].argmax()
-        text.append(token)
-
-
-def test_generation_depends_on_the_seed_only():
-    model = GPT(CONFIG, seed=2)
-    one, again, other = (list(model.generate([0], 40, rng=np.random.default_rng(seed))) for seed in (1, 1, 2))
-    assert one == again and one != other
-
-
-def test_generation_switches_dropout_off_and_on_again():
-    model = GPT(GPTConfig(vocab_size=11, block_size=9, n_layer=2, n_head=2, n_embd=24, dropout=0.5))
-    assert list(model.generate([1], 9, temperature=0)) == list(model.generate([1], 9, temperature=0))
-    assert model.training and model.transformer.h[0].mlp.dropout.training
-
-
-def test_choose_token_follows_the_distribution():
-    logits = np.log(np.array([0.1, 0.2, 0.3, 0.4], np.float32))
-    # the uniform number walks along the cumulated probabilities
-    picks = [choose_token(logits, 1.0, None, u) for u in (0.0, 0.09, 0.11, 0.29, 0.31, 0.59, 0.61, 0.999999)]
-    assert picks == [0, 0, 1, 1, 2, 2, 3, 3]
-    numbers = (np.arange(10_000) + 0.5) / 10_000
-
-    def shares(**options):
-        settings = {"temperature": 1.0, "top_k": None, **options}
-        return np.bincount([choose_token(logits, **settings, uniform=u) for u in numbers], minlength=4) / 10_000
-
-    squares = np.array([0.01, 0.04, 0.09, 0.16])
-    assert np.allclose(shares(temperature=0.5), squares / squares.sum(), atol=1e-3)
-    assert np.allclose(shares(top_k=2), [0, 0, 3 / 7, 4 / 7], atol=1e-3)
-    assert shares(top_k=1).tolist() == shares(temperature=0).tolist() == [0, 0, 0, 1]
-    assert np.allclose(shares(top_k=9), [0.1, 0.2, 0.3, 0.4], atol=1e-3)

@@ -11,7 +11,8 @@ import pytest
 from npgpt import checkpoint, folder
 from npgpt.config import TrainConfig
 from npgpt.errors import CheckpointError, DivergedError, UsageError
-from npgpt.trainer import Evaluation, Progress, Trainer, load_model
+from npgpt.model import GPT
+from npgpt.trainer import Evaluation, Progress, Trainer
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40
 
@@ -121,8 +122,8 @@ def test_evaluation_is_without_dropout_and_changes_nothing(config):
 def test_checkpoints_hold_the_model(config):
     trainer, events = run(config)
     for path in (folder.best(config.out_dir), folder.newest(config.out_dir)):
-        model, tokenizer, state = load_model(path)
-        assert tokenizer.decode(tokenizer.encode("lazy fox")) == "lazy fox"
+        model, (_, state) = GPT.from_pretrained(path), folder.load(path)
+        assert model.tokenizer.decode(model.tokenizer.encode("lazy fox")) == "lazy fox"
         assert model.config == trainer.model.config
         assert state["iter"] in (0, 5, 10, 12) and math.isfinite(state["val_loss"])
     for (_, ours), (_, theirs) in zip(model.named_parameters(), trainer.model.named_parameters(), strict=True):
@@ -131,7 +132,7 @@ def test_checkpoints_hold_the_model(config):
     arrays, _ = checkpoint.load(path)
     assert (arrays["adamw.v.transformer.wte.weight"] > 0).any()
     best = min((e for e in events if isinstance(e, Evaluation)), key=lambda e: e.val_loss)
-    assert load_model(folder.best(config.out_dir))[2]["iter"] == best.iter
+    assert folder.load(folder.best(config.out_dir))[1]["iter"] == best.iter
 
 
 def test_an_earlier_run_is_not_lost_by_accident(config):
@@ -147,7 +148,7 @@ def test_divergence_stops_the_run_and_keeps_the_weights_finite(config):
     with pytest.raises(DivergedError, match=r"at iteration \d+; the last good.*smaller --learning-rate") as error:
         list(trainer.run())
     assert error.value.exit_code == 4
-    model, _, _ = load_model(folder.newest(config.out_dir))
+    model = GPT.from_pretrained(folder.newest(config.out_dir))
     assert all(np.isfinite(parameter.data).all() for parameter in model.parameters())
 
 
@@ -172,7 +173,7 @@ def test_a_checkpoint_that_is_none_of_ours(config):
     def load_changed(arrays=arrays, **changes):
         path = trainer.out_dir / "changed"
         checkpoint.save(path, arrays, {"npgpt": json.dumps({**state, **changes})})
-        return load_model(path)
+        return GPT.from_pretrained(path)
 
     load_changed()
     without = {name: array for name, array in arrays.items() if name != "transformer.wpe.weight"}
@@ -187,4 +188,4 @@ def test_a_checkpoint_that_is_none_of_ours(config):
             load_changed(**options)
     checkpoint.save(trainer.out_dir / "foreign", arrays, {})
     with pytest.raises(CheckpointError, match="not written by npgpt"):
-        load_model(trainer.out_dir / "foreign")
+        GPT.from_pretrained(trainer.out_dir / "foreign")

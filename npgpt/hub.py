@@ -1,0 +1,382 @@
+"""The door to the Hugging Face world: GPT-2 folders read and written.  And the one way from a path to weights.
+
+    config.json                     the model's shape; of a folder that npgpt wrote, the tokenizer too
+    model.safetensors               the weights, in the layout of npgpt/checkpoint.py, or instead of it
+    model.safetensors.index.json    {"weight_map": {name: file}}, and the files that it names
+
+Hugging Face's GPT-2 is the model of npgpt/model.py with these differences:
+
+- Four matrices of each block are layers of the class Conv1D, whose weights have the shape (in, out): the transpose of a
+  Linear's (out, in).
+- The file of OpenAI's GPT-2 has no "transformer." before its names, and holds causal masks as if they were weights.
+- It always has biases.  A model without is written with biases of zero, which changes no logit.
+
+Files are looked at as a whole first: nothing large is allocated before names, shapes and dtypes are known to fit.
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+import reprlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from npgpt import checkpoint, folder
+from npgpt.config import GPTConfig
+from npgpt.errors import CheckpointError, UsageError
+from npgpt.ops.layernorm import EPS
+from npgpt.tokenizer import from_dict
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+PICKLES = "pytorch_model.bin", "pytorch_model.bin.index.json"
+PREFIX, HEAD = "transformer.", "lm_head.weight"
+CHUNK = 2**18  # elements that are looked at in one go
+
+# our name of a setting -> Hugging Face's, and what holds where config.json does not say
+SHAPE = {
+    "vocab_size": ("vocab_size", 50257),
+    "block_size": ("n_positions", 1024),
+    "n_embd": ("n_embd", 768),
+    "n_layer": ("n_layer", 12),
+    "n_head": ("n_head", 12),
+    "dropout": ("resid_pdrop", 0.1),  # (it has three of them, which nobody sets apart)
+}
+# settings that change what is computed -> the values that mean what this model does, the first of them the default
+DOES = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "layer_norm_epsilon": (EPS,),
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
+}
+_TRANSPOSED = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
+_MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+
+
+def parameter_shapes(config):
+    """(name, shape) of each parameter that GPT(config) has, which need not be made for it."""
+    C = config.n_embd
+
+    def layer(name, *shape):
+        yield f"{name}.weight", shape
+        if config.bias:
+            yield f"{name}.bias", shape[:1]
+
+    yield f"{PREFIX}wte.weight", (config.vocab_size, C)
+    yield f"{PREFIX}wpe.weight", (config.block_size, C)
+    for n in range(config.n_layer):
+        block = f"{PREFIX}h.{n}."
+        yield from layer(f"{block}ln_1", C)
+        yield from layer(f"{block}attn.c_attn", 3 * C, C)
+        yield from layer(f"{block}attn.c_proj", C, C)
+        yield from layer(f"{block}ln_2", C)
+        yield from layer(f"{block}mlp.c_fc", 4 * C, C)
+        yield from layer(f"{block}mlp.c_proj", C, 4 * C)
+    yield from layer(f"{PREFIX}ln_f", C)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a path leads to: all that is needed to make a GPT, and the open files from which it is filled."""
+
+    config: GPTConfig
+    tokenizer: object  # None where there is none that can be opened
+    places: dict  # parameter's name -> (Reader, name in its file, whether it stands there transposed)
+
+    def copy_to(self, model):
+        """Fill the parameters of a GPT of this config.  Raises CheckpointError for numbers that are not finite."""
+        for name, parameter in model.named_parameters():
+            reader, stored, transposed = self.places[name]
+            reader.copy_to(stored, parameter.data.T if transposed else parameter.data)
+            if not _finite(parameter.data):
+                raise CheckpointError(f"{reader.path}: {stored} has numbers that are not finite")
+
+
+def find(path):
+    """The best checkpoint of a run folder, or the folder itself if it is one of Hugging Face's.
+
+    Raises CheckpointError if there is neither.
+    """
+    names = (CONFIG, WEIGHTS, INDEX, *PICKLES)
+    if not folder.checkpoints(path) and any((Path(path) / name).exists() for name in names):
+        return Path(path)
+    return folder.best(path)
+
+
+@contextlib.contextmanager
+def opened(path):
+    """The Found of a checkpoint file, a run folder or a Hugging Face folder, to be used within the `with`.
+
+    Names, shapes, dtypes and the hashes of npgpt's files have been checked then.  Raises CheckpointError.
+    """
+    path = Path(path)
+    if path.is_file() and path.name in (WEIGHTS, INDEX, CONFIG) and (path.parent / CONFIG).is_file():
+        raise CheckpointError(f"{path} is one file of a Hugging Face folder; name the folder, {path.parent}")
+    if not path.exists():
+        raise CheckpointError(
+            f"there is no {path}: name a run folder, a checkpoint, or a folder with {CONFIG} and {WEIGHTS} in it "
+            f"(nothing is downloaded)"
+        )
+    path = find(path) if path.is_dir() else path
+    with contextlib.ExitStack() as stack:
+        yield _open_folder(path, stack) if path.is_dir() else _open_checkpoint(path, stack)
+
+
+def _open_checkpoint(path, stack):
+    """The Found of a checkpoint of npgpt.train."""
+    reader, state = stack.enter_context(folder.opened(path))
+    try:
+        config, tokenizer = _gpt_config(state["model"]), from_dict(state["tokenizer"])
+    except (KeyError, TypeError, ValueError, UsageError, CheckpointError) as error:
+        raise CheckpointError(f"{path} was not written by npgpt.train, or is damaged ({error})") from None
+    if config.vocab_size != tokenizer.vocab_size:
+        raise CheckpointError(f"{path}: vocab_size {config.vocab_size}, but its tokenizer has {tokenizer.vocab_size}")
+    places = {}
+    for name, shape in _at_most(len(reader.entries), config, path):
+        _check_entry(path, reader, name, shape)
+        places[name] = reader, name, False
+    return Found(config, tokenizer, places)
+
+
+def _open_folder(path, stack):
+    """The Found of a Hugging Face folder."""
+    settings = _read_json(path / CONFIG)
+    config = _config_of(settings, path / CONFIG)
+    tokenizer = open_tokenizer(path, settings)
+    weights = path / WEIGHTS if (path / WEIGHTS).exists() else path / INDEX
+    stored = {}  # name without prefix -> (Reader, name)
+    for reader in _readers(path, stack):
+        for name in reader.entries:
+            short = name.removeprefix(PREFIX)
+            if short in stored:
+                raise CheckpointError(f"{reader.path}: {name!r} stands there twice, with {PREFIX!r} and without")
+            if not _MASK.fullmatch(short):
+                stored[short] = reader, name
+    head = stored.pop(HEAD, None)
+    places = {}
+    for name, shape in _at_most(len(stored), config, weights):
+        short = name.removeprefix(PREFIX)
+        transposed = _TRANSPOSED.fullmatch(short) is not None
+        reader, stored_name = stored.pop(short, (None, short))
+        _check_entry(weights, reader, stored_name, shape[::-1] if transposed else shape)
+        places[name] = reader, stored_name, transposed
+    for short, (reader, name) in stored.items():
+        hint = f"; {CONFIG} says n_layer = {config.n_layer}" if short.startswith("h.") else ""
+        raise CheckpointError(f"{reader.path}: GPT-2 has no {name!r}{hint}")
+    if head is not None:
+        _check_entry(weights, *head, (config.vocab_size, config.n_embd))
+        _check_tied(head, places[f"{PREFIX}wte.weight"][:2])
+    return Found(config, tokenizer, places)
+
+
+def open_tokenizer(path, settings):
+    """The tokenizer in a Hugging Face folder, or None where there is none that can be opened.
+
+    settings: the folder's config.json, where save_pretrained writes the tokenizers that have no file of their own.
+    Raises CheckpointError for one that is damaged, or does not fit the model.
+    """
+    ours = settings.get("npgpt")
+    if ours is None:
+        return None
+    try:
+        tokenizer = from_dict(ours["tokenizer"])
+    except (KeyError, TypeError, CheckpointError) as error:
+        raise CheckpointError(f"{path / CONFIG}: the tokenizer in npgpt is damaged ({error})") from None
+    vocab_size = settings.get("vocab_size")
+    if tokenizer.vocab_size != vocab_size:
+        raise CheckpointError(
+            f"{path / CONFIG}: vocab_size {reprlib.repr(vocab_size)}, but its tokenizer has {tokenizer.vocab_size}"
+        )
+    return tokenizer
+
+
+def _config_of(settings, path):
+    """The GPTConfig that a Hugging Face config.json describes.  Raises CheckpointError for what GPT cannot be."""
+    if settings.get("model_type") != "gpt2":
+        raise CheckpointError(f"{path}: model_type is {reprlib.repr(settings.get('model_type'))}; only 'gpt2' is read")
+    for key, good in DOES.items():
+        value = settings.get(key, good[0])
+        if value not in good:
+            raise CheckpointError(
+                f"{path}: {key} is {reprlib.repr(value)}, which npgpt's GPT cannot be; "
+                f"it has {' or '.join(map(repr, good))}"
+            )
+    values = {name: settings.get(theirs, default) for name, (theirs, default) in SHAPE.items()}
+    try:
+        config = _gpt_config({**values, "bias": True})
+    except (ValueError, UsageError) as error:
+        names = ", ".join(f"{theirs} {reprlib.repr(values[name])}" for name, (theirs, _) in SHAPE.items())
+        raise CheckpointError(f"{path}: {error} (it says {names})") from None
+    n_inner = settings.get("n_inner")
+    if n_inner not in (None, 4 * config.n_embd):
+        raise CheckpointError(
+            f"{path}: n_inner is {reprlib.repr(n_inner)}, which npgpt's GPT cannot be; "
+            f"it has 4 n_embd = {4 * config.n_embd}"
+        )
+    return config
+
+
+def _gpt_config(values):
+    """GPTConfig(**values) of values that came from a file: ValueError or UsageError if one is not what it must be."""
+    if not isinstance(values, dict):
+        raise ValueError("the model's settings are no JSON object")
+    kinds = {f.name: f.type for f in dataclasses.fields(GPTConfig)}
+    for name, value in values.items():
+        if name not in kinds:
+            raise ValueError(f"{name!r} is no setting of a GPT")
+        if type(value) not in ((int, float) if kinds[name] is float else (kinds[name],)):
+            raise ValueError(f"{name} must be of the type {kinds[name].__name__}, got {reprlib.repr(value)}")
+        if value > 2**40:  # an array of that size there is not, and of far more no words either
+            raise ValueError(f"{name} is {reprlib.repr(value)}")
+    return GPTConfig(**values)
+
+
+def _readers(path, stack):
+    """Open Readers for the weights in a Hugging Face folder."""
+    if (path / WEIGHTS).exists():
+        return [stack.enter_context(checkpoint.Reader(path / WEIGHTS, needs_hash=False))]
+    if not (path / INDEX).exists():
+        for name in PICKLES:
+            if (path / name).exists():
+                raise CheckpointError(
+                    f"{path / name} is a pickle, which can hold code: it is not read. Let transformers convert it: "
+                    f"GPT2LMHeadModel.from_pretrained(folder).save_pretrained(other, safe_serialization=True)"
+                )
+        raise CheckpointError(f"there are no weights in {path}: neither {WEIGHTS} nor {INDEX}")
+    index = _read_json(path / INDEX)
+    parts = index.get("weight_map")
+    if not isinstance(parts, dict) or not parts:
+        raise CheckpointError(f"{path / INDEX}: weight_map must say which file holds which weight")
+    names = {}  # file -> the weights that it should hold
+    for name, part in parts.items():
+        # a plain name, so that no index leads out of its folder
+        if not isinstance(part, str) or not re.fullmatch(r"[\w-][\w.-]*\.safetensors", part, re.ASCII):
+            raise CheckpointError(f"{path / INDEX}: {reprlib.repr(part)} is not the name of a file beside it")
+        names.setdefault(part, set()).add(name)
+    readers = []
+    for part, expected in names.items():
+        if not (path / part).is_file():
+            raise CheckpointError(f"{path / INDEX} names {part}, which is not there; was it downloaded as a whole?")
+        readers.append(stack.enter_context(checkpoint.Reader(path / part, needs_hash=False)))
+        different = sorted(expected ^ readers[-1].entries.keys())
+        if different:
+            words = "is missing in it" if different[0] in expected else "is not expected there"
+            raise CheckpointError(f"{path / part} does not fit {INDEX}: {different[0]!r} {words}")
+    return readers
+
+
+def _at_most(n, config, path):
+    """parameter_shapes; if there are only n arrays it refuses more layers at once, which might be without number."""
+    if config.n_layer > n:
+        raise CheckpointError(f"{path} has {n} arrays, which cannot be n_layer = {config.n_layer} layers")
+    return parameter_shapes(config)
+
+
+def _check_entry(path, reader, name, shape):
+    """Raise CheckpointError if a Reader (None: no file) has no floating-point array of this name and shape."""
+    entry = None if reader is None else reader.entries.get(name)
+    if entry is None or entry.shape != shape:
+        found = "nothing" if entry is None else entry.shape
+        raise CheckpointError(f"{reader.path if reader else path}: {name} must have shape {shape}, found {found}")
+    if entry.dtype not in checkpoint.FLOATS:
+        raise CheckpointError(f"{reader.path}: {name} has dtype {entry.dtype}; {', '.join(checkpoint.FLOATS)} are read")
+
+
+def _check_tied(head, wte):
+    """Raise CheckpointError if a file's output layer is another than its token embedding: (Reader, name) of each."""
+    a, b = (reader.mapped(name) for reader, name in (head, wte))
+    same = a.dtype == b.dtype
+    rows = max(1, CHUNK // a.shape[1])
+    for i in range(0, len(a), rows):
+        same = same and np.array_equal(a[i : i + rows], b[i : i + rows])
+    if not same:
+        raise CheckpointError(
+            f"{head[0].path}: {HEAD} is not the same as wte.weight; npgpt's GPT has one matrix for both (tied)"
+        )
+
+
+def _finite(array):
+    flat = array.ravel(order="K")  # of an array that is transposed a view too
+    return all(np.isfinite(flat[i : i + CHUNK]).all() for i in range(0, flat.size, CHUNK))
+
+
+def _read_json(path):
+    """The JSON object in a file, as a dict.  Raises CheckpointError."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(checkpoint.MAX_HEADER + 1)
+        if len(raw) > checkpoint.MAX_HEADER:
+            raise ValueError(f"more than {checkpoint.MAX_HEADER} bytes")
+        found = json.loads(raw.decode("utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no {path}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def save(model, path):
+    """Write a GPT as a Hugging Face folder.  Raises CheckpointError; then a file is the old one or the new one."""
+    path, tokenizer = Path(path), model.tokenizer
+    if folder.checkpoints(path):
+        raise CheckpointError(f"{path} holds the checkpoints of a run; name another folder: one would hide the other")
+    arrays = dict(_stored(model))
+    for name, array in arrays.items():
+        if not _finite(array):
+            raise CheckpointError(f"{name} has numbers that are not finite: nothing was written to {path}")
+    settings = _settings(model)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        if hasattr(tokenizer, "save"):
+            tokenizer.save(path)
+        elif tokenizer is not None:
+            settings["npgpt"] = {"tokenizer": tokenizer.to_dict()}
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {path}: {error.strerror}") from None
+    checkpoint.save(path / WEIGHTS, arrays, {"format": "pt"})
+    # last: a new folder without it is not taken for a whole one
+    checkpoint.replace(path / CONFIG, [json.dumps(settings, indent=2).encode("ascii") + b"\n"])
+
+
+def _stored(model):
+    """(name, array) of each weight as Hugging Face's GPT-2 has it, float32."""
+    parameters = dict(model.named_parameters())
+    for name, shape in parameter_shapes(dataclasses.replace(model.config, bias=True)):
+        array = parameters[name].data if name in parameters else np.zeros(shape, np.float32)
+        transposed = _TRANSPOSED.fullmatch(name.removeprefix(PREFIX)) is not None
+        yield name, (array.T if transposed else array).astype(np.float32, copy=False)
+
+
+def _settings(model):
+    """What config.json says about a GPT."""
+    end = getattr(model.tokenizer, "end_of_text", None)  # the token <|endoftext|>, of a tokenizer that has it
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **{theirs: getattr(model.config, name) for name, (theirs, _) in SHAPE.items()},
+        "attn_pdrop": model.config.dropout,
+        "embd_pdrop": model.config.dropout,
+        "n_inner": None,
+        **{key: good[0] for key, good in DOES.items()},
+        "bos_token_id": end,  # (null: without it transformers would take GPT-2's)
+        "eos_token_id": end,
+        "initializer_range": 0.02,
+        "dtype": "float32",
+        "torch_dtype": "float32",  # the same, as older versions call it
+    }

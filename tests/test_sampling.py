@@ -1,0 +1,285 @@
+"""How tokens are chosen, beside a plain reference; the cache beside the whole forward pass; texts and where they end."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from npgpt.config import GPTConfig
+from npgpt.errors import UsageError
+from npgpt.model import GPT
+from npgpt.sampling import SIDE_BY_SIDE, Controls, Generation, Writer, choose, context_start, write
+from npgpt.tokenizer import ByteTokenizer, CharTokenizer
+
+CONFIG = GPTConfig(vocab_size=11, block_size=9, n_layer=2, n_head=2, n_embd=24)
+
+
+def lively(config=CONFIG, seed=2):
+    """A GPT whose next token really depends on the context."""
+    model = GPT(config, seed=seed)
+    rng = np.random.default_rng(seed)
+    for _, parameter in model.named_parameters():
+        parameter.data += rng.normal(0, 0.3, parameter.shape).astype(parameter.dtype)
+    return model
+
+
+def rngs(*seeds):
+    return [np.random.default_rng(seed) for seed in seeds]
+
+
+# ---- controls
+
+
+def plainly(logits, text, temperature=1.0, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0):
+    """The distribution (V,) of one row, in the slowest and plainest way."""
+    z = [float(value) for value in logits]
+    for token in set(text):
+        z[token] = z[token] / repetition_penalty if z[token] > 0 else z[token] * repetition_penalty
+    if temperature == 0:
+        return np.array([float(i == z.index(max(z))) for i in range(len(z))])
+    z = [value / temperature for value in z]
+    falling = sorted(range(len(z)), key=lambda i: -z[i])
+    stays = set(falling if top_k is None else falling[:top_k])
+
+    def softmax():
+        e = [np.exp(z[i] - max(z)) if i in stays else 0.0 for i in range(len(z))]
+        return [value / sum(e) for value in e]
+
+    p = softmax()
+    if top_p is not None:
+        n = next((n for n in range(1, len(z)) if sum(p[i] for i in falling[:n]) >= top_p), len(z))
+        stays &= set(falling[:n])
+    p = softmax()
+    if min_p is not None:
+        stays &= {i for i in stays if p[i] >= min_p * max(p)}
+    return np.array(softmax())
+
+
+SETTINGS = {
+    "temperature": (0.0, 0.3, 1.0, 2.5),
+    "top_k": (None, 1, 3, 100),
+    "top_p": (None, 0.01, 0.5, 0.9, 1.0),
+    "min_p": (None, 0.0, 0.2, 1.0),
+    "repetition_penalty": (1.0, 1.7, 0.6),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_controls_make_the_distribution_that_the_reference_makes(dtype):
+    rng = np.random.default_rng(0)
+    for values in itertools.product(*SETTINGS.values()):
+        settings = dict(zip(SETTINGS, values, strict=True))
+        logits = (2 * rng.standard_normal((3, 12))).astype(dtype)
+        texts = [rng.integers(0, 12, n).tolist() for n in (0, 4, 30)]
+        p = Controls(**settings).probabilities(logits, texts)
+        assert p.dtype == np.float64
+        for row in range(3):
+            np.testing.assert_allclose(p[row], plainly(logits[row], texts[row], **settings), atol=1e-12, err_msg=str(settings))
+
+
+def test_tokens_as_likely_as_the_last_one_that_stays_stay_too():
+    logits = np.log([[4.0, 2.0, 2.0, 1.0]])
+    assert np.allclose(Controls(top_k=2).probabilities(logits, [[]]), [[0.5, 0.25, 0.25, 0]])
+    assert np.allclose(Controls(top_p=0.5).probabilities(logits, [[]]), [[0.5, 0.25, 0.25, 0]])
+
+
+def test_extreme_logits_give_no_nan():
+    logits = np.array([[1e30, -1e30, 0, -np.inf]], np.float32)
+    for controls in (Controls(), Controls(temperature=1e-6, top_p=0.9), Controls(repetition_penalty=2.0)):
+        assert controls.probabilities(logits, [[0, 1, 2, 3]]).tolist() == [[1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [dict(temperature=-1), dict(temperature=np.nan), dict(temperature=np.inf), dict(top_k=0), dict(top_p=0), dict(top_p=1.1)]
+    + [dict(min_p=-0.1), dict(min_p=1.1), dict(repetition_penalty=0), dict(repetition_penalty=np.inf), dict(top_p=np.nan)],
+)
+def test_controls_out_of_range(setting):
+    with pytest.raises(UsageError, match=f"{next(iter(setting))} must be"):
+        Controls(**setting)
+
+
+def test_choose_takes_each_token_as_often_as_it_is_likely():
+    p = np.array([[0.1, 0.2, 0.3, 0.4, 0.0], [0.0, 0.0, 1.0, 0.0, 0.0]])
+    # the uniform number walks along the cumulated probabilities
+    for uniform, token in ((0, 0), (0.09, 0), (0.11, 1), (0.29, 1), (0.31, 2), (0.59, 2), (0.61, 3), (0.999999, 3)):
+        assert choose(p, np.array([uniform, uniform])).tolist() == [token, 2]
+    numbers = (np.arange(10_000) + 0.5) / 10_000
+    tokens = choose(np.tile(p[0], (10_000, 1)), numbers)
+    assert np.allclose(np.bincount(tokens, minlength=5) / 10_000, p[0], atol=1e-4)
+
+
+def test_choose_never_takes_what_cannot_be():
+    p = np.random.default_rng(0).random((2000, 7))
+    p[:, [0, 3, 6]] = 0
+    p /= p.sum(axis=1, keepdims=True)
+    for uniform in (0.0, np.nextafter(1, 0)):
+        assert set(choose(p, np.full(2000, uniform)).tolist()) == {1 if uniform == 0 else 5}
+
+
+# ---- contexts
+
+
+def test_a_context_grows_until_it_is_full_and_then_keeps_its_last_half():
+    start, seen = 0, []
+    for n in range(1, 14):
+        start = context_start(n, start, 4)
+        seen.append((start, n))
+    assert [n - start for start, n in seen] == [1, 2, 3, 4, 2, 3, 4, 2, 3, 4, 2, 3, 4]
+    assert all(n - context_start(n, n - 2, 1) == 1 for n in range(3, 9))
+
+
+CONTROLS = [Controls(temperature=0), Controls(), Controls(1.3, 5, 0.9, 0.05, 1.2)]
+
+
+@pytest.mark.parametrize("n_prompt", [1, 4, 9, 25])
+@pytest.mark.parametrize("controls", CONTROLS)
+def test_with_the_cache_and_without_it_the_tokens_are_the_same(controls, n_prompt):
+    model = lively()
+    prompt = np.random.default_rng(5).integers(0, 11, n_prompt).tolist()
+    texts = []
+    for cache in (True, False):
+        generation = Generation(model, prompt, rngs(7), controls, cache=cache)
+        for _ in range(3 * CONFIG.block_size + 2):
+            generation.step()
+        texts.append(generation.texts[0])
+    assert texts[0] == texts[1] and len(texts[0]) == n_prompt + 29
+    assert len(set(texts[0])) > 2  # it is no test if it says the same thing over and over
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 70])
+def test_the_same_with_other_lengths_of_the_context(block_size):
+    model = lively(GPTConfig(vocab_size=11, block_size=block_size, n_layer=1, n_head=1, n_embd=16))
+    texts = []
+    for cache in (True, False):
+        generation = Generation(model, [1] * 50, rngs(0), cache=cache)
+        for _ in range(3 * block_size):
+            generation.step()
+        texts.append(generation.texts)
+    assert texts[0] == texts[1]
+
+
+def test_each_token_follows_from_its_context():
+    model = lively()
+    start, text = 0, [1, 2]
+    for token in model.generate(text, 30, temperature=0):
+        start = context_start(len(text), start, 9)
+        logits, _ = model(np.array([text[start:]]))
+        assert token == logits.data[0, -1].argmax()
+        text.append(token)
+    assert len(text) == 32
+
+
+def test_texts_side_by_side_are_those_that_come_alone():
+    model = lively()
+    together = Generation(model, [3, 1], rngs(1, 2, 3))
+    for step in range(40):
+        together.step()
+        if step == 20:
+            together.end(1)
+    for i, seed in enumerate((1, 2, 3)):
+        alone = Generation(model, [3, 1], rngs(seed))
+        for _ in range(21 if i == 1 else 40):
+            alone.step()
+        assert together.texts[i] == alone.texts[0]
+    assert together.texts[0] != together.texts[2]
+
+
+def test_generation_depends_on_the_seed_only():
+    model = lively()
+    one, again, other = (list(model.generate([0], 40, rngs(seed)[0])) for seed in (1, 1, 2))
+    assert one == again and one != other
+
+
+def test_generation_switches_dropout_off_and_on_again():
+    model = GPT(GPTConfig(vocab_size=11, block_size=9, n_layer=2, n_head=2, n_embd=24, dropout=0.5))
+    for cache in (True, False):
+        one, again = (list(model.generate([1], 9, temperature=0, cache=cache)) for _ in range(2))
+        assert one == again
+    assert model.training and model.transformer.h[0].mlp.dropout.training
+
+
+def test_log_probabilities_are_the_models_own():
+    model = lively()
+    generation = Generation(model, [3, 1], rngs(1, 2), Controls(temperature=0.1, top_k=2, repetition_penalty=3.0))
+    for _ in range(7):
+        before = [list(text) for text in generation.texts]
+        tokens, logprobs = generation.step(logprobs=True)
+        for text, token, logprob in zip(before, tokens, logprobs, strict=True):
+            z = model(np.array([text]))[0].data[0, -1].astype(np.float64)
+            assert abs(logprob - (z[token] - np.log(np.exp(z).sum()))) < 1e-5
+    assert generation.step()[1] == [None, None]
+
+
+def test_tokens_without_a_text_are_never_chosen():
+    model = lively()
+    generation = Generation(model, [1], rngs(1), Controls(temperature=50.0), vocab_size=4)
+    for _ in range(100):
+        generation.step()
+    assert set(generation.texts[0]) == {0, 1, 2, 3}
+
+
+# ---- texts
+
+
+def test_a_writer_never_breaks_a_character():
+    writer = Writer(ByteTokenizer())
+    pieces = [writer.feed(token) for token in "a😀b é".encode()]
+    assert pieces == ["a", "", "", "", "😀", "b", " ", "", "é"]
+    assert writer.feed(0xF0) == "" and writer.end() == "\ufffd"
+
+
+def cut(text, stops):
+    """(text before the first stop string that is complete, whether there is one), in the plainest way."""
+    for end in range(len(text) + 1):
+        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if starts:
+            return text[: min(starts)], True
+    return text, False
+
+
+def test_a_writer_ends_before_the_first_stop_string_and_shows_nothing_of_it():
+    rng = np.random.default_rng(0)
+    letters = "abé"
+    for _ in range(3000):
+        text = "".join(rng.choice(list(letters), rng.integers(0, 12)))
+        stops = ["".join(rng.choice(list(letters), rng.integers(1, 5))) for _ in range(rng.integers(0, 4))]
+        writer, shown = Writer(ByteTokenizer(), stops), ""
+        for token in text.encode():
+            shown += writer.feed(token)
+            assert not any(stop in shown for stop in stops)
+        shown += writer.end()
+        assert (shown, writer.stopped) == cut(text, stops), (text, stops)
+        assert writer.text == shown
+
+
+def test_a_writer_holds_back_no_more_than_it_must():
+    writer = Writer(CharTokenizer.from_text("abc"), ["abc"])
+    assert [writer.feed(token) for token in (0, 1, 0, 0, 1)] == ["", "", "ab", "a", ""]
+    assert writer.end() == "ab"
+
+
+def test_write_gives_texts_one_after_the_other():
+    model, tokenizer = lively(), CharTokenizer.from_text("abcdefghijk")
+    n = SIDE_BY_SIDE + 2
+
+    def texts(seeds, **options):
+        for pieces in write(model, tokenizer, [0], rngs(*seeds), 20, **options):
+            yield list(pieces)
+
+    whole = list(texts(range(n)))
+    assert len(whole) == n
+    for seed, pieces in enumerate(whole):
+        tokens = list(model.generate([0], 20, rngs(seed)[0]))
+        assert [piece.token for piece in pieces] == [*tokens, None]
+        assert "".join(piece.text for piece in pieces) == tokenizer.decode(tokens)
+        assert [piece.finish for piece in pieces] == [None] * 20 + ["length"]
+    assert len({pieces[5].text for pieces in whole}) > 1
+    for whole_pieces, pieces in zip(whole, texts(range(n), stops=["c"], logprobs=True), strict=True):
+        text = "".join(piece.text for piece in whole_pieces)
+        assert "".join(piece.text for piece in pieces) == text.split("c")[0]
+        assert pieces[-1].finish == ("stop" if "c" in text else "length")
+        assert all(piece.logprob <= 0 for piece in pieces[:-1])
+    # each is an iterator that may be left before its end
+    first_pieces = [next(iter(pieces)).token for pieces in write(model, tokenizer, [0], rngs(*range(n)), 20)]
+    assert first_pieces == [pieces[0].token for pieces in whole]

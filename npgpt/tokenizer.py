@@ -130,6 +130,7 @@ _CUT = re.compile(r"(?<=\S\n)(?=\S)")
 SIZE = 2**16  # characters of a piece at least
 LONGEST = 2**21  # and at most: one that has no such place is cut all the same, so that memory is enough for any text
 BATCH = 2**20  # characters that are encoded at a time
+PROBE = "".join(map(chr, range(0x20, 0x7F))) + "\n\tThe end.\n\n é日本語 😀"  # what a tokenizer has to give back
 MAX_JSON = 2**23  # bytes of a tokenizer's JSON within JSON: a checkpoint's header holds it with room to spare
 
 
@@ -162,6 +163,8 @@ class BPETokenizer(_Tokenizer):
         self.vocab_size = max(self._bytes) + 1
         if len(json.dumps(self.json)) > MAX_JSON:
             raise ValueError(f"its {self.vocab_size:,} tokens are too many to keep in a checkpoint")
+        if self.decode(self.encode(PROBE)) != PROBE:
+            raise ValueError("what it decodes is not what it encoded")
 
     @classmethod
     def learn(cls, pieces, vocab_size):

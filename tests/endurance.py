@@ -444,7 +444,7 @@ print(seconds, peak, trainer.memory_needed, trainer.n_tokens, (trainer.out_dir /
             f"peak memory {peak / 1e6:,.0f} MB, {told / 1e6:,.0f} told"
         )
         # what Python, NumPy, kernels and the model need, and 2 bytes for each token
-        expect(peak < 450e6 + 2 * size, f"{kind}: {peak / 1e6:,.0f} MB of memory for {size / 1e6:,.0f} MB of text")
+        expect(peak < 350e6 + 2 * size, f"{kind}: {peak / 1e6:,.0f} MB of memory for {size / 1e6:,.0f} MB of text")
         worst = max(worst, peak)
     return f"{size / 1e6:,.0f} MB of text: at most {worst / 1e6:,.0f} MB of memory"
 

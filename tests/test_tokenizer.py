@@ -239,6 +239,9 @@ def test_files_that_are_no_tokenizer_are_one_line(gpt2, tmp_path):
         (changed(gpt2, added_tokens=[{"id": 3}]), "not numbered"),
         (changed(gpt2, model={**model, "merges": [["日", "本"]]}), "cannot be used"),
         (changed(gpt2, pre_tokenizer={"type": "Surprise"}), "cannot be used"),
+        (changed(gpt2, pre_tokenizer=None), "what it decodes is not what it encoded"),
+        (changed(gpt2, normalizer={"type": "Lowercase"}), "what it decodes is not what it encoded"),
+        (changed(gpt2, model={**model, "continuing_subword_prefix": "x"}), "cannot be used"),
     ):
         (tmp_path / "x.json").write_text(text, encoding="latin-1" if text == "\xff" else "utf-8")
         with pytest.raises(UsageError, match=words) as error:

@@ -229,7 +229,8 @@ class Trainer:
         if state.get("data_sha256") == self.fingerprint:
             return
         was, now = state.get("n_characters"), self.n_characters
-        lengths = f"it had {was:,} characters, now there are {now:,} " if was is not None and now is not None else ""
+        both = isinstance(was, int) and isinstance(now, int)  # token files have no characters
+        lengths = f"it had {was:,} characters, now there are {now:,} " if both else ""
         raise UsageError(
             f"data: {' '.join(self.config.data)} is not the text that the run in {self.out_dir} was begun with: "
             f"{lengths}(sha256 {str(state.get('data_sha256'))[:8]}..., now {self.fingerprint[:8]}...)"

@@ -324,7 +324,7 @@ for line in sys.stdin:
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "NPGPT_KERNELS": "numpy"},
     )  # fmt: skip
-    codes = {}
+    codes, tokenizers = {}, [[], *(["--tokenizer", name] for name in ("byte", "bpe", str(place / "data")))]
     for i in range(2 * n):
         if i % 2:
             ranges = (1, 128), (128, 0xD800), (0xE000, 0x110000)
@@ -335,7 +335,7 @@ for line in sys.stdin:
             size = rng.choice([0, 1, 16, 17, 18, 40, 1000])
             alphabet = rng.choice([bytes(range(256)), b"ab\n", "é日\u2028x".encode()])
             (place / "data").write_bytes(bytes(rng.choice(alphabet) for _ in range(size)))
-            args = ["train", "--data", str(place / "data"), *rng.choice([[], ["--tokenizer", "byte"]]), *tiny]
+            args = ["train", "--data", str(place / "data"), *rng.choice(tokenizers), *tiny]
         process.stdin.write(json.dumps(args) + "\n")
         process.stdin.flush()
         answer = ""

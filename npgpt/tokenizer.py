@@ -14,6 +14,7 @@ import codecs
 import json
 import re
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -183,7 +184,10 @@ class BPETokenizer(_Tokenizer):
             initial_alphabet=sorted(package.pre_tokenizers.ByteLevel.alphabet()),
         )  # fmt: skip
         # (the package keeps some hundred pieces: they are short, and a word that is cut in two does no harm here)
-        tokenizer.train_from_iterator(cut_at_lines(pieces, SIZE, 2 * SIZE), trainer)
+        short = cut_at_lines(pieces, SIZE, 2 * SIZE)
+        # in a thread of its own, while this one takes note of a Ctrl-C, at which the pieces may come to an end
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(tokenizer.train_from_iterator, short, trainer).result()
         try:
             return cls(tokenizer.to_str())
         except ValueError as error:

@@ -2,13 +2,15 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
-from npgpt.errors import CheckpointError, UsageError
+from npgpt.errors import CheckpointError, StoppedError, UsageError
 from npgpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, cut_at_lines, find_bpe, from_dict
 
 TEXT = "naïve café — 日本語 😀\n\ttabs and nothing else"
@@ -164,6 +166,26 @@ def test_the_same_text_gives_the_same_bpe_in_every_process(package, tmp_path):
     assert len(learnt) == 1
     state = json.loads(learnt.pop())
     assert len(state["model"]["vocab"]) == 300 and state["added_tokens"] == []
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="the system has no timers that signal")
+def test_a_signal_is_taken_note_of_while_bpe_is_learnt(package):
+    noted = []
+
+    def pieces():
+        start = time.monotonic()
+        while not noted:  # (it would go on for ever if the signal had to wait for the end)
+            assert time.monotonic() < start + 60
+            yield PROSE
+        raise StoppedError(15, "stopped")
+
+    before = signal.signal(signal.SIGALRM, lambda number, _: noted.append(number))
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(StoppedError):
+            BPETokenizer.learn(pieces(), 300)
+    finally:
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_a_learnt_bpe_can_write_any_text(package):

@@ -171,9 +171,8 @@ class BPETokenizer(_Tokenizer):
     def learn(cls, pieces, vocab_size):
         """The tokenizer of at most vocab_size tokens that a text asks for: all bytes, and what comes often in it.
 
-        pieces: iterator of the text.  It is the whole text, with what is held back for validation, as with the other
-        tokenizers: which parts of words there are is no part of what is predicted.  The same text gives the same
-        tokens.  Raises UsageError without the package tokenizers.
+        pieces: iterator of the text, all of it: what is held back for validation is known only when there are tokens.
+        The same text gives the same tokenizer.  Raises UsageError without the package tokenizers.
         """
         package = _package()
         tokenizer = package.Tokenizer(package.models.BPE())
@@ -231,8 +230,10 @@ class BPETokenizer(_Tokenizer):
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
 
     def encode_pieces(self, pieces):
-        """The tokens of the text, the same as encode() gives for all of it; unless it has a part of LONGEST characters
-        without a place to cut it at: then one token may be another at the end of that part."""
+        """Iterator of the pieces of a text -> iterator of its tokens, those that encode() gives for all of it.
+
+        Only where LONGEST characters have no place to cut them at, tokens beside the cut may be others.
+        """
         for batch in _batches(cut_at_lines(pieces)):
             for encoding in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False):
                 yield np.array(encoding.ids, np.int64)

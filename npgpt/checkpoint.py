@@ -84,11 +84,11 @@ def replace(path, parts, check=lambda file: None):
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     try:
         try:
-            _write(temporary, parts)
+            write(temporary, parts)
             with _open(temporary) as file:
                 check(file)
             os.replace(temporary, path)
-            _flush_folder(path.parent)
+            flush_folder(path.parent)
         except ValueError as error:
             raise OSError(0, f"what was read back is not what was written: {error}") from None
     except OSError as error:
@@ -97,8 +97,8 @@ def replace(path, parts, check=lambda file: None):
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
 
 
-def _write(path, parts):
-    """Write a new file, and have it on the disk."""
+def write(path, parts):
+    """Write a new file of an iterable of bytes, and have it on the disk.  Raises OSError."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_BINARY", 0), 0o666)
     try:
         for part in parts:
@@ -110,7 +110,7 @@ def _write(path, parts):
         os.close(file)
 
 
-def _flush_folder(folder):
+def flush_folder(folder):
     """Have a folder's entries on the disk, where a folder can be opened at all (not on Windows)."""
     if os.name == "nt":
         return

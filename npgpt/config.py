@@ -6,6 +6,7 @@ This file needs the standard library only, so that `--help` answers before NumPy
 import dataclasses
 import difflib
 import math
+import os
 from dataclasses import dataclass, field
 
 from npgpt.errors import UsageError
@@ -13,6 +14,9 @@ from npgpt.errors import UsageError
 # Every random choice is drawn from [the run's seed, one of these, a step], so that no two kinds share their numbers.
 # From 1 on: for NumPy [seed, 0] is the same as [seed], which others may use.
 INIT, ORDER, DROPOUT, SAMPLE = 1, 2, 3, 4
+
+TOKENIZERS = ("char", "byte", "bpe")  # the setting `tokenizer`, if it is no file
+BPE_VOCAB_SIZE = 4096  # what bpe learns if nobody says how many
 
 
 def _setting(default, text, low=None, above=None, high=None, below=None, choices=None):
@@ -60,11 +64,21 @@ class GPTConfig:
 class TrainConfig:
     """All settings of a training run.  The defaults are the preset `default`."""
 
-    data: tuple = _setting(("pydoc",), "corpus: pydoc, shakespeare, or text files and folders of them")
-    tokenizer: str = _setting("char", "what a token is", choices=("char", "byte"))
+    data: tuple = _setting(
+        ("pydoc",),
+        "corpus: pydoc, shakespeare, or text files and folders of them; or a folder with train.bin and val.bin, "
+        "tokens as nanoGPT prepares them",
+    )
+    tokenizer: str = _setting(
+        "char",
+        "what a token is: char, byte, bpe (learnt from the corpus), or a file: tokenizer.json, vocab.json with "
+        "merges.txt beside it, or a text whose characters are the tokens",
+    )
+    vocab_size: int | None = _setting(None, "number of tokens that bpe learns; by default 4096", low=257)
     val_fraction: float = _setting(0.1, "share of the text, at its end, held back for validation", above=0, below=1)
     out_dir: str = _setting("out", "run folder for checkpoints and metrics.jsonl")
 
+    init_from: str | None = _setting(None, "run folder, checkpoint or Hugging Face GPT-2 folder to begin with")
     n_layer: int = _setting(4, "number of transformer blocks", low=1)
     n_head: int = _setting(4, "number of attention heads; must divide n_embd", low=1)
     n_embd: int = _setting(128, "width of the model", low=1)
@@ -107,9 +121,23 @@ class TrainConfig:
         self.gpt_config(vocab_size=1)
 
     def gpt_config(self, vocab_size):
-        """The GPTConfig of this run."""
+        """The GPTConfig of this run; vocab_size is that of its tokenizer."""
         names = {f.name for f in dataclasses.fields(GPTConfig)} - {"vocab_size"}
         return GPTConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True)
+class Controls:
+    """How the next token is chosen, in the order in which npgpt/sampling.py goes by them."""
+
+    repetition_penalty: float = _setting(1.0, "above 1: tokens that the text has already are less likely", above=0)
+    temperature: float = _setting(1.0, "0 takes the likeliest token, 1 is as learnt, more is wilder", low=0)
+    top_k: int | None = _setting(None, "only so many tokens, the likeliest ones", low=1)
+    top_p: float | None = _setting(None, "only the likeliest tokens, which have this probability", above=0, high=1)
+    min_p: float | None = _setting(None, "only tokens with this share of the likeliest's probability", low=0, high=1)
+
+    def __post_init__(self):
+        check_ranges(self)
 
 
 PRESETS = {
@@ -170,6 +198,22 @@ def check_ranges(config):
         ):
             if limits[limit] is not None and not holds(value, limits[limit]):
                 raise UsageError(f"{f.name} must be {words} {limits[limit]}, got {value}")
+
+
+def check_tokenizer(config):
+    """Raise UsageError if a new run cannot have the tokenizer that its TrainConfig names.
+
+    (One that is resumed has its tokenizer already, and the file may be gone.)
+    """
+    tokenizer = config.tokenizer
+    if config.vocab_size is not None and tokenizer != "bpe":
+        raise UsageError(f"vocab_size is for --tokenizer bpe; with {tokenizer} the tokens are what they are")
+    if tokenizer not in TOKENIZERS and not os.path.exists(tokenizer):
+        close = difflib.get_close_matches(tokenizer, TOKENIZERS, 1)
+        hint = f". Did you mean {close[0]}?" if close else ""
+        raise UsageError(
+            f"tokenizer must be one of {', '.join(TOKENIZERS)}, or a file; there is no file {tokenizer!r}{hint}"
+        )
 
 
 def preset(name):

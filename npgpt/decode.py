@@ -70,7 +70,8 @@ def decode_ref(keys, values, tokens, streams, positions, n_logits, parameters, n
     hs = C // n_head
     for layer in range(len(keys)):
         block = f"transformer.h.{layer}"
-        q, k, v = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn").reshape(R, 3, n_head, hs).transpose(1, 0, 2, 3)
+        qkv = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn")
+        q, k, v = qkv.reshape(R, 3, n_head, hs).transpose(1, 0, 2, 3)
         keys[layer, streams, :, positions] = k  # (R, n_head, hs)
         values[layer, streams, :, positions] = v
         y = np.empty_like(q)
@@ -159,8 +160,9 @@ def decode_kernel(
 ):  # fmt: skip
     """What decode_ref does, as number `rank` of `ranks` threads that share the rows of all matrices.
 
-    places              (L, 12) addresses of the parameters in BLOCK, 0 for none; scale_places (L, 4) those of the scales
-    final               (1, 2) addresses of ln_f's weight and bias
+    places              (L, 12) addresses of the parameters in BLOCK, 0 for none
+    scale_places        (L, 4) those of the scales of int8 matrices
+    final               (1, 2) those of ln_f's weight and bias
     x, qkv, y, hidden   (R, C), (R, 3C), (R, C), (R, 4C): what the threads work on together
     h, p                (R, C), (1, T): this one's own
     """
@@ -299,8 +301,9 @@ class Decoder:
         R = rows.shape[1]
         if R > self.rows or n_logits > R or (rows < 0).any() or (rows >= self.limits).any():
             raise ValueError(
-                f"Decoder: expected at most {self.rows} rows, logits of no more than these, and tokens, streams, positions "
-                f"below {self.limits[:, 0].tolist()}; got {R} rows, {n_logits} logits, {rows.max(axis=1).tolist()} at most"
+                f"Decoder: expected at most {self.rows} rows, logits of no more than these, and tokens, streams, "
+                f"positions below {self.limits[:, 0].tolist()}; got {R} rows, {n_logits} logits, tokens, streams, "
+                f"positions up to {rows.max(axis=1).tolist()}"
             )
         if KERNELS == "numpy":
             return decode_ref(self.keys, self.values, *rows, n_logits, self.parameters, self.n_head)

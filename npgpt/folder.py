@@ -1,7 +1,8 @@
-"""A run folder: its lock, its checkpoints, its log.
+"""A run folder: its lock, its checkpoints, its log, its tokens.
 
     iter-00000500.safetensors     checkpoints, named after the updates that they have behind them
     metrics.jsonl                 the log: one JSON object a line
+    tokens-0123456789abcdef.bin   the corpus as tokens, named after a hash of text and tokenizer
     lock                          held by the training that writes here, as long as its process lives
 """
 
@@ -115,9 +116,8 @@ class RunFolder:
             os.ftruncate(self._lock, 0)
             words = f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
             os.write(self._lock, words.encode("utf-8"))
-        for leftover in self.path.glob(f"iter-*{checkpoint.TEMPORARY}"):  # of a process that was killed
-            with contextlib.suppress(OSError):
-                leftover.unlink()
+        for name in ("iter-*", "tokens-*"):  # what processes left that were killed
+            self._remove(self.path.glob(name + checkpoint.TEMPORARY))
 
     def close(self):
         """Let the next training in."""
@@ -130,9 +130,10 @@ class RunFolder:
 
     # ---- checkpoints
 
-    def clear(self):
-        """Remove an earlier run."""
-        self._remove([*checkpoints(self.path), self.path / "metrics.jsonl"])
+    def clear(self, tokens=None):
+        """Remove an earlier run; but not the token file of the name `tokens`, which the new one uses."""
+        old_tokens = (path for path in self.path.glob("tokens-*.bin") if path.name != tokens)
+        self._remove([*checkpoints(self.path), self.path / "metrics.jsonl", *old_tokens])
 
     def forget_after(self, iteration):
         """Set aside the checkpoints beyond `iteration`: a run that is resumed from there makes its own."""
@@ -152,6 +153,19 @@ class RunFolder:
         spare = best(self.path)
         self._remove(p for p in found[keep:] if p not in (spare, path))
         return path
+
+    def write_tokens(self, name, parts):
+        """Write a token file, all of it or nothing; parts: iterable of arrays.  Raises CheckpointError."""
+        path = self.path / name
+        temporary = path.with_name(f"{name}.{os.getpid()}{checkpoint.TEMPORARY}")
+        try:
+            checkpoint.write(temporary, (memoryview(part).cast("B") for part in parts if len(part)))
+            os.replace(temporary, path)
+            checkpoint.flush_folder(self.path)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
+        finally:
+            self._remove([temporary])  # there is one if anything went wrong, be it with the text
 
     def _remove(self, paths):
         for path in paths:

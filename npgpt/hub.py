@@ -16,6 +16,7 @@ Files are looked at as a whole first: nothing large is allocated before names, s
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import re
 import reprlib
@@ -28,7 +29,7 @@ from npgpt import checkpoint, folder
 from npgpt.config import GPTConfig
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.ops.layernorm import EPS
-from npgpt.tokenizer import from_dict
+from npgpt.tokenizer import BPE_FILES, BPETokenizer, find_bpe, from_dict
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -137,8 +138,7 @@ def _open_checkpoint(path, stack):
         config, tokenizer = _gpt_config(state["model"]), from_dict(state["tokenizer"])
     except (KeyError, TypeError, ValueError, UsageError, CheckpointError) as error:
         raise CheckpointError(f"{path} was not written by npgpt.train, or is damaged ({error})") from None
-    if config.vocab_size != tokenizer.vocab_size:
-        raise CheckpointError(f"{path}: vocab_size {config.vocab_size}, but its tokenizer has {tokenizer.vocab_size}")
+    _check_vocab_size(path, config, tokenizer)
     places = {}
     for name, shape in _at_most(len(reader.entries), config, path):
         _check_entry(path, reader, name, shape)
@@ -151,6 +151,8 @@ def _open_folder(path, stack):
     settings = _read_json(path / CONFIG)
     config = _config_of(settings, path / CONFIG)
     tokenizer = open_tokenizer(path, settings)
+    if tokenizer is not None:
+        _check_vocab_size(path / CONFIG, config, tokenizer)
     weights = path / WEIGHTS if (path / WEIGHTS).exists() else path / INDEX
     stored = {}  # name without prefix -> (Reader, name)
     for reader in _readers(path, stack):
@@ -181,21 +183,26 @@ def open_tokenizer(path, settings):
     """The tokenizer in a Hugging Face folder, or None where there is none that can be opened.
 
     settings: the folder's config.json, where save_pretrained writes the tokenizers that have no file of their own.
-    Raises CheckpointError for one that is damaged, or does not fit the model.
+    (tokenizer.json, or vocab.json with merges.txt, needs the package tokenizers.)  Raises CheckpointError for one that
+    is damaged.
     """
     ours = settings.get("npgpt")
-    if ours is None:
-        return None
     try:
-        tokenizer = from_dict(ours["tokenizer"])
+        if ours is not None:
+            return from_dict(ours["tokenizer"])
+        if importlib.util.find_spec("tokenizers") is None or not any((path / name).exists() for name in BPE_FILES):
+            return None
+        return BPETokenizer.load(find_bpe(path))
     except (KeyError, TypeError, CheckpointError) as error:
         raise CheckpointError(f"{path / CONFIG}: the tokenizer in npgpt is damaged ({error})") from None
-    vocab_size = settings.get("vocab_size")
-    if tokenizer.vocab_size != vocab_size:
-        raise CheckpointError(
-            f"{path / CONFIG}: vocab_size {reprlib.repr(vocab_size)}, but its tokenizer has {tokenizer.vocab_size}"
-        )
-    return tokenizer
+    except UsageError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _check_vocab_size(path, config, tokenizer):
+    """Raise CheckpointError if there are tokens that a model does not know.  (It may know more: some are padded.)"""
+    if config.vocab_size < tokenizer.vocab_size:
+        raise CheckpointError(f"{path}: vocab_size {config.vocab_size}, but its tokenizer has {tokenizer.vocab_size}")
 
 
 def _config_of(settings, path):

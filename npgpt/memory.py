@@ -8,12 +8,14 @@ from pathlib import Path
 
 FLOAT = 4  # bytes
 KERNELS = 50e6  # bytes that compiled kernels and BLAS take once they run
+MAPPED = "the text's tokens, mapped from their file"  # which the system takes back when it has no other memory left
 
 
 def estimate(config, vocab_size, n_tokens, workers):
     """Peak memory in bytes of a training run, from a TrainConfig, its corpus and its number of workers.
 
-    To be asked before anything is allocated: what the process has taken already counts as it is.
+    To be asked before anything is allocated: what the process has taken already counts as it is.  The tokens that are
+    mapped from their file count with all of it, as they do once they were looked at.
     """
     return in_use() + KERNELS + sum(parts(config, vocab_size, n_tokens, workers).values())
 
@@ -35,7 +37,8 @@ def parts(config, vocab_size, n_tokens, workers):
         "gradients, for each worker": FLOAT * sum(sizes) * workers,
         "the optimizer": FLOAT * (2 * sum(sizes) + muon),
         "activations, for each worker": FLOAT * activations * workers,
-        "text and tokens": 11 * n_tokens,
+        MAPPED: (2 if V <= 2**16 else 4) * n_tokens,
+        "the order of the text's blocks": 8 * n_tokens / T,
     }
 
 

@@ -9,17 +9,18 @@
 Each call here is an op in npgpt/ops/ with its derivation, its gradient and its kernel.
 """
 
+import dataclasses
 import math
 
 import numpy as np
 
 from npgpt import hub
-from npgpt.config import INIT, GPTConfig
-from npgpt.nn import MLP, CausalSelfAttention, Dropout, Embedding, LayerNorm, Linear, Module, ModuleDict
+from npgpt.config import INIT, Controls
+from npgpt.nn import MLP, CausalSelfAttention, Dropout, Embedding, LayerNorm, Linear, Module, ModuleDict, Parameter
 from npgpt.ops import primitives  # noqa: F401  (gives Tensor its operators)
 from npgpt.ops.cross_entropy import cross_entropy
 from npgpt.ops.embedding import embedding
-from npgpt.sampling import Controls, Generation
+from npgpt.sampling import Generation
 
 
 class Block(Module):
@@ -90,6 +91,19 @@ class GPT(Module):
         """
         hub.save(self, path)
 
+    def crop_block_size(self, block_size):
+        """Shorten the longest context: later positions are forgotten."""
+        self.config = dataclasses.replace(self.config, block_size=block_size)
+        wpe = self.transformer.wpe
+        wpe.weight = Parameter(wpe.weight.data[:block_size].copy())
+
+    def set_dropout(self, p):
+        """Drop activations with another probability from now on."""
+        self.config = dataclasses.replace(self.config, dropout=p)
+        self.transformer.drop.p = p
+        for block in self.transformer.h:
+            block.attn.p_drop = block.attn.resid_dropout.p = block.mlp.dropout.p = p
+
     def _init_weights(self, rng):
         # GPT-2's initialisation: N(0, 0.02), the layers that write to the residual stream smaller, as 2 n_layer of
         # them add up there; biases 0 and layer norms 1, as they are
@@ -126,7 +140,7 @@ class GPT(Module):
 
         rng        numpy Generator, one number of which is used for each token
         cache      whether keys and values are kept from token to token; without it the result is the same, later
-        controls   those of npgpt.sampling.Controls: temperature, top_k, top_p, ...
+        controls   those of npgpt.config.Controls: temperature, top_k, top_p, ...
         """
         rng = rng or np.random.default_rng(0)
         generation = Generation(self, idx, [rng], Controls(**controls), len(idx) + max_new_tokens, cache)

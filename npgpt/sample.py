@@ -4,15 +4,17 @@ Flags may be written with dashes or underscores.  Exit codes are listed in npgpt
 """
 
 import contextlib
+import dataclasses
 import json
 import sys
+from pathlib import Path
 
-from npgpt.config import SAMPLE
+from npgpt.config import SAMPLE, Controls
 from npgpt.errors import UsageError, run_command
 from npgpt.train import Parser
 
 PROG = "python -m npgpt.sample"
-SIDE_BY_SIDE = 8  # texts that grow together; more would take memory, and be little faster
+DEFAULTS = {"temperature": 0.8}  # other than those of Controls
 
 
 def parse(argv):
@@ -30,31 +32,35 @@ def parse(argv):
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may come again")
     parser.add_argument("--seed", type=int, default=1337, metavar="N", help="same seed, same text (default: 1337)")
     controls = parser.add_argument_group("how the next token is chosen, in this order")
-    controls.add_argument(
-        "--repetition-penalty", type=float, default=1.0, metavar="X", help="above 1: tokens of the text are less likely"
-    )
-    controls.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 is greedy, 1 as learnt (default: 0.8)")
-    controls.add_argument("--top-k", type=int, metavar="N", help="only the N likeliest tokens")
-    controls.add_argument("--top-p", type=float, metavar="X", help="only the likeliest tokens, with X of the probability")
-    controls.add_argument("--min-p", type=float, metavar="X", help="only tokens with X times the likeliest one's probability")
+    for setting in dataclasses.fields(Controls):
+        kind, default = (int if setting.name == "top_k" else float), DEFAULTS.get(setting.name, setting.default)
+        text = setting.metadata["help"] + (" (default: all)" if default is None else f" (default: {default})")
+        flag = "--" + setting.name.replace("_", "-")
+        controls.add_argument(flag, type=kind, default=default, metavar="N" if kind is int else "X", help=text)
     output = parser.add_argument_group("output and speed")
     output.add_argument("--json", action="store_true", help="one JSON object a line for each text")
     output.add_argument("--logprobs", action="store_true", help="show each token with its log-probability, in nats")
     output.add_argument("--int8", action="store_true", help="weights of 8 bits: faster where the model is large")
     output.add_argument("--threads", type=int, metavar="N", help="cores to use (default: all, for a large model)")
     args = parser.parse_args(argv)
+    alone = args.prompt_file is None and not args.json
     for name, holds, words in (
         ("prompt", args.prompt != "", "must have one character at least"),
         ("prompt-file", args.prompt_file is None or args.prompt is None, "and --prompt: give one of them"),
-        ("interactive", not args.interactive or (args.prompt_file is None and not args.json), "asks for prompts itself, and answers in text"),
+        ("interactive", not args.interactive or alone, "asks for prompts, and answers in text"),
         ("num-samples", args.num_samples >= 1, "must be at least 1"),
         ("max-new-tokens", args.max_new_tokens >= 1, "must be at least 1"),
         ("stop", all(args.stop), "must have one character at least"),
         ("seed", args.seed >= 0, "must be at least 0"),
         ("threads", args.threads is None or args.threads >= 1, "must be at least 1"),
-    ):  # fmt: skip
+    ):
         if not holds:
             raise UsageError(f"--{name} {words}")
+    try:
+        args.controls = Controls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Controls)})
+    except UsageError as error:
+        name, words = str(error).split(" ", 1)
+        raise UsageError(f"--{name.replace('_', '-')} {words}") from None
     return args
 
 
@@ -149,17 +155,17 @@ def main(argv=None):
     from npgpt import folder, sampling
     from npgpt.model import GPT
 
-    controls = sampling.Controls(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     path = args.model if args.checkpoint in ("best", "last") else args.checkpoint
     model = GPT.from_pretrained(folder.newest(path) if args.checkpoint == "last" else path)
     tokenizer = model.tokenizer
     if tokenizer is None:
-        raise UsageError(f"{path} has no tokenizer that npgpt can open, so that it cannot read or write text")
+        raise UsageError(f"{path} has no tokenizer that can be opened (a tokenizer.json needs the package tokenizers)")
 
     def write(idx):
         rngs = [np.random.default_rng([args.seed, SAMPLE, n]) for n in range(args.num_samples)]
         return sampling.write(
-            model, tokenizer, idx, rngs, args.max_new_tokens, controls, args.stop, args.logprobs, args.int8, args.threads
+            model, tokenizer, idx, rngs, args.max_new_tokens, args.controls, args.stop, args.logprobs, args.int8,
+            args.threads,
         )  # fmt: skip
 
     if args.interactive:

@@ -12,65 +12,43 @@ and the token is drawn from the softmax of what is left.
 """
 
 import codecs
-import math
 from dataclasses import dataclass
 
 import numpy as np
 
+from npgpt.config import Controls
 from npgpt.decode import Decoder
 from npgpt.engine import no_grad
-from npgpt.errors import UsageError
-
 
 SIDE_BY_SIDE = 8  # texts that grow together; more would take more memory, and be little faster
 
 
-@dataclass(frozen=True)
-class Controls:
-    """How the next token is chosen.  Raises UsageError for a number out of its range."""
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self):
-        for name, holds, words in (
-            ("temperature", self.temperature >= 0 and math.isfinite(self.temperature), "at least 0"),
-            ("top_k", self.top_k is None or self.top_k >= 1, "at least 1"),
-            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "greater than 0 and at most 1"),
-            ("min_p", self.min_p is None or 0 <= self.min_p <= 1, "at least 0 and at most 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "greater than 0"),
-        ):
-            if not holds:
-                raise UsageError(f"{name} must be {words}, got {getattr(self, name)}")
-
-    def probabilities(self, logits, texts):
-        """logits (B, V), and the tokens of each text so far -> what the next ones are drawn from, (B, V) float64."""
-        z = logits.astype(np.float64)
-        if self.repetition_penalty != 1:
-            for row, text in zip(z, texts, strict=True):
-                seen = np.unique(np.asarray(text, np.int64))
-                seen = seen[seen < len(row)]
-                row[seen] = np.where(row[seen] > 0, row[seen] / self.repetition_penalty, row[seen] * self.repetition_penalty)
-        z -= z.max(axis=1, keepdims=True)
-        if self.temperature == 0:
-            p = np.zeros_like(z)
-            p[np.arange(len(z)), z.argmax(axis=1)] = 1
-            return p
-        z /= self.temperature
-        if self.top_k is not None and self.top_k < z.shape[1]:
-            z[z < np.partition(z, -self.top_k, axis=1)[:, -self.top_k, None]] = -np.inf
-        p = np.exp(z)
-        p /= p.sum(axis=1, keepdims=True)
-        if self.top_p is not None and self.top_p < 1:
-            falling = -np.sort(-p, axis=1)
-            n = (np.cumsum(falling, axis=1) < self.top_p).sum(axis=1)  # that do not have it yet; the next one does
-            p[p < falling[np.arange(len(p)), np.minimum(n, p.shape[1] - 1), None]] = 0
-        if self.min_p:
-            p[p < self.min_p * p.max(axis=1, keepdims=True)] = 0
-        return p / p.sum(axis=1, keepdims=True)
+def probabilities(logits, texts, controls):
+    """What the next tokens are drawn from, (B, V) float64: logits (B, V), the tokens of each text so far, Controls."""
+    z = logits.astype(np.float64)
+    if controls.repetition_penalty != 1:
+        for row, text in zip(z, texts, strict=True):
+            seen = np.unique(np.asarray(text, np.int64))
+            seen = seen[seen < len(row)]
+            r = controls.repetition_penalty
+            row[seen] = np.where(row[seen] > 0, row[seen] / r, row[seen] * r)
+    z -= z.max(axis=1, keepdims=True)
+    if controls.temperature == 0:
+        p = np.zeros_like(z)
+        p[np.arange(len(z)), z.argmax(axis=1)] = 1
+        return p
+    z /= controls.temperature
+    if controls.top_k is not None and controls.top_k < z.shape[1]:
+        z[z < np.partition(z, -controls.top_k, axis=1)[:, -controls.top_k, None]] = -np.inf
+    p = np.exp(z)
+    p /= p.sum(axis=1, keepdims=True)
+    if controls.top_p is not None and controls.top_p < 1:
+        falling = -np.sort(-p, axis=1)
+        n = (np.cumsum(falling, axis=1) < controls.top_p).sum(axis=1)  # that do not have it yet; the next one does
+        p[p < falling[np.arange(len(p)), np.minimum(n, p.shape[1] - 1), None]] = 0
+    if controls.min_p:
+        p[p < controls.min_p * p.max(axis=1, keepdims=True)] = 0
+    return p / p.sum(axis=1, keepdims=True)
 
 
 def choose(p, uniforms):
@@ -133,7 +111,8 @@ class Generation:
             last = self.decoder.read(contexts[0], alive[0], position)
             self.decoder.copy(alive[0], self.cached)
             return np.tile(last, (len(alive), 1))
-        return np.stack([self.decoder.read(context, i, position).copy() for i, context in zip(alive, contexts, strict=True)])
+        pairs = zip(alive, contexts, strict=True)
+        return np.stack([self.decoder.read(context, i, position).copy() for i, context in pairs])
 
     def _forward(self):
         was_training = self.model.training
@@ -152,7 +131,7 @@ class Generation:
         A log-probability is the model's own, in nats, before any control.
         """
         logits = self.logits()[:, : self.vocab_size]
-        p = self.controls.probabilities(logits, [self.texts[i] for i in self.alive])
+        p = probabilities(logits, [self.texts[i] for i in self.alive], self.controls)
         tokens = choose(p, np.array([self.rngs[i].random() for i in self.alive])).tolist()
         for i, token in zip(self.alive, tokens, strict=True):
             self.texts[i].append(token)

@@ -14,8 +14,8 @@ adds 2 ROWS vectors:
 The compiler would vectorise the loop over columns, but store the sums to memory in every step.  So `_tile` spells it
 out in LLVM's own vectors.
 
-A product of few rows with a large matrix (npgpt/decode.py) is another matter: there it is w that is read from memory, row
-by row, and each sum is a dot product along a row (`dots`).
+A product of few rows with a large matrix (npgpt/decode.py) is another matter: there it is w that must be fetched from
+memory, row by row, and each sum is a dot product along a row (`dots`).
 """
 
 import numpy as np
@@ -130,7 +130,7 @@ if KERNELS == "numba":
                             product = builder.fmul(copies, factors[v], flags=("contract",))
                             total = builder.fadd(builder.load(sums[r][v]), product, flags=("contract",))
                             builder.store(total, sums[r][v])
-                places = [[_place(builder, out_array, rows[r], columns[v], vector) for v in range(2)] for r in range(ROWS)]
+                places = [[_place(builder, out_array, row, column, vector) for column in columns] for row in rows]
                 with builder.if_then(add_value):  # all is read before anything is written: see `rows`
                     olds = [[_load(builder, places[r][v], itemsize, masks[v]) for v in range(2)] for r in range(ROWS)]
                     for r in range(ROWS):
@@ -190,7 +190,8 @@ if KERNELS == "numba":
 
                 def step(k, mask=None):
                     """The products of `lanes` columns from k on."""
-                    factors = [_load(builder, _place(builder, x_array, row, k, vector), itemsize, mask) for row in x_rows]
+                    pointers = [_place(builder, x_array, row, k, vector) for row in x_rows]
+                    factors = [_load(builder, pointer, itemsize, mask) for pointer in pointers]
                     for b in range(n):
                         pointer = _place(builder, w_array, w_rows[b], k, ir.VectorType(weight, lanes))
                         builder.call(prefetch, [builder.gep(builder.bitcast(pointer, byte), [ahead]), *how])
@@ -252,8 +253,8 @@ def product(out, a, b, add):
 def dots(out, x, w, scale, bias, first, last, add):
     """Inside a kernel: out[:, first:last] = x @ w[first:last].T * scale[first:last] + bias[first:last], or out += that.
 
-    out (R, N) and x (R, K) of one dtype, w (N, K) of this dtype or int8, scale and bias (N,) or of no length; the last axes
-    contiguous.  Each row of w is read once for four rows of x, so that w may be large: what counts is to fetch it from
+    out (R, N) and x (R, K) of one dtype, w (N, K) of this dtype or int8, scale and bias (N,) or of no length; the last
+    axes contiguous.  Each row of w is read once for four rows of x, so that w may be large: what counts is to fetch it from
     memory in the order in which it lies there.  The result of an element does not depend on `first` and `last`.
     """
     R, n = len(x), 8 if len(x) == 1 else 4

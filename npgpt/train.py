@@ -12,7 +12,7 @@ import sys
 import typing
 
 from npgpt import __version__
-from npgpt.config import PRESETS, TrainConfig, preset
+from npgpt.config import PRESETS, TrainConfig, check_tokenizer, preset
 from npgpt.errors import StoppedError, UsageError, run_command
 from npgpt.stop import Stop, catch_signals
 
@@ -109,7 +109,10 @@ def parse(argv):
         given["data"] = tuple(given["data"])
     if rest["resume"] and rest["overwrite"]:
         raise UsageError("give --resume or --overwrite, not both")
-    return {**(preset(name) if name else {}), **given}, rest
+    settings = {**(preset(name) if name else {}), **given}
+    if not rest["resume"]:
+        check_tokenizer(TrainConfig(**settings))
+    return settings, rest
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -128,6 +131,9 @@ def describe(trainer):
     from npgpt import jit, parallel
 
     config, model = trainer.config, trainer.model.config
+    length = ""
+    if trainer.n_characters is not None:
+        length = f"{trainer.n_bytes:,} bytes of UTF-8, {trainer.n_characters:,} characters, "
     kernels = f"numba {jit.numba.__version__}" if jit.KERNELS == "numba" else "NumPy references instead of kernels"
     return "\n".join(
         (
@@ -135,8 +141,7 @@ def describe(trainer):
             f"device  | {parallel.cpu_name()}, {parallel.cores()} cores: "
             f"{trainer.workers} workers x {trainer.blas_threads} BLAS threads, "
             f"sgemm {trainer.sgemm_peak / 1e9:,.0f} GFLOP/s",
-            f"data    | {' '.join(config.data)}: {trainer.n_bytes:,} bytes of UTF-8, {trainer.n_characters:,} "
-            f"characters, {model.vocab_size} different tokens",
+            f"data    | {' '.join(config.data)}: {length}{model.vocab_size:,} different tokens",
             *(f"        | {line}" for line in examine(trainer)),
             f"model   | {trainer.model.num_params():,} parameters: n_layer {model.n_layer}, n_head {model.n_head}, "
             f"n_embd {model.n_embd}, block_size {model.block_size}, dropout {model.dropout}",
@@ -195,6 +200,10 @@ def _print_sample(trainer, n_tokens, stop):
 
 def main(argv=None, stop=Stop):
     given, flags = parse(sys.argv[1:] if argv is None else argv)
+    if given.get("init_from") is not None and not flags["resume"]:
+        from npgpt.trainer import settings_of
+
+        given = {**settings_of(given["init_from"]), **given}
     config = TrainConfig(**given)  # before NumPy and Numba take their time to load: a mistake shows at once
     # what a console cannot show (its encoding may be ASCII) must not end a run
     sys.stdout.reconfigure(errors="replace")
@@ -205,9 +214,9 @@ def main(argv=None, stop=Stop):
     profile = Profile() if flags["profile"] else None
     if flags["resume"]:
         source = config.out_dir if flags["resume"] is True else flags["resume"]
-        trainer = Trainer.resume(source, given, profile, flags["force"])
+        trainer = Trainer.resume(source, given, profile, flags["force"], stop)
     else:
-        trainer = Trainer(config, flags["overwrite"], profile, flags["force"])
+        trainer = Trainer(config, flags["overwrite"], profile, flags["force"], stop)
     if stop.number is not None:
         raise StoppedError(stop.number, "stopped before anything was trained")
     print(describe(trainer), flush=True)

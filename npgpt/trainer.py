@@ -10,6 +10,7 @@ The loop computes and writes files; what is shown to a person is the business of
 import dataclasses
 import functools
 import hashlib
+import json
 import math
 import time
 from dataclasses import dataclass
@@ -17,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from npgpt import __version__, checkpoint, folder, jit, memory
-from npgpt.config import DROPOUT, SAMPLE, TrainConfig
-from npgpt.data import Blocks, evaluation_blocks, load_text, repeated_lines, split
+from npgpt import __version__, checkpoint, folder, hub, jit, memory
+from npgpt.config import BPE_VOCAB_SIZE, DROPOUT, SAMPLE, TrainConfig, check_tokenizer
+from npgpt.data import PIECE, Blocks, Corpus, EvaluationBlocks, TokenFiles, map_tokens, open_data, repeated_lines, split
 from npgpt.engine import NotFinite, finite_checks, random_stream
 from npgpt.errors import CheckpointError, DivergedError, StoppedError, UsageError
 from npgpt.model import GPT
@@ -28,14 +29,14 @@ from npgpt.parallel import DataParallel, blas_threads, choose_threads, cpu_name,
 from npgpt.profiler import profiling
 from npgpt.sampling import Writer
 from npgpt.stop import Stop
-from npgpt.tokenizer import TOKENIZERS
+from npgpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, find_bpe, from_dict, name_of
 
 MOST_SKIPPED = 5  # updates in a row that may be skipped because something was not finite
 
 # settings without which a run would not be the same run any more
 FIXED = (
-    "tokenizer", "val_fraction", "n_layer", "n_head", "n_embd", "block_size", "bias", "batch_size",
-    "gradient_accumulation_steps", "optimizer", "seed",
+    "tokenizer", "vocab_size", "val_fraction", "n_layer", "n_head", "n_embd", "block_size", "bias", "batch_size",
+    "gradient_accumulation_steps", "optimizer", "seed", "init_from",
 )  # fmt: skip
 
 clock = time.perf_counter
@@ -82,32 +83,34 @@ class Trainer:
     overwrite  whether an earlier run in config.out_dir may be lost
     force      whether to begin even if the memory seems too small
     profile    a Profile that gets to know where the updates' time goes; not that of the first, which compiles kernels
+    stop       a Stop; when it has a number while the data is read, StoppedError is raised
     """
 
-    def __init__(self, config, overwrite=False, profile=None, force=False):
+    def __init__(self, config, overwrite=False, profile=None, force=False, stop=Stop):
         self.config, self.profile, self.force = config, profile, force
         self.out_dir = Path(config.out_dir)
         self.overwrite = overwrite
         if not overwrite:
             folder.refuse_earlier_run(self.out_dir)
-        self._prepare()
+        check_tokenizer(config)
+        self._prepare(stop)
 
     @classmethod
-    def resume(cls, path, changes=None, profile=None, force=False):
+    def resume(cls, path, changes=None, profile=None, force=False, stop=Stop):
         """The run in a folder, or in a checkpoint file, as it stood when its newest checkpoint was written.
 
         changes    settings that are to be other than before, as a dict
-        profile, force    as for a new run
+        profile, force, stop    as for a new run
 
         Raises CheckpointError if there is no good checkpoint, and UsageError if data or changes do not fit it.
         """
         path = Path(path)
         out_dir = path.parent if path.is_file() else path
         with folder.opened(path if path.is_file() else folder.newest(path)) as (reader, state):
-            return cls._resume(path, out_dir, reader, state, changes, profile, force)
+            return cls._resume(path, out_dir, reader, state, changes, profile, force, stop)
 
     @classmethod
-    def _resume(cls, path, out_dir, reader, state, changes, profile, force):
+    def _resume(cls, path, out_dir, reader, state, changes, profile, force, stop):
         """The run that wrote an open checkpoint."""
         trainer = cls.__new__(cls)
         before = _config_of(state, path)
@@ -120,25 +123,41 @@ class Trainer:
             old, new = getattr(before, name), getattr(trainer.config, name)
             if old != new:
                 raise UsageError(f"the run in {out_dir} was begun with {name} = {old}; it cannot go on with {new}")
-        trainer._prepare()
+        trainer._prepare(stop, state)
         trainer._restore(reader, state, before, path)
         return trainer
 
-    def _prepare(self):
-        """Data, model, workers and optimizer, as they are before the first update."""
+    def _prepare(self, stop, state=None):
+        """Data, model, workers and optimizer, as they are before the first update.
+
+        state: of the checkpoint that the run goes on from.
+        """
         config = self.config
-        text = load_text(config.data)
-        raw = text.encode("utf-8")
-        self.n_characters, self.n_bytes = len(text), len(raw)
-        self.repeated_lines = repeated_lines(text, config.val_fraction)
-        self.fingerprint = hashlib.sha256(raw).hexdigest()
-        self.tokenizer = TOKENIZERS[config.tokenizer].from_text(text)
-        tokens = self.tokenizer.encode(text)
-        self.train_tokens, self.val_tokens = split(tokens, config.val_fraction)
-        self.blocks = Blocks(self.train_tokens, config.block_size, config.seed)
-        self.val_blocks = evaluation_blocks(self.val_tokens, config.block_size)
-        most = config.eval_iters * config.batch_size
-        self.val_sample = evaluation_blocks(self.val_tokens, config.block_size, most)
+        data = open_data(config.data, stop)
+        self.n_characters, self.n_bytes, self.fingerprint = data.n_characters, data.n_bytes, data.fingerprint
+        if state is None:
+            model, self.tokenizer = _beginning(config, data, stop)
+        else:
+            self._check_same_text(state)
+            model, self.tokenizer = None, from_dict(state.get("tokenizer"))
+        self.vocab_size = self.tokenizer.vocab_size if model is None else model.config.vocab_size
+        if state is not None:
+            self.vocab_size = max(self.vocab_size, _vocab_size_of(state))
+        self.workers, self.blas_threads = choose_threads(
+            config.batch_size, config.block_size, config.workers, config.blas_threads
+        )
+        self._check_memory(len(data.train) + len(data.val) if isinstance(data, TokenFiles) else data.n_bytes)
+        if isinstance(data, TokenFiles):
+            data.check(self.tokenizer.vocab_size)
+            self.repeated_lines, self.tokens_file = None, None
+            self.train_tokens, self.val_tokens = data.train, data.val
+        else:
+            self.train_tokens, self.val_tokens = split(self._encode(data, state), config.val_fraction)
+            self.repeated_lines = repeated_lines(data.pieces, data.n_characters, config.val_fraction)
+        self.n_tokens = len(self.train_tokens) + len(self.val_tokens)
+        self.memory_needed = memory.estimate(config, self.vocab_size, self.n_tokens, self.workers)
+        self.blocks, self.val_blocks = _blocks(config, self.train_tokens, self.val_tokens)
+        self.val_sample = EvaluationBlocks(self.val_tokens, config.block_size, config.eval_iters * config.batch_size)
 
         self.iters_per_epoch = self.blocks.per_epoch / (config.batch_size * config.gradient_accumulation_steps)
         self.max_iters = config.max_iters
@@ -146,11 +165,7 @@ class Trainer:
             self.max_iters = math.ceil(config.epochs * self.iters_per_epoch)
         self.tokens_per_iter = config.batch_size * config.block_size * config.gradient_accumulation_steps
 
-        self.workers, self.blas_threads = choose_threads(
-            config.batch_size, config.block_size, config.workers, config.blas_threads
-        )
-        self._check_memory(len(tokens))
-        self.model = GPT(config.gpt_config(self.tokenizer.vocab_size), seed=config.seed)
+        self.model = model or GPT(config.gpt_config(self.vocab_size), seed=config.seed)
         self.model.tokenizer = self.tokenizer
         self.parallel = DataParallel(self.model, self.workers, self.blas_threads)
         self.optimizer = self._optimizer()
@@ -162,14 +177,47 @@ class Trainer:
         self.notices = []  # what run() has to say first
         self.saved_iter, self.unsaved = None, None  # of the last checkpoint, and why it could not be written
 
-    def _check_memory(self, n_tokens):
-        """Raise UsageError if the run will need more memory than there is; `memory_needed` tells the bytes."""
-        asked = self.config, self.tokenizer.vocab_size, n_tokens, self.workers
-        self.memory_needed, there_is = memory.estimate(*asked), memory.available()
-        if there_is is not None and self.memory_needed > there_is and not self.force:
-            most = sorted(memory.parts(*asked).items(), key=lambda part: -part[1])[:3]
+    def _encode(self, corpus, state):
+        """(n,) tokens of a Corpus, mapped from a file in the run folder; it is written if it is not there yet.
+
+        Raises UsageError for a text that is too short, CheckpointError if the file cannot be written, and BusyError if
+        another training writes to the folder.
+        """
+        words = json.dumps(self.tokenizer.to_dict(), sort_keys=True)
+        self.tokens_file = f"tokens-{hashlib.sha256((self.fingerprint + words).encode()).hexdigest()[:16]}.bin"
+        path, dtype = self.out_dir / self.tokens_file, np.dtype("<u2" if self.tokenizer.vocab_size <= 2**16 else "<u4")
+        n = self.tokenizer.n_tokens(corpus.n_characters, corpus.n_bytes)
+        if n is None and corpus.n_bytes <= PIECE:  # a short text is encoded twice, lest a folder be made for nothing
+            n = sum(map(len, self.tokenizer.encode_pieces(corpus.pieces())))
+        if n is not None:
+            _blocks(self.config, *split(range(n), self.config.val_fraction))  # they look at the length only
+        elif state is not None:
+            n = state.get("n_tokens")
+        tokens = map_tokens(path, dtype, n)
+        if tokens is None:
+            run = folder.RunFolder(self.out_dir)
+            try:
+                parts = self.tokenizer.encode_pieces(corpus.pieces())
+                run.write_tokens(self.tokens_file, (part.astype(dtype) for part in parts))
+                tokens = map_tokens(path, dtype)
+            finally:
+                run.close()
+            if tokens is None:
+                raise CheckpointError(f"{path} is not as it was written just now")
+        return tokens
+
+    def _check_memory(self, most_tokens):
+        """Raise UsageError if the run will need more memory than there is, with so many tokens at most.
+
+        The tokens themselves do not count: they are mapped from a file, which may be larger than the memory.
+        """
+        asked = self.config, self.vocab_size, most_tokens, self.workers
+        parts = memory.parts(*asked)
+        needed, there_is = memory.estimate(*asked) - parts.pop(memory.MAPPED), memory.available()
+        if there_is is not None and needed > there_is and not self.force:
+            most = sorted(parts.items(), key=lambda part: -part[1])[:3]
             raise UsageError(
-                f"this run needs about {self.memory_needed / 1e9:,.1f} GB of memory, and there are "
+                f"this run needs about {needed / 1e9:,.1f} GB of memory, and there are "
                 f"{there_is / 1e9:,.1f} GB ({', '.join(f'{words} {size / 1e9:,.1f}' for words, size in most)}). "
                 f"Lower --batch-size, --block-size, --n-embd, --n-layer or --workers; --force tries it all the same"
             )
@@ -186,16 +234,20 @@ class Trainer:
             "blas_threads": self.blas_threads,
         }
 
+    def _check_same_text(self, state):
+        """Raise UsageError if the data is not what the run of a checkpoint was begun with."""
+        if state.get("data_sha256") == self.fingerprint:
+            return
+        was, now = state.get("n_characters"), self.n_characters
+        both = isinstance(was, int) and isinstance(now, int)  # token files have no characters
+        lengths = f"it had {was:,} characters, now there are {now:,} " if both else ""
+        raise UsageError(
+            f"data: {' '.join(self.config.data)} is not the text that the run in {self.out_dir} was begun with: "
+            f"{lengths}(sha256 {str(state.get('data_sha256'))[:8]}..., now {self.fingerprint[:8]}...)"
+        )
+
     def _restore(self, reader, state, before, path):
         """Become the run that wrote this checkpoint; its arrays go straight from the file to their places."""
-        if state.get("data_sha256") != self.fingerprint:
-            raise UsageError(
-                f"data: {' '.join(self.config.data)} is not the text that the run in {self.out_dir} was begun with: "
-                f"it had {state.get('n_characters', 0):,} characters, now there are {self.n_characters:,} "
-                f"(sha256 {str(state.get('data_sha256'))[:8]}..., now {self.fingerprint[:8]}...)"
-            )
-        if state.get("tokenizer") != self.tokenizer.to_dict():
-            raise UsageError(f"the tokenizer of the run in {self.out_dir} has other tokens than this text")
         flat = self.parallel.flat
         for prefix, values in self._arrays():
             for name, view in flat.views(values):
@@ -304,15 +356,13 @@ class Trainer:
         return ""
 
     def evaluate(self, blocks, stop=Stop):
-        """Mean loss over evaluation blocks x, y (n, block_size).  Raises DivergedError if it is not finite."""
-        x, y = blocks
+        """Mean loss over EvaluationBlocks.  Raises DivergedError if it is not finite."""
         total = count = 0
         self.parallel.train(False)
         try:
-            for i in range(0, len(x), self.config.batch_size):
+            for i in range(0, len(blocks), self.config.batch_size):
                 _check(stop)
-                part = slice(i, i + self.config.batch_size)
-                loss, n = self.parallel.loss(x[part], y[part])
+                loss, n = self.parallel.loss(*blocks[i : i + self.config.batch_size])
                 total, count = total + loss, count + n
         finally:
             self.parallel.train(True)
@@ -343,7 +393,7 @@ class Trainer:
             if self.resumed_from is None:
                 if not self.overwrite:
                     folder.refuse_earlier_run(self.out_dir)  # it may have come while the lock was another's
-                self.folder.clear()
+                self.folder.clear(self.tokens_file)
             else:
                 self.folder.forget_after(self.iter)
             self.folder.open_log(self.iter)
@@ -469,6 +519,7 @@ class Trainer:
             "tokenizer": self.tokenizer.to_dict(),
             "data_sha256": self.fingerprint,
             "n_characters": self.n_characters,
+            "n_tokens": self.n_tokens,
             "environment": self.environment,
         }
         try:
@@ -486,6 +537,89 @@ class _LogError(CheckpointError):
 def _check(stop):
     if stop.number is not None:
         raise _StopNow
+
+
+def _blocks(config, train_tokens, val_tokens):
+    """The two splits as Blocks and EvaluationBlocks.  Raises UsageError if one is too short."""
+    blocks = Blocks(train_tokens, config.block_size, config.seed)
+    return blocks, EvaluationBlocks(val_tokens, config.block_size)
+
+
+def settings_of(path):
+    """The settings that a run has which begins with the model at a path (see GPT.from_pretrained), as a dict.
+
+    Raises CheckpointError.
+    """
+    with hub.opened(path) as found:
+        settings = dataclasses.asdict(found.config)
+        if found.tokenizer is not None:
+            settings["tokenizer"] = found.tokenizer.kind
+    return {name: value for name, value in settings.items() if name not in ("vocab_size", "dropout")}
+
+
+def _beginning(config, data, stop):
+    """(model to begin with or None, tokenizer) of a new run.  Raises UsageError, and CheckpointError for init_from."""
+    if config.init_from is None:
+        return None, _make_tokenizer(config, data, stop)
+    model = GPT.from_pretrained(config.init_from).train()
+    for name in ("n_layer", "n_head", "n_embd", "bias", "block_size"):
+        has, asked = getattr(model.config, name), getattr(config, name)
+        if has != asked and not (name == "block_size" and asked < has):
+            raise UsageError(f"init_from: the model in {config.init_from} has {name} = {has}, not {asked}")
+    tokenizer = model.tokenizer
+    if tokenizer is None or config.tokenizer != tokenizer.kind:
+        tokenizer = _make_tokenizer(config, data, stop)
+    elif isinstance(data, Corpus):
+        _check_characters(tokenizer, data, config.init_from)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UsageError(
+            f"init_from: the model in {config.init_from} knows {model.config.vocab_size} tokens, but the tokenizer "
+            f"{config.tokenizer} has {tokenizer.vocab_size}"
+        )
+    model.crop_block_size(config.block_size)
+    model.set_dropout(config.dropout)
+    return model, tokenizer
+
+
+def _make_tokenizer(config, data, stop):
+    """The tokenizer of a new run.  Raises UsageError."""
+    has_text = isinstance(data, Corpus)
+    if config.tokenizer in ("char", "bpe") and not has_text:
+        lead = f"data: {data.path} holds tokens and no text;"
+        if (data.path / "meta.pkl").exists():
+            lead = f"data: {data.path} holds tokens; its meta.pkl is pickle, which can run code, and is not read;"
+        raise UsageError(
+            f"{lead} pass the vocabulary with --tokenizer input.txt (the text whose characters it is) or tokenizer.json"
+        )
+    if config.tokenizer == "char":
+        return CharTokenizer(data.characters)
+    if config.tokenizer == "byte":
+        return ByteTokenizer()
+    if config.tokenizer == "bpe":
+        return BPETokenizer.learn(data.pieces(), config.vocab_size or BPE_VOCAB_SIZE)
+    file = find_bpe(config.tokenizer)
+    if file is not None:
+        return BPETokenizer.load(file)
+    tokenizer = CharTokenizer(Corpus([Path(config.tokenizer)], stop, "tokenizer").characters)
+    if has_text:
+        _check_characters(tokenizer, data, config.tokenizer)
+    return tokenizer
+
+
+def _check_characters(tokenizer, data, source):
+    """Raise UsageError if a text has characters that a tokenizer of characters does not know."""
+    unknown = sorted(set(data.characters) - set(tokenizer.chars)) if isinstance(tokenizer, CharTokenizer) else []
+    if unknown:
+        raise UsageError(
+            f"data: the text has {len(unknown)} characters that {source} does not have, such as {name_of(unknown[0])}"
+        )
+
+
+def _vocab_size_of(state):
+    """The number of tokens of a checkpoint's model, which may be more than its tokenizer has; 0 if it is not there."""
+    model = state.get("model")
+    size = model.get("vocab_size") if isinstance(model, dict) else None
+    return size if type(size) is int and 0 < size < 2**31 else 0
 
 
 def _config_of(state, path):

@@ -1,4 +1,4 @@
-"""Whatever happens to a run, it is not lost: kills, full disks, damaged files, signals, races.
+"""Whatever happens to a run, it is not lost: kills, full disks, damaged files, signals, races, large texts.
 
     python tests/endurance.py            all of it, as often as it takes to believe it (the better part of an hour)
     python tests/endurance.py --short    a part of each, as CI does (two minutes)
@@ -9,6 +9,7 @@ Every part prints what it counted; the exit code is 1 if anything was not as it 
 
 import argparse
 import errno
+import itertools
 import json
 import math
 import os
@@ -323,7 +324,7 @@ for line in sys.stdin:
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT), "NPGPT_KERNELS": "numpy"},
     )  # fmt: skip
-    codes = {}
+    codes, tokenizers = {}, [[], *(["--tokenizer", name] for name in ("byte", "bpe", str(place / "data")))]
     for i in range(2 * n):
         if i % 2:
             ranges = (1, 128), (128, 0xD800), (0xE000, 0x110000)
@@ -334,7 +335,7 @@ for line in sys.stdin:
             size = rng.choice([0, 1, 16, 17, 18, 40, 1000])
             alphabet = rng.choice([bytes(range(256)), b"ab\n", "é日\u2028x".encode()])
             (place / "data").write_bytes(bytes(rng.choice(alphabet) for _ in range(size)))
-            args = ["train", "--data", str(place / "data"), *rng.choice([[], ["--tokenizer", "byte"]]), *tiny]
+            args = ["train", "--data", str(place / "data"), *rng.choice(tokenizers), *tiny]
         process.stdin.write(json.dumps(args) + "\n")
         process.stdin.flush()
         answer = ""
@@ -400,9 +401,57 @@ print(trainer.memory_needed, peak)
     return f"at most {worst:.1%} off"
 
 
+def large_corpus(place, short):
+    """A large text with each kind of tokenizer: prepared and trained on in bounded memory."""
+    size = 20_000_000 if short else 200_000_000
+    text, rng = place / "large.txt", random.Random(0)
+    words = ["".join(rng.choices("etaoinshrdlucmfwypvbgkjqxz", k=rng.randint(1, 9))) for _ in range(50_000)]
+    weights = [1 / (i + 3) for i in range(len(words))]  # some come often and most hardly ever, as in a language
+    cumulated = list(itertools.accumulate(weights))
+    with open(text, "w") as file:
+        while file.tell() < size:
+            for _ in range(2000):
+                line = " ".join(rng.choices(words, cum_weights=cumulated, k=rng.randint(3, 16)))
+                file.write(line + rng.choice([".\n", ".\n", ";\n", ".\n\n"]))
+    code = """
+import json, sys, time
+from npgpt.config import TrainConfig
+from npgpt.trainer import Trainer
+start = time.perf_counter()
+trainer = Trainer(TrainConfig(**json.loads(sys.argv[1])))
+seconds = time.perf_counter() - start
+for event in trainer.run():
+    pass
+peak = next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
+print(seconds, peak, trainer.memory_needed, trainer.n_tokens, (trainer.out_dir / trainer.tokens_file).stat().st_size)
+"""
+    worst = 0.0
+    for kind in ("char", "bpe"):
+        config = {
+            "data": [str(text)], "out_dir": str(place / kind), "tokenizer": kind, "max_iters": 300, "eval_iters": 1,
+            "eval_interval": 300, "n_layer": 1, "n_embd": 32, "val_fraction": 0.01,
+        }  # fmt: skip
+        if kind == "bpe":
+            config["vocab_size"] = 4096
+        done = subprocess.run(
+            [sys.executable, "-c", code, json.dumps(config)], capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        expect(done.returncode == 0, done.stderr)
+        seconds, peak, told, n_tokens, file_size = map(float, done.stdout.split())
+        print(
+            f"    {kind}: {n_tokens:,.0f} tokens, {file_size / 1e6:,.0f} MB of them, after {seconds:,.0f} s; "
+            f"peak memory {peak / 1e6:,.0f} MB, {told / 1e6:,.0f} told"
+        )
+        # what Python, NumPy, kernels and the model need, and 2 bytes for each token
+        expect(peak < 350e6 + 2 * size, f"{kind}: {peak / 1e6:,.0f} MB of memory for {size / 1e6:,.0f} MB of text")
+        worst = max(worst, peak)
+    return f"{size / 1e6:,.0f} MB of text: at most {worst / 1e6:,.0f} MB of memory"
+
+
 PARTS = {
     "kill": kill, "io": io, "fuzz": fuzz, "signals": signals, "locks": locks, "inputs": inputs,
-    "memory": memory_estimate,
+    "memory": memory_estimate, "corpus": large_corpus,
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from npgpt import sample, train
@@ -52,6 +53,7 @@ def test_training_shows_what_it_does(folder):
         assert words in out
     assert sorted(os.listdir(folder / "run")) == [
         "iter-00000002.safetensors", "iter-00000004.safetensors", "lock", "metrics.jsonl",
+        "tokens-378bb2504ab1a8b8.bin",
     ]  # fmt: skip
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 5
@@ -127,7 +129,9 @@ def test_help_needs_neither_numpy_nor_numba():
         ("--learning-rate inf", "learning_rate must be a finite number"),
         ("--dropout 1", "dropout must be less than 1"),
         ("--val-fraction 0", "val_fraction must be greater than 0"),
-        ("--tokenizer bpe", "tokenizer must be one of char, byte"),
+        ("--tokenizer bye", "one of char, byte, bpe, or a file; there is no file 'bye'. Did you mean byte?"),
+        ("--vocab-size 300", "vocab_size is for --tokenizer bpe; with char the tokens are what they are"),
+        ("--tokenizer bpe --vocab-size 256", "vocab_size must be at least 257"),
         ("--seed -3", "seed must be at least 0"),
         ("--bach-size 3", "unknown argument --bach-size; did you mean --batch-size?"),
         ("--bias=maybe", "expected True or False"),
@@ -154,6 +158,15 @@ def test_wrong_flags_are_one_line(args, words):
         (lambda f: ["--data", f / "text.txt", "--out-dir", f / "text.txt"], 2, "is a file"),
         (lambda f: ["--data", f / "text.txt", "--out-dir", f / "text.txt" / "x"], 3, "cannot write to the run folder"),
         (lambda f: ["--data", f / "text.txt", "--out-dir", f / "run"], 2, "holds an earlier run"),
+        (lambda f: ["--data", f / "text.txt", "--tokenizer", f / "no.json"], 2, "there is no file"),
+        (lambda f: ["--data", f / "text.txt", "--tokenizer", write(f, "bad.json", b"{")], 2, "bad.json is not JSON"),
+        (lambda f: ["--data", f / "text.txt", "--tokenizer", f], 2, "has neither tokenizer.json nor vocab.json"),
+        (lambda f: ["--data", f / "text.txt", "--tokenizer", write(f, "few.txt", b"ab")], 2, "few.txt does not have"),
+        (lambda f: ["--data", f / "text.txt", "--tokenizer", write(f, "none.txt", b"")], 2, "tokenizer: "),
+        (lambda f: ["--data", tokens(f, [1, 2])], 2, "holds tokens and no text; pass the vocabulary with --tokenizer"),
+        (lambda f: ["--data", tokens(f, [1, 2], "meta.pkl")], 2, "its meta.pkl is pickle, which can run code"),
+        (lambda f: ["--data", tokens(f, [256, 2]), "--tokenizer", "byte"], 2, "has token 256 at position 0"),
+        (lambda f: ["--data", tokens(f, [1, 2]), "--tokenizer", "byte"], 2, "block_size = 64 needs 65"),
         (lambda f: ["--preset", "no"], 2, "unknown preset"),
     ],
 )
@@ -161,6 +174,65 @@ def test_training_mistakes_are_one_line_and_an_exit_code(folder, make, exit_code
     code, _, err = command("train", "--out-dir", folder / "unused", *make(folder))
     assert code == exit_code
     assert words in err and err.count("\n") == 1 and "Traceback" not in err
+    assert not (folder / "unused").exists()
+
+
+def tokens(folder, numbers, *others):
+    """A folder of token files, with other files beside them."""
+    path = folder / f"tokens{len(numbers)}-{numbers[0]}{''.join(others)}"
+    path.mkdir(exist_ok=True)
+    for name in ("train.bin", "val.bin"):
+        np.array(numbers, np.uint16).tofile(path / name)
+    for name in others:
+        (path / name).touch()
+    return path
+
+
+def test_token_files_are_data(folder):
+    raw = TEXT.encode()
+    path = tokens(folder, list(raw))
+    args = ["--data", path, "--tokenizer", "byte", "--out-dir", folder / "from-tokens", *SMALL]
+    code, out, err = command("train", *args)
+    assert (code, err) == (0, "") and "different tokens" in out and "UTF-8" not in out and "None" not in out
+    assert "1,720 tokens to train on, 1,720 held back" in out
+    assert not list((folder / "from-tokens").glob("tokens-*"))
+    code, out, err = command("train", "--resume", "--out-dir", folder / "from-tokens", "--max-iters", 6)
+    assert code == 0 and "iter      5 | loss" in out
+    assert command("sample", "--out-dir", folder / "from-tokens", "--prompt", "to be")[0] == 0
+    # nanoGPT's characters: the vocabulary is a text's
+    chars = sorted(set(TEXT))
+    path = tokens(folder, [chars.index(char) for char in TEXT], "input.txt")
+    (path / "input.txt").write_text(TEXT, encoding="utf-8")
+    args = ["--data", path, "--tokenizer", path / "input.txt", "--out-dir", folder / "from-chars", *SMALL]
+    code, out, err = command("train", *args)
+    assert (code, err) == (0, "") and f"| {' '.join([str(path)])}: {len(chars)} different tokens" in out
+    args = ["--out-dir", folder / "from-chars", "--max-new-tokens", 20]
+    assert set(command("sample", *args, "--prompt", "to be")[1]) <= set(chars)
+
+
+def test_bpe_is_learnt_trained_with_and_sampled(folder):
+    pytest.importorskip("tokenizers")
+    args = ["--data", folder / "text.txt", "--tokenizer", "bpe", "--vocab-size", 270, "--out-dir", folder / "bpe"]
+    code, out, err = command("train", *args, *SMALL)
+    assert (code, err) == (0, "") and "1,720 characters, 270 different tokens" in out
+    code, out, err = command("sample", "--out-dir", folder / "bpe", "--prompt", "日本 to be", "--max-new-tokens", 9)
+    assert (code, err) == (0, "") and out.startswith("日本 to be")
+    code, out, err = command("train", "--resume", "--out-dir", folder / "bpe", "--max-iters", 6)
+    assert code == 0 and "iter      5 | loss" in out
+    code, _, err = command("train", "--resume", "--out-dir", folder / "bpe", "--vocab-size", 280)
+    assert code == 2 and "begun with vocab_size = 270; it cannot go on with 280" in err
+
+
+def test_bpe_without_its_package_says_what_to_install(folder):
+    code = (
+        "import sys; sys.modules['tokenizers'] = None\n"
+        "from npgpt import train; sys.argv[0] = 'train'; train.command()"
+    )
+    args = ["--data", folder / "text.txt", "--tokenizer", "bpe", "--out-dir", folder / "unused"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True)
+    words = "a BPE tokenizer needs the package tokenizers: pip install 'npgpt[hub]'"
+    assert (done.returncode, done.stderr) == (2, f"python -m npgpt.train: {words}\n")
+    assert not (folder / "unused").exists()
 
 
 def write(folder, name, raw):
@@ -239,7 +311,7 @@ def test_sampling_writes_the_prompt_and_continues_it(folder):
         ("--prompt=", "--prompt must have one character at least"),
         ("--num-samples 0", "--num-samples must be at least 1"),
         ("--temperature -1", "--temperature must be at least 0"),
-        ("--temperature nan", "--temperature must be at least 0"),
+        ("--temperature nan", "--temperature must be a finite number"),
         ("--top-k 0", "--top-k must be at least 1"),
         ("--max-new-tokens 0", "--max-new-tokens must be at least 1"),
         ("--seed -1", "--seed must be at least 0"),
@@ -253,7 +325,7 @@ def test_sampling_mistakes_are_one_line(folder, args, words):
 
 
 def test_no_checkpoint_or_a_damaged_one(folder):
-    for name, words in (("nowhere", "no checkpoint"), ("text.txt", "no checkpoint")):
+    for name, words in (("nowhere", "there is no"), ("text.txt", "not a good checkpoint")):
         code, out, err = command("sample", "--out-dir", folder / name)
         assert (code, out) == (3, "") and words in err and err.count("\n") == 1
     (folder / "damaged").mkdir(exist_ok=True)

@@ -27,7 +27,8 @@ def model_of(shape, bias=True, dtype=np.float64, seed=0):
     model = GPT(GPTConfig(T, V, L, H, C, bias=bias), dtype=dtype)
     rng = np.random.default_rng(seed)
     for _, parameter in model.named_parameters():
-        parameter.data[...] = rng.normal(0, 1 if parameter.ndim == 1 else 1 / np.sqrt(parameter.shape[1]), parameter.shape)
+        std = 1 if parameter.ndim == 1 else 1 / np.sqrt(parameter.shape[1])
+        parameter.data[...] = rng.normal(0, std, parameter.shape)
     return model
 
 
@@ -152,8 +153,14 @@ def test_int8_is_the_model_with_rounded_matrices(dtype):
 
 @pytest.mark.parametrize(
     "rows",
-    [([50], [0], [0], 1), ([-1], [0], [0], 1), ([0], [2], [0], 1), ([0], [0], [20], 1), ([0], [0], [0], 2)]
-    + [([0] * (CHUNK + 1), [0] * (CHUNK + 1), range(CHUNK + 1), 1)],
+    [
+        ([50], [0], [0], 1),
+        ([-1], [0], [0], 1),
+        ([0], [2], [0], 1),
+        ([0], [0], [20], 1),
+        ([0], [0], [0], 2),
+        ([0] * (CHUNK + 1), [0] * (CHUNK + 1), range(CHUNK + 1), 1),
+    ],
 )
 def test_rows_that_are_not_there_are_refused(rows):
     decoder = Decoder(model_of(SHAPES[0]), 2)

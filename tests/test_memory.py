@@ -43,6 +43,11 @@ def test_every_part_grows_with_what_it_depends_on():
             assert (size > base[words]) == expected, words
 
 
+def test_a_token_takes_as_many_bytes_as_its_vocabulary_asks_for():
+    for vocab_size, size in ((100, 2), (2**16, 2), (2**16 + 1, 4)):
+        assert memory.parts(TrainConfig(), vocab_size, 1000, 1)[memory.MAPPED] == size * 1000
+
+
 def test_a_limit_of_the_container_counts(monkeypatch):
     monkeypatch.setattr(memory, "_machine", lambda: 1000)
     monkeypatch.setattr(memory, "_container", lambda: iter([700, 900]))

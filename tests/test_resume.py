@@ -13,6 +13,7 @@ from npgpt import checkpoint, folder, trainer
 from npgpt.config import TrainConfig
 from npgpt.errors import BusyError, CheckpointError, DivergedError, StoppedError, UsageError
 from npgpt.stop import Stop
+from npgpt.tokenizer import BPETokenizer
 from npgpt.trainer import Evaluation, Notice, Progress, Trainer
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40
@@ -93,6 +94,62 @@ def test_stopped_anywhere_and_resumed_it_ends_with_the_same_bytes(config, made_u
         assert outcome(again) == expected, f"stopped at iteration {one.iter}"
         assert (again.best_loss, again.best_iter) == (whole.best_loss, whole.best_iter)
     assert len(points) == 20 and {0, END} <= stopped_at and stopped_at & {4, 8, 12, 16}
+
+
+def bpe(config, tmp_path):
+    pytest.importorskip("tokenizers")
+    return variant(config, tokenizer="bpe", vocab_size=270)
+
+
+def bpe_file(config, tmp_path):
+    pytest.importorskip("tokenizers")
+    path = BPETokenizer.learn([TEXT], 265).save(tmp_path)
+    return variant(config, tokenizer=str(path))
+
+
+def char_file(config, tmp_path):
+    (tmp_path / "characters.txt").write_text(TEXT + "0123456789", encoding="utf-8")
+    return variant(config, tokenizer=str(tmp_path / "characters.txt"))
+
+
+def token_folder(config, tmp_path):
+    (tmp_path / "tokens").mkdir()
+    tokens = np.frombuffer(TEXT.encode(), np.uint8).astype(np.uint16)
+    tokens[:1500].tofile(tmp_path / "tokens" / "train.bin")
+    tokens[1500:].tofile(tmp_path / "tokens" / "val.bin")
+    return variant(config, data=(str(tmp_path / "tokens"),), tokenizer="byte")
+
+
+@pytest.mark.parametrize("kind", [bpe, bpe_file, char_file, token_folder])
+def test_whatever_the_tokens_are_a_resumed_run_ends_with_the_same_bytes(config, made_up_clock, tmp_path, kind):
+    config = kind(config, tmp_path)
+    whole = Trainer(variant(config, out_dir=str(tmp_path / "whole")))
+    made_up_clock(whole)
+    for n in (0, 9, 21):
+        one = Trainer(config, overwrite=True)
+        with pytest.raises(StoppedError):
+            made_up_clock(one, StopAt(n))
+        for path in (*Path(config.out_dir).glob("tokens-*.bin"), Path(config.tokenizer)):
+            if n == 9 and path.is_file():  # neither the encoded text nor the tokenizer's file is needed
+                path.rename(path.with_suffix(".moved"))
+        again = Trainer.resume(config.out_dir)
+        made_up_clock(again)
+        assert outcome(again) == outcome(whole)
+        assert again.tokenizer.to_dict() == whole.tokenizer.to_dict()
+        for path in tmp_path.glob("*.moved"):
+            path.rename(config.tokenizer)
+
+
+def test_token_files_that_are_others_are_refused(config, tmp_path):
+    config = token_folder(config, tmp_path)
+    with pytest.raises(StoppedError):
+        list(Trainer(config).run(StopAt(9)))
+    raw = bytearray((tmp_path / "tokens" / "val.bin").read_bytes())
+    raw[0] ^= 1
+    (tmp_path / "tokens" / "val.bin").write_bytes(raw)
+    for change in ({}, {"data": (str(tmp_path / "text.txt"),)}):
+        with pytest.raises(UsageError, match=r"is not the text that the run in .* was begun with: \(sha256"):
+            Trainer.resume(config.out_dir, change)
 
 
 def test_resumed_from_every_checkpoint_and_twice(config, made_up_clock, tmp_path):

@@ -1,14 +1,14 @@
-"""How tokens are chosen, beside a plain reference; the cache beside the whole forward pass; texts and where they end."""
+"""How tokens are chosen, beside a plain reference; the cache beside the whole forward pass; where texts end."""
 
 import itertools
 
 import numpy as np
 import pytest
 
-from npgpt.config import GPTConfig
+from npgpt.config import Controls, GPTConfig
 from npgpt.errors import UsageError
 from npgpt.model import GPT
-from npgpt.sampling import SIDE_BY_SIDE, Controls, Generation, Writer, choose, context_start, write
+from npgpt.sampling import SIDE_BY_SIDE, Generation, Writer, choose, context_start, probabilities, write
 from npgpt.tokenizer import ByteTokenizer, CharTokenizer
 
 CONFIG = GPTConfig(vocab_size=11, block_size=9, n_layer=2, n_head=2, n_embd=24)
@@ -71,28 +71,31 @@ def test_controls_make_the_distribution_that_the_reference_makes(dtype):
         settings = dict(zip(SETTINGS, values, strict=True))
         logits = (2 * rng.standard_normal((3, 12))).astype(dtype)
         texts = [rng.integers(0, 12, n).tolist() for n in (0, 4, 30)]
-        p = Controls(**settings).probabilities(logits, texts)
+        p = probabilities(logits, texts, Controls(**settings))
         assert p.dtype == np.float64
         for row in range(3):
-            np.testing.assert_allclose(p[row], plainly(logits[row], texts[row], **settings), atol=1e-12, err_msg=str(settings))
+            expected = plainly(logits[row], texts[row], **settings)
+            np.testing.assert_allclose(p[row], expected, atol=1e-12, err_msg=str(settings))
 
 
 def test_tokens_as_likely_as_the_last_one_that_stays_stay_too():
     logits = np.log([[4.0, 2.0, 2.0, 1.0]])
-    assert np.allclose(Controls(top_k=2).probabilities(logits, [[]]), [[0.5, 0.25, 0.25, 0]])
-    assert np.allclose(Controls(top_p=0.5).probabilities(logits, [[]]), [[0.5, 0.25, 0.25, 0]])
+    for controls in (Controls(top_k=2), Controls(top_p=0.6)):
+        assert np.allclose(probabilities(logits, [[]], controls), [[0.5, 0.25, 0.25, 0]])
 
 
 def test_extreme_logits_give_no_nan():
     logits = np.array([[1e30, -1e30, 0, -np.inf]], np.float32)
     for controls in (Controls(), Controls(temperature=1e-6, top_p=0.9), Controls(repetition_penalty=2.0)):
-        assert controls.probabilities(logits, [[0, 1, 2, 3]]).tolist() == [[1, 0, 0, 0]]
+        assert probabilities(logits, [[0, 1, 2, 3]], controls).tolist() == [[1, 0, 0, 0]]
 
 
 @pytest.mark.parametrize(
     "setting",
-    [dict(temperature=-1), dict(temperature=np.nan), dict(temperature=np.inf), dict(top_k=0), dict(top_p=0), dict(top_p=1.1)]
-    + [dict(min_p=-0.1), dict(min_p=1.1), dict(repetition_penalty=0), dict(repetition_penalty=np.inf), dict(top_p=np.nan)],
+    [
+        dict(temperature=-1.0), dict(temperature=np.nan), dict(temperature=np.inf), dict(top_k=0), dict(top_p=0.0),
+        dict(top_p=1.1), dict(top_p=np.nan), dict(min_p=-0.1), dict(min_p=1.1), dict(repetition_penalty=0.0),
+    ],
 )
 def test_controls_out_of_range(setting):
     with pytest.raises(UsageError, match=f"{next(iter(setting))} must be"):
@@ -129,7 +132,7 @@ def test_a_context_grows_until_it_is_full_and_then_keeps_its_last_half():
     assert all(n - context_start(n, n - 2, 1) == 1 for n in range(3, 9))
 
 
-CONTROLS = [Controls(temperature=0), Controls(), Controls(1.3, 5, 0.9, 0.05, 1.2)]
+CONTROLS = [Controls(temperature=0), Controls(), Controls(1.2, 1.3, 5, 0.9, 0.05)]
 
 
 @pytest.mark.parametrize("n_prompt", [1, 4, 9, 25])

@@ -4,14 +4,19 @@ import dataclasses
 import json
 import math
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from npgpt import checkpoint, folder
+from npgpt import checkpoint, folder, memory
+from npgpt import tokenizer as tokenizers
 from npgpt.config import TrainConfig
-from npgpt.errors import CheckpointError, DivergedError, UsageError
+from npgpt.errors import BusyError, CheckpointError, DivergedError, StoppedError, UsageError
 from npgpt.model import GPT
+from npgpt.stop import Stop
 from npgpt.trainer import Evaluation, Progress, Trainer
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40
@@ -189,3 +194,193 @@ def test_a_checkpoint_that_is_none_of_ours(config):
     checkpoint.save(trainer.out_dir / "foreign", arrays, {})
     with pytest.raises(CheckpointError, match="not written by npgpt"):
         GPT.from_pretrained(trainer.out_dir / "foreign")
+
+
+# ---- the corpus as tokens
+
+
+def token_files(config):
+    return sorted(path for path in Path(config.out_dir).glob("tokens-*"))
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_tokens_are_mapped_from_a_file_in_the_run_folder(config, kind):
+    if kind == "bpe":
+        pytest.importorskip("tokenizers")
+    trainer, _ = run(variant(config, tokenizer=kind))
+    (path,) = token_files(config)
+    expected = trainer.tokenizer.encode(TEXT)
+    assert np.fromfile(path, "<u2").tolist() == expected.tolist()
+    assert isinstance(trainer.train_tokens.base.base, np.memmap) and not trainer.train_tokens.flags.writeable
+    assert np.concatenate([trainer.train_tokens, trainer.val_tokens]).tolist() == expected.tolist()
+    assert trainer.n_tokens == len(expected)
+
+
+def test_more_than_65536_tokens_take_four_bytes(config, tmp_path):
+    characters = map(chr, [*range(0x0E, 0xD000), 10, *range(0x10000, 0x20000)])
+    (tmp_path / "vocabulary.txt").write_text("".join(characters), encoding="utf-8")
+    trainer = Trainer(variant(config, tokenizer=str(tmp_path / "vocabulary.txt")))
+    (path,) = token_files(config)
+    assert trainer.tokenizer.vocab_size > 65536 and trainer.train_tokens.dtype == np.uint32
+    assert np.fromfile(path, "<u4").tolist() == trainer.tokenizer.encode(TEXT).tolist()
+
+
+def test_what_was_encoded_before_is_used_again(config, monkeypatch):
+    run(config)
+    (path,) = token_files(config)
+    before = path.stat().st_mtime_ns
+
+    def refuse(*args):
+        raise AssertionError("the text is encoded once more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizers.CharTokenizer, "encode_pieces", refuse)
+        run(config, overwrite=True)
+        Trainer.resume(config.out_dir)
+    assert token_files(config) == [path] and path.stat().st_mtime_ns == before
+    path.write_bytes(path.read_bytes()[:-2])  # but not if it has another length
+    trainer = Trainer.resume(config.out_dir)
+    assert trainer.n_tokens == len(TEXT) == path.stat().st_size // 2
+
+
+def test_bpe_tokens_of_another_length_are_noticed_in_a_resume(config):
+    pytest.importorskip("tokenizers")
+    trainer, _ = run(variant(config, tokenizer="bpe"))
+    (path,) = token_files(config)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2])
+    assert Trainer.resume(config.out_dir).n_tokens == trainer.n_tokens
+    assert path.read_bytes() == whole
+
+
+def test_tokens_of_earlier_content_go_with_their_run(config, tmp_path):
+    run(config)
+    (old,) = token_files(config)
+    (tmp_path / "text.txt").write_text(TEXT + TEXT, encoding="utf-8")
+    trainer = Trainer(config, overwrite=True)
+    assert old in token_files(config) and len(token_files(config)) == 2  # the earlier run stays until this one begins
+    list(trainer.run())
+    assert len(token_files(config)) == 1 and old not in token_files(config)
+
+
+def test_a_run_folder_is_not_made_for_a_text_that_is_too_short(config, tmp_path):
+    (tmp_path / "text.txt").write_text("the cat " * 3, encoding="utf-8")
+    for kind in ("char", "byte", "bpe"):
+        if kind == "bpe":
+            pytest.importorskip("tokenizers")
+        with pytest.raises(UsageError, match="block_size = 800 needs 801"):
+            Trainer(variant(config, tokenizer=kind, block_size=800))
+        assert not Path(config.out_dir).exists()
+
+
+class FullDisk:
+    """The os module, on a disk that has room for so many bytes."""
+
+    def __init__(self, room):
+        self.room = room
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    def write(self, file, part):
+        if self.room <= 0:
+            raise OSError(28, os.strerror(28))
+        part = part[: self.room]
+        self.room -= len(part)
+        return os.write(file, part)
+
+
+@pytest.mark.parametrize("room", [0, 100])
+def test_a_disk_too_small_for_the_tokens(config, monkeypatch, room):
+    monkeypatch.setattr(checkpoint, "os", FullDisk(room))
+    with pytest.raises(CheckpointError, match=r"cannot write .*tokens-\w+\.bin: No space left on device") as error:
+        Trainer(config)
+    assert "\n" not in str(error.value) and error.value.exit_code == 3 and token_files(config) == []
+    monkeypatch.undo()
+    run(config)
+
+
+def test_tokens_half_written_when_the_process_was_killed_are_cleared_away(config):
+    Path(config.out_dir).mkdir()
+    (Path(config.out_dir) / "tokens-0123456789abcdef.bin.123.tmp").write_bytes(b"half")
+    run(config)
+    assert [path.suffix for path in token_files(config)] == [".bin"]
+
+
+def test_a_text_that_changes_while_it_is_encoded_leaves_no_tokens(config, monkeypatch, tmp_path):
+    encode = tokenizers.CharTokenizer.encode_pieces
+
+    def change_first(self, pieces):
+        (tmp_path / "text.txt").write_text(TEXT.replace("fox", "dog"), encoding="utf-8")
+        return encode(self, pieces)
+
+    monkeypatch.setattr(tokenizers.CharTokenizer, "encode_pieces", change_first)
+    with pytest.raises(UsageError, match="changed while it was read"):
+        Trainer(config)
+    assert token_files(config) == []
+
+
+def test_nobody_writes_tokens_into_a_folder_that_another_training_holds(config):
+    first = folder.RunFolder(config.out_dir)
+    with pytest.raises(BusyError, match="in use by process"):
+        Trainer(config)
+    first.close()
+    assert token_files(config) == []
+    one, other = Trainer(config), Trainer(config)  # both have prepared, one begins
+    list(one.run())
+    with pytest.raises(UsageError, match="holds an earlier run"):
+        list(other.run())
+    assert len(token_files(config)) == 1
+
+
+def test_who_is_asked_to_stop_while_the_text_is_read_does(config):
+    stop = Stop()
+    stop.number = 15
+    with pytest.raises(StoppedError, match="before anything was trained") as error:
+        Trainer(config, stop=stop)
+    assert error.value.exit_code == 143 and not Path(config.out_dir).exists()
+
+
+def test_tokens_do_not_count_when_the_memory_is_too_small(config, monkeypatch):
+    trainer, n = Trainer(config), 10**10
+    monkeypatch.setattr(memory, "in_use", lambda: 0)
+    asked = config, trainer.tokenizer.vocab_size, n, trainer.workers
+    needed, mapped = memory.estimate(*asked), memory.parts(*asked)[memory.MAPPED]
+    assert mapped == 2 * n
+    monkeypatch.setattr(memory, "available", lambda: needed - mapped)
+    trainer._check_memory(n)
+    monkeypatch.setattr(memory, "available", lambda: needed - mapped - 1)
+    with pytest.raises(UsageError, match="GB of memory"):
+        trainer._check_memory(n)
+
+
+MEASURED = """
+import json, sys
+from npgpt.config import TrainConfig
+from npgpt.trainer import Trainer
+peak = lambda: next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
+before = peak()
+trainer = Trainer(TrainConfig(**json.loads(sys.argv[1])))
+for event in trainer.run():
+    pass
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system has no /proc")
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_memory_grows_with_the_tokens_only(config, tmp_path, kind):
+    """Text as a string, its UTF-8 and tokens of 64 bits took 10 bytes of memory for each byte of text, and more."""
+    if kind == "bpe":
+        pytest.importorskip("tokenizers")
+    taken = {}
+    for copies in (100, 8000):
+        (tmp_path / "text.txt").write_text(TEXT * copies, encoding="utf-8")
+        few = variant(config, tokenizer=kind, out_dir=str(tmp_path / str(copies)), max_iters=1, val_fraction=1e-4)
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURED, json.dumps(dataclasses.asdict(few))], capture_output=True, text=True,
+            env={**os.environ, "NPGPT_KERNELS": "numpy", "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        taken[copies] = int(done.stdout)
+    assert taken[8000] - taken[100] < 3.5 * len(TEXT) * 7900

@@ -41,7 +41,7 @@ BLOCK = (
 )  # fmt: skip
 MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 CHUNK = 32  # rows of a call when a prompt is read
-ONE_CORE = 4e6  # bytes of weights that one core reads before another one has woken up
+ONE_CORE = 4e6  # bytes of weights, each read for four rows, with which one core is done before another has woken up
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reference
@@ -124,11 +124,17 @@ def _attend(y, q, keys, values, p):
         p[t] = exp((p[t] - m) * scale)
         total += p[t]
     inverse = real(1) / total
-    y[:] = 0
     for t in range(n):
-        weight = p[t] * inverse
+        p[t] *= inverse
+    y[:] = 0
+    for t in range(0, n - 3, 4):  # y is loaded and stored once for four of them
         for i in range(hs):
-            y[i] += weight * values[t, i]
+            y[i] += p[t] * values[t, i] + p[t + 1] * values[t + 1, i] + (
+                p[t + 2] * values[t + 2, i] + p[t + 3] * values[t + 3, i]
+            )
+    for t in range(n // 4 * 4, n):
+        for i in range(hs):
+            y[i] += p[t] * values[t, i]
 
 
 GROUP = 16  # elements that are never split between threads, nor computed in two ways: bits must not depend on the split
@@ -247,7 +253,7 @@ class Decoder:
     n_streams  texts side by side
     length     the most positions of a text that will be needed, at most the model's block_size
     int8       whether the matrices are rounded to 8 bits, in a copy; biases, layer norms and wpe stay as they are
-    threads    how many share the work; by default all cores, if there is enough of it
+    threads    how many share the work where there is enough of it; by default all cores
 
     The logits of a row are the same bits whatever is computed beside it, and with any number of threads.
     """
@@ -265,16 +271,15 @@ class Decoder:
                 if w.ndim == 2 and "wpe" not in name:
                     self.parameters[name], scales[name] = quantize(w)
         self.nbytes = sum(w.nbytes for name, w in self.parameters.items() if "wpe" not in name)  # read for each call
-        self.limits = np.array([[V], [n_streams], [self.length]])
+        self.limits = np.array([[V], [n_streams], [self.length]], np.uint64)
         self.rows = max(CHUNK, n_streams)
+        self._rows = np.empty((3, self.rows), np.int64)  # tokens, streams, positions
         if KERNELS == "numpy":
             for name, scale in scales.items():
                 self.parameters[name] = self.parameters[name] * scale[:, None]
             return
-        if threads is None:
-            threads = cores() if self.nbytes > ONE_CORE else 1
-        self.threads = threads
-        self._pool = ThreadPoolExecutor(threads - 1, "npgpt-decoder") if threads > 1 else None
+        self.threads = threads or cores()
+        self._pool = ThreadPoolExecutor(max(1, self.threads - 1), "npgpt-decoder")  # it starts threads when it must
         blocks = [f"transformer.h.{layer}." for layer in range(L)]
         self._scales = scales  # as the kernel knows only where they lie, they must be kept here
         self._weights = (
@@ -288,7 +293,7 @@ class Decoder:
         n = self.rows
         self._logits = np.empty((n, V), dtype)
         self._shared = [np.empty((n, width), dtype) for width in (C, 3 * C, C, 4 * C)]
-        self._own = [(np.empty((n, C), dtype), np.empty((1, self.length), dtype)) for _ in range(threads)]
+        self._own = [(np.empty((n, C), dtype), np.empty((1, self.length), dtype)) for _ in range(self.threads)]
         self._counter = np.zeros(1, np.int64)
 
     def __call__(self, tokens, streams, positions, n_logits):
@@ -297,27 +302,30 @@ class Decoder:
         tokens, streams, positions    (R,) integers, at most `rows` of them; what stands before a row in its stream must
                                       be in the cache, or among the rows
         """
-        rows = np.array([tokens, streams, positions], np.int64)
-        R = rows.shape[1]
-        if R > self.rows or n_logits > R or (rows < 0).any() or (rows >= self.limits).any():
+        R = len(tokens)
+        rows = self._rows[:, : min(R, self.rows)]
+        if R <= self.rows:
+            rows[0], rows[1], rows[2] = tokens, streams, positions
+        # (as unsigned numbers, those below 0 are huge)
+        if R > self.rows or n_logits > R or (rows.view(np.uint64) >= self.limits).any():
             raise ValueError(
                 f"Decoder: expected at most {self.rows} rows, logits of no more than these, and tokens, streams, "
-                f"positions below {self.limits[:, 0].tolist()}; got {R} rows, {n_logits} logits, tokens, streams, "
-                f"positions up to {rows.max(axis=1).tolist()}"
+                f"positions from 0 to below {self.limits[:, 0].tolist()}; got {R} rows and {n_logits} logits"
             )
         if KERNELS == "numpy":
             return decode_ref(self.keys, self.values, *rows, n_logits, self.parameters, self.n_head)
         logits = self._logits[:n_logits]
         # (all arrays are contiguous, whatever R and the number of threads: one kernel is compiled, with one rounding)
-        args = logits, self.keys, self.values, *rows, *self._weights, *(buffer[:R] for buffer in self._shared)
+        args = logits, self.keys, self.values, *rows, *self._weights, *[buffer[:R] for buffer in self._shared]
+        ranks = self.threads if self.nbytes * (R + 3) // 4 > ONE_CORE else 1
+        self._counter[0], others = 0, []
 
         def run(rank):
             h, p = self._own[rank]
-            decode_kernel(*args, h[:R], p, rank, self.threads, self._counter)
+            decode_kernel(*args, h[:R], p, rank, ranks, self._counter)
 
-        self._counter[0], others = 0, []
         try:
-            others.extend(self._pool.submit(run, rank) for rank in range(1, self.threads))
+            others.extend(self._pool.submit(run, rank) for rank in range(1, ranks))
             run(0)
         except BaseException:  # Ctrl-C, say, before the kernel was reached: nobody must wait for this thread
             self._counter[0] = -(2**62)

@@ -12,6 +12,7 @@ and the token is drawn from the softmax of what is left.
 """
 
 import codecs
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,6 +43,8 @@ def probabilities(logits, texts, controls):
         z[z < np.partition(z, -controls.top_k, axis=1)[:, -controls.top_k, None]] = -np.inf
     p = np.exp(z)
     p /= p.sum(axis=1, keepdims=True)
+    if controls.top_p is None and not controls.min_p:
+        return p
     if controls.top_p is not None and controls.top_p < 1:
         falling = -np.sort(-p, axis=1)
         n = (np.cumsum(falling, axis=1) < controls.top_p).sum(axis=1)  # that do not have it yet; the next one does
@@ -52,12 +55,13 @@ def probabilities(logits, texts, controls):
 
 
 def choose(p, uniforms):
-    """The tokens (B,) that uniform numbers (B,) in [0, 1) pick from probabilities p (B, V)."""
-    cumulative = np.cumsum(p, axis=1)
-    total = cumulative[:, -1]
-    # the product may be rounded up to the total itself, beyond which there is no token
-    point = np.minimum(uniforms * total, np.nextafter(total, 0))
-    return (cumulative <= point[:, None]).sum(axis=1)
+    """The tokens (a list of B) that uniform numbers in [0, 1), a list of B, pick from probabilities p (B, V)."""
+    tokens = []
+    for cumulative, uniform in zip(p.cumsum(axis=1), uniforms, strict=True):
+        total = float(cumulative[-1])
+        point = min(uniform * total, math.nextafter(total, 0))  # the product may be rounded up to the total itself
+        tokens.append(int(cumulative.searchsorted(point, side="right")))
+    return tokens
 
 
 def context_start(n, start, block_size):
@@ -132,7 +136,7 @@ class Generation:
         """
         logits = self.logits()[:, : self.vocab_size]
         p = probabilities(logits, [self.texts[i] for i in self.alive], self.controls)
-        tokens = choose(p, np.array([self.rngs[i].random() for i in self.alive])).tolist()
+        tokens = choose(p, [self.rngs[i].random() for i in self.alive])
         for i, token in zip(self.alive, tokens, strict=True):
             self.texts[i].append(token)
         if not logprobs:

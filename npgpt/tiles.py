@@ -18,8 +18,6 @@ A product of few rows with a large matrix (npgpt/decode.py) is another matter: t
 memory, row by row, and each sum is a dot product along a row (`dots`).
 """
 
-import numpy as np
-
 from npgpt.jit import KERNELS, helper
 
 if KERNELS == "numba":
@@ -84,6 +82,33 @@ if KERNELS == "numba":
         letter = "i" if isinstance(kind.element, ir.IntType) else "f"
         full_name = f"llvm.masked.{name}.v{kind.count}{letter}{8 * itemsize}.p0"
         return builder.call(cgutils.get_or_insert_function(builder.module, function, full_name), arguments)
+
+    def _sum_each(builder, vectors):
+        """The sums of the lanes of n vectors, as a vector of n lanes; n, a power of 2, is not above the lanes.
+
+        As in a tournament: two vectors of partial sums become one that has every other lane of each, until one is left.
+        """
+        lanes, step = vectors[0].type.count, 1
+
+        def pick(a, b, lane_of):
+            chosen = [lane_of(lane) for lane in range(lanes)]
+            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), lanes), chosen))
+
+        def add(a, b):
+            # lanes with bit `step` take from b, the others from a; each adds the lane that differs in this bit
+            here = pick(a, b, lambda lane: lane + lanes if lane & step else lane)
+            other = pick(a, b, lambda lane: (lane ^ step) + lanes if lane & step else lane ^ step)
+            return builder.fadd(here, other)
+
+        n = len(vectors)
+        while step < lanes:
+            if len(vectors) > 1:
+                vectors = [add(a, b) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+            else:
+                vectors = [builder.fadd(vectors[0], pick(vectors[0], vectors[0], lambda lane: lane ^ step))]
+            step *= 2
+        first = ir.Constant(ir.VectorType(ir.IntType(32), n), list(range(n)))
+        return builder.shuffle_vector(vectors[0], vectors[0], first)
 
     AHEAD = 16384  # bytes that `dots` is ahead of itself, at least, in what it has fetched from memory
 
@@ -151,14 +176,11 @@ if KERNELS == "numba":
         return types.void(out, a, b, types.intp, types.intp, types.boolean), codegen
 
     def _make_dots(m, n):
-        """The intrinsic dots(sums, x, w, i, j, last): sums[a, b] = x[i + a] . w[j + b] for a < m and b < n.
-
-        Rows beyond the last one of x, or beyond w[last], are that row again.  w may be of whole numbers.
-        """
+        """The intrinsic that computes m rows and n columns of `dots`, from row i and column j on."""
 
         @intrinsic
-        def dots(typingctx, sums, x, w, i, j, last):
-            if not (sums.dtype == x.dtype and sums.ndim == x.ndim == w.ndim == 2 and sums.layout == "C"):
+        def dots(typingctx, out, x, w, scale, bias, i, j, last, add):
+            if not (out.dtype == x.dtype == scale.dtype == bias.dtype and out.ndim == x.ndim == w.ndim == 2):
                 return None
 
             def codegen(context, builder, signature, args):
@@ -166,15 +188,16 @@ if KERNELS == "numba":
                 itemsize, w_itemsize = context.get_abi_sizeof(real), context.get_abi_sizeof(weight)
                 lanes = VECTOR // itemsize
                 vector = ir.VectorType(real, lanes)
-                sums_array, x_array, w_array = (
+                out_array, x_array, w_array, scale_array, bias_array = (
                     cgutils.create_struct_proxy(kind)(context, builder, value=value)
-                    for kind, value in zip(signature.args[:3], args[:3], strict=True)
+                    for kind, value in zip(signature.args[:5], args[:5], strict=True)
                 )
-                i_value, j_value, last_value = args[3:]
+                i_value, j_value, last_value, add_value = args[5:]
                 M, K = cgutils.unpack_tuple(builder, x_array.shape)
-                last_x = builder.sub(M, _number(1))
+                # rows beyond the last one are the last one again: the same sums go to the same place twice
+                last_x, last_w = builder.sub(M, _number(1)), builder.sub(last_value, _number(1))
                 x_rows = [_not_beyond(builder, builder.add(i_value, _number(a)), last_x) for a in range(m)]
-                w_rows = [_not_beyond(builder, builder.add(j_value, _number(b)), last_value) for b in range(n)]
+                w_rows = [_not_beyond(builder, builder.add(j_value, _number(b)), last_w) for b in range(n)]
                 # what the processor does not foresee: after a short row the next one of these n follows
                 tile = builder.mul(K, _number(n * w_itemsize))
                 ahead = builder.mul(tile, builder.add(builder.udiv(_number(AHEAD), tile), _number(1)))
@@ -183,10 +206,9 @@ if KERNELS == "numba":
                 name = "llvm.prefetch.p0"
                 prefetch = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), kinds), name)
                 how = [ir.Constant(ir.IntType(32), number) for number in (0, 3, 1)]  # to read, to keep near, data
-                totals = [[cgutils.alloca_once(builder, vector) for _ in range(n)] for _ in range(m)]
-                for row in totals:
-                    for total in row:
-                        builder.store(ir.Constant(vector, [0.0] * lanes), total)
+                totals = [cgutils.alloca_once(builder, vector) for _ in range(m * n)]
+                for total in totals:
+                    builder.store(ir.Constant(vector, [0.0] * lanes), total)
 
                 def step(k, mask=None):
                     """The products of `lanes` columns from k on."""
@@ -201,8 +223,8 @@ if KERNELS == "numba":
                             weights = builder.sitofp(builder.sext(weights, wide), vector)
                         for a in range(m):
                             product = builder.fmul(factors[a], weights, flags=("contract",))
-                            total = builder.fadd(builder.load(totals[a][b]), product, flags=("contract",))
-                            builder.store(total, totals[a][b])
+                            total = builder.fadd(builder.load(totals[a * n + b]), product, flags=("contract",))
+                            builder.store(total, totals[a * n + b])
 
                 whole = builder.udiv(K, _number(lanes))
                 with cgutils.for_range(builder, whole, intp=ir.IntType(64)) as loop:
@@ -210,17 +232,48 @@ if KERNELS == "numba":
                 done = builder.mul(whole, _number(lanes))
                 with builder.if_then(builder.icmp_signed("<", done, K), likely=False):
                     step(done, _below(builder, done, K, lanes))
-                name = f"llvm.vector.reduce.fadd.v{lanes}f{8 * itemsize}"
-                add_up = cgutils.get_or_insert_function(builder.module, ir.FunctionType(real, [real, vector]), name)
-                start = builder.bitcast(sums_array.data, real.as_pointer())
-                for a in range(m):
-                    for b in range(n):
-                        numbers = [ir.Constant(real, 0.0), builder.load(totals[a][b])]
-                        total = builder.call(add_up, numbers, fastmath=("reassoc",))
-                        builder.store(total, builder.gep(start, [_number(a * n + b)]))
+                sums = []
+                for first in range(0, m * n, min(n, lanes)):
+                    group = [builder.load(total) for total in totals[first : first + min(n, lanes)]]
+                    sums.append(_sum_each(builder, group))
+                # now n columns of a row are one vector, or several where a vector is short
+                width = sums[0].type.count
+                places = []
+                for at, part in enumerate(sums):
+                    place = cgutils.alloca_once(builder, part.type)
+                    builder.store(part, place)
+                    column = builder.add(j_value, _number(at * width % n))
+                    pointer = _place(builder, out_array, x_rows[at * width // n], column, part.type)
+                    places.append((place, column, pointer, _below(builder, column, last_value, width)))
+
+                def change(condition, operation, pointer_of):
+                    """Where the condition holds, combine each part with what lies at pointer_of(column, pointer)."""
+                    with builder.if_then(condition):
+                        changed = []
+                        for place, column, pointer, mask in places:
+                            other = _load(builder, pointer_of(column, pointer), itemsize, mask)
+                            changed.append(operation(builder.load(place), other))
+                        for (place, *_), value in zip(places, changed, strict=True):
+                            builder.store(value, place)
+
+                def along(array):
+                    """Pointer to the numbers of a vector that belong to these columns."""
+
+                    def pointer_of(column, pointer):
+                        start = builder.bitcast(array.data, real.as_pointer())
+                        return builder.bitcast(builder.gep(start, [column]), pointer.type)
+
+                    return pointer_of
+
+                for array, operation in ((scale_array, builder.fmul), (bias_array, builder.fadd)):
+                    (length,) = cgutils.unpack_tuple(builder, array.shape)
+                    change(builder.icmp_signed(">", length, _number(0)), operation, along(array))
+                change(add_value, builder.fadd, lambda column, pointer: pointer)
+                for place, _, pointer, mask in places:
+                    _store(builder, builder.load(place), pointer, itemsize, mask)
                 return context.get_dummy_value()
 
-            return types.void(sums, x, w, types.intp, types.intp, types.intp), codegen
+            return types.void(out, x, w, scale, bias, i, j, last, types.boolean), codegen
 
         return dots
 
@@ -257,19 +310,10 @@ def dots(out, x, w, scale, bias, first, last, add):
     axes contiguous.  Each row of w is read once for four rows of x, so that w may be large: what counts is to fetch it from
     memory in the order in which it lies there.  The result of an element does not depend on `first` and `last`.
     """
-    R, n = len(x), 8 if len(x) == 1 else 4
-    sums = np.empty((8 // n * 2 if n == 4 else 1, n), out.dtype)
-    for j in range(first, last, n):
-        for i in range(0, R, len(sums)):
-            if R == 1:
-                _one_row(sums, x, w, i, j, last - 1)
-            else:
-                _four_rows(sums, x, w, i, j, last - 1)
-            for a in range(min(len(sums), R - i)):
-                for b in range(min(n, last - j)):
-                    total = sums[a, b]
-                    if len(scale):
-                        total *= scale[j + b]
-                    if len(bias):
-                        total += bias[j + b]
-                    out[i + a, j + b] = total + out[i + a, j + b] if add else total
+    if len(x) == 1:
+        for j in range(first, last, 8):
+            _one_row(out, x, w, scale, bias, 0, j, last, add)
+    else:
+        for j in range(first, last, 4):
+            for i in range(0, len(x), 4):
+                _four_rows(out, x, w, scale, bias, i, j, last, add)

@@ -106,7 +106,7 @@ def test_choose_takes_each_token_as_often_as_it_is_likely():
     p = np.array([[0.1, 0.2, 0.3, 0.4, 0.0], [0.0, 0.0, 1.0, 0.0, 0.0]])
     # the uniform number walks along the cumulated probabilities
     for uniform, token in ((0, 0), (0.09, 0), (0.11, 1), (0.29, 1), (0.31, 2), (0.59, 2), (0.61, 3), (0.999999, 3)):
-        assert choose(p, np.array([uniform, uniform])).tolist() == [token, 2]
+        assert choose(p, [uniform, uniform]) == [token, 2]
     numbers = (np.arange(10_000) + 0.5) / 10_000
     tokens = choose(np.tile(p[0], (10_000, 1)), numbers)
     assert np.allclose(np.bincount(tokens, minlength=5) / 10_000, p[0], atol=1e-4)
@@ -117,7 +117,7 @@ def test_choose_never_takes_what_cannot_be():
     p[:, [0, 3, 6]] = 0
     p /= p.sum(axis=1, keepdims=True)
     for uniform in (0.0, np.nextafter(1, 0)):
-        assert set(choose(p, np.full(2000, uniform)).tolist()) == {1 if uniform == 0 else 5}
+        assert set(choose(p, [uniform] * 2000)) == {1 if uniform == 0 else 5}
 
 
 # ---- contexts

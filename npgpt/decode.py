@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from npgpt.jit import KERNELS, array_at, cores, exp, helper, kernel, largest, meet
+from npgpt.jit import KERNELS, SLEEPS, array_at, claim, cores, count_up, exp, helper, kernel, largest, meet, next_job
 from npgpt.ops.layernorm import EPS, layernorm_forward_ref
 from npgpt.ops.linear import linear_forward_ref
 from npgpt.ops.mlp import A, K, gelu_ref
@@ -41,7 +41,7 @@ BLOCK = (
 )  # fmt: skip
 MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 CHUNK = 32  # rows of a call when a prompt is read
-ONE_CORE = 4e6  # bytes of weights, each read for four rows, with which one core is done before another has woken up
+ONE_CORE = 4e5  # bytes of weights, each read for four rows, with which one core is done before another has woken up
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reference
@@ -159,8 +159,8 @@ def _part(n, rank, ranks):
     return min(n, groups * rank // ranks * GROUP), min(n, groups * (rank + 1) // ranks * GROUP)
 
 
-@kernel
-def decode_kernel(
+@helper
+def _decode(
     logits, keys, values, tokens, streams, positions, wte, wte_scale, wpe, places, scale_places, final,
     x, qkv, y, hidden, h, p, rank, ranks, counter,
 ):  # fmt: skip
@@ -230,6 +230,37 @@ def decode_kernel(
         dots(logits, h[R - len(logits) :], wte, wte_scale, array_at(0, 0, x), first, last, False)
 
 
+
+@kernel
+def decode_kernel(
+    size, logits, keys, values, rows, wte, wte_scale, wpe, places, scale_places, final, x, qkv, y, hidden,
+    h, p, rank, ranks, counter, jobs, seen, state,
+):  # fmt: skip
+    """_decode, once for rank 0; the others do it for each job that rank 0 begins, until there is none for a while.
+
+    To wake a thread takes as long as a token of a small model.  So the others stay awake from token to token.
+
+    size (2,): how many rows and logits there are in this job; the arrays of rows have room for more.
+    """
+    if rank == 0 and ranks > 1:
+        count_up(jobs)
+    while rank == 0 or next_job(jobs, seen, state):
+        seen += 1
+        R, n = size
+        _decode(
+            logits[:n], keys, values, rows[0, :R], rows[1, :R], rows[2, :R], wte, wte_scale, wpe, places, scale_places,
+            final, x[:R], qkv[:R], y[:R], hidden[:R], h[:R], p, rank, ranks, counter,
+        )  # fmt: skip
+        meet(counter, ranks)
+        if rank == 0:
+            return
+
+
+@kernel
+def claim_kernel(states):
+    return claim(states)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The cache, and what runs on it
 
@@ -279,7 +310,6 @@ class Decoder:
                 self.parameters[name] = self.parameters[name] * scale[:, None]
             return
         self.threads = threads or cores()
-        self._pool = ThreadPoolExecutor(max(1, self.threads - 1), "npgpt-decoder")  # it starts threads when it must
         blocks = [f"transformer.h.{layer}." for layer in range(L)]
         self._scales = scales  # as the kernel knows only where they lie, they must be kept here
         self._weights = (
@@ -290,11 +320,16 @@ class Decoder:
             _addresses([[scales.get(block + name) for name in BLOCK if name in MATRICES] for block in blocks]),
             _addresses([[self.parameters.get(f"transformer.ln_f.{name}") for name in ("weight", "bias")]]),
         )
-        n = self.rows
+        n, T = self.rows, self.length
         self._logits = np.empty((n, V), dtype)
-        self._shared = [np.empty((n, width), dtype) for width in (C, 3 * C, C, 4 * C)]
-        self._own = [(np.empty((n, C), dtype), np.empty((1, self.length), dtype)) for _ in range(self.threads)]
-        self._counter = np.zeros(1, np.int64)
+        self._size = np.zeros(2, np.int64)
+        shared = [np.empty((n, width), dtype) for width in (C, 3 * C, C, 4 * C)]
+        self._args = self._size, self._logits, self.keys, self.values, self._rows, *self._weights, *shared
+        self._own = [(np.empty((n, C), dtype), np.empty((1, T), dtype)) for _ in range(self.threads)]
+        self._pool = ThreadPoolExecutor(max(1, self.threads - 1), "npgpt-decoder")  # it starts threads when it must
+        self._others = []  # what the other threads are at
+        self._counter, self._jobs = np.zeros(8, np.int64), np.zeros(8, np.int64)  # (lines of memory of their own)
+        self._states = np.full((self.threads, 8), SLEEPS, np.int64)
 
     def __call__(self, tokens, streams, positions, n_logits):
         """Put rows into the cache, and return the logits (n_logits, V) of the last ones, until the next call.
@@ -314,26 +349,32 @@ class Decoder:
             )
         if KERNELS == "numpy":
             return decode_ref(self.keys, self.values, *rows, n_logits, self.parameters, self.n_head)
-        logits = self._logits[:n_logits]
-        # (all arrays are contiguous, whatever R and the number of threads: one kernel is compiled, with one rounding)
-        args = logits, self.keys, self.values, *rows, *self._weights, *[buffer[:R] for buffer in self._shared]
-        ranks = self.threads if self.nbytes * (R + 3) // 4 > ONE_CORE else 1
-        self._counter[0], others = 0, []
+        self._size[0], self._size[1] = R, n_logits
+        if self.threads > 1 and self.nbytes * (R + 3) // 4 > ONE_CORE:
+            self._run_together()
+        else:
+            self._run(0, 1, 0)
+        return self._logits[:n_logits]
 
-        def run(rank):
-            h, p = self._own[rank]
-            decode_kernel(*args, h[:R], p, rank, ranks, self._counter)
+    def _run(self, rank, ranks, seen):
+        h, p = self._own[rank]
+        decode_kernel(*self._args, h, p, rank, ranks, self._counter, self._jobs, seen, self._states[rank])
 
+    def _run_together(self):
         try:
-            others.extend(self._pool.submit(run, rank) for rank in range(1, ranks))
-            run(0)
+            seen, asleep = int(self._jobs[0]), claim_kernel(self._states[1:])
+            for rank in range(1, self.threads):
+                if asleep >> (rank - 1) & 1:
+                    self._others.append(self._pool.submit(self._run, rank, self.threads, seen))
+            self._run(0, self.threads, seen)
+            self._others = [other for other in self._others if not other.done()] if asleep else self._others
         except BaseException:  # Ctrl-C, say, before the kernel was reached: nobody must wait for this thread
             self._counter[0] = -(2**62)
-            raise
-        finally:
-            for other in others:
+            self._jobs[0] += 1
+            for other in self._others:
                 other.result()
-        return logits
+            self._counter[0], self._states[:] = 0, SLEEPS
+            raise
 
     def read(self, tokens, stream=0, position=0):
         """Put n tokens into a stream from a position on -> the logits (V,) after the last, until the next call."""

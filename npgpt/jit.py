@@ -149,6 +149,11 @@ def array_at(address, n, like):
     raise TypeError("npgpt.jit.array_at exists inside kernels only")
 
 
+def count_up(counter):
+    """counter[0] += 1, inside a kernel only; what this thread wrote before is seen by whoever sees the new number."""
+    raise TypeError("npgpt.jit.count_up exists inside kernels only")
+
+
 def meet(counter, n):
     """Wait until n threads have come here as often as this one, inside a kernel only.
 
@@ -158,6 +163,28 @@ def meet(counter, n):
     """
     raise TypeError("npgpt.jit.meet exists inside kernels only")
 
+
+def next_job(jobs, seen, state):
+    """Wait, as a thread that works for another one, until jobs[0] is no longer `seen`, inside a kernel only.
+
+    Returns False if that takes long: then the thread should go to sleep, and somebody must wake it up for its next job.
+    state (1,) tells what is the case, and changes from one to the next in one indivisible step: WAITS; CLAIMED by
+    somebody who will count jobs[0] up (see `claim`), for whom the thread waits as long as it takes; or SLEEPS.
+    """
+    raise TypeError("npgpt.jit.next_job exists inside kernels only")
+
+
+def claim(states):
+    """Make sure that no thread goes to sleep any more before its next job, inside a kernel only.
+
+    states (n, any): a row for each thread, whose first number is its state.  Returns the threads that sleep already, as
+    the bits of a number.
+    """
+    raise TypeError("npgpt.jit.claim exists inside kernels only")
+
+
+WAITS, CLAIMED, SLEEPS = 0, 1, 2
+PATIENCE = 2000  # looks that a waiting thread takes, most of them some tenths of a microsecond long
 
 if KERNELS == "numba":
     import numba
@@ -197,6 +224,10 @@ if KERNELS == "numba":
 
         return array_at
 
+    @overload(count_up, jit_options=FLAGS)
+    def _count_up(counter):
+        return lambda counter: _add_atomically(counter, 1)
+
     @intrinsic
     def _add_atomically(typingctx, counter, n):
         """counter[0] += n as one indivisible step; returns what it was."""
@@ -229,9 +260,58 @@ if KERNELS == "numba":
 
         return types.void(), codegen
 
+    @intrinsic
+    def _swap_atomically(typingctx, counter, n):
+        """counter[0] = n as one indivisible step; returns what it was."""
+
+        def codegen(context, builder, signature, args):
+            array = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0])
+            return builder.atomic_rmw("xchg", array.data, args[1], "seq_cst")
+
+        return types.int64(counter, types.int64), codegen
+
+    @intrinsic
+    def _change_atomically(typingctx, counter, old, new):
+        """Whether counter[0] was `old`; then it is `new` now.  One indivisible step."""
+
+        def codegen(context, builder, signature, args):
+            array = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0])
+            pair = builder.cmpxchg(array.data, args[1], args[2], "seq_cst", "seq_cst")
+            return builder.extract_value(pair, 1)
+
+        return types.boolean(counter, types.int64, types.int64), codegen
+
+    @overload(next_job, jit_options=FLAGS)
+    def _next_job(jobs, seen, state):
+        def next_job(jobs, seen, state):
+            turns = 0
+            while _look(jobs) == seen:
+                turns += 1
+                if turns > 1000:
+                    _let_others_run()
+                if turns == PATIENCE and _change_atomically(state, WAITS, SLEEPS):
+                    return False
+            _swap_atomically(state, WAITS)
+            return True
+
+        return next_job
+
+    @overload(claim, jit_options=FLAGS)
+    def _claim(states):
+        def claim(states):
+            asleep = 0
+            for thread in range(len(states)):
+                if _swap_atomically(states[thread], CLAIMED) == SLEEPS:
+                    asleep |= 1 << thread
+            return asleep
+
+        return claim
+
     @overload(meet, jit_options=FLAGS)
     def _meet(counter, n):
         def meet(counter, n):
+            if n == 1:
+                return
             arrived = _add_atomically(counter, 1) + 1
             all_here = (arrived + n - 1) // n * n
             turns = 0

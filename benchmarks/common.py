@@ -1,14 +1,39 @@
-"""What the benchmarks share: the machine's name and a process's peak memory."""
+"""What the benchmarks share: processes, the machine's name, a process's peak memory."""
 
+import multiprocessing
 import platform
 from importlib.metadata import version
 from pathlib import Path
 
 from npgpt.errors import NpgptError
 
+PAUSE = 0.1  # seconds; a BLAS or OpenMP thread spins for some 30 ms before it sleeps
+
 
 class BenchmarkError(NpgptError):
     """What was measured is wrong, or the process that measured it has died."""
+
+
+class Process:
+    """One side of a comparison in a process of its own: target(pipe, *args) runs there, and blocks until asked."""
+
+    def __init__(self, name, target, *args):
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        process = context.Process(target=target, args=(theirs, *args), daemon=True)
+        process.start()
+        theirs.close()  # so that receive() sees the end if the process dies
+
+    def receive(self):
+        try:
+            return self.pipe.recv()
+        except EOFError:
+            raise BenchmarkError(f"the {self.name} process died; its message stands above") from None
+
+    def ask(self, question):
+        self.pipe.send(question)
+        return self.receive()
 
 
 def peak_memory():

@@ -1,10 +1,11 @@
-"""How long it takes until something happens: imports, --help, and the first training step.
+"""How long it takes until something happens: imports, --help, the first training step, the first token.
 
     python -m benchmarks.startup
 
 Everything is measured in fresh processes, from before one is started to the first line that it prints.  The first step
-is that of the preset `default`, once cold, with no compiled kernel on the disk, and once warm, with those that the cold
-run has left there.  All take turns, a few rounds long, after an unmeasured process that lets Python write its bytecode.
+is that of the preset `default`, the first token that of a model like it, once cold, with no compiled kernel on the
+disk, and once warm, with those that the cold run has left there.  All take turns, a few rounds long, after an unmeasured
+process that lets Python write its bytecode and makes the model.
 """
 
 import argparse
@@ -46,7 +47,7 @@ def seconds_to_first_line(*arguments, **environment):
     return seconds
 
 
-def one_round(data):
+def one_round(data, model):
     """Yield (what, seconds) for everything that is measured."""
 
     def importing(statement):
@@ -60,6 +61,10 @@ def one_round(data):
         for state in ("cold", "warm"):
             step = seconds_to_first_line("-c", FIRST_STEP, data, Path(folder, "out"), NUMBA_CACHE_DIR=folder)
             yield f"first training step, {state}", step
+    with tempfile.TemporaryDirectory() as folder:
+        for state in ("cold", "warm"):
+            sample = ("-m", "npgpt.sample", "--model", model, "--prompt", "a", "--max-new-tokens", 1)
+            yield f"first token, {state}", seconds_to_first_line(*sample, NUMBA_CACHE_DIR=folder)
 
 
 def main(argv=None):
@@ -74,9 +79,10 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "text.txt")
         data.write_text("".join(random.Random(0).choices(string.ascii_letters + " .,\n", k=CHARACTERS)))
-        seconds_to_first_line("-c", "import npgpt.trainer; print('done')")
+        model = Path(folder, "model")
+        seconds_to_first_line("-m", "npgpt.train", "--data", data, "--out-dir", model, "--max-iters", 0)
         for _ in range(options.repeats):
-            for what, seconds in one_round(data):
+            for what, seconds in one_round(data, model):
                 measured.setdefault(what, []).append(seconds)
     print(f"\n{'seconds':<32}{'median':>8}{'least':>8}{'most':>8}")
     for what, seconds in measured.items():

@@ -12,7 +12,6 @@ import contextlib
 import importlib.util
 import itertools
 import json
-import multiprocessing
 import signal
 import statistics
 import time
@@ -20,14 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import BenchmarkError, machine, machine_line, peak_memory, positive
+from benchmarks.common import PAUSE, BenchmarkError, Process, machine, machine_line, peak_memory, positive
 from benchmarks.workloads import WORKLOADS, initial_weights
 from npgpt.errors import UsageError, run_command
 
 LEARNING_RATE, BETAS, WEIGHT_DECAY, GRAD_CLIP = 1e-3, (0.9, 0.99), 0.1, 1.0
 CHECKED = 3  # steps whose losses must agree
 TOLERANCE = 1e-4  # how far, relative: the two sides round differently
-PAUSE = 0.1  # seconds; a BLAS or OpenMP thread spins for some 30 ms before it sleeps
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -112,28 +110,13 @@ def serve(pipe, side, options):
         pipe.send(peak_memory())
 
 
-class Process:
-    """The parent's end of a side."""
+class Stepper(Process):
+    """A side, and the seconds of its steps."""
 
     def __init__(self, name, side, options):
-        self.name = name
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, side, options), daemon=True)
-        process.start()
-        theirs.close()  # so that receive() sees the end if the process dies
+        super().__init__(name, serve, side, options)
         self.seconds = []  # a list for each round
         self.losses, self.threads = self.receive()
-
-    def receive(self):
-        try:
-            return self.pipe.recv()
-        except EOFError:
-            raise BenchmarkError(f"the {self.name} process died; its message stands above") from None
-
-    def ask(self, n):
-        self.pipe.send(n)
-        return self.receive()
 
     def run_round(self, steps):
         time.sleep(PAUSE)  # the threads that worked last go to sleep
@@ -163,9 +146,9 @@ def measure(options):
     from npgpt.parallel import blas_threads, sgemm_peak
 
     workload = WORKLOADS[options.workload]
-    sides = [Process("npgpt", npgpt_side, options)]
+    sides = [Stepper("npgpt", npgpt_side, options)]
     if options.peer != "none":
-        sides.append(Process(options.peer, torch_side, options))
+        sides.append(Stepper(options.peer, torch_side, options))
     difference = check_losses(sides)
     peaks = []
     for _ in range(options.rounds):

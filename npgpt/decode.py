@@ -126,7 +126,8 @@ def _attend(y, q, keys, values, p):
     inverse = real(1) / total
     for t in range(n):
         p[t] *= inverse
-    y[:] = 0
+    for i in range(hs):
+        y[i] = 0
     for t in range(0, n - 3, 4):  # y is loaded and stored once for four of them
         for i in range(hs):
             y[i] += p[t] * values[t, i] + p[t + 1] * values[t + 1, i] + (
@@ -197,14 +198,15 @@ def _decode(
             stream, position = streams[r], positions[r]
             for head in range(head0, head1):
                 at = head * hs
-                keys[layer, stream, head, position] = qkv[r, C + at : C + at + hs]
-                values[layer, stream, head, position] = qkv[r, 2 * C + at : 2 * C + at + hs]
+                for i in range(hs):  # (whole rows at a time would take a second to compile)
+                    keys[layer, stream, head, position, i] = qkv[r, C + at + i]
+                    values[layer, stream, head, position, i] = qkv[r, 2 * C + at + i]
         for r in range(R):
             stream, n = streams[r], positions[r] + 1
             for head in range(head0, head1):
                 at = head * hs
                 _attend(
-                    y[r, at : at + hs], qkv[r : r + 1, at : at + hs], keys[layer, stream, head, :n],
+                    y[r, at : at + hs], qkv[r, at : at + hs].reshape(1, hs), keys[layer, stream, head, :n],
                     values[layer, stream, head, :n], p,
                 )  # fmt: skip
         meet(counter, ranks)

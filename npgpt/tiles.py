@@ -88,24 +88,23 @@ if KERNELS == "numba":
 
         As in a tournament: two vectors of partial sums become one that has every other lane of each, until one is left.
         """
-        lanes, step = vectors[0].type.count, 1
+        lanes, n, step = vectors[0].type.count, len(vectors), 1
 
         def pick(a, b, lane_of):
             chosen = [lane_of(lane) for lane in range(lanes)]
             return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), lanes), chosen))
 
-        def add(a, b):
+        def add(a, b, step):
             # lanes with bit `step` take from b, the others from a; each adds the lane that differs in this bit
             here = pick(a, b, lambda lane: lane + lanes if lane & step else lane)
             other = pick(a, b, lambda lane: (lane ^ step) + lanes if lane & step else lane ^ step)
             return builder.fadd(here, other)
 
-        n = len(vectors)
         while step < lanes:
             if len(vectors) > 1:
-                vectors = [add(a, b) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+                vectors = [add(a, b, step) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
             else:
-                vectors = [builder.fadd(vectors[0], pick(vectors[0], vectors[0], lambda lane: lane ^ step))]
+                vectors = [add(vectors[0], vectors[0], step)]
             step *= 2
         first = ir.Constant(ir.VectorType(ir.IntType(32), n), list(range(n)))
         return builder.shuffle_vector(vectors[0], vectors[0], first)
@@ -307,8 +306,9 @@ def dots(out, x, w, scale, bias, first, last, add):
     """Inside a kernel: out[:, first:last] = x @ w[first:last].T * scale[first:last] + bias[first:last], or out += that.
 
     out (R, N) and x (R, K) of one dtype, w (N, K) of this dtype or int8, scale and bias (N,) or of no length; the last
-    axes contiguous.  Each row of w is read once for four rows of x, so that w may be large: what counts is to fetch it from
-    memory in the order in which it lies there.  The result of an element does not depend on `first` and `last`.
+    axes contiguous.  Four rows of w are read for all of x at a time, so that w may be large: what counts is to fetch it
+    from memory once, in the order in which it lies there.  The bits of an element depend on its row of x and its row of
+    w only.
     """
     if len(x) == 1:
         for j in range(first, last, 8):

@@ -41,6 +41,7 @@ BLOCK = (
 )  # fmt: skip
 MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 CHUNK = 32  # rows of a call when a prompt is read
+MOST_THREADS = 16  # more would wait for each other, and for the memory
 ONE_CORE = 4e5  # bytes of weights, each read for four rows, with which one core is done before another has woken up
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -232,7 +233,6 @@ def _decode(
         dots(logits, h[R - len(logits) :], wte, wte_scale, array_at(0, 0, x), first, last, False)
 
 
-
 @kernel
 def decode_kernel(
     size, logits, keys, values, rows, wte, wte_scale, wpe, places, scale_places, final, x, qkv, y, hidden,
@@ -286,7 +286,7 @@ class Decoder:
     n_streams  texts side by side
     length     the most positions of a text that will be needed, at most the model's block_size
     int8       whether the matrices are rounded to 8 bits, in a copy; biases, layer norms and wpe stay as they are
-    threads    how many share the work where there is enough of it; by default all cores
+    threads    how many share the work where there is enough of it; by default all cores, up to 16
 
     The logits of a row are the same bits whatever is computed beside it, and with any number of threads.
     """
@@ -311,7 +311,7 @@ class Decoder:
             for name, scale in scales.items():
                 self.parameters[name] = self.parameters[name] * scale[:, None]
             return
-        self.threads = threads or cores()
+        self.threads = min(threads or cores(), MOST_THREADS)
         blocks = [f"transformer.h.{layer}." for layer in range(L)]
         self._scales = scales  # as the kernel knows only where they lie, they must be kept here
         self._weights = (

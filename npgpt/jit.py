@@ -13,7 +13,8 @@ reference instead: the whole model can then be stepped through with a debugger, 
 What makes the kernels fast (measured in benchmarks/kernels.py):
 
 - they are serial and release the GIL; all parallelism is one thread per share of the batch (npgpt/parallel.py), so
-  no second pool of threads fights with BLAS over the cores;
+  no second pool of threads fights with BLAS over the cores.  (In npgpt/decode.py, where no BLAS is at work, threads
+  share a token: `meet` and what follows it is for them);
 - `error_model="numpy"`: a division is a division, without a check that would keep the loop from vectorising;
 - `fastmath` lets sums be reassociated, so that they vectorise, but keeps NaN and infinity meaning what they mean;
 - `exp` is a polynomial in float32, because the one in the C library is called a number at a time.

@@ -100,12 +100,15 @@ if KERNELS == "numba":
             other = pick(a, b, lambda lane: (lane ^ step) + lanes if lane & step else lane ^ step)
             return builder.fadd(here, other)
 
+        def fold(a):
+            return builder.fadd(a, pick(a, a, lambda lane: lane ^ step))
+
         n = len(vectors)
         while step < lanes:
             if len(vectors) > 1:
                 vectors = [add(a, b) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
             else:
-                vectors = [builder.fadd(vectors[0], pick(vectors[0], vectors[0], lambda lane: lane ^ step))]
+                vectors = [fold(vectors[0])]
             step *= 2
         first = ir.Constant(ir.VectorType(ir.IntType(32), n), list(range(n)))
         return builder.shuffle_vector(vectors[0], vectors[0], first)
@@ -307,8 +310,8 @@ def dots(out, x, w, scale, bias, first, last, add):
     """Inside a kernel: out[:, first:last] = x @ w[first:last].T * scale[first:last] + bias[first:last], or out += that.
 
     out (R, N) and x (R, K) of one dtype, w (N, K) of this dtype or int8, scale and bias (N,) or of no length; the last
-    axes contiguous.  Each row of w is read once for four rows of x, so that w may be large: what counts is to fetch it from
-    memory in the order in which it lies there.  The result of an element does not depend on `first` and `last`.
+    axes contiguous.  Each row of w is read once for four rows of x, so that w may be large: what counts is to fetch it
+    from memory in the order in which it lies there.  The result of an element does not depend on `first` and `last`.
     """
     if len(x) == 1:
         for j in range(first, last, 8):

@@ -139,6 +139,7 @@ def test_tokens_beyond_the_tokenizer_stay_and_a_resumed_run_has_the_same_bits(fi
     begun = padded(tmp_path / "padded")
     whole = Trainer(beginning(first, tmp_path, init_from=str(begun), out_dir=str(tmp_path / "whole"), dropout=0.1))
     assert whole.model.config.vocab_size == 48
+    assert set("".join(whole.sample(300))) <= set(TEXT)  # what has no text is not chosen
     list(whole.run())
     half = beginning(first, tmp_path, init_from=str(begun), max_iters=10, lr_decay_iters=30, dropout=0.1)
     list(Trainer(half).run())

@@ -29,7 +29,7 @@ from npgpt.parallel import DataParallel, blas_threads, choose_threads, cpu_name,
 from npgpt.profiler import profiling
 from npgpt.sampling import Generation, Writer
 from npgpt.stop import Stop
-from npgpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, find_bpe, from_dict, name_of
+from npgpt.tokenizer import BPE_FILES, BPETokenizer, ByteTokenizer, CharTokenizer, find_bpe, from_dict, name_of
 
 MOST_SKIPPED = 5  # updates in a row that may be skipped because something was not finite
 
@@ -557,6 +557,8 @@ def settings_of(path):
         settings = dataclasses.asdict(found.config)
         if found.tokenizer is not None:
             settings["tokenizer"] = found.tokenizer.kind
+        elif any((Path(path) / name).exists() for name in BPE_FILES):
+            settings["tokenizer"] = "bpe"  # its package is missing, which will be said: no other fits the weights
     return {name: value for name, value in settings.items() if name not in ("vocab_size", "dropout")}
 
 

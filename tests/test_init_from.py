@@ -192,3 +192,26 @@ def test_from_the_command_line_the_shape_is_the_models(first, tmp_path):
         rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
         before = Trainer(beginning(first, tmp_path, name))
         assert math.isclose(rows[0]["val_loss"], before.evaluate(before.val_sample), rel_tol=1e-4)
+
+
+def test_a_tokenizer_that_cannot_be_opened_is_not_replaced_by_characters(first, tmp_path):
+    """Weights that were learnt with other tokens would be of no use, and nobody would be told."""
+    GPT(GPTConfig(vocab_size=300, **SHAPE)).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    code = (
+        "import sys; sys.modules['tokenizers'] = None\n"
+        "from npgpt import train; sys.argv[0] = 'train'; train.command()"
+    )
+    args = ["--data", first / "other.txt", "--init-from", tmp_path / "model", "--out-dir", tmp_path / "run"]
+
+    def trained(*more):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *map(str, args), *more], capture_output=True, text=True,
+            env={**os.environ, "NPGPT_KERNELS": "numpy"},
+        )  # fmt: skip
+        return done.returncode, done.stderr
+
+    words = "a BPE tokenizer needs the package tokenizers: pip install 'npgpt[hub]'"
+    assert trained("--max-iters", "1") == (2, f"python -m npgpt.train: {words}\n")
+    assert not (tmp_path / "run").exists()
+    assert trained("--max-iters", "1", "--tokenizer", "char") == (0, "")  # who asks for it gets it

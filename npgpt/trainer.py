@@ -574,6 +574,11 @@ def _beginning(config, data, stop):
     tokenizer = model.tokenizer
     if tokenizer is None or config.tokenizer != tokenizer.kind:
         tokenizer = _make_tokenizer(config, data, stop)
+    elif config.vocab_size not in (None, tokenizer.vocab_size):
+        raise UsageError(
+            f"init_from: the tokenizer in {config.init_from} has {tokenizer.vocab_size} tokens, not vocab_size = "
+            f"{config.vocab_size}"
+        )
     elif isinstance(data, Corpus):
         _check_characters(tokenizer, data, config.init_from)
     if tokenizer.vocab_size > model.config.vocab_size:

@@ -175,6 +175,8 @@ def test_the_bpe_of_the_first_run_is_that_of_the_second(first, tmp_path):
         assert math.isclose(trainer.evaluate(trainer.val_sample), loss_of(model, trainer.val_sample), rel_tol=1e-5)
         found = evaluations(trainer)
         assert found[-1].val_loss < found[0].val_loss
+        with pytest.raises(UsageError, match=r"init_from: the tokenizer in .* has \d+ tokens, not vocab_size = 300$"):
+            Trainer(dataclasses.replace(trainer.config, out_dir=str(tmp_path / "third"), vocab_size=300))
 
 
 def test_from_the_command_line_the_shape_is_the_models(first, tmp_path):

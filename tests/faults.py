@@ -1,7 +1,7 @@
-"""Wrong gradients: a list of mistakes that are easily made, each in one place of npgpt.
+"""Wrong gradients, wrong tokens, wrong weights: mistakes that are easily made, each in one place of npgpt.
 
-tests/mutation.py plants them one at a time and demands that the tests notice.  They are also an exercise: plant one,
-run `python -m npgpt.gradcheck`, and find it by what is wrong.
+tests/mutation.py plants them one at a time and demands that the tests notice.  Those of gradients are also an exercise:
+plant one, run `python -m npgpt.gradcheck`, and find it by what is wrong.
 """
 
 from dataclasses import dataclass

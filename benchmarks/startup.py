@@ -4,8 +4,8 @@
 
 Everything is measured in fresh processes, from before one is started to the first line that it prints.  The first step
 is that of the preset `default`, the first token that of a model like it, once cold, with no compiled kernel on the
-disk, and once warm, with those that the cold run has left there.  All take turns, a few rounds long, after an unmeasured
-process that lets Python write its bytecode and makes the model.
+disk, and once warm, with those that the cold run has left there.  All take turns, a few rounds long, after an
+unmeasured process that lets Python write its bytecode and makes the model.
 """
 
 import argparse

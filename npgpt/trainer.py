@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from npgpt import __version__, checkpoint, folder, hub, jit, memory
-from npgpt.config import BPE_VOCAB_SIZE, DROPOUT, SAMPLE, TrainConfig, check_tokenizer
+from npgpt.config import BPE_VOCAB_SIZE, DROPOUT, SAMPLE, Controls, TrainConfig, check_tokenizer
 from npgpt.data import PIECE, Blocks, Corpus, EvaluationBlocks, TokenFiles, map_tokens, open_data, repeated_lines, split
 from npgpt.engine import NotFinite, finite_checks, random_stream
 from npgpt.errors import CheckpointError, DivergedError, StoppedError, UsageError
@@ -27,9 +27,9 @@ from npgpt.model import GPT
 from npgpt.optim import AdamW, Muon, clip_scale, cosine_lr
 from npgpt.parallel import DataParallel, blas_threads, choose_threads, cpu_name, sgemm_peak
 from npgpt.profiler import profiling
-from npgpt.sampling import Writer
+from npgpt.sampling import Generation, Writer
 from npgpt.stop import Stop
-from npgpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, find_bpe, from_dict, name_of
+from npgpt.tokenizer import BPE_FILES, BPETokenizer, ByteTokenizer, CharTokenizer, find_bpe, from_dict, name_of
 
 MOST_SKIPPED = 5  # updates in a row that may be skipped because something was not finite
 
@@ -377,8 +377,11 @@ class Trainer:
             start = int(self.tokenizer.encode("\n")[0])
         rng = np.random.default_rng([self.config.seed, SAMPLE, self.iter])
         writer = Writer(self.tokenizer)
-        for token in self.model.generate([start], n_tokens, rng, temperature=0.8):
-            yield writer.feed(token)
+        # a model that the run began with may know tokens that the tokenizer does not
+        n, controls = self.tokenizer.vocab_size, Controls(temperature=0.8)
+        generation = Generation(self.model, [start], [rng], controls, 1 + n_tokens, vocab_size=n)
+        for _ in range(n_tokens):
+            yield writer.feed(generation.step()[0][0])
         yield writer.end()
 
     def run(self, stop=Stop):
@@ -554,6 +557,8 @@ def settings_of(path):
         settings = dataclasses.asdict(found.config)
         if found.tokenizer is not None:
             settings["tokenizer"] = found.tokenizer.kind
+        elif any((Path(path) / name).exists() for name in BPE_FILES):
+            settings["tokenizer"] = "bpe"  # its package is missing, which will be said: no other fits the weights
     return {name: value for name, value in settings.items() if name not in ("vocab_size", "dropout")}
 
 
@@ -569,6 +574,11 @@ def _beginning(config, data, stop):
     tokenizer = model.tokenizer
     if tokenizer is None or config.tokenizer != tokenizer.kind:
         tokenizer = _make_tokenizer(config, data, stop)
+    elif config.vocab_size not in (None, tokenizer.vocab_size):
+        raise UsageError(
+            f"init_from: the tokenizer in {config.init_from} has {tokenizer.vocab_size} tokens, not vocab_size = "
+            f"{config.vocab_size}"
+        )
     elif isinstance(data, Corpus):
         _check_characters(tokenizer, data, config.init_from)
     if tokenizer.vocab_size > model.config.vocab_size:

@@ -1,6 +1,8 @@
 """The two commands, as a user types them: what they print, and that no mistake ends in a traceback."""
 
+import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from npgpt import sample, train
 from npgpt.config import PRESETS, TrainConfig
 from npgpt.errors import NpgptError, UsageError
 from npgpt.folder import RunFolder
+from npgpt.model import GPT
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
 SHAPE = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 8 --batch-size 4"
@@ -316,12 +319,170 @@ def test_sampling_writes_the_prompt_and_continues_it(folder):
         ("--max-new-tokens 0", "--max-new-tokens must be at least 1"),
         ("--seed -1", "--seed must be at least 0"),
         ("--top_kk 3", "did you mean --top-k?"),
+        ("--top-p 0", "--top-p must be greater than 0, got 0.0"),
+        ("--top-p 1.5", "--top-p must be at most 1"),
+        ("--min-p -0.1", "--min-p must be at least 0"),
+        ("--min-p nan", "--min-p must be a finite number"),
+        ("--repetition-penalty 0", "--repetition-penalty must be greater than 0"),
+        ("--threads 0", "--threads must be at least 1"),
+        ("--stop=", "--stop must have one character at least"),
+        ("--prompt to --prompt-file text.txt", "--prompt-file and --prompt: give one of them"),
+        ("--interactive --json", "--interactive asks for prompts, and answers in text"),
+        ("--interactive --prompt-file text.txt", "--interactive asks for prompts"),
+        ("--prompt-file nowhere.txt", "--prompt-file: cannot read nowhere.txt: No such file"),
     ],
 )
 def test_sampling_mistakes_are_one_line(folder, args, words):
     with pytest.raises(UsageError) as error:
         sample.main(["--out-dir", str(folder / "run"), *args.split()])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_wrong_control_is_exit_code_2(folder):
+    code, out, err = command("sample", "--out-dir", folder / "run", "--top-p", 7)
+    assert (code, out, err) == (2, "", "python -m npgpt.sample: --top-p must be at most 1, got 7.0\n")
+
+
+@pytest.fixture
+def sampled(folder, capsys):
+    """A function: arguments -> what npgpt.sample prints for the folder's run, in this process."""
+
+    def sampled(*args):
+        assert sample.main(["--out-dir", str(folder / "run"), "--max-new-tokens", "20", *map(str, args)]) == 0
+        out, err = capsys.readouterr()
+        assert err == ""
+        return out
+
+    return sampled
+
+
+def test_the_prompt_may_be_a_file(folder, sampled):
+    expected = sampled("--prompt", "to be\nor")
+    # as editors on Windows write it: a byte order mark, and two characters at the end of a line
+    for name, raw in (("plain.txt", b"to be\nor"), ("windows.txt", b"\xef\xbb\xbfto be\r\nor")):
+        assert sampled("--prompt-file", write(folder, name, raw)) == expected
+    for name, raw, words in (
+        ("empty.txt", b"", "empty.txt is empty"),
+        ("latin1.txt", b"to b\xe9", "latin1.txt is not UTF-8 text: byte 4 is wrong"),
+        ("unknown.txt", "to 日".encode(), "the prompt: "),
+    ):
+        with pytest.raises(UsageError) as error:
+            sampled("--prompt-file", write(folder, name, raw))
+        assert words in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(UsageError, match="--prompt-file: cannot read"):
+        sampled("--prompt-file", folder)
+
+
+@pytest.mark.parametrize(
+    "raw, exit_code, words",
+    [(b"to be", 0, b""), (b"", 2, b"standard input is empty"), (b"\xff", 2, b"standard input is not UTF-8 text")],
+)
+def test_the_prompt_may_be_standard_input(folder, sampled, raw, exit_code, words):
+    args = [sys.executable, "-m", "npgpt.sample", "--out-dir", str(folder / "run"), "--max-new-tokens", "20"]
+    environment = {**os.environ, "NPGPT_KERNELS": "numpy", "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run([*args, "--prompt-file", "-"], input=raw, capture_output=True, env=environment)
+    assert done.returncode == exit_code and words in done.stderr and done.stderr.count(b"\n") == (exit_code != 0)
+    assert done.stdout.startswith(raw if exit_code == 0 else b"")
+    assert bool(done.stdout) == (exit_code == 0)
+
+
+def test_json_is_an_object_a_line_and_says_what_was_written(folder, sampled):
+    tokenizer = GPT.from_pretrained(folder / "run").tokenizer
+    args = ("--prompt", "to be", "--num-samples", 3, "--seed", 5, "--json")
+    plain = sampled(*args[:-1]).split("-" * 60 + "\n")
+    rows = [json.loads(line) for line in sampled(*args, "--logprobs").splitlines()]
+    assert len(rows) == len(plain) == 3 and len({row["text"] for row in rows}) == 3
+    for n, row in enumerate(rows):
+        assert set(row) == {"sample", "seed", "prompt", "text", "finish", "tokens", "logprobs"}
+        assert (row["sample"], row["seed"], row["prompt"], row["finish"]) == (n, 5, "to be", "length")
+        assert plain[n] == row["prompt"] + row["text"] + "\n"
+        assert len(row["tokens"]) == len(row["logprobs"]) == 20 and tokenizer.decode(row["tokens"]) == row["text"]
+        assert all(math.isfinite(logprob) and logprob <= 0 for logprob in row["logprobs"])
+    # without being asked for there are none, and all else is the same
+    assert [json.loads(line) for line in sampled(*args).splitlines()] == [
+        {key: value for key, value in row.items() if key != "logprobs"} for row in rows
+    ]
+
+
+def test_json_of_a_text_that_ends_at_a_stop_string(sampled):
+    whole = json.loads(sampled("--json"))
+    stop = whole["text"][7:9]
+    row = json.loads(sampled("--json", "--stop", stop, "--stop", "nowhere in it", "--logprobs"))
+    assert row["text"] == whole["text"].split(stop)[0] and row["finish"] == "stop"
+    # the tokens are those that were drawn, with those of the stop string
+    assert row["tokens"] == whole["tokens"][: len(row["text"]) + 2] and len(row["logprobs"]) == len(row["tokens"])
+    assert sampled("--stop", stop) == "\n" + row["text"] + "\n"
+
+
+def test_log_probabilities_stand_below_the_text(sampled):
+    text, rest = sampled("--prompt", "to be"), sampled("--prompt", "to be", "--logprobs")
+    assert rest.startswith(text)
+    rows = [line.split(maxsplit=1) for line in rest[len(text) :].splitlines()]
+    assert len(rows) == 20 and all(float(logprob) <= 0 for logprob, _ in rows)
+    # each character as Python would write it
+    assert [token for _, token in rows] == [repr(char) for char in text.removeprefix("to be").removesuffix("\n")]
+    logprobs = json.loads(sampled("--prompt", "to be", "--logprobs", "--json"))["logprobs"]
+    assert [float(logprob) for logprob, _ in rows] == pytest.approx(logprobs, abs=6e-5)
+
+
+def test_controls_act_on_the_text_and_threads_do_not(sampled):
+    text = sampled("--prompt", "to be")
+    assert sampled("--prompt", "to be", "--threads", 2) == text
+    assert sampled("--prompt", "to be", "--top-p", 1, "--min-p", 0, "--repetition-penalty", 1) == text
+    for control in ("--top-p 0.2", "--min-p 0.9", "--repetition-penalty 5", "--temperature 3", "--top-k 2"):
+        assert sampled("--prompt", "to be", *control.split()) != text
+    assert len(sampled("--prompt", "to be", "--int8")) == len(text)
+    # each of these leaves the likeliest token alone
+    assert len({sampled(*args.split()) for args in ("--temperature 0", "--top-k 1", "--top-p 1e-9", "--min-p 1")}) == 1
+
+
+def asked(folder, monkeypatch, capsys, lines, *args):
+    """What npgpt.sample --interactive prints when it reads these lines: (standard output, standard error)."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    args = ["--out-dir", str(folder / "run"), "--max-new-tokens", "9", "--interactive", *args]
+    assert sample.main(args) == 0
+    return capsys.readouterr()
+
+
+def test_prompts_one_after_the_other(folder, sampled, monkeypatch, capsys):
+    def continued(prompt):
+        return sampled("--prompt", prompt, "--max-new-tokens", 9)
+
+    first, second = continued("to be"), continued("that")
+    longer = continued(second.removesuffix("\n"))
+    # an empty line before there is any text asks again; what the model does not know is a message and not the end
+    out, err = asked(folder, monkeypatch, capsys, "\nto be\n日本\nthat\n\n")
+    assert out == f"> > {first}> > {second}> {longer}> \n"
+    lines = err.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("type a text to continue")
+    assert lines[1].startswith("python -m npgpt.sample: the prompt: ") and "'日'" in lines[1]
+    assert asked(folder, monkeypatch, capsys, "")[0] == "> \n"
+
+
+def test_prompts_through_a_pipe(folder):
+    done = subprocess.run(
+        [sys.executable, "-m", "npgpt.sample", "--out-dir", str(folder / "run"), "--interactive",
+         "--max-new-tokens", "9"],
+        input="to be\n\nQQ\nthat\n", capture_output=True, text=True,
+        env={**os.environ, "NPGPT_KERNELS": "numpy", "PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr and done.stderr.count("\n") == 2
+    assert done.stdout.startswith("> to be") and "> that" in done.stdout and done.stdout.endswith("> \n")
+
+
+def test_a_model_may_be_a_run_a_checkpoint_or_a_hugging_face_folder(folder, tmp_path, capsys):
+    GPT.from_pretrained(folder / "run").save_pretrained(tmp_path / "exported")
+    best = GPT.from_pretrained(folder / "run").transformer.wte.weight.data
+    (file,) = (
+        path
+        for path in (folder / "run").glob("iter-*.safetensors")
+        if np.array_equal(GPT.from_pretrained(path).transformer.wte.weight.data, best)
+    )
+    texts = set()
+    for path in (folder / "run", file, tmp_path / "exported"):
+        assert sample.main(["--model", str(path), "--prompt", "to be", "--max-new-tokens", "40"]) == 0
+        texts.add(capsys.readouterr().out)
+    assert len(texts) == 1
 
 
 def test_no_checkpoint_or_a_damaged_one(folder):
@@ -336,8 +497,9 @@ def test_no_checkpoint_or_a_damaged_one(folder):
     assert error.value.exit_code == 3
 
 
-def test_a_reader_that_leaves_is_no_traceback(folder):
-    args = [sys.executable, "-m", "npgpt.sample", "--out-dir", str(folder / "run"), "--max-new-tokens", "3000"]
+@pytest.mark.parametrize("more", [[], ["--json", "--num-samples", "500"]])
+def test_a_reader_that_leaves_is_no_traceback(folder, more):
+    args = [sys.executable, "-m", "npgpt.sample", "--out-dir", str(folder / "run"), "--max-new-tokens", "3000", *more]
     with subprocess.Popen(
         args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "NPGPT_KERNELS": "numpy"}
     ) as process:

@@ -21,7 +21,7 @@ from npgpt.config import GPTConfig, TrainConfig
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.model import GPT
 from npgpt.tokenizer import ByteTokenizer, CharTokenizer
-from npgpt.trainer import Trainer
+from npgpt.trainer import Evaluation, Trainer
 
 CONFIG = GPTConfig(vocab_size=13, block_size=7, n_layer=2, n_head=3, n_embd=15, bias=True)
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -516,7 +516,7 @@ def test_samples_of_a_run_and_of_its_export_are_the_same(run, tmp_path, capsys):
 
 
 def test_sampling_needs_a_tokenizer(tmp_path):
-    with pytest.raises(UsageError, match="no tokenizer that npgpt can open"):
+    with pytest.raises(UsageError, match=r"no tokenizer that can be opened .*package tokenizers"):
         sample.main(["--out-dir", str(make(tmp_path))])
 
 
@@ -683,3 +683,32 @@ def test_transformers_opens_a_model_without_biases(transformers, tmp_path):
     model.save_pretrained(tmp_path)
     again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     assert np.abs(their_logits(again) - logits(model)).max() < 1e-4
+
+
+def test_transformers_opens_what_was_begun_with_its_model_and_trained(transformers, tmp_path):
+    import torch
+
+    text = "the quick brown fox jumps over the lazy dog.\n" * 30
+    (tmp_path / "text.txt").write_text(text)
+    shape = dict(n_layer=2, n_head=2, n_embd=16)
+    original = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=40, n_positions=12, bos_token_id=None, eos_token_id=None, **shape)
+    )
+    original.save_pretrained(tmp_path / "theirs")
+    config = TrainConfig(
+        data=(str(tmp_path / "text.txt"),), out_dir=str(tmp_path / "run"), init_from=str(tmp_path / "theirs"),
+        block_size=8, bias=True, batch_size=4, max_iters=20, warmup_iters=1, eval_interval=10, eval_iters=1,
+        learning_rate=1e-2, dropout=0.1, sample_tokens=0, final_sample_tokens=0, **shape,
+    )  # fmt: skip
+    losses = [event.val_loss for event in Trainer(config).run() if isinstance(event, Evaluation)]
+    assert losses[-1] < losses[0] - 0.5
+    model = GPT.from_pretrained(tmp_path / "run")
+    model.save_pretrained(tmp_path / "ours")
+    again, info = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values()) and again.config.n_positions == 8 and again.config.vocab_size == 40
+    assert np.abs(their_logits(again.eval()) - logits(model)).max() < 1e-4
+    # and both write the same, while the context has room
+    prompt = model.tokenizer.encode("the").tolist()
+    with torch.no_grad():
+        theirs_next = again.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False)[0].tolist()
+    assert theirs_next == prompt + list(model.generate(prompt, 5, temperature=0))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from npgpt import jit
-from npgpt.tiles import ROWS, product
+from npgpt.tiles import ROWS, dots, product
 
 pytestmark = pytest.mark.skipif(jit.KERNELS == "numpy", reason="tiles exist inside kernels only")
 
@@ -14,6 +14,11 @@ SIZES = [1, 3, 8, 9, 31, 32, 33, 65]  # on both sides of ROWS and of one and two
 @jit.kernel
 def run_product(out, a, b, add):
     product(out, a, b, add)
+
+
+@jit.kernel
+def run_dots(out, x, w, scale, bias, first, last, add):
+    dots(out, x, w, scale, bias, first, last, add)
 
 
 def inside(shape, dtype):
@@ -63,3 +68,30 @@ def test_product_passes_nan_on_and_does_not_read_beyond_the_edge(dtype):
 def test_arrays_of_different_types_are_refused():
     with pytest.raises(Exception, match=r"No implementation|Failed in nopython"):
         run_product(np.zeros((1, 1), np.float32), np.zeros((1, 1)), np.zeros((1, 1)), False)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int8])  # of the weights
+@pytest.mark.parametrize("add", [False, True])
+def test_dots_are_numpys_and_touch_nothing_else(kind, add):
+    rng = np.random.default_rng(0)
+    dtype = np.float32 if kind == np.int8 else kind
+    tolerance = 1e-13 if kind == np.float64 else 1e-5
+    for M in (1, 2, 3, 4, 5, 9):
+        for K in (1, 5, 16, 37):
+            for first, last in ((0, 1), (0, 20), (3, 8), (16, 20), (7, 7)):
+                x, _ = inside((M, K), dtype)
+                x[...] = rng.standard_normal((M, K))
+                w, _ = inside((20, K), kind)
+                w[...] = rng.integers(-127, 128, w.shape) if kind == np.int8 else rng.standard_normal(w.shape)
+                scale = rng.uniform(1, 2, 20).astype(dtype) / (127 if kind == np.int8 else 1)
+                bias = rng.standard_normal(20).astype(dtype)
+                for with_scale, with_bias in ((True, True), (False, True), (kind == np.int8, False)):
+                    out, whole = inside((M, 20), dtype)
+                    expected = x.astype(np.float64) @ w[first:last].T.astype(np.float64)
+                    expected = expected * (scale[first:last] if with_scale else 1) + (7 if add else 0)
+                    expected += bias[first:last] if with_bias else 0
+                    run_dots(out, x, w, scale[: 20 * with_scale], bias[: 20 * with_bias], first, last, add)
+                    room = tolerance * (K + 7) * (1 if with_scale or kind != np.int8 else 127)
+                    np.testing.assert_allclose(out[:, first:last], expected, rtol=0, atol=room)
+                    out[:, first:last] = 7
+                    assert (whole == 7).all(), (M, K, first, last)

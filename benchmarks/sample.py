@@ -220,6 +220,8 @@ def quality(path, source):
     if model.tokenizer is None:
         raise UsageError(f"{path} has no tokenizer that can be opened")
     tokens = model.tokenizer.encode(load_text([source])[-4 * SCORED :])[-SCORED - 1 :]
+    if len(tokens) < 2:
+        raise UsageError(f"{source} has {len(tokens)} token; two are needed")
     T, losses = model.config.block_size, {}
     for int8 in (False, True):
         decoder, total, count = Decoder(model, int8=int8), 0.0, 0

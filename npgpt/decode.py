@@ -24,6 +24,7 @@ Dettmers et al. 2022 (LLM.int8(), section 2.1) call this row-wise quantisation.
 """
 
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -43,6 +44,8 @@ MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.
 CHUNK = 32  # rows of a call when a prompt is read
 MOST_THREADS = 16  # more would wait for each other, and for the memory
 ONE_CORE = 4e5  # bytes of weights, each read for four rows, with which one core is done before another has woken up
+
+FREE = -(2**62)  # the counter of threads that must not wait any more
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reference
@@ -92,10 +95,10 @@ def decode_ref(keys, values, tokens, streams, positions, n_logits, parameters, n
 
 
 @helper
-def _norm(y, x, weight, bias):
+def _norm(y, x, weight, bias, eps):
     """y = layer norm of the rows of x (R, C); the same lines as in npgpt/ops/layernorm.py."""
     R, C = x.shape
-    one, inv_C, eps = x.dtype.type(1), x.dtype.type(1 / C), x.dtype.type(EPS)
+    one, inv_C, eps = x.dtype.type(1), x.dtype.type(1 / C), x.dtype.type(eps)
     for r in range(R):
         total = x.dtype.type(0)
         for i in range(C):
@@ -143,9 +146,9 @@ GROUP = 16  # elements that are never split between threads, nor computed in two
 
 
 @helper
-def _gelu(z):
+def _gelu(z, a, k):
     """z = gelu(z) in place, as in npgpt/ops/mlp.py."""
-    one, a, minus_2k = z.dtype.type(1), z.dtype.type(A), z.dtype.type(-2 * K)
+    one, a, minus_2k = z.dtype.type(1), z.dtype.type(a), z.dtype.type(-2 * k)
     whole = len(z) // GROUP * GROUP
     for start in range(0, whole, GROUP):
         for i in range(start, start + GROUP):
@@ -164,13 +167,14 @@ def _part(n, rank, ranks):
 @helper
 def _decode(
     logits, keys, values, tokens, streams, positions, wte, wte_scale, wpe, places, scale_places, final,
-    x, qkv, y, hidden, h, p, rank, ranks, counter,
+    constants, x, qkv, y, hidden, h, p, rank, ranks, counter,
 ):  # fmt: skip
     """What decode_ref does, as number `rank` of `ranks` threads that share the rows of all matrices.
 
     places              (L, 12) addresses of the parameters in BLOCK, 0 for none
     scale_places        (L, 4) those of the scales of int8 matrices
     final               (1, 2) those of ln_f's weight and bias
+    constants           layer norm's eps, GELU's a and k (Numba would not notice that they change in other files)
     x, qkv, y, hidden   (R, C), (R, 3C), (R, C), (R, 4C): what the threads work on together
     h, p                (R, C), (1, T): this one's own
     """
@@ -190,7 +194,7 @@ def _decode(
         place, scales = places[layer], scale_places[layer]
         meet(counter, ranks)
         # q, k, v = c_attn(ln_1(x)), of this thread's heads
-        _norm(h, x, array_at(place[0], C, x), array_at(place[1], C, x))
+        _norm(h, x, array_at(place[0], C, x), array_at(place[1], C, x), constants[0])
         w = array_at(place[2], 3 * C * C, wte).reshape(3 * C, C)
         scale, bias = array_at(scales[0], 3 * C, x), array_at(place[3], 3 * C, x)
         for part in range(3):
@@ -216,27 +220,27 @@ def _decode(
         dots(x, y, w, array_at(scales[1], C, x), array_at(place[5], C, x), out0, out1, True)
         meet(counter, ranks)
         # hidden = gelu(c_fc(ln_2(x)))
-        _norm(h, x, array_at(place[6], C, x), array_at(place[7], C, x))
+        _norm(h, x, array_at(place[6], C, x), array_at(place[7], C, x), constants[0])
         w = array_at(place[8], 4 * C * C, wte).reshape(4 * C, C)
         first, last = _part(4 * C, rank, ranks)
         dots(hidden, h, w, array_at(scales[2], 4 * C, x), array_at(place[9], 4 * C, x), first, last, False)
         for r in range(R):
-            _gelu(hidden[r, first:last])
+            _gelu(hidden[r, first:last], constants[1], constants[2])
         meet(counter, ranks)
         # x += c_proj(hidden)
         w = array_at(place[10], 4 * C * C, wte).reshape(C, 4 * C)
         dots(x, hidden, w, array_at(scales[3], C, x), array_at(place[11], C, x), out0, out1, True)
     if len(logits):
         meet(counter, ranks)
-        _norm(h, x, array_at(final[0, 0], C, x), array_at(final[0, 1], C, x))
+        _norm(h, x, array_at(final[0, 0], C, x), array_at(final[0, 1], C, x), constants[0])
         first, last = _part(len(wte), rank, ranks)
         dots(logits, h[R - len(logits) :], wte, wte_scale, array_at(0, 0, x), first, last, False)
 
 
 @kernel
 def decode_kernel(
-    size, logits, keys, values, rows, wte, wte_scale, wpe, places, scale_places, final, x, qkv, y, hidden,
-    h, p, rank, ranks, counter, jobs, seen, state,
+    size, logits, keys, values, rows, wte, wte_scale, wpe, places, scale_places, final, constants, x, qkv,
+    y, hidden, h, p, rank, ranks, counter, jobs, seen, state,
 ):  # fmt: skip
     """_decode, once for rank 0; the others do it for each job that rank 0 begins, until there is none for a while.
 
@@ -251,7 +255,7 @@ def decode_kernel(
         R, n = size
         _decode(
             logits[:n], keys, values, rows[0, :R], rows[1, :R], rows[2, :R], wte, wte_scale, wpe, places, scale_places,
-            final, x[:R], qkv[:R], y[:R], hidden[:R], h[:R], p, rank, ranks, counter,
+            final, constants, x[:R], qkv[:R], y[:R], hidden[:R], h[:R], p, rank, ranks, counter,
         )  # fmt: skip
         meet(counter, ranks)
         if rank == 0:
@@ -282,7 +286,7 @@ def _addresses(rows):
 class Decoder:
     """The keys and values of some texts, and the logits of what may follow them.
 
-    model      a GPT, whose weights are read where they are; dropout does not act
+    model      a GPT, whose weights are read where they are, if they are contiguous; dropout does not act
     n_streams  texts side by side
     length     the most positions of a text that will be needed, at most the model's block_size
     int8       whether the matrices are rounded to 8 bits, in a copy; biases, layer norms and wpe stay as they are
@@ -311,7 +315,7 @@ class Decoder:
             for name, scale in scales.items():
                 self.parameters[name] = self.parameters[name] * scale[:, None]
             return
-        self.threads = min(threads or cores(), MOST_THREADS)
+        self.threads = max(1, min(threads or cores(), MOST_THREADS))
         blocks = [f"transformer.h.{layer}." for layer in range(L)]
         self._scales = scales  # as the kernel knows only where they lie, they must be kept here
         self._weights = (
@@ -321,6 +325,7 @@ class Decoder:
             _addresses([[self.parameters.get(block + name) for name in BLOCK] for block in blocks]),
             _addresses([[scales.get(block + name) for name in BLOCK if name in MATRICES] for block in blocks]),
             _addresses([[self.parameters.get(f"transformer.ln_f.{name}") for name in ("weight", "bias")]]),
+            np.array([EPS, A, K]),
         )
         n, T = self.rows, self.length
         self._logits = np.empty((n, V), dtype)
@@ -328,10 +333,9 @@ class Decoder:
         shared = [np.empty((n, width), dtype) for width in (C, 3 * C, C, 4 * C)]
         self._args = self._size, self._logits, self.keys, self.values, self._rows, *self._weights, *shared
         self._own = [(np.empty((n, C), dtype), np.empty((1, T), dtype)) for _ in range(self.threads)]
-        self._pool = ThreadPoolExecutor(max(1, self.threads - 1), "npgpt-decoder")  # it starts threads when it must
-        self._others = []  # what the other threads are at
         self._counter, self._jobs = np.zeros(8, np.int64), np.zeros(8, np.int64)  # (lines of memory of their own)
-        self._states = np.full((self.threads, 8), SLEEPS, np.int64)
+        self._states = np.empty((self.threads, 8), np.int64)
+        self._start_over()
 
     def __call__(self, tokens, streams, positions, n_logits):
         """Put rows into the cache, and return the logits (n_logits, V) of the last ones, until the next call.
@@ -344,7 +348,7 @@ class Decoder:
         if R <= self.rows:
             rows[0], rows[1], rows[2] = tokens, streams, positions
         # (as unsigned numbers, those below 0 are huge)
-        if R > self.rows or n_logits > R or (rows.view(np.uint64) >= self.limits).any():
+        if R > self.rows or not 0 <= n_logits <= R or (rows.view(np.uint64) >= self.limits).any():
             raise ValueError(
                 f"Decoder: expected at most {self.rows} rows, logits of no more than these, and tokens, streams, "
                 f"positions from 0 to below {self.limits[:, 0].tolist()}; got {R} rows and {n_logits} logits"
@@ -362,21 +366,37 @@ class Decoder:
         h, p = self._own[rank]
         decode_kernel(*self._args, h, p, rank, ranks, self._counter, self._jobs, seen, self._states[rank])
 
+    def _help(self, rank, seen):
+        try:
+            self._run(rank, self.threads, seen)
+        except BaseException:
+            self._counter[0] = FREE  # nobody must wait for this thread
+            raise
+
     def _run_together(self):
+        if self._process != os.getpid():  # a fork has no threads but the one that made it
+            self._start_over()
+        others = []
         try:
             seen, asleep = int(self._jobs[0]), claim_kernel(self._states[1:])
             for rank in range(1, self.threads):
                 if asleep >> (rank - 1) & 1:
-                    self._others.append(self._pool.submit(self._run, rank, self.threads, seen))
+                    others.append(self._pool.submit(self._help, rank, seen))
             self._run(0, self.threads, seen)
-            self._others = [other for other in self._others if not other.done()] if asleep else self._others
-        except BaseException:  # Ctrl-C, say, before the kernel was reached: nobody must wait for this thread
-            self._counter[0] = -(2**62)
+            if self._counter[0] < 0:
+                for other in others:
+                    other.result()
+        except BaseException:  # Ctrl-C, say, before the kernel was reached: the others must not wait for this thread
+            self._counter[0] = FREE
             self._jobs[0] += 1
-            for other in self._others:
-                other.result()
-            self._counter[0], self._states[:] = 0, SLEEPS
+            self._pool.shutdown(wait=True)  # also those of whom this thread does not know yet
+            self._start_over()
             raise
+
+    def _start_over(self):
+        """All other threads sleep, or there are none yet."""
+        self._process, self._pool = os.getpid(), ThreadPoolExecutor(max(1, self.threads - 1), "npgpt-decoder")
+        self._counter[0], self._states[:] = 0, SLEEPS
 
     def read(self, tokens, stream=0, position=0):
         """Put n tokens into a stream from a position on -> the logits (V,) after the last, until the next call."""

@@ -11,6 +11,7 @@
     141  whoever read the output stopped reading (as in `... | head`)
 """
 
+import errno
 import os
 import sys
 
@@ -64,5 +65,16 @@ def run_command(name, main):
         print(f"\n{name}: stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its exit
+        _forget_output()
         sys.exit(141)
+    except OSError as error:  # a name that is too long, an output on a full disk
+        place = "" if error.filename is None else f": {str(error.filename)[:60]}"
+        print(f"{name}: {error.strerror or error}{place}", file=sys.stderr)
+        _forget_output()
+        sys.exit(2 if error.errno == errno.ENAMETOOLONG else 3)
+
+
+def _forget_output():
+    """What could not be written to standard output is dropped, or Python would complain once more at its exit."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from npgpt.config import SAMPLE, Controls
 from npgpt.errors import UsageError, run_command
-from npgpt.train import Parser
+from npgpt.train import Parser, show_all
 
 PROG = "python -m npgpt.sample"
 DEFAULTS = {"temperature": 0.8}  # other than those of Controls
@@ -47,7 +47,7 @@ def parse(argv):
     for name, holds, words in (
         ("prompt", args.prompt != "", "must have one character at least"),
         ("prompt-file", args.prompt_file is None or args.prompt is None, "and --prompt: give one of them"),
-        ("interactive", not args.interactive or alone, "asks for prompts, and answers in text"),
+        ("interactive", not args.interactive or (alone and args.prompt is None), "asks for prompts, and answers in text"),
         ("num-samples", args.num_samples >= 1, "must be at least 1"),
         ("max-new-tokens", args.max_new_tokens >= 1, "must be at least 1"),
         ("stop", all(args.stop), "must have one character at least"),
@@ -71,7 +71,7 @@ def read_prompt(args):
     where = "standard input" if args.prompt_file == "-" else args.prompt_file
     try:
         raw = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
-        text = raw.decode("utf-8-sig").replace("\r\n", "\n")
+        text = raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise UsageError(f"--prompt-file: cannot read {where}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -127,6 +127,9 @@ def interact(write, tokenizer):
         except EOFError:
             print()
             return
+        except UnicodeDecodeError:
+            print(f"{PROG}: that was not {sys.stdin.encoding}", file=sys.stderr)
+            continue
         if not prompt:
             continue
         try:
@@ -134,9 +137,10 @@ def interact(write, tokenizer):
         except UsageError as error:
             print(f"{PROG}: {error}", file=sys.stderr)
             continue
-        written = []
+        written = []  # of the last text
 
         def kept(pieces, written=written):
+            written.clear()
             for piece in pieces:
                 written.append(piece.text)
                 yield piece
@@ -148,7 +152,7 @@ def interact(write, tokenizer):
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
     prompt = None if args.interactive else read_prompt(args)
-    sys.stdout.reconfigure(errors="replace")  # what a console cannot show must not end the text
+    show_all()
 
     import numpy as np
 
@@ -156,7 +160,8 @@ def main(argv=None):
     from npgpt.model import GPT
 
     path = args.model if args.checkpoint in ("best", "last") else args.checkpoint
-    model = GPT.from_pretrained(folder.newest(path) if args.checkpoint == "last" else path)
+    is_last = args.checkpoint == "last" and folder.checkpoints(path)
+    model = GPT.from_pretrained(folder.newest(path) if is_last else path)
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise UsageError(f"{path} has no tokenizer that can be opened (a tokenizer.json needs the package tokenizers)")

@@ -20,6 +20,7 @@ import numpy as np
 from npgpt.config import Controls
 from npgpt.decode import Decoder
 from npgpt.engine import no_grad
+from npgpt.errors import CheckpointError
 
 SIDE_BY_SIDE = 8  # texts that grow together; more would take more memory, and be little faster
 
@@ -33,12 +34,16 @@ def probabilities(logits, texts, controls):
             seen = seen[seen < len(row)]
             r = controls.repetition_penalty
             row[seen] = np.where(row[seen] > 0, row[seen] / r, row[seen] * r)
-    z -= z.max(axis=1, keepdims=True)
+    best = z.max(axis=1, keepdims=True)
+    if not np.isfinite(best).all():
+        raise CheckpointError("the model's logits are not finite: its weights, or those of a control, are out of range")
+    z -= best
     if controls.temperature == 0:
         p = np.zeros_like(z)
         p[np.arange(len(z)), z.argmax(axis=1)] = 1
         return p
-    z /= controls.temperature
+    with np.errstate(over="ignore"):
+        z /= controls.temperature
     if controls.top_k is not None and controls.top_k < z.shape[1]:
         z[z < np.partition(z, -controls.top_k, axis=1)[:, -controls.top_k, None]] = -np.inf
     p = np.exp(z)
@@ -89,6 +94,8 @@ class Generation:
     def __init__(
         self, model, idx, rngs, controls=None, length=None, cache=True, vocab_size=None, int8=False, threads=None
     ):  # fmt: skip
+        if not len(idx):
+            raise ValueError("generate: the prompt must have one token at least")
         self.model, self.controls, self.rngs = model, controls or Controls(), rngs
         self.block_size = model.config.block_size
         self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
@@ -106,17 +113,20 @@ class Generation:
             self.start, self.cached = start, 0
         if self.decoder is None:
             return self._forward()
-        position, self.cached = self.cached, n - start
-        if self.cached - position == 1:  # what was chosen last
-            tokens = [self.texts[i][-1] for i in alive]
-            return self.decoder(tokens, alive, [position] * len(alive), len(alive))
+        position = self.cached
         contexts = [self.texts[i][start + position :] for i in alive]
-        if all(context == contexts[0] for context in contexts):  # the prompt
+        if len(contexts[0]) == 1:  # what was chosen last
+            tokens = [context[0] for context in contexts]
+            logits = self.decoder(tokens, alive, [position] * len(alive), len(alive))
+        elif all(context == contexts[0] for context in contexts):  # the prompt
             last = self.decoder.read(contexts[0], alive[0], position)
-            self.decoder.copy(alive[0], self.cached)
-            return np.tile(last, (len(alive), 1))
-        pairs = zip(alive, contexts, strict=True)
-        return np.stack([self.decoder.read(context, i, position).copy() for i, context in pairs])
+            self.decoder.copy(alive[0], n - start)
+            logits = np.tile(last, (len(alive), 1))
+        else:
+            pairs = zip(alive, contexts, strict=True)
+            logits = np.stack([self.decoder.read(context, i, position).copy() for i, context in pairs])
+        self.cached = n - start  # not before it is true
+        return logits
 
     def _forward(self):
         was_training = self.model.training

@@ -110,9 +110,15 @@ def parse(argv):
     if rest["resume"] and rest["overwrite"]:
         raise UsageError("give --resume or --overwrite, not both")
     settings = {**(preset(name) if name else {}), **given}
-    if not rest["resume"]:
+    if not rest["resume"] and settings.get("init_from") is None:  # (whose tokenizer is not known yet)
         check_tokenizer(TrainConfig(**settings))
     return settings, rest
+
+
+def show_all():
+    """What a console cannot show (its encoding may be ASCII) must not end a command."""
+    if sys.stdout is not None:  # it was closed
+        sys.stdout.reconfigure(errors="replace")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -203,10 +209,12 @@ def main(argv=None, stop=Stop):
     if given.get("init_from") is not None and not flags["resume"]:
         from npgpt.trainer import settings_of
 
-        given = {**settings_of(given["init_from"]), **given}
+        settings = settings_of(given["init_from"])
+        if not {"tokenizer"} & (settings.keys() | given.keys()):
+            raise UsageError(f"init_from: {given['init_from']} has no tokenizer; say what a token is with --tokenizer")
+        given = {**settings, **given}
     config = TrainConfig(**given)  # before NumPy and Numba take their time to load: a mistake shows at once
-    # what a console cannot show (its encoding may be ASCII) must not end a run
-    sys.stdout.reconfigure(errors="replace")
+    show_all()
 
     from npgpt.profiler import Profile
     from npgpt.trainer import Evaluation, Notice, Progress, Trainer

@@ -194,7 +194,7 @@ class Trainer:
         elif state is not None:
             n = state.get("n_tokens")
         tokens = map_tokens(path, dtype, n)
-        if tokens is None:
+        if tokens is None or tokens.max() >= self.tokenizer.vocab_size:  # there are none, or they are damaged
             run = folder.RunFolder(self.out_dir)
             try:
                 parts = self.tokenizer.encode_pieces(corpus.pieces())

@@ -1000,7 +1000,7 @@ FAULTS = [
     Fault(
         "decode: no GELU",
         "npgpt/decode.py",
-        "            _gelu(hidden[r, first:last])\n",
+        "            _gelu(hidden[r, first:last], constants[1], constants[2])\n",
         "            pass\n",
         "Without a nonlinearity the MLP is one matrix.",
         kernel=True,
@@ -1048,8 +1048,8 @@ FAULTS = [
     Fault(
         "sampling: the temperature is ignored",
         "npgpt/sampling.py",
-        "    z /= controls.temperature\n",
-        "",
+        "        z /= controls.temperature\n",
+        "        pass\n",
         "The logits are divided by the temperature.",
     ),
     Fault(

@@ -1,5 +1,7 @@
 """The KV cache and its kernel, beside the model's own forward pass."""
 
+import os
+import signal
 import threading
 import time
 
@@ -187,6 +189,69 @@ def test_an_interrupt_sets_the_other_threads_free(monkeypatch):
         decoder([3], [0], [0], 1)
     monkeypatch.setattr(decode, "decode_kernel", kernel)
     np.testing.assert_allclose(decoder([3], [0], [0], 1)[0], full(model, np.array([3]))[0], rtol=0, atol=1e-12)
+
+
+@kernels_only
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there are no timers that interrupt")
+def test_interrupts_at_any_moment_leave_a_decoder_that_is_right():
+    model = model_of(SHAPES[0])
+    tokens = tokens_of(model)
+    decoder, expected = Decoder(model, threads=3), full(model, tokens)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    rng, interrupted = np.random.default_rng(0), 0
+    try:
+        for _ in range(300):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 1e-3))
+                while True:
+                    decoder.read(tokens)
+            except KeyboardInterrupt:
+                interrupted += 1
+            np.testing.assert_allclose(decoder.read(tokens), expected[-1], rtol=0, atol=1e-12)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert interrupted == 300
+
+
+@kernels_only
+def test_a_thread_that_cannot_begin_holds_up_nobody(monkeypatch):
+    decoder = Decoder(model_of(SHAPES[0]), threads=3)
+    expected = decoder([3], [0], [0], 1).copy()
+    time.sleep(0.1)  # the others have gone to sleep
+    run = Decoder._run
+
+    def failing(self, rank, ranks, seen):
+        if rank == 2:
+            raise MemoryError
+        run(self, rank, ranks, seen)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "_run", failing)
+        with pytest.raises(MemoryError):
+            decoder([3], [0], [0], 1)
+    assert np.array_equal(decoder([3], [0], [0], 1), expected)
+
+
+@kernels_only
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_fork_decodes_too():
+    decoder = Decoder(model_of(SHAPES[0]), threads=2)
+    expected = decoder([3], [0], [0], 1).copy()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if np.array_equal(decoder([3], [0], [0], 1), expected) else 1)
+    deadline = time.monotonic() + 30
+    while (done := os.waitpid(child, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    assert done[1] == 0
 
 
 # ---- what kernels with several threads need

@@ -48,7 +48,7 @@ ONLY = {
     "tiles": {"jit"},
     "ops": {"engine", "jit", "tiles", "ops"},
     "decode": {"jit", "tiles", "ops"},
-    "sampling": {"config", "engine", "decode"},
+    "sampling": {"config", "engine", "errors", "decode"},
     "optim": {"errors", "engine", "jit", "tiles", "profiler"},
     "data": {"errors", "config", "jit"},
     "tokenizer": {"errors", "config", "jit"},

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from npgpt.config import Controls, GPTConfig
-from npgpt.errors import UsageError
+from npgpt.errors import CheckpointError, UsageError
 from npgpt.model import GPT
 from npgpt.sampling import SIDE_BY_SIDE, Generation, Writer, choose, context_start, probabilities, write
 from npgpt.tokenizer import ByteTokenizer, CharTokenizer
@@ -120,6 +120,12 @@ def test_choose_never_takes_what_cannot_be():
         assert set(choose(p, [uniform] * 2000)) == {1 if uniform == 0 else 5}
 
 
+def test_logits_that_are_not_finite_are_an_error():
+    for logits in ([[np.nan, 1.0]], [[np.inf, 1.0]]):
+        with pytest.raises(CheckpointError, match="not finite"):
+            probabilities(np.array(logits), [[0]], Controls())
+
+
 # ---- contexts
 
 
@@ -220,6 +226,11 @@ def test_tokens_without_a_text_are_never_chosen():
     for _ in range(100):
         generation.step()
     assert set(generation.texts[0]) == {0, 1, 2, 3}
+
+
+def test_a_prompt_needs_a_token():
+    with pytest.raises(ValueError, match="one token at least"):
+        next(lively().generate([], 3))
 
 
 # ---- texts

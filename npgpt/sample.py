@@ -43,11 +43,11 @@ def parse(argv):
     output.add_argument("--int8", action="store_true", help="weights of 8 bits: faster where the model is large")
     output.add_argument("--threads", type=int, metavar="N", help="cores to use (default: all, for a large model)")
     args = parser.parse_args(argv)
-    alone = args.prompt_file is None and not args.json
+    alone = args.prompt is None and args.prompt_file is None and not args.json
     for name, holds, words in (
         ("prompt", args.prompt != "", "must have one character at least"),
         ("prompt-file", args.prompt_file is None or args.prompt is None, "and --prompt: give one of them"),
-        ("interactive", not args.interactive or (alone and args.prompt is None), "asks for prompts, and answers in text"),
+        ("interactive", not args.interactive or alone, "asks for prompts, and answers in text"),
         ("num-samples", args.num_samples >= 1, "must be at least 1"),
         ("max-new-tokens", args.max_new_tokens >= 1, "must be at least 1"),
         ("stop", all(args.stop), "must have one character at least"),

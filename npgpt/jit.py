@@ -229,15 +229,20 @@ if KERNELS == "numba":
     def _count_up(counter):
         return lambda counter: _add_atomically(counter, 1)
 
-    @intrinsic
-    def _add_atomically(typingctx, counter, n):
-        """counter[0] += n as one indivisible step; returns what it was."""
+    def _atomic(operation):
+        """The intrinsic that does an operation of LLVM's atomicrmw on counter[0] and n; it returns what stood there."""
 
-        def codegen(context, builder, signature, args):
-            array = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0])
-            return builder.atomic_rmw("add", array.data, args[1], "seq_cst")
+        @intrinsic
+        def atomic(typingctx, counter, n):
+            def codegen(context, builder, signature, args):
+                array = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0])
+                return builder.atomic_rmw(operation, array.data, args[1], "seq_cst")
 
-        return types.int64(counter, types.int64), codegen
+            return types.int64(counter, types.int64), codegen
+
+        return atomic
+
+    _add_atomically, _swap_atomically = _atomic("add"), _atomic("xchg")
 
     @intrinsic
     def _look(typingctx, counter):
@@ -260,16 +265,6 @@ if KERNELS == "numba":
             return context.get_dummy_value()
 
         return types.void(), codegen
-
-    @intrinsic
-    def _swap_atomically(typingctx, counter, n):
-        """counter[0] = n as one indivisible step; returns what it was."""
-
-        def codegen(context, builder, signature, args):
-            array = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0])
-            return builder.atomic_rmw("xchg", array.data, args[1], "seq_cst")
-
-        return types.int64(counter, types.int64), codegen
 
     @intrinsic
     def _change_atomically(typingctx, counter, old, new):

@@ -40,6 +40,7 @@ NAN_FILL = os.environ.get("NPGPT_NAN_FILL", "0") not in ("", "0")
 class _ThreadState(threading.local):
     recording = True
     checked = None
+    observer = None
     pool = None
     random_seed = 0
     random_calls = 0
@@ -82,6 +83,19 @@ def _check_finite(arrays, direction, backward, parents):
     op = backward.__qualname__.partition(".")[0]
     named = [_state.checked[id(parent)] for parent in parents if id(parent) in _state.checked]
     raise NotFinite(f"the {direction} of {op}" + (f" with {', '.join(named)}" if named else ""))
+
+
+@contextlib.contextmanager
+def observed(observer):
+    """Within this context observer(out, parents, backward) is called for each Tensor that an op makes, in their order.
+
+    Those of no_grad count too.  The observer may change out.data in place, to see what comes of it.
+    """
+    before, _state.observer = _state.observer, observer
+    try:
+        yield
+    finally:
+        _state.observer = before
 
 
 @contextlib.contextmanager
@@ -365,6 +379,8 @@ def record(data, parents, backward):
         out.requires_grad = True
         out._parents = parents
         out._backward = backward
+    if _state.observer is not None:
+        _state.observer(out, parents, backward)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Do the tests notice?  Plants the mistakes of faults.py one at a time, each in a copy of the package, and runs tests.
+"""Do the tests notice?  Plants each mistake of npgpt/faults.py, one at a time in a copy of the package, and runs tests.
 
     python tests/mutation.py [--jobs 2] [--only WORD]
 
@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from faults import FAULTS
+from npgpt.faults import FAULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 300  # seconds, for one run of the tests

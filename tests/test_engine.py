@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from npgpt import GPT, GPTConfig, Tensor, engine, no_grad, random_stream
-from npgpt.engine import BufferPool, as_rows, empty, next_random_key, record, reuse_buffers, zeros
+from npgpt.engine import BufferPool, as_rows, empty, next_random_key, observed, record, reuse_buffers, zeros
 from npgpt.ops import primitives
 from npgpt.ops.embedding import embedding
 from npgpt.ops.layernorm import layernorm
@@ -816,3 +816,25 @@ def test_primitives_of_the_module_are_the_methods_of_tensor(rng):
     x = leaf(rng, 2, 3)
     np.testing.assert_array_equal(primitives.exp(x).data, x.exp().data)
     np.testing.assert_array_equal(x.T.data, x.data.T)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is seen of a graph as it is made
+
+
+def test_an_observer_sees_every_tensor_with_its_parents_and_may_change_it(rng):
+    a, b = Tensor(rng.normal(size=3), requires_grad=True), Tensor(rng.normal(size=3))
+    seen = []
+    with observed(lambda out, parents, backward: seen.append((out, parents, backward.__qualname__.split(".")[0]))):
+        c = a * b
+        with no_grad():
+            d = c.exp()
+    _ = a + b  # no longer
+    assert [name for _, _, name in seen] == ["mul", "exp"]
+    assert seen[0][0] is c and seen[0][1] == (a, b) and seen[1][0] is d and seen[1][1] == (c,)
+
+    def nudge(out, parents, backward):
+        out.data[0] += 1
+
+    with observed(nudge):
+        np.testing.assert_allclose((a * b).data - c.data, [1, 0, 0], atol=1e-15)

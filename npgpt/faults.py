@@ -1,7 +1,7 @@
 """Wrong gradients, wrong tokens, wrong weights: mistakes that are easily made, each in one place of npgpt.
 
-tests/mutation.py plants them one at a time and demands that the tests notice.  Those of gradients are also an exercise:
-plant one, run `python -m npgpt.gradcheck`, and find it by what is wrong.
+One list, used twice: tests/mutation.py plants them one at a time and demands that the tests notice, and
+`python -m npgpt.exercise bug N` plants one of the backward's for you to find.
 """
 
 from dataclasses import dataclass

@@ -21,6 +21,9 @@ shares the work with all cores where there is enough to read.  With int8 weights
     w[n, k] ~ scale[n] q[n, k]        scale[n] = max_k |w[n, k]| / 127,   q[n, k] = round(w[n, k] / scale[n])
 
 Dettmers et al. 2022 (LLM.int8(), section 2.1) call this row-wise quantisation.
+
+A small model needs less time for a token than Python needs to choose it.  Where no more than the temperature is asked
+for, the kernel draws the tokens itself, and goes on with them for some steps.
 """
 
 import math
@@ -44,6 +47,8 @@ MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.
 CHUNK = 32  # rows of a call when a prompt is read
 MOST_THREADS = 16  # more would wait for each other, and for the memory
 ONE_CORE = 4e5  # bytes of weights, each read for four rows, with which one core is done before another has woken up
+
+AHEAD = 16  # steps of which the kernel draws the tokens in one call, at most
 
 FREE = -(2**62)  # the counter of threads that must not wait any more
 
@@ -237,27 +242,66 @@ def _decode(
         dots(logits, h[R - len(logits) :], wte, wte_scale, array_at(0, 0, x), first, last, False)
 
 
+@helper
+def _draw(z, uniform, temperature):
+    """The token that a number in [0, 1) picks from softmax(z / temperature), the likeliest one for a temperature of 0.
+
+    What choose(probabilities(z)) in npgpt/sampling.py does.  z (V,) is used up; -1 if it is not finite.
+    """
+    m, total = largest(z, len(z)), 0.0
+    for i in range(len(z)):
+        total += z[i]
+    if np.isnan(total) or not np.isfinite(m):
+        return -1
+    total = 0.0
+    for i in range(len(z)):
+        if temperature > 0:
+            z[i] = exp(z.dtype.type((z[i] - m) / temperature))
+            total += z[i]
+        elif z[i] == m:
+            return i
+    point, token = uniform * total, -1
+    total = 0.0
+    for i in range(len(z)):
+        total += z[i]
+        if z[i] > 0:
+            token = i
+            if total > point:
+                break
+    return token
+
+
 @kernel
 def decode_kernel(
-    size, logits, keys, values, rows, wte, wte_scale, wpe, places, scale_places, final, constants, x, qkv,
-    y, hidden, h, p, rank, ranks, counter, jobs, seen, state,
+    size, temperature, uniforms, drawn, logits, keys, values, rows, wte, wte_scale, wpe, places, scale_places, final,
+    constants, x, qkv, y, hidden, h, p, rank, ranks, counter, jobs, seen, state,
 ):  # fmt: skip
     """_decode, once for rank 0; the others do it for each job that rank 0 begins, until there is none for a while.
 
     To wake a thread takes as long as a token of a small model.  So the others stay awake from token to token.
 
-    size (2,): how many rows and logits there are in this job; the arrays of rows have room for more.
+    size (4,)               how many rows and logits there are in this job (the arrays of rows have room for more); if
+                            tokens are to be drawn, for how many steps, and the first how many tokens may be
+    uniforms, drawn         (AHEAD, rows) what they are drawn with, and the tokens
     """
     if rank == 0 and ranks > 1:
         count_up(jobs)
     while rank == 0 or next_job(jobs, seen, state):
         seen += 1
-        R, n = size
-        _decode(
-            logits[:n], keys, values, rows[0, :R], rows[1, :R], rows[2, :R], wte, wte_scale, wpe, places, scale_places,
-            final, constants, x[:R], qkv[:R], y[:R], hidden[:R], h[:R], p, rank, ranks, counter,
-        )  # fmt: skip
-        meet(counter, ranks)
+        R, n, steps, vocab_size = size
+        for step in range(max(1, steps)):
+            _decode(
+                logits[:n], keys, values, rows[0, :R], rows[1, :R], rows[2, :R], wte, wte_scale, wpe, places,
+                scale_places, final, constants, x[:R], qkv[:R], y[:R], hidden[:R], h[:R], p, rank, ranks, counter,
+            )  # fmt: skip
+            meet(counter, ranks)
+            if steps:
+                for r in range(rank, R, ranks):
+                    token = _draw(logits[r, :vocab_size], uniforms[step, r], temperature[0])
+                    drawn[step, r] = token
+                    rows[0, r] = max(0, token)
+                    rows[2, r] += 1
+                meet(counter, ranks)
         if rank == 0:
             return
 
@@ -329,9 +373,11 @@ class Decoder:
         )
         n, T = self.rows, self.length
         self._logits = np.empty((n, V), dtype)
-        self._size = np.zeros(2, np.int64)
+        self._size, self._temperature = np.zeros(4, np.int64), np.zeros(1)
+        self._uniforms, self._drawn = np.zeros((AHEAD, n)), np.zeros((AHEAD, n), np.int64)
+        draws = self._temperature, self._uniforms, self._drawn
         shared = [np.empty((n, width), dtype) for width in (C, 3 * C, C, 4 * C)]
-        self._args = self._size, self._logits, self.keys, self.values, self._rows, *self._weights, *shared
+        self._args = self._size, *draws, self._logits, self.keys, self.values, self._rows, *self._weights, *shared
         self._own = [(np.empty((n, C), dtype), np.empty((1, T), dtype)) for _ in range(self.threads)]
         self._counter, self._jobs = np.zeros(8, np.int64), np.zeros(8, np.int64)  # (lines of memory of their own)
         self._states = np.empty((self.threads, 8), np.int64)
@@ -343,6 +389,34 @@ class Decoder:
         tokens, streams, positions    (R,) integers, at most `rows` of them; what stands before a row in its stream must
                                       be in the cache, or among the rows
         """
+        rows = self._place(tokens, streams, positions, n_logits)
+        if KERNELS == "numpy":
+            return decode_ref(self.keys, self.values, *rows, n_logits, self.parameters, self.n_head)
+        self._size[:] = len(tokens), n_logits, 0, 0
+        self._run_job(len(tokens))
+        return self._logits[:n_logits]
+
+    def draw(self, tokens, streams, positions, uniforms, temperature, vocab_size):
+        """Put rows into the cache, draw the token after each, put that into the cache, and so on -> (steps, R) tokens.
+
+        tokens, streams, positions    (R,) integers: a row of each of some streams
+        uniforms                      (steps, R) numbers in [0, 1), for at most AHEAD steps
+        temperature, vocab_size       of Controls; only tokens below vocab_size are drawn
+
+        The last ones are not in the cache yet.  A token of -1 stands for logits that are not finite.  This is for
+        kernels only: with NPGPT_KERNELS=numpy, npgpt/sampling.py chooses all tokens.
+        """
+        R, steps = len(tokens), len(uniforms)
+        rows = self._place(tokens, streams, positions, R)
+        if steps > AHEAD or (rows[2] + steps > self.length).any():
+            raise ValueError(f"Decoder: {steps} steps are too many from positions {rows[2].tolist()} on")
+        self._size[:] = R, R, steps, vocab_size
+        self._temperature[0], self._uniforms[:steps, :R] = temperature, uniforms
+        self._run_job(R)
+        return self._drawn[:steps, :R]
+
+    def _place(self, tokens, streams, positions, n_logits):
+        """The rows (3, R) where the kernel finds them, which are checked."""
         R = len(tokens)
         rows = self._rows[:, : min(R, self.rows)]
         if R <= self.rows:
@@ -353,14 +427,13 @@ class Decoder:
                 f"Decoder: expected at most {self.rows} rows, logits of no more than these, and tokens, streams, "
                 f"positions from 0 to below {self.limits[:, 0].tolist()}; got {R} rows and {n_logits} logits"
             )
-        if KERNELS == "numpy":
-            return decode_ref(self.keys, self.values, *rows, n_logits, self.parameters, self.n_head)
-        self._size[0], self._size[1] = R, n_logits
+        return rows
+
+    def _run_job(self, R):
         if self.threads > 1 and self.nbytes * (R + 3) // 4 > ONE_CORE:
             self._run_together()
         else:
             self._run(0, 1, 0)
-        return self._logits[:n_logits]
 
     def _run(self, rank, ranks, seen):
         h, p = self._own[rank]

@@ -1032,6 +1032,30 @@ FAULTS = [
     # ----------------------------------------------------------------------------------------------------------------
     # sampling.py
     Fault(
+        "decode: all tokens of a call are drawn at one position",
+        "npgpt/decode.py",
+        "                    rows[2, r] += 1\n",
+        "",
+        "A token that was drawn stands one position after the one before it.",
+        kernel=True,
+    ),
+    Fault(
+        "decode: the temperature is upside down",
+        "npgpt/decode.py",
+        "(z[i] - m) / temperature)",
+        "(z[i] - m) * temperature)",
+        "A higher temperature makes unlikely tokens likelier: the logits are divided by it.",
+        kernel=True,
+    ),
+    Fault(
+        "decode: one random number for all tokens of a call",
+        "npgpt/decode.py",
+        "uniforms[step, r]",
+        "uniforms[0, r]",
+        "Every token is drawn with a number of its own.",
+        kernel=True,
+    ),
+    Fault(
         "sampling: repetition makes unlikely tokens likelier",
         "npgpt/sampling.py",
         "np.where(row[seen] > 0, row[seen] / r, row[seen] * r)",
@@ -1104,8 +1128,8 @@ FAULTS = [
     Fault(
         "sampling: tokens without a text are drawn",
         "npgpt/sampling.py",
-        "logits = self.logits()[:, : self.vocab_size]",
-        "logits = self.logits()",
+        "logits = self._logits(contexts)[:, : self.vocab_size]",
+        "logits = self._logits(contexts)",
         "Tokens beyond those of the tokenizer stand for nothing that could be shown.",
     ),
     Fault(

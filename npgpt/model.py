@@ -138,11 +138,11 @@ class GPT(Module):
     def generate(self, idx, max_new_tokens, rng=None, cache=True, **controls):
         """Continue a list of tokens, one token at a time: yields each new one as an int.
 
-        rng        numpy Generator, one number of which is used for each token
+        rng        numpy Generator, one number of which is used for each token, some of them ahead
         cache      whether keys and values are kept from token to token; without it the result is the same, later
         controls   those of npgpt.config.Controls: temperature, top_k, top_p, ...
         """
         rng = rng or np.random.default_rng(0)
-        generation = Generation(self, idx, [rng], Controls(**controls), len(idx) + max_new_tokens, cache)
+        generation = Generation(self, idx, [rng], Controls(**controls), len(idx) + max_new_tokens, cache=cache)
         for _ in range(max_new_tokens):
             yield generation.step()[0][0]

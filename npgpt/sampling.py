@@ -18,11 +18,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from npgpt.config import Controls
-from npgpt.decode import Decoder
+from npgpt.decode import AHEAD, Decoder
 from npgpt.engine import no_grad
 from npgpt.errors import CheckpointError
+from npgpt.jit import KERNELS
 
 SIDE_BY_SIDE = 8  # texts that grow together; more would take more memory, and be little faster
+
+AT_ONCE = 1e8  # bytes of weights, about, that are read before a text is shown again, when tokens are drawn ahead
+NOT_FINITE = "the model's logits are not finite: its weights, or those of a control, are out of range"
 
 
 def probabilities(logits, texts, controls):
@@ -36,7 +40,7 @@ def probabilities(logits, texts, controls):
             row[seen] = np.where(row[seen] > 0, row[seen] / r, row[seen] * r)
     best = z.max(axis=1, keepdims=True)
     if not np.isfinite(best).all():
-        raise CheckpointError("the model's logits are not finite: its weights, or those of a control, are out of range")
+        raise CheckpointError(NOT_FINITE)
     z -= best
     if controls.temperature == 0:
         p = np.zeros_like(z)
@@ -83,49 +87,56 @@ class Generation:
 
     model      a GPT
     idx        the prompt: a list of tokens, at least one; its last block_size tokens are the first context
-    rngs       a numpy Generator for each text; one number of it is used for each token
+    rngs       a numpy Generator for each text; one number of it is used for each token, and some may be taken ahead
     controls   Controls
     length     the most tokens that a text will have, prompt and all, if that is known
+    logprobs   whether the tokens' log-probabilities are asked for
     cache      False: the whole context goes through the model for every token, as in training, with the same result
     vocab_size how many tokens may be chosen: those beyond do not stand for any text
     int8, threads    of the Decoder
     """
 
     def __init__(
-        self, model, idx, rngs, controls=None, length=None, cache=True, vocab_size=None, int8=False, threads=None
+        self, model, idx, rngs, controls=None, length=None, logprobs=False, cache=True, vocab_size=None, int8=False,
+        threads=None,
     ):  # fmt: skip
         if not len(idx):
             raise ValueError("generate: the prompt must have one token at least")
         self.model, self.controls, self.rngs = model, controls or Controls(), rngs
+        self.logprobs, self.length = logprobs, length or math.inf
         self.block_size = model.config.block_size
         self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
         self.texts = [list(idx) for _ in rngs]
         self.alive = list(range(len(rngs)))  # the texts that still grow
         self.start = max(0, len(idx) - self.block_size)
         self.cached = 0  # positions of each text in the cache
+        self.drawn = [[] for _ in rngs]  # tokens of each text that the decoder has drawn ahead
         self.decoder = Decoder(model, len(rngs), length, int8, threads) if cache else None
 
-    def logits(self):
-        """(texts alive, V): what the next tokens are chosen from.  To be asked once for each token."""
-        alive, n = self.alive, len(self.texts[self.alive[0]])
+    def _contexts(self):
+        """What the cache does not have yet of each text's context.  To be asked once for each token."""
+        n = len(self.texts[self.alive[0]])
         start = context_start(n, self.start, self.block_size)
         if start != self.start:
             self.start, self.cached = start, 0
+        return [self.texts[i][start + self.cached :] for i in self.alive]
+
+    def _logits(self, contexts):
+        """(texts alive, V): what the next tokens are chosen from."""
         if self.decoder is None:
             return self._forward()
-        position = self.cached
-        contexts = [self.texts[i][start + position :] for i in alive]
-        if len(contexts[0]) == 1:  # what was chosen last
+        alive, position, n = self.alive, self.cached, len(contexts[0])
+        if n == 1:  # what was chosen last
             tokens = [context[0] for context in contexts]
             logits = self.decoder(tokens, alive, [position] * len(alive), len(alive))
         elif all(context == contexts[0] for context in contexts):  # the prompt
             last = self.decoder.read(contexts[0], alive[0], position)
-            self.decoder.copy(alive[0], n - start)
+            self.decoder.copy(alive[0], position + n)
             logits = np.tile(last, (len(alive), 1))
         else:
             pairs = zip(alive, contexts, strict=True)
             logits = np.stack([self.decoder.read(context, i, position).copy() for i, context in pairs])
-        self.cached = n - start  # not before it is true
+        self.cached += n  # not before it is true
         return logits
 
     def _forward(self):
@@ -139,21 +150,59 @@ class Generation:
             self.model.train(was_training)
         return last @ self.model.transformer.wte.weight.data.T
 
-    def step(self, logprobs=False):
+    def _steps_ahead(self, contexts):
+        """How many tokens of each text the decoder can draw by itself; 0 if it cannot."""
+        c = self.controls
+        only_temperature = c.top_k is c.top_p is None and not c.min_p and c.repetition_penalty == 1
+        if not only_temperature or self.logprobs or self.decoder is None or KERNELS == "numpy" or len(contexts[0]) > 1:
+            return 0
+        n = len(self.texts[self.alive[0]])
+        room = min(self.start + self.block_size + 1, self.length) - n
+        return max(1, min(room, AHEAD, int(AT_ONCE / self.decoder.nbytes)))
+
+    def _draw_ahead(self, contexts, steps):
+        alive = self.alive
+        uniforms = np.array([self.rngs[i].random(steps) for i in alive]).T  # (steps, texts alive)
+        tokens = [context[0] for context in contexts]
+        drawn = self.decoder.draw(
+            tokens, alive, [self.cached] * len(alive), uniforms, self.controls.temperature, self.vocab_size
+        )
+        if (drawn < 0).any():
+            raise CheckpointError(NOT_FINITE)
+        for i, tokens in zip(alive, drawn.T.tolist(), strict=True):
+            self.drawn[i] = tokens
+        self.cached += steps
+
+    def step(self):
         """The next token of each text that still grows, and their log-probabilities or None: two lists.
 
         A log-probability is the model's own, in nats, before any control.
         """
-        logits = self.logits()[:, : self.vocab_size]
+        alive, logprobs = self.alive, None
+        if not self.drawn[alive[0]]:
+            contexts = self._contexts()
+            steps = self._steps_ahead(contexts)
+            if steps:
+                self._draw_ahead(contexts, steps)
+            else:
+                logprobs = self._choose(contexts)
+        tokens = [self.drawn[i].pop(0) for i in alive]
+        for i, token in zip(alive, tokens, strict=True):
+            self.texts[i].append(token)
+        return tokens, logprobs or [None] * len(tokens)
+
+    def _choose(self, contexts):
+        """Draw one token of each text, with all controls -> the log-probabilities, or None."""
+        logits = self._logits(contexts)[:, : self.vocab_size]
         p = probabilities(logits, [self.texts[i] for i in self.alive], self.controls)
         tokens = choose(p, [self.rngs[i].random() for i in self.alive])
         for i, token in zip(self.alive, tokens, strict=True):
-            self.texts[i].append(token)
-        if not logprobs:
-            return tokens, [None] * len(tokens)
+            self.drawn[i] = [token]
+        if not self.logprobs:
+            return None
         z = logits - logits.max(axis=1, keepdims=True)
         found = z[np.arange(len(z)), tokens] - np.log(np.exp(z, dtype=np.float64).sum(axis=1))
-        return tokens, found.tolist()
+        return found.tolist()
 
     def end(self, i):
         """Text number i is complete."""
@@ -222,18 +271,20 @@ def write(
     for first in range(0, len(rngs), SIDE_BY_SIDE):
         group = rngs[first : first + SIDE_BY_SIDE]
         length = len(idx) + max_new_tokens
-        generation = Generation(model, idx, group, controls, length, True, tokenizer.vocab_size, int8, threads)
+        generation = Generation(
+            model, idx, group, controls, length, logprobs, vocab_size=tokenizer.vocab_size, int8=int8, threads=threads
+        )
         writers = [Writer(tokenizer, stops) for _ in group]
         waiting = [[] for _ in group]  # what has been written, and not been asked for
         for i in range(len(group)):
-            yield _pieces(i, generation, length, writers, waiting, logprobs)
+            yield _pieces(i, generation, length, writers, waiting)
 
 
-def _pieces(i, generation, length, writers, waiting, logprobs):
+def _pieces(i, generation, length, writers, waiting):
     while waiting[i] or i in generation.alive:
         if not waiting[i]:
             alive = list(generation.alive)
-            for j, token, logprob in zip(alive, *generation.step(logprobs), strict=True):
+            for j, token, logprob in zip(alive, *generation.step(), strict=True):
                 waiting[j].append(Piece(writers[j].feed(token), token, logprob, None))
                 if writers[j].stopped or len(generation.texts[j]) == length:
                     finish = "stop" if writers[j].stopped else "length"

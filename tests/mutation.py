@@ -38,7 +38,7 @@ RELEVANT = {
     "npgpt/model.py": (["test_compositions.py"], ""),
     "npgpt/optim.py": (["test_ops.py", "test_optim.py"], "optim or adamw"),
     "npgpt/parallel.py": (["test_parallel.py"], ""),
-    "npgpt/decode.py": (["test_decode.py"], "reference or several or quantize or whole or int8_is"),
+    "npgpt/decode.py": (["test_decode.py"], "reference or several or quantize or whole or int8_is or draws"),
     "npgpt/sampling.py": (["test_sampling.py"], ""),
     "npgpt/hub.py": (["test_hub.py"], "shapes or folder_gives or tied or zeros or fit"),
 }

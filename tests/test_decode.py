@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from npgpt import decode, jit
-from npgpt.config import GPTConfig
+from npgpt.config import Controls, GPTConfig
 from npgpt.decode import CHUNK, Decoder, decode_ref, quantize
 from npgpt.model import GPT
+from npgpt.sampling import choose, probabilities
 
 decode.ONE_CORE = 0  # models are small here: with more threads than one there shall be as many
 
@@ -118,6 +119,26 @@ def test_a_row_has_the_same_bits_whatever_is_computed_beside_it_and_by_any_numbe
                 rows.extend(decoder(part, [1] * n, range(start, start + n), n).copy())
             results.append(np.array(rows))
     assert all(np.array_equal(result, results[0]) for result in results)
+
+
+@kernels_only
+def test_the_kernel_draws_what_is_chosen_step_by_step_outside_of_it():
+    model, steps = model_of(SHAPES[0], dtype=np.float32), 5
+    uniforms = np.random.default_rng(3).random((steps, 3))
+    for threads in (1, 2, 3):
+        ahead, plain = (Decoder(model, 4, threads=threads) for _ in range(2))
+        for decoder in (ahead, plain):
+            decoder.read([5, 1, 2], 3)  # this stream is at another position
+        tokens, streams, positions = [7, 8, 9], [0, 2, 3], [0, 0, 3]
+        drawn = ahead.draw(tokens, streams, positions, uniforms, 0.7, 40)
+        for step in range(steps):
+            logits = plain(tokens, streams, positions, 3)[:, :40]
+            tokens = choose(probabilities(logits, [[]] * 3, Controls(temperature=0.7)), uniforms[step])
+            assert drawn[step].tolist() == tokens
+            positions = [position + 1 for position in positions]
+        assert np.array_equal(ahead.keys, plain.keys) and np.array_equal(ahead.values, plain.values)
+        with pytest.raises(ValueError, match="5 steps are too many"):
+            ahead.draw([1], [0], [16], uniforms[:, :1], 1.0, 40)
 
 
 def test_weights_are_read_where_the_model_has_them():

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from npgpt.config import Controls, GPTConfig
+from npgpt.decode import _draw
 from npgpt.errors import CheckpointError, UsageError
+from npgpt.jit import KERNELS, kernel
 from npgpt.model import GPT
 from npgpt.sampling import SIDE_BY_SIDE, Generation, Writer, choose, context_start, probabilities, write
 from npgpt.tokenizer import ByteTokenizer, CharTokenizer
@@ -120,10 +122,43 @@ def test_choose_never_takes_what_cannot_be():
         assert set(choose(p, [uniform] * 2000)) == {1 if uniform == 0 else 5}
 
 
+@pytest.mark.skipif(KERNELS == "numpy", reason="there are no kernels to be tested")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 0.4, 1.0, 3.0])
+def test_the_kernel_draws_what_is_chosen_from_the_probabilities(temperature, dtype):
+    @kernel
+    def draw(tokens, z, uniforms, temperature):
+        for i in range(len(tokens)):
+            tokens[i] = kernel_draw(z[i], uniforms[i], temperature)
+
+    rng = np.random.default_rng(0)
+    for V in (1, 2, 65, 131):
+        z = 3 * rng.standard_normal((400, V)).astype(dtype)
+        z[:, 1::7] = -np.inf
+        z[::3] = np.round(z[::3])  # equal ones
+        uniforms, tokens = rng.random(400), np.zeros(400, np.int64)
+        uniforms[:4] = 0, np.nextafter(1, 0), 0, np.nextafter(1, 0)
+        expected = choose(probabilities(z, [[]] * 400, Controls(temperature=temperature)), uniforms)
+        draw(tokens, z.copy(), uniforms, temperature)
+        assert tokens.tolist() == expected
+        for bad in (np.nan, -np.nan, np.inf):
+            z[:4, V // 2] = bad
+            draw(tokens[:4], z[:4].copy(), uniforms[:4], temperature)
+            assert tokens[:4].tolist() == [-1] * 4
+
+
+kernel_draw = _draw
+
+
 def test_logits_that_are_not_finite_are_an_error():
     for logits in ([[np.nan, 1.0]], [[np.inf, 1.0]]):
         with pytest.raises(CheckpointError, match="not finite"):
             probabilities(np.array(logits), [[0]], Controls())
+    model = lively()
+    model.transformer.ln_f.weight.data[3] = np.nan
+    for n_prompt in (1, 2):
+        with pytest.raises(CheckpointError, match="not finite"):
+            list(model.generate([1] * n_prompt, 5))
 
 
 # ---- contexts
@@ -209,15 +244,15 @@ def test_generation_switches_dropout_off_and_on_again():
 
 
 def test_log_probabilities_are_the_models_own():
-    model = lively()
-    generation = Generation(model, [3, 1], rngs(1, 2), Controls(temperature=0.1, top_k=2, repetition_penalty=3.0))
+    model, controls = lively(), Controls(temperature=0.1, top_k=2, repetition_penalty=3.0)
+    generation = Generation(model, [3, 1], rngs(1, 2), controls, logprobs=True)
     for _ in range(7):
         before = [list(text) for text in generation.texts]
-        tokens, logprobs = generation.step(logprobs=True)
+        tokens, logprobs = generation.step()
         for text, token, logprob in zip(before, tokens, logprobs, strict=True):
             z = model(np.array([text]))[0].data[0, -1].astype(np.float64)
             assert abs(logprob - (z[token] - np.log(np.exp(z).sum()))) < 1e-5
-    assert generation.step()[1] == [None, None]
+    assert Generation(model, [3, 1], rngs(1, 2)).step()[1] == [None, None]
 
 
 def test_tokens_without_a_text_are_never_chosen():

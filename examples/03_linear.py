@@ -6,9 +6,9 @@ You will understand
 - why the backward costs twice as much as the forward,
 - what a gradient of a weight looks like: one outer product for each row of the batch.
 
-Counterpart: npgpt/ops/linear.py.  (03's x w^T is how PyTorch stores weights too: one row of w for each output.)
+Counterpart: npgpt/ops/linear.py.  As there and in PyTorch, w has a row for each output: (O, I).
 Next: 04_layernorm.py, where the entries of a row depend on each other.
-Try it: in `backward`, write dy @ w.T for dx.  Which message do you get, and which if you set O = I = 3?
+Try it: write dy @ w.T for dx in `backward`.  Who stops you?  And who, if w has the shape (3, 3)?
 
     python examples/03_linear.py
 """
@@ -54,14 +54,13 @@ def backward(dy, x, w):
     return dx, dw, db
 
 
-N, I, O = 2, 3, 4  # noqa: E741  (the letters of the formulas)
-x, w, b = rng.normal(size=(N, I)), rng.normal(size=(O, I)), rng.normal(size=O)
+x, w, b = rng.normal(size=(2, 3)), rng.normal(size=(4, 3)), rng.normal(size=4)  # N = 2, I = 3, O = 4
 y = forward(x, w, b)
-dy = rng.normal(size=(N, O))  # the gradient of the loss with respect to y
+dy = rng.normal(size=y.shape)  # the gradient of the loss with respect to y
 dx, dw, db = backward(dy, x, w)
-print(f"forward   x {x.shape} @ w.T {w.T.shape} -> y {y.shape}     2 N O I = {2 * N * O * I} FLOPs")
-print(f"backward  dy {dy.shape} @ w {w.shape} -> dx {dx.shape}       2 N O I")
-print(f"          dy.T {dy.T.shape} @ x {x.shape} -> dw {dw.shape}     2 N O I\n")
+print(f"forward     x  {x.shape} @ w.T {w.T.shape} -> y  {y.shape}")
+print(f"backward   dy  {dy.shape} @ w   {w.shape} -> dx {dx.shape}")
+print(f"           dy.T {dy.T.shape} @ x  {x.shape} -> dw {dw.shape}    each 2 N O I = {2 * x.size * len(w)} FLOPs\n")
 
 # The three sums exactly as they stand above, letter by letter.
 check("y is the sum over i", difference(y, np.einsum("ni,oi->no", x, w) + b), 1e-12)
@@ -72,9 +71,8 @@ check("dw is the sum over n", difference(dw, np.einsum("no,ni->oi", dy, x)), 1e-
 # What dw looks like.  Its sum over n is one outer product per row, (O, 1) times (1, I): "these outputs should move this
 # way" times "these inputs were there to move them".  Weights of an input that was 0 do not move.
 
-parts = [np.outer(dy[n], x[n]) for n in range(N)]
-print("\ndw =", parts[0], "+", parts[1], sep="\n")
-print("of rank", np.linalg.matrix_rank(dw), "as there were two rows\n")
+parts = [np.outer(dy_n, x_n) for dy_n, x_n in zip(dy, x, strict=True)]
+print("\ndw is the sum of", *parts, f"of rank {np.linalg.matrix_rank(dw)}: one for each row of the batch\n", sep="\n")
 check("dw is a sum of outer products", difference(dw, sum(parts)), 1e-12)
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -84,20 +82,20 @@ for name, array, ours in (("dx", x, dx), ("dw", w, dw), ("db", b, db)):
     measured = numeric_grad(lambda: forward(x, w, b), Tensor(array), dy)
     check(f"{name} and finite differences", difference(ours, measured), 1e-8)
 
-# npgpt's op, and the same layer composed of the operators of its Tensor.  Sequences (B, T, I) are B T rows: all axes in
-# front of the last one are alike to a linear layer.
-for title, f in (("npgpt's linear", linear), ("npgpt's engine", lambda x, w, b: x @ w.T + b)):
-    tensors = [Tensor(array, requires_grad=True) for array in (x.reshape(N, 1, I), w, b)]
-    f(*tensors).backward(dy.reshape(N, 1, O))
-    errors = [difference(a, t.grad.reshape(a.shape)) for a, t in zip((dx, dw, db), tensors, strict=True)]
-    check(f"dx, dw, db and {title}", np.max(errors), 1e-12)
+# npgpt's op, and `forward` itself with npgpt's Tensors: @, .T and + know their own backward.
+for title, f in (("npgpt's linear", linear), ("npgpt's engine", forward)):
+    tensors = [Tensor(array, requires_grad=True) for array in (x, w, b)]
+    out = f(*tensors)
+    out.backward(dy)
+    pairs = zip((y, dx, dw, db), (out.data, *(tensor.grad for tensor in tensors)), strict=True)
+    check(f"y, dx, dw, db and {title}", np.max([difference(*pair) for pair in pairs]), 1e-12)
 
 # --------------------------------------------------------------------------------------------------------------------
 # What shapes cannot see.  They leave just one way to write the products, as long as N, O and I differ.  With a square w
 # there are two, and the wrong one runs without a word; that is why the tests of npgpt give each axis its own length.
 
-square = rng.normal(size=(I, I))
-dy = rng.normal(size=(N, I))
+square = rng.normal(size=(3, 3))
+dy = rng.normal(size=(2, 3))
 right, wrong = dy @ square, dy @ square.T
 print(f"\nsquare w: dy @ w and dy @ w.T both have shape {wrong.shape}, but differ by {difference(wrong, right):.0%}\n")
 measured = numeric_grad(lambda: x @ square.T, Tensor(x), dy)

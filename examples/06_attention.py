@@ -7,7 +7,7 @@ You will understand
 - the backward of a softmax that stands alone, without its table.
 
 Counterpart: npgpt/ops/attention.py.  Its kernels keep no (T, T) matrix, but the reference in it is what you see here.
-Next: 07, GELU and the MLP, the other half of a transformer's block.
+Next: 07_mlp.py, the other half of a transformer's block.
 Try it: take the line with the mask out of `forward`.  Which check notices?  Would finite differences have?
 
     python examples/06_attention.py

@@ -129,12 +129,13 @@ def by_differences(f, inputs, h=1e-5):
     return [(loss(i, h) - loss(i, -h)) / (2 * h) for i in range(len(inputs))]
 
 
+abc = [2.0, -3.0, 10.0]
 print("d = a * b,  e = d + c,  loss = d * e           da      db      dc")
 for title, grads in {
-    "finite differences": by_differences(small, [2.0, -3.0, 10.0]),
-    "chain rule": gradient(small, [2.0, -3.0, 10.0]),
-    "wrong: nearest to the loss first": gradient(small, [2.0, -3.0, 10.0], order_of=nearest_first),
-    "wrong: = in place of +=": gradient(small, [2.0, -3.0, 10.0], walk=backward_without_sum),
+    "finite differences": by_differences(small, abc),
+    "chain rule": gradient(small, abc),
+    "wrong: nearest to the loss first": gradient(small, abc, order_of=nearest_first),
+    "wrong: = in place of +=": gradient(small, abc, walk=backward_without_sum),
 }.items():
     print(f"{title:<42}" + "".join(f"{grad:8.2f}" for grad in grads))
 
@@ -142,23 +143,26 @@ for title, grads in {
 # Why it is fast.  Here p and q are used twice in each layer, so the ways from the loss to an input double with each.
 # The chain rule wants the sum over all of them; but those that meet in a node are added up there, and go on as one.
 
+n_layer = 30
+
 
 def deep(p, q):
-    for _ in range(30):
+    for _ in range(n_layer):
         p, q = (p + q).tanh(), p * q
     return p + q
 
 
-nodes = len(topological_order(deep(Node(0.6), Node(-0.4))))
-print(f"\n30 layers: {2**30:,} ways from the loss to an input, but only {nodes} nodes, each visited once")
-print("gradient:", *(f"{grad:.6f}" for grad in gradient(deep, [0.6, -0.4])), "\n")
+pq = [0.6, -0.4]
+nodes = len(topological_order(deep(*(Node(x) for x in pq))))
+print(f"\n{n_layer} layers: {2**n_layer:,} ways from the loss to an input, but only {nodes} nodes, each visited once")
+print("gradient:", *(f"{grad:.6f}" for grad in gradient(deep, pq)), "\n")
 
 # --------------------------------------------------------------------------------------------------------------------
 # The proof; and the same two functions, on npgpt's Tensors
 
-for title, f, inputs in (("small", small, [2.0, -3.0, 10.0]), ("30 layers", deep, [0.6, -0.4])):
+for title, f, inputs in (("small", small, abc), ("deep", deep, pq)):
     tensors = [Tensor(np.array(x), requires_grad=True) for x in inputs]
     f(*tensors).backward()
     ours = gradient(f, inputs)
-    check(f"{title}: chain rule and finite differences", difference(ours, by_differences(f, inputs)), 1e-8)
-    check(f"{title}: chain rule and npgpt's engine", difference(ours, [x.grad for x in tensors]), 1e-12)
+    check(f"{title}, chain rule and finite differences", difference(ours, by_differences(f, inputs)), 1e-8)
+    check(f"{title}, chain rule and npgpt's engine", difference(ours, [x.grad for x in tensors]), 1e-12)

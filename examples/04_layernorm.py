@@ -3,7 +3,7 @@
 You will understand
 
 - how to derive the backward of any formula: undo one line after the other, last line first,
-- how the nine lines that this takes fold into one,
+- how the eight lines that this takes fold into one,
 - what the two terms that LayerNorm subtracts from a gradient are there for.
 
 Counterpart: npgpt/ops/layernorm.py, which derives the same formula another way, from d xhat_i / d x_j.
@@ -95,22 +95,27 @@ measured = [numeric_grad(lambda: forward(x, w, b)[0], Tensor(array), dy) for arr
 
 # --------------------------------------------------------------------------------------------------------------------
 # What the two terms are for.  Adding a constant to a row of x, or stretching it, leaves y as it is: the normalisation
-# takes that out again.  So moving x in these two directions, along (1, .., 1) and along xhat, must not change the loss:
-# dx has no part in either.  (Along xhat it has a tiny one, from EPS.)  g has; the two terms are what is taken away.
+# takes that out again.  So a step in these two directions, along (1, .., 1) and along xhat, must not change the loss.
+# g points there all the same; the first term takes away its part along (1, .., 1), the second that along xhat.  (All
+# but a trace of it: EPS stands beside the variance, and does not stretch with it.)
 
+moved, *_ = forward(3 * x + 7, w, b)
 g = dy * w
+grad = np.zeros_like(x)
 print("largest part along       (1, .., 1)      xhat   off finite differences by")
-for title, grad in {
+for title, part in {
     "rstd g": rstd * g,
-    "without <g>": rstd * (g - xhat * (g * xhat).mean(axis=1, keepdims=True)),
-    "without xhat <g xhat>": rstd * (g - g.mean(axis=1, keepdims=True)),
-    "dx": dx,
+    "  - rstd <g>": -rstd * g.mean(axis=1, keepdims=True),
+    "  - rstd xhat <g xhat>": -rstd * xhat * (g * xhat).mean(axis=1, keepdims=True),
 }.items():
+    grad += part
     along = np.abs([grad.mean(axis=1), (grad * xhat).mean(axis=1)]).max(axis=1)
     print(f"{title:<24}{along[0]:10.6f}{along[1]:10.6f}   {difference(grad, measured[0]):6.1%}")
-moved, *_ = forward(3 * x + 7, w, b)
-print(f"forward(3 x + 7) differs from forward(x) by {difference(moved, y):.0e}\n")
-check("dx along (1, .., 1)", np.abs(dx.mean(axis=1)).max(), 1e-12)
+print()
+check("forward(3 x + 7) and forward(x), but for EPS", difference(moved, y), 1e-4)
+check("what remains is dx", difference(grad, dx), 1e-12)
+check("it has no part along (1, .., 1)", along[0], 1e-12)
+check("it has no part along xhat, but for EPS", along[1], 1e-4)
 
 # --------------------------------------------------------------------------------------------------------------------
 # The proof: finite differences; the same `forward` on npgpt's Tensors, whose operators each know their own backward, so

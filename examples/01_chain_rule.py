@@ -8,7 +8,7 @@ You will understand
 
 Counterpart: npgpt/engine.py does the same with arrays.  Node below is its Tensor, `backward` its Tensor.backward.
 Next: 02_broadcasting.py, where the numbers become arrays.
-Try it: let f return d * d, work out the gradient of a in your head, and only then run it.
+Try it: let `small` return d * d, work out the gradient of a in your head, and only then run it.
 
     python examples/01_chain_rule.py
 """

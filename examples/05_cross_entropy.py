@@ -7,7 +7,7 @@ You will understand
 - why the two are computed together, with the largest score subtracted.
 
 Counterpart: npgpt/ops/cross_entropy.py, the last op of a GPT and the first of its backward.
-Next: 06_attention.py, where a softmax stands alone, and its whole table is needed.
+Next: 06_attention.py, where a softmax stands alone, and nothing cancels.
 Try it: set all logits to 0.  What is the loss?  (A GPT starts near there: see iter 0 of any training.)
 
     python examples/05_cross_entropy.py

@@ -182,7 +182,8 @@ def svg(width, height, title, parts):
     style = (
         "svg { background: #ffffff; color: #24292f; font: 12px system-ui, sans-serif } text { fill: currentColor } "
         "polyline { fill: none; stroke: currentColor; stroke-linejoin: round } circle { fill: currentColor } "
-        ".light { stroke-width: 1; opacity: 0.35 } .strong { stroke-width: 2 } .dotted { stroke-width: 1.5; stroke-dasharray: 5 3 } "
+        ".light { stroke-width: 1; opacity: 0.35 } .strong { stroke-width: 2 } "
+        ".dotted { stroke-width: 1.5; stroke-dasharray: 5 3 } "
         ".grid { stroke: #8885; stroke-width: 1 } .head { font-weight: 600 } .small { font-size: 10px } "
         f".frame {{ fill: none; stroke: #8888 }} path {{ fill: currentColor }} {light}"
         f"@media (prefers-color-scheme: dark) {{ svg {{ background: #0d1117; color: #e6edf3 }} {dark}}}"
@@ -217,7 +218,7 @@ def line_svg(line, x_axis, y_axis):
 def curves_svg(found, legend):
     """The picture of some Panels as bytes; legend: a line of text for each run."""
     width, left, right = 960, 70, 24
-    parts = [text_at(left, 24, "light: training loss; strong: the same, smoothed; dashed, with points: validation loss")]
+    parts = [text_at(left, 24, "light: training loss; strong: the same, smoothed; dashed with points: validation")]
     y = 24
     for n, words in enumerate(legend):
         y += 20
@@ -261,7 +262,11 @@ def curves_png(found, legend):
     figure = Figure(figsize=(9.6, 6.8), layout="constrained")
     heights = [panel.height for panel in found]
     every = figure.subplots(len(found), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-    looks = {"light": {"alpha": 0.35, "linewidth": 1}, "strong": {"linewidth": 2}, "dotted": {"marker": ".", "linestyle": "--"}}
+    looks = {
+        "light": {"alpha": 0.35, "linewidth": 1},
+        "strong": {"linewidth": 2},
+        "dotted": {"marker": ".", "linestyle": "--"},
+    }
     for axes, panel in zip(every, found, strict=True):
         for line in panel.lines:
             xs, ys = zip(*line.points, strict=True) if line.points else ((), ())

@@ -271,7 +271,8 @@ def curves_png(found, legend):
         for line in panel.lines:
             xs, ys = zip(*line.points, strict=True) if line.points else ((), ())
             ys = [math.nan if y is None else y for y in ys]
-            axes.plot(xs, ys, color=COLORS[line.run % len(COLORS)][0], **looks[line.style])
+            look = looks[line.style] | ({"marker": "."} if len(xs) == 1 else {})
+            axes.plot(xs, ys, color=COLORS[line.run % len(COLORS)][0], **look)
         axes.set_title(panel.title, loc="left")
         axes.grid(alpha=0.4)
     for n, words in enumerate(legend):

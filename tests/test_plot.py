@@ -78,6 +78,8 @@ def test_points_are_where_their_numbers_belong(tmp_path, capsys):
         assert len(found) == len(wanted)
         for (x, y), (n, loss) in zip(found, wanted, strict=True):
             assert abs(to_x(x) - n) < 0.02 and abs(to_y(y) - loss) < 0.02
+    first, *_, last = places(lines(tree, "dotted")[0])
+    assert first[0] < last[0] and first[1] < last[1]  # from left to right, and a loss that falls goes down
     circles = [c for c in tree.iter(SVG + "circle") if c.get("r") == "2.6"]
     assert [f"{c.get('cx')},{c.get('cy')}" for c in circles] == lines(tree, "dotted")[0].get("points").split()
 

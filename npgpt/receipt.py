@@ -294,7 +294,7 @@ def receipt(model, idx, targets, param):
     for use, its_ways in uses.items():
         rule = its_ways[0].rule
         rows.append((f"used in {use}", rule.formula.format(*index), rule.made_at(), None))
-        subtotal = 0.0
+        subtotal, before = 0.0, len(rows)
         for way in its_ways:
             dy, x = way.factors(index)
             values = dy * x  # (B, T)
@@ -310,7 +310,7 @@ def receipt(model, idx, targets, param):
             if here[shown:]:
                 rest = float(sum(values[b, t] for b, t in here[shown:]))
                 rows.append((f"    the other {len(here) - shown} positions", "", "", rest))
-        rows.append(("  subtotal" if subtotal else "  at none of these positions", "", "", subtotal))
+        rows.append(("  subtotal" if len(rows) > before else "  at none of these positions", "", "", subtotal))
         total += subtotal
     view = Tensor(parameter.data[index[:-1]][index[-1] : index[-1] + 1])  # of this one weight
     with no_grad():
@@ -338,6 +338,8 @@ def _meaning(model, name, index):
 def _table(rows, total):
     """Rows (words, formula, file:line, amount), or None for a rule, as aligned lines with the amounts' shares."""
     rows = [("its gradient, by the ways it came", "formula", "made at", None), None, *rows]
+    largest = max(abs(row[3]) for row in rows if row and row[3] is not None)
+    has_shares = abs(total) > 1e-9 * largest  # it is not 0 but for rounding
     widths = [max(len(row[i]) for row in rows if row) for i in range(3)]
     for row in rows:
         if row is None:
@@ -345,6 +347,6 @@ def _table(rows, total):
             continue
         line = "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=False))
         if row[3] is not None:
-            share = f"{round(row[3] / total, 3) + 0.0:>8.1%}" if total else f"{'-':>8}"
+            share = f"{round(row[3] / total, 3) + 0.0:>8.1%}" if has_shares else f"{'-':>8}"
             line += f"{row[3]:>16.6e}{share}"
         yield line.rstrip()

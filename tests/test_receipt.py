@@ -202,6 +202,13 @@ def test_a_weight_that_is_not_used_and_one_of_a_tokenizer_with_words():
     assert "(for number 1 of head 0's keys)" in receipt(model, IDX, TARGETS, "h.0.attn.c_attn.bias[7]")
 
 
+def test_a_gradient_that_is_zero_but_for_rounding_has_no_shares():
+    """A bias of the keys adds the same number to all scores of a row, which the softmax does not see."""
+    text = receipt(MODEL, IDX, TARGETS, "h.1.attn.c_attn.bias[7]")
+    assert "%" not in text and abs(amounts(text, "total")[0]) < 1e-12
+    assert max(map(abs, amounts(text, "sequence"))) > 1e-6
+
+
 def test_names_may_be_short_or_whole():
     wte = MODEL.transformer.wte.weight
     for name in ("wte", "wte.weight", "transformer.wte.weight", "lm_head.weight"):

@@ -92,6 +92,33 @@ def load(path):
         return reader.arrays(), state
 
 
+def read_log(path):
+    """The rows of a run's log, as dicts with an integer "iter"; a last line that is cut off does not count.
+
+    Raises CheckpointError if there is no log, or none that can be read.
+    """
+    path = Path(path) / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{path.parent} is not a run folder: it has no metrics.jsonl") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    if lines and not lines[-1].endswith(b"\n"):
+        del lines[-1]
+    rows = []
+    for n, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            whole = type(row["iter"]) is int
+        except (ValueError, KeyError, TypeError, RecursionError):
+            whole = False
+        if not whole:
+            raise CheckpointError(f"{path} is damaged: line {n} is not a row of a log")
+        rows.append(row)
+    return rows
+
+
 class RunFolder:
     """A folder that this process writes to.
 

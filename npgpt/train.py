@@ -250,6 +250,7 @@ def main(argv=None, stop=Stop):
             print("-" * 60)
             print(f"best validation loss {trainer.best_loss:.4f} at iteration {trainer.best_iter:,}; sample from it:")
             print(f"  python -m npgpt.sample --out-dir {trainer.out_dir}")
+            print(f"its loss curve:\n  python -m npgpt.plot {trainer.out_dir}")
     if profile is not None and profile.entries:
         print(profile_table(profile, trainer))
     return 0

@@ -51,7 +51,7 @@ def test_training_shows_what_it_does(folder):
         "workers x", "BLAS threads", "GFLOP/s", "of sgemm", "1,720 characters", "parameters: n_layer 1",
         "4 iterations of 32 tokens",
         "iter      0 | loss", "tokens/s", "s left", "validation loss", "whole validation split: loss",
-        f"python -m npgpt.sample --out-dir {folder / 'run'}",
+        f"python -m npgpt.sample --out-dir {folder / 'run'}", f"python -m npgpt.plot {folder / 'run'}",
     ):  # fmt: skip
         assert words in out
     assert sorted(os.listdir(folder / "run")) == [

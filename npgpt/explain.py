@@ -405,15 +405,14 @@ def main(argv=None):
     Path(args.out).write_text(page(data), encoding="utf-8")
     wrong = [f"{box['group']}: {box['label']}" for box in data["boxes"] if not box["ok"]]
     wrong += [] if data["whole"]["ok"] else ["the whole model"]
-    size = Path(args.out).stat().st_size
-    print(f"loss {data['loss']} over {len(tokens) - 1} tokens; gradients of {len(data['boxes'])} ops against finite")
-    print(f"differences: {'WRONG in ' + ', '.join(wrong) if wrong else 'ok'}; open in a browser ({size:,} bytes):")
-    print(f"  {args.out}")
+    print(f"loss {data['loss']} over {len(tokens) - 1} tokens, {len(data['boxes'])} ops")
+    print(f"gradients against finite differences: {'WRONG in ' + ', '.join(wrong) if wrong else 'ok'}")
+    print(f"{args.out}: {Path(args.out).stat().st_size:,} bytes, to be opened in a browser")
     return 1 if wrong else 0
 
 
 def command():
-    """Entry point of the console script npgpt-explain."""
+    """What python -m npgpt.explain runs."""
     run_command(PROG, main)
 
 

@@ -234,7 +234,7 @@ def test_the_command_writes_the_page_and_says_where(run, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     assert explain.main(["--out-dir", str(run), "--text", "to be, or not to be: that"]) == 0
     out, err = capsys.readouterr()
-    assert "explain.html" in out and "over 16 tokens" in out and "differences: ok" in out
+    assert "explain.html" in out and "over 16 tokens" in out and "finite differences: ok" in out
     assert f"{(tmp_path / 'explain.html').stat().st_size:,} bytes" in out
     assert err == "python -m npgpt.explain: the text has 25 tokens; these are the first 17\n"
     data = json.loads(re.search(DATA, (tmp_path / "explain.html").read_text(encoding="utf-8"), re.S)[1])

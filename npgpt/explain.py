@@ -22,8 +22,17 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
+
+from npgpt.config import SAMPLE
+from npgpt.engine import no_grad, observed
 from npgpt.errors import UsageError, run_command
-from npgpt.sample import encode
+from npgpt.gradcheck import BOUND, POINTS, STEP, relative_error, slope
+from npgpt.jit import PAIRS
+from npgpt.model import GPT
+from npgpt.ops.attention import attention_weights_ref
+from npgpt.ops.cross_entropy import cross_entropy_forward_ref
+from npgpt.parallel import blas_threads
 from npgpt.train import Parser, show_all
 
 PROG = "python -m npgpt.explain"
@@ -54,8 +63,6 @@ class Node:
 
 def trace(model, idx, targets):
     """The Nodes of one forward and backward, in the order of the forward; the last one's y is the loss."""
-    from npgpt.engine import observed
-
     nodes = []
     model.zero_grad()
     with observed(lambda out, parents, backward: nodes.append(Node(out.retain_grad(), parents, backward))):
@@ -81,10 +88,6 @@ def _gradients_of_inputs(node):
 
 def check(model, idx, targets, nodes, seed=0):
     """Fill in the nodes' checks."""
-    import numpy as np
-
-    from npgpt.gradcheck import POINTS, STEP, relative_error, slope
-
     rng = np.random.default_rng(seed)
     plans = []  # for each node the steps that are made: (parent's place, flat index, h)
     for node in nodes:
@@ -111,11 +114,7 @@ def check(model, idx, targets, nodes, seed=0):
 
 def _stepped(model, idx, targets, nodes, steps, k):
     """One forward, in which every node meets k times its step: how much sum(dy * y) has changed, for each node."""
-    import numpy as np
-
-    from npgpt.engine import no_grad, observed
-
-    arrays = {id(node.y): node.y for node in nodes}  # of this forward, as far as it has come; parameters stay theirs
+    made = {}  # id of a y -> the Tensor that takes its place in this forward; parameters stay what they are
     changes = []
     undo = []  # (array, flat index, number) of the step that is made now
 
@@ -124,7 +123,7 @@ def _stepped(model, idx, targets, nodes, steps, k):
         if n < len(nodes) and steps[n] is not None:
             j, i, h = steps[n]
             parent = nodes[n].parents[j]
-            array = arrays.get(id(parent), parent).data
+            array = made.get(id(parent), parent).data
             undo.append((array, i, array.flat[i]))
             array.flat[i] += k * h
 
@@ -135,7 +134,7 @@ def _stepped(model, idx, targets, nodes, steps, k):
             array.flat[i] = value
         changes.append(float(np.sum(node.y.grad * (out.data - node.y.data))))
         out.data[...] = node.y.data
-        arrays[id(node.y)] = out
+        made[id(node.y)] = out
         make_step()
 
     make_step()
@@ -146,14 +145,9 @@ def _stepped(model, idx, targets, nodes, steps, k):
 
 def check_whole(model, idx, targets, seed=0):
     """(from the gradients, measured): the loss's rate of change along a random direction of all parameters."""
-    import numpy as np
-
-    from npgpt.engine import no_grad
-    from npgpt.gradcheck import POINTS, STEP, slope
-
     rng = np.random.default_rng([seed, 1])
     before = [parameter.data.copy() for parameter in model.parameters()]
-    direction = [rng.normal(size=x.shape) * np.sqrt(np.mean(x**2)) for x in before]
+    direction = [rng.normal(size=x.shape) * _rms(x) for x in before]
     expected = sum(float(np.sum(p.grad * v)) for p, v in zip(model.parameters(), direction, strict=True))
     losses = {}
     for k in POINTS:
@@ -184,15 +178,14 @@ def heat_map(array):
     A cell stands for a block of entries, and shows the largest of them by size, with its sign.  Its code c means
     (c / 127)^2 of the largest of all, with the sign of c: the root leaves something to see of the small ones.
     """
-    import numpy as np
-
     table = array.reshape(-1, array.shape[-1] if array.ndim else 1)
-    edges = []
-    for n, most in zip(table.shape, (CELLS, CELLS if len(table) > 1 else LINE_CELLS), strict=True):
-        edges.append(np.linspace(0, n, min(n, most) + 1).astype(int)[:-1])
     finite = np.nan_to_num(table)
-    high, low = (np.ufunc.reduceat(f, np.ufunc.reduceat(f, finite, edges[0], 0), edges[1], 1)
-                 for f in (np.maximum, np.minimum))  # fmt: skip
+    rows, columns = (  # where the blocks begin
+        np.arange(min(n, most)) * n // min(n, most)
+        for n, most in zip(table.shape, (CELLS, CELLS if len(table) > 1 else LINE_CELLS), strict=True)
+    )
+    high = np.maximum.reduceat(np.maximum.reduceat(finite, rows, 0), columns, 1)
+    low = np.minimum.reduceat(np.minimum.reduceat(finite, rows, 0), columns, 1)
     cells = np.where(high >= -low, high, low)
     largest = np.abs(cells).max() or 1.0
     codes = np.rint(127 * np.sign(cells) * np.sqrt(np.abs(cells) / largest)).astype(np.int8)
@@ -208,8 +201,6 @@ def heat_map(array):
 
 def describe_op(node):
     """What an op's file tells of it: its formulas, from the docstring, and its sources."""
-    from npgpt.jit import PAIRS
-
     module = sys.modules[node.backward.__module__]
     op = getattr(module, node.op)
     doc = next(doc for doc in (inspect.getdoc(op), inspect.getdoc(module)) if "\nBackward" in doc)
@@ -241,8 +232,6 @@ def _source(function):
 
 def describe_boxes(model, nodes):
     """The boxes of the page, one for each node."""
-    from npgpt.ops.attention import attention_weights_ref
-
     names = {id(parameter): name.removeprefix("transformer.") for name, parameter in model.named_parameters()}
     places = {id(node.y): n for n, node in enumerate(nodes)}
     uses = collections.Counter(id(parent) for node in nodes for parent in node.parents)
@@ -281,10 +270,6 @@ def describe_boxes(model, nodes):
 
 
 def _verdict(checks, shape):
-    import numpy as np
-
-    from npgpt.gradcheck import BOUND
-
     worst = max(error for *_, error in checks)
     rows = []
     for i, analytic, numeric, error in checks:
@@ -295,12 +280,6 @@ def _verdict(checks, shape):
 
 def describe(model, idx, targets, text_of):
     """All that the page shows: idx, targets (1, T), and what tells the text of a token."""
-    import numpy as np
-
-    from npgpt.gradcheck import BOUND, relative_error
-    from npgpt.ops.cross_entropy import cross_entropy_forward_ref
-    from npgpt.parallel import blas_threads
-
     with blas_threads(1):  # the products of a few tokens are too small to be shared
         nodes = trace(model, idx, targets)
         check(model, idx, targets, nodes)
@@ -318,8 +297,12 @@ def describe(model, idx, targets, text_of):
         "losses": [f"{-row[token]:.3f}" for row, token in zip(logp, c, strict=True)],
         "guesses": [[(text_of(i), f"{np.exp(row[i]):.1%}") for i in few] for row, few in zip(logp, best, strict=True)],
         "bound": f"{BOUND:.0e}",
-        "whole": {"gradients": f"{expected:.8g}", "measured": f"{measured:.8g}", "error": f"{error:.1e}"}
-        | {"ok": error <= BOUND},
+        "whole": {
+            "gradients": f"{expected:.8g}",
+            "measured": f"{measured:.8g}",
+            "error": f"{error:.1e}",
+            "ok": error <= BOUND,
+        },
         "boxes": describe_boxes(model, nodes),
         "ops": {node.op: describe_op(node) for node in nodes},
     }
@@ -360,10 +343,6 @@ def parse(argv):
 
 def read_tokens(model, text):
     """The tokens to look at, two at least: those of a text, or, if it is None, of one that the model writes."""
-    import numpy as np
-
-    from npgpt.config import SAMPLE
-
     n = min(TOKENS, model.config.block_size) + 1
     if text is None:
         try:
@@ -371,7 +350,10 @@ def read_tokens(model, text):
         except UsageError:  # the model has never seen a line break
             start = [0]
         return start + list(model.generate(start, n - len(start), np.random.default_rng([0, SAMPLE]), temperature=0.8))
-    tokens = encode(model.tokenizer, text)
+    try:
+        tokens = model.tokenizer.encode(text).tolist()
+    except UsageError as error:
+        raise UsageError(f"--text: {error}") from None
     if len(tokens) < 2:
         raise UsageError(f"--text must have two tokens at least, one to read and one to guess; it has {len(tokens)}")
     if len(tokens) > n:
@@ -382,11 +364,6 @@ def read_tokens(model, text):
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
     show_all()
-
-    import numpy as np
-
-    from npgpt.model import GPT
-
     pretrained = GPT.from_pretrained(args.model)
     tokenizer = pretrained.tokenizer
     if tokenizer is None:

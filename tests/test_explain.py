@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -269,12 +270,23 @@ def test_a_wrong_backward_is_named_and_ends_with_exit_code_1(run, tmp_path, monk
     assert "WRONG in block 0: attention, block 1: attention, the whole model" in capsys.readouterr().out
 
 
+def test_one_parameter_is_left_to_the_receipt(run, monkeypatch, capsys):
+    module, given = types.ModuleType("npgpt.receipt"), []
+    module.receipt = lambda *args: given.extend(args) or "where it comes from"
+    monkeypatch.setitem(sys.modules, "npgpt.receipt", module)
+    assert explain.main(["--out-dir", str(run), "--text", "to be", "--param", "wte[1,2]"]) == 0
+    model, idx, targets, param = given
+    assert capsys.readouterr().out == "where it comes from\n" and param == "wte[1,2]"
+    assert model.lm_head.weight.dtype == np.float64 and not model.training
+    assert idx.shape == targets.shape == (1, 4) and (idx[0, 1:] == targets[0, :-1]).all()
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--text", "t"], "--text must have two tokens at least"),
         (["--text", ""], "--text must have two tokens at least"),
-        (["--text", "Zebra"], "is not among the"),
+        (["--text", "Zebra"], "--text: character 'Z' (U+005A LATIN CAPITAL LETTER Z) at position 0 is not among the"),
         (["--out", "model.safetensors"], "--out must end in .html"),
         (["--txt", "a"], "unknown argument --txt"),
     ],
@@ -319,7 +331,7 @@ class Browser:
             os.dup2(commands, 3)
             os.dup2(answers, 4)
 
-        flags = "--headless=new --no-sandbox --disable-gpu --hide-scrollbars --no-first-run --disable-extensions"
+        flags = "--headless=new --no-sandbox --disable-gpu --hide-scrollbars --no-first-run --disable-dev-shm-usage"
         self.process = subprocess.Popen(
             [program, *flags.split(), "--remote-debugging-pipe", f"--user-data-dir={folder}", "about:blank"],
             preexec_fn=pipes_to_their_places, pass_fds=(3, 4), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -31,7 +31,7 @@ from npgpt.tokenizer import CharTokenizer
 
 IDX = np.array([[3, 1, 4, 1, 5, 0]])
 TARGETS = np.array([[1, 4, 1, 5, 0, 2]])
-HOSTILE = "</script><img src=x onerror=alert(1)>"
+HOSTILE = "</script><img src=x onerror=alert(1)>" + 80 * "x"
 
 
 def small_gpt(**options):
@@ -548,6 +548,25 @@ def test_a_token_that_is_chosen_tells_what_was_guessed(browser, page):
     assert f"loss {data['losses'][1]}" in said and data["guesses"][1][0][1] in said
     assert "position 1" in browser.run("document.querySelector('#heads .read').textContent")
     assert browser.run("document.querySelectorAll('#heads canvas').length") == 2
+
+
+@in_a_browser
+def test_a_heat_map_tells_the_number_beneath_the_pointer(browser, page):
+    browser.open(page, 1280)
+    browser.click("#button-0")
+    first = "document.querySelector('#panel figure')"
+    browser.run(f"{first}.scrollIntoView()")
+    x, y = browser.run(f"(r => [r.left + 2, r.bottom - 2])({first}.querySelector('canvas').getBoundingClientRect())")
+    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    browser.settle()
+    row = json.loads(re.search(DATA, page.read_text(encoding="utf-8"), re.S)[1])["boxes"][0]["y"]
+    assert row["cells"] == row["shape"] == [16, 32]
+    place, value = browser.run(f"{first}.querySelector('.read').textContent").split(" ≈ ")
+    largest = max(abs(float(row["min"])), abs(float(row["max"])))
+    code = float(codes_of(row)[15, 0])
+    assert place == "[15, 0]" and float(value) == pytest.approx(np.sign(code) * (code / 127) ** 2 * largest, rel=0.06)
+    pixel = browser.run(f"[...{first}.querySelector('canvas').getContext('2d').getImageData(0, 15, 1, 1).data]")
+    assert (pixel[0] > pixel[2]) == (code > 0)  # red for plus, blue for minus
 
 
 @in_a_browser

@@ -243,7 +243,7 @@ def describe_boxes(model, nodes):
         if module[:1] == ["h"]:
             group, label = f"block {module[1]}", ".".join(module[2:])
         elif node.op == "linear":
-            label = "lm_head"  # its weight is called wte.weight
+            label, module = "lm_head", []  # its weight is called wte.weight
         elif module:
             group, label = "output", ".".join(module)
         elif node.op == "add":
@@ -255,6 +255,7 @@ def describe_boxes(model, nodes):
         for j, (x, dx, checks) in enumerate(zip(node.parents, node.gradients, node.checks, strict=True)):
             row = {"shape": list(x.shape), "dx": heat_map(dx), "uses": uses[id(x)]}
             if id(x) in names:
+                row["parameter"] = names[id(x)]
                 row["name"] = ".".join(names[id(x)].split(".")[len(module) :])
                 row["x"], row["total"] = heat_map(x.data), heat_map(x.grad)["rms"]
             else:

@@ -195,6 +195,7 @@ def test_the_page_holds_everything():
     for codes in heads:  # rows of probabilities, under the diagonal
         np.testing.assert_allclose(((codes / 127) ** 2).sum(axis=1), 1, atol=0.05)
         assert not np.triu(codes, 1).any()
+    assert [row["name"] for row in data["boxes"][-2]["inputs"]] == ["x", "wte.weight"]
     tied = [row["total"] for box in data["boxes"] for row in box["inputs"] if "x" in row and row["uses"] == 2]
     assert len(tied) == 2 and tied[0] == tied[1] == f"{np.sqrt(np.mean(model.lm_head.weight.grad ** 2)):.3g}"
 
@@ -299,9 +300,8 @@ def test_a_mistake_is_answered_in_one_line(run, flags, words):
 
 def test_mistakes_end_the_command_with_their_exit_codes(run, tmp_path):
     for flags, code in (
-        (["--out-dir", tmp_path / "none"], 3),
+        (["--text", "x", "--out", "x.txt"], 2),
         (["--out-dir", run, "--out", tmp_path / "none" / "x.html"], 3),
-        (["--out-dir", run, "--text", "Zebra"], 2),
     ):
         done = subprocess.run(
             [sys.executable, "-m", "npgpt.explain", *flags], env={**os.environ, "NPGPT_KERNELS": "numpy"},
@@ -548,6 +548,14 @@ def test_a_token_that_is_chosen_tells_what_was_guessed(browser, page):
     assert f"loss {data['losses'][1]}" in said and data["guesses"][1][0][1] in said
     assert "position 1" in browser.run("document.querySelector('#heads .read').textContent")
     assert browser.run("document.querySelectorAll('#heads canvas').length") == 2
+
+
+@in_a_browser
+def test_every_parameter_has_a_bar(browser, page, run):
+    browser.open(page, 1280)
+    names = [name.removeprefix("transformer.") for name, _ in GPT.from_pretrained(run).named_parameters()]
+    assert browser.run("[...document.querySelectorAll('#parameters button')].map(part => part.textContent)") == names
+    assert browser.run("document.querySelectorAll('#stream button').length") == 5
 
 
 @in_a_browser

@@ -21,11 +21,17 @@ from npgpt.errors import NpgptError, run_command
 
 BOUND = 1e-6  # worst relative error that passes
 STEP = 5e-4  # h, for entries of size 1
+POINTS = 1, -1, 2, -2  # where a function is measured, in steps
 FLOOR = 1e-3  # entries below this share of the tensor's largest gradient are compared with that instead of themselves
 
 
 class GradcheckError(NpgptError, AssertionError):
     """A gradient that differs from finite differences."""
+
+
+def slope(values, h):
+    """The derivative at 0 of a function whose value at k h is values[k], for k in POINTS."""
+    return (8 * (values[1] - values[-1]) - (values[2] - values[-2])) / (12 * h)
 
 
 def numeric_grad(f, x, dy):
@@ -35,11 +41,11 @@ def numeric_grad(f, x, dy):
         value = x.data[i]
         h = STEP * max(1.0, abs(value))
         sums = {}
-        for k in (1, -1, 2, -2):
+        for k in POINTS:
             x.data[i] = value + k * h
             sums[k] = float((dy * f()).sum())
         x.data[i] = value
-        grad[i] = (8 * (sums[1] - sums[-1]) - (sums[2] - sums[-2])) / (12 * h)
+        grad[i] = slope(sums, h)
     return grad
 
 

@@ -80,6 +80,14 @@ def attention_forward_ref(qkv, n_head, p_drop, key, batch_offset):
     return y.transpose(0, 2, 1, 3).reshape(B, T, H * hs), lse
 
 
+def attention_weights_ref(qkv, n_head):
+    """qkv (B, T, 3C) -> p (B, n_head, T, T): how much each position takes from itself and from those before it."""
+    q, k, _ = split_heads(qkv, n_head)
+    s = _scores_ref(q, k)
+    e = np.exp(s - s.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)
+
+
 def attention_backward_ref(dy, qkv, lse, n_head, p_drop, key, batch_offset):
     """dy (B, T, C), and the forward's arrays -> dqkv (B, T, 3C)."""
     q, k, v = split_heads(qkv, n_head)

@@ -37,6 +37,18 @@ def _unbroadcast(grad, x):
 
 
 def add(a, b):
+    """The sum of two tensors; in a GPT, where a block's result joins the residual stream.
+
+    Forward:
+
+        y = a + b
+
+    Backward.  Each of them reaches y with slope 1, so the gradient passes on to both as it is:
+
+        da = dy          db = dy          (summed over the axes along which a or b was broadcast)
+
+    So the stream carries the gradient from the loss down to the embedding, whatever the blocks do to it.
+    """
     a, b = _pair(a, b)
     if a.shape == b.shape and a.dtype == b.dtype:  # the residual stream: worth a reused buffer
         y = np.add(a.data, b.data, out=empty(a.shape, a.dtype))

@@ -293,16 +293,13 @@ def attention_maps(model, tokens):
     import numpy as np
 
     from npgpt.engine import no_grad, observed
-    from npgpt.ops.attention import scores_ref, split_heads
+    from npgpt.ops.attention import attention_weights_ref
 
     maps = []
 
     def observer(out, parents, backward):
         if backward.__qualname__.startswith("causal_attention."):
-            q, k, _ = split_heads(parents[0].data, model.config.n_head)
-            s = scores_ref(q, k)[0]
-            e = np.exp(s - s.max(axis=-1, keepdims=True))
-            maps.append(e / e.sum(axis=-1, keepdims=True))
+            maps.append(attention_weights_ref(parents[0].data, model.config.n_head)[0])
 
     with no_grad(), observed(observer):
         model.features(np.asarray(tokens)[None])

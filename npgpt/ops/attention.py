@@ -50,7 +50,7 @@ def merged_heads(y, n_head):
     return y.reshape(B, T, n_head, C // n_head).transpose(0, 2, 1, 3)
 
 
-def scores_ref(q, k):
+def _scores_ref(q, k):
     """q, k (B, n_head, T, hs) -> s (B, n_head, T, T), -inf where the mask is."""
     T, hs = q.shape[-2:]
     s = q @ k.swapaxes(-1, -2) / math.sqrt(hs)  # (B, n_head, T, T)
@@ -68,7 +68,7 @@ def _dropout_scale_ref(like, p_drop, key, batch_offset):
 def attention_forward_ref(qkv, n_head, p_drop, key, batch_offset):
     """qkv (B, T, 3C) -> y (B, T, C), lse (B, n_head, T)."""
     q, k, v = split_heads(qkv, n_head)
-    s = scores_ref(q, k)
+    s = _scores_ref(q, k)
     m = s.max(axis=-1, keepdims=True)
     e = np.exp(s - m)
     total = e.sum(axis=-1, keepdims=True)
@@ -92,7 +92,7 @@ def attention_backward_ref(dy, qkv, lse, n_head, p_drop, key, batch_offset):
     """dy (B, T, C), and the forward's arrays -> dqkv (B, T, 3C)."""
     q, k, v = split_heads(qkv, n_head)
     dy = merged_heads(dy, n_head)  # (B, n_head, T, hs)
-    p = np.exp(scores_ref(q, k) - lse[..., None])
+    p = np.exp(_scores_ref(q, k) - lse[..., None])
     drop = _dropout_scale_ref(p, p_drop, key, batch_offset)
     # y = a @ v
     da = dy @ v.swapaxes(-1, -2)

@@ -51,7 +51,7 @@ ONLY = {
     "tiles": {"jit"},
     "ops": {"engine", "jit", "tiles", "ops"},
     "decode": {"jit", "tiles", "ops"},
-    "sampling": {"config", "engine", "errors", "decode"},
+    "sampling": {"config", "engine", "errors", "jit", "decode"},
     "optim": {"errors", "engine", "jit", "tiles", "profiler"},
     "data": {"errors", "config", "jit"},
     "tokenizer": {"errors", "config", "jit"},

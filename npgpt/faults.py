@@ -1167,3 +1167,29 @@ FAULTS = [
         "Two matrices cannot be read into one unless they are the same.",
     ),
 ]
+
+# The faults that are given to students to find, from easy to hard: each fails `python -m npgpt.gradcheck`.
+BUGS = (
+    "linear: the bias gets the mean",
+    "log: multiplied instead of divided",
+    "relu: gate by the gradient",
+    "cross-entropy: ignored rows get a gradient",
+    "layernorm: weight's gradient from x instead of xhat",
+    "layernorm: without the mean's term",
+    "mlp: second weight from the value before the activation",
+    "mlp: slope at the value after the activation",
+    "attention: queries without the scale",
+    "attention: softmax backward without the sum",
+    "attention: keys transposed, then reshaped",
+    "embedding: of a repeated token one gradient counts",
+    "transpose: the same permutation backwards",
+    "unbroadcast: stretched axes are not summed",
+    "attention: backward without the dropout mask",
+    "dropout: another mask in the backward",
+    "layernorm kernel: without the variance's term",
+    "mlp kernel: GELU's slope without the inner derivative",
+    "embedding: the tied output layer's share is lost",
+    "engine: adds in place to an array that others see",
+    "engine: breadth-first instead of topological order",
+    "attention kernel: later blocks replace the gradient of the keys",
+)

@@ -272,6 +272,8 @@ def check(op, answer):
             print(f"  {verdict.name:<8} {words}" + (f"\n           hint: {verdict.hint}" if verdict.hint else ""))
             right = right and not verdict.wrong
     if not right:
+        if answer.blank:
+            print(answer.still_blank("  still blank: "))
         return False
     changed = case.changed(arguments)
     if changed:

@@ -222,6 +222,9 @@ def _mistake(case, name, got, right):
     c = ratio(got, right)
     if c is not None:
         return _factor(case, c)
+    wrong, zero = _wrong_and_zero(got, right)
+    if not (wrong & ~zero).any():
+        return f"wrong mask: it must be 0 {ZEROS.get(case.op, 'there')}", None
     for result, words, wrong, line in MISTAKES[case.op](*(case.values[name] for name in case.parameters)):
         c = ratio(got, wrong) if result == name else None
         if c is not None:
@@ -233,7 +236,7 @@ def _mistake(case, name, got, right):
         return "transposed, then reshaped: reshape makes the shape right but does not exchange axes", None
     if _near(np.sort(got, axis=None), np.sort(right, axis=None)):
         return "right numbers at wrong places: reshape keeps the order in memory, transpose exchanges axes", None
-    return _where(case, got, right)
+    return _where(got, right)
 
 
 def _shape_mistake(case, name, got, right):
@@ -293,20 +296,23 @@ def _near(a, b):
     return a.shape == b.shape and np.abs(a - b).max(initial=0) <= CLOSE * np.abs(b).max(initial=0)
 
 
-def _where(case, got, right):
-    """Words that tell no more than where the wrong entries are."""
+def _wrong_and_zero(got, right):
+    """Where got is wrong, and where it should be 0."""
     large = np.abs(right).max()
-    wrong, zero = np.abs(got - right) > CLOSE * large, np.abs(right) <= CLOSE * CLOSE * large
-    if not (wrong & ~zero).any():
-        return f"wrong mask: it must be 0 {ZEROS.get(case.op, 'there')}", None
-    if (got[wrong] == 0).all():
+    return np.abs(got - right) > CLOSE * large, np.abs(right) <= CLOSE * CLOSE * large
+
+
+def _where(got, right):
+    """Words that tell no more than where the wrong entries are."""
+    wrong, zero = _wrong_and_zero(got, right)
+    if not got[wrong].any() or not got[~zero].any():
         return "wrong mask: it is 0 where it must not be", None
     if right.ndim == 2:
-        with np.errstate(divide="ignore", invalid="ignore"):
+        if not zero.any():
             quotients = got / right
-        for axis, per in ((1, "row"), (0, "column")):
-            if np.ptp(np.nan_to_num(quotients), axis=axis).max() <= CLOSE * np.abs(quotients).max():
-                return f"missing factor: one that is the same in a whole {per}, and differs from {per} to {per}", None
+            for axis, per in ((1, "row"), (0, "column")):
+                if (np.ptp(quotients, axis=axis) <= CLOSE * np.abs(quotients).max(axis=axis)).all():
+                    return f"missing factor: it is the same in a whole {per}, and differs from {per} to {per}", None
         for axis, per in ((1, "row"), (0, "column")):
             places = np.flatnonzero(wrong.any(axis=axis))
             if 2 * len(places) <= wrong.shape[1 - axis]:
@@ -340,7 +346,7 @@ def layernorm_mistakes(dy, x, weight, mean, rstd):
     def dx(g, mean_term, xhat_term):
         return r * (g - mean_term - xhat_term)
 
-    def terms(g, xhat=xhat, axis=1):
+    def terms(g, axis=1):
         return g.mean(axis=axis, keepdims=True), xhat * (g * xhat).mean(axis=axis, keepdims=True)
 
     g = dy * weight
@@ -355,7 +361,9 @@ def layernorm_mistakes(dy, x, weight, mean, rstd):
     ):
         yield "dx", words, dx(g, of_mean_wrong, of_var_wrong), None
     yield "dx", "missing factor: dy is the gradient of y, not of xhat", dx(dy, *terms(dy)), y_line
-    yield "dx", "wrong value: x where the normalised xhat belongs", dx(g, of_mean, terms(g, x)[1]), var_line
+    for one, other in ((x, x), (x, xhat), (xhat, x)):
+        wrong = dx(g, of_mean, one * (g * other).mean(axis=1, keepdims=True))
+        yield "dx", "wrong value: x where the normalised xhat belongs", wrong, var_line
     yield "dx", "wrong axis: a row is normalised by itself, without the other rows", dx(g, *terms(g, axis=0)), mean_line
     n = x.shape[1]
     yield "dx", "sum instead of mean, in the terms through mean and variance", dx(g, n * of_mean, n * of_var), mean_line
@@ -459,7 +467,7 @@ def cross_entropy_mistakes(dloss, logits, targets, lse, ignore_index, count):
     scale, z_line = dloss / count, "losses = lse[rows] - logits[rows, targets[rows]]"
     ignored = "wrong mask: it must be 0 " + ZEROS["cross-entropy"]
     yield "dlogits", "missing term: the loss has the target's own logit in it, too", valid * p * scale, z_line
-    yield "dlogits", "missing term: the loss has lse in it, too", -valid * y * scale, z_line
+    yield "dlogits", "missing term: the loss has lse in it, too", valid * -y * scale, z_line
     yield "dlogits", "sign of the target's term", valid * (p + y) * scale, z_line
     yield "dlogits", "missing factor: both terms are divided by count", valid * (p * scale - y), None
     yield "dlogits", "wrong value: logits where probabilities belong", valid * (logits - y) * scale, z_line
@@ -467,14 +475,13 @@ def cross_entropy_mistakes(dloss, logits, targets, lse, ignore_index, count):
     last[~valid[:, 0], ignore_index] = 1
     for taken in (y, last):
         yield "dlogits", ignored, (p - taken) * scale, "rows = np.flatnonzero(valid)"
-        yield "dlogits", ignored, valid * p * scale - taken * scale, "rows = np.flatnonzero(valid)"
     yield "dlogits", f"missing term (the target's), and {ignored}", p * scale, z_line
 
 
 def dropout_mistakes(dy, key, first_row, p):
     mask = dropout_mask_ref(key, first_row, dy.shape, p)
     line = "mask = dropout_mask_ref(key, first_row, x.shape, p)"
-    yield "dx", "wrong mask: what was dropped did not reach the output", dy, line
+    yield "dx", "missing mask, and missing factor: what was dropped did not reach the output", dy, line
     yield "dx", "wrong mask: it is turned round, what was dropped gets a gradient", dy * ~mask, line
     for first, words in ((0, "its rows are numbered from first_row on"), (first_row + 1, "its first row is first_row")):
         yield "dx", f"wrong mask: {words}", dropout_ref(dy, key, first, p), line

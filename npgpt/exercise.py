@@ -31,7 +31,7 @@ PACKAGE = Path(__file__).resolve().parent
 
 LEVELS = {
     1: "the backward's lines are there, but for what stands right of the =",
-    2: "the lines of the forward that are undone are quoted, in the order in which they are",
+    2: "the forward's lines are quoted, in the order in which they are undone",
     3: "a signature, and what to return",
 }
 
@@ -138,8 +138,9 @@ def _lines(source, node):
 def _blank(lines, level):
     """The lines of a function with blanks in it."""
     (node,) = ast.parse("\n".join(lines)).body
-    body = node.body[1:] if ast.get_docstring(node) is not None else node.body
-    head = lines[: body[0].lineno - 1]
+    first = node.body[0]
+    documented = ast.get_docstring(node) is not None
+    body, head = (node.body[1:], lines[: first.end_lineno]) if documented else (node.body, lines[: first.lineno - 1])
     comments = [i for i, line in enumerate(lines) if line.startswith("    #")]
     if level == 0:
         return lines
@@ -147,8 +148,12 @@ def _blank(lines, level):
         return [*head, "    ..."]
     if level == 2:
         quoted = [line for i in comments for line in (lines[i], "    ...")]
-        gives_away = not all(isinstance(part, (ast.Name, ast.Tuple, ast.Load)) for part in ast.walk(body[-1].value))
-        return [*head, *quoted, "    return ..." if gives_away else lines[-1]]
+        returned = list(ast.walk(body[-1].value))
+        if not all(isinstance(part, (ast.Name, ast.Tuple, ast.Load)) for part in returned):
+            return [*head, *quoted, "    return ..."]
+        arguments = {argument.arg for argument in node.args.args}
+        new = [part.id for part in returned if isinstance(part, ast.Name) and part.id not in arguments]
+        return [*head, *(["    " + " = ".join([*new, "..."])] if new else []), *quoted, lines[-1]]
     # Before the first quotation, values of the forward are made again; memory for a result is no secret.
     lines = list(lines)
     for statement in reversed(body):
@@ -163,8 +168,12 @@ def _blank(lines, level):
 
 
 def blank_lines(tree):
-    """Numbers of the lines of a file in which there is still a `...` where code belongs."""
-    values = [getattr(node, "value", None) for node in ast.walk(tree) if isinstance(node, ast.stmt)]
+    """Numbers of the lines of a file in which there is still a `...` where code belongs.
+
+    In dx = dweight = dbias = ... results have got a value for the time being; that line may stay.
+    """
+    statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
+    values = [getattr(node, "value", None) for node in statements if len(getattr(node, "targets", ())) < 2]
     return sorted({value.lineno for value in values if isinstance(value, ast.Constant) and value.value is ...})
 
 
@@ -456,10 +465,11 @@ def run_bug(args):
     print(f"{folder / 'npgpt'} is a copy of npgpt with a mistake in how gradients are made.  Find it:\n")
     print(f"  cd {folder}")
     print(f"  {command}\n")
-    print("Each of these, run in that folder, runs the copy.  It compares gradients with finite differences; give it a")
-    print("word, as in `npgpt.gradcheck linear`, to check an op alone.  Which op is wrong, which of its inputs, which")
-    print(f"entries?  With {with_kernels(fault.kernels, 'python -m npgpt.exercise train')}")
-    print("in that folder and in another one, see what it does to training: it may be next to nothing.")
+    print("That compares each gradient with finite differences; a word after it, such as linear, checks one op alone.")
+    print("Which op is wrong, which of its inputs, which entries?  And what does the mistake do to training?")
+    print("Compare the losses in that folder with those in the one you are in; often they are nearly the same:\n")
+    print(f"  {with_kernels(fault.kernels, 'python -m npgpt.exercise train')}\n")
+    print("Its first line says whose npgpt runs: in that folder, the copy.")
     if fault.kernel:
         print("The mistake is in a compiled kernel: with NPGPT_KERNELS=numpy, where kernels do not run, it is gone.")
     else:

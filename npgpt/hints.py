@@ -272,6 +272,8 @@ def _axes_left_over(shape, wanted):
 
 def _factor(case, c):
     """(words for a result that is c times what it must be, line)."""
+    if _is(c, 1):
+        return "rounding: it is nearly right; is something float32 on the way?", None
     if _is(c, -1):
         return "sign: every entry has the wrong one", None
     sign = "sign, and " if c < 0 else ""

@@ -1,5 +1,6 @@
 """Exercises: the ops solve them, wrong answers get the hint that they need, and every bug can be found."""
 
+import ast
 import os
 import re
 import subprocess
@@ -74,9 +75,11 @@ def test_a_level_is_the_solution_with_blanks_in_the_backward_only(op, level, che
 
 @pytest.mark.parametrize("op", EXERCISES)
 def test_levels_give_less_and_less_away_and_hints_quote_the_forward(op):
-    sizes = [len(exercise_text(op, level, "mine.py")) for level in (0, *LEVELS)]
-    assert sizes[0] > sizes[1] > sizes[2] >= sizes[3]
+    trees = [ast.parse(exercise_text(op, level, "mine.py")) for level in (0, *LEVELS)]
+    names = [sum(isinstance(node, ast.Name) for node in ast.walk(tree)) for tree in trees]
+    assert names[0] > names[1] >= names[2] >= names[3]
     text = exercise_text(op, 3, "mine.py")
+    assert text.endswith('"""\n    ...\n')
     assert "_ref(" not in "".join(line for line in text.splitlines() if line.startswith("def "))
     case = hints.Case(op, *exercise.shipped(EXERCISES[op])[1:], EXERCISES[op].results)
     mistakes = list(hints.MISTAKES[op](*case.arguments()))
@@ -130,6 +133,11 @@ WRONG = [
     ("cross-entropy", "dloss / count", "-dloss / count", "dlogits sign"),
     ("cross-entropy", "dlogits = p\n", "dlogits = logits.copy()\n", "dlogits wrong value logits"),
     ("cross-entropy", "    dlogits[~valid] = 0", "    dlogits[valid] = 0", "dlogits wrong mask 0 where it must not be"),
+    (
+        "cross-entropy", "    dlogits[~valid] = 0\n    return dlogits * logits.dtype.type(dloss / count)",
+        "    return dlogits * dloss", "dlogits wrong mask ignored besides, constant factor count",
+    ),
+    ("linear", "dx = dy @ weight", "dx = dy @ weight * (1 + 5e-6); dx[0] += 1e-9", "dx constant factor"),
     ("mlp", "dy, act, w_proj", "dy, pre, w_proj", "dw_proj wrong value act"),
     ("mlp", "dact * gelu_slope(pre)", "dact * gelu_slope(act)", "dx wrong value before the activation"),
     ("mlp", "dact * gelu_slope(pre)", "dact", "dw_fc missing line GELU"),
@@ -194,6 +202,12 @@ def test_blank_results_are_named_and_the_others_are_checked(check):
     line = text.splitlines().index("    dweight = ...") + 1
     code, out = check(text)
     assert code == 1 and f"dweight  blank  see line {line}\n" in out and out.count(" ok ") == 2
+    begun = "    dbias = dy.sum(axis=0)\n    dx = dy.mean()\n"
+    text = exercise_text("linear", 2, "mine.py").replace("    ...\n", begun)
+    code, out = check(text)
+    assert code == 1 and re.findall(r"^  (\w+) +(\w+)", out, re.M) == [
+        ("dx", "WRONG"), ("dweight", "blank"), ("dbias", "ok"),
+    ]  # fmt: skip
     code, out = check(with_mistake("linear", "dweight = dy.T @ x", "dweight = None"))
     assert code == 1 and "dweight  blank  it is None" in out
 

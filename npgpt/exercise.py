@@ -102,18 +102,18 @@ def exercise_text(op, level, name):
     exercise = EXERCISES[op]
     source = (PACKAGE / "ops" / f"{exercise.file}.py").read_text(encoding="utf-8")
     nodes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
-    forward = [_lines(source, nodes[name]) for name in exercise.forward]
-    backward = [_blank(_lines(source, nodes[name]), level) for name in exercise.backward]
+    forward = ["\n".join(_lines(source, nodes[name])) for name in exercise.forward]
+    backward = ["\n".join(_blank(_lines(source, nodes[name]), level)) for name in exercise.backward]
+    if exercise.exchange:  # one function is both
+        forward[-1] = forward[-1].replace(exercise.forward[-1], f"{exercise.file}_forward")
     for before, after in exercise.exchange:
-        backward = [[re.sub(rf"\b{before}\b", after, line) for line in lines] for lines in backward]
-    if exercise.exchange:
-        forward = [[line.replace("dropout_ref", "dropout_forward_ref") for line in lines] for lines in forward]
-    functions = "\n\n\n".join("\n".join(lines) for lines in (*forward, *backward))
-    for ours in re.findall(r"^def (\w+)_ref\(", functions, re.MULTILINE):
-        functions = re.sub(rf"\b{ours}_ref\b", ours, functions)
-    blanks = " and ".join((*(name.removesuffix("_ref") for name in exercise.backward[:-1]), exercise.function()))
-    imports = [line for line in ("import math\n" if "math." in functions else "", "import numpy as np\n") if line]
-    imports += [f"\n{exercise.imports}\n"] if exercise.imports else []
+        backward = [re.sub(rf"\b{before}\b", after, text) for text in backward]
+    functions = "\n\n\n".join((*forward, *backward))
+    for name_here in re.findall(r"^def (\w+)_ref\(", functions, re.MULTILINE):
+        functions = re.sub(rf"\b{name_here}_ref\b", name_here, functions)
+    blanks = " and ".join((*(helper.removesuffix("_ref") for helper in exercise.backward[:-1]), exercise.function()))
+    imports = "import math\n\n" * ("math." in functions) + "import numpy as np\n"
+    imports += f"\n{exercise.imports}\n" if exercise.imports else ""
     return f'''"""Exercise: the backward of {op}, level {level} of {len(LEVELS)}.
 
 The forward is given.  Put code in the place of each `...` in {blanks}; it may be
@@ -125,7 +125,7 @@ compares what it returns with finite differences, says what kind of mistake a wr
 like, and trains a small GPT with it.  The solution is npgpt/ops/{exercise.file}.py, with its derivation.
 """
 
-{"".join(imports)}
+{imports}
 
 {functions}
 '''

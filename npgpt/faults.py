@@ -1191,3 +1191,29 @@ FAULTS = [
         "Two matrices cannot be read into one unless they are the same.",
     ),
 ]
+
+# The faults that are given to students to find, from easy to hard: each fails `python -m npgpt.gradcheck`.
+BUGS = (
+    "linear: the bias gets the mean",
+    "log: multiplied instead of divided",
+    "tanh: slope from the input",
+    "relu: gate by the gradient",
+    "cross-entropy: ignored rows get a gradient",
+    "layernorm: weight's gradient from x instead of xhat",
+    "layernorm: without the mean's term",
+    "mlp: second weight from the value before the activation",
+    "mlp: slope at the value after the activation",
+    "attention: queries without the scale",
+    "attention: softmax backward without the sum",
+    "attention: keys transposed, then reshaped",
+    "embedding: of a repeated token one gradient counts",
+    "unbroadcast: stretched axes are not summed",
+    "attention: backward without the dropout mask",
+    "layernorm kernel: without the variance's term",
+    "mlp kernel: GELU's slope without the inner derivative",
+    "embedding: the tied output layer's share is lost",
+    "dropout: another mask in the backward",
+    "engine: the second contribution forgets the first",
+    "engine: breadth-first instead of topological order",
+    "attention kernel: later blocks replace the gradient of the keys",
+)

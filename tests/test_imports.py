@@ -32,7 +32,7 @@ LINES = [
     ["model"],
     ["gradcheck", "optim"],
     ["parallel"],
-    ["data", "audit"],
+    ["data", "audit", "hints"],
     ["trainer"],
     ["train"],
     ["sample", "receipt", "plot", "exercise"],  # (they read their flags with train's parser)

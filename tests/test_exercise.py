@@ -1,0 +1,458 @@
+"""Exercises: the ops solve them, wrong answers get the hint that they need, and every bug can be found."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from npgpt import exercise, hints, jit
+from npgpt.errors import UsageError
+from npgpt.exercise import EXERCISES, LEVELS, PACKAGE, exercise_text, main, with_kernels
+from npgpt.faults import BUGS, FAULTS
+
+
+@pytest.fixture
+def check(tmp_path, capsys):
+    """check(text) -> (exit code, what is printed) for a file with this text."""
+
+    def check(text):
+        path = tmp_path / "mine.py"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        code = main(["check", str(path)])
+        out = capsys.readouterr().out
+        assert "Traceback" not in out
+        return code, out
+
+    return check
+
+
+def solution(op):
+    return exercise_text(op, 0, "mine.py")
+
+
+def with_mistake(op, before, after):
+    text = solution(op)
+    assert text.count(before) == 1, before
+    return text.replace(before, after)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@pytest.mark.parametrize("op", EXERCISES)
+def test_the_op_itself_solves_its_exercise_and_trains_a_gpt(op, check, monkeypatch):
+    losses = []
+    train = exercise.train
+    monkeypatch.setattr(exercise, "train", lambda *args: losses.append(train(*args)) or losses[-1])
+    code, out = check(solution(op))
+    assert code == 0 and f"passed: {op}" in out and "WRONG" not in out
+    shown = ["dq", "dk", "dv"] if op == "attention" else EXERCISES[op].results
+    assert re.findall(r"^  (\w+) +ok ", out, re.MULTILINE) == list(shown)
+    assert losses[0] == pytest.approx(losses[1]) and losses[0][-1] < losses[0][0] - 0.5
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("op", EXERCISES)
+def test_a_level_is_the_solution_with_blanks_in_the_backward_only(op, level, check):
+    text, solved = exercise_text(op, level, "mine.py"), solution(op)
+    blank = EXERCISES[op].backward
+    for name in (EXERCISES[op].function(), *(name.removesuffix("_ref") for name in blank[:-1])):
+        function = re.compile(rf"^def {name}\(.*?(?=\n\n\n|\n*\Z)", re.MULTILINE | re.DOTALL)
+        (ours,), (theirs,) = function.findall(text), function.findall(solved)
+        assert "..." in ours and ours != theirs
+        assert ours.splitlines()[0] == theirs.splitlines()[0]
+        text = text.replace(ours, theirs)
+    head = re.compile(r'^""".*?"""', re.DOTALL)
+    assert head.sub("", text) == head.sub("", solved)
+    code, out = check(exercise_text(op, level, "mine.py"))
+    assert code == 1 and ("blank" in out and "line" in out) and "passed:" not in out
+
+
+@pytest.mark.parametrize("op", EXERCISES)
+def test_levels_give_less_and_less_away_and_hints_quote_the_forward(op):
+    trees = [ast.parse(exercise_text(op, level, "mine.py")) for level in (0, *LEVELS)]
+    names = [sum(isinstance(node, ast.Name) for node in ast.walk(tree)) for tree in trees]
+    assert names[0] > names[1] >= names[2] >= names[3]
+    text = exercise_text(op, 3, "mine.py")
+    assert text.endswith('"""\n    ...\n')
+    assert "_ref(" not in "".join(line for line in text.splitlines() if line.startswith("def "))
+    case = hints.Case(op, *exercise.shipped(EXERCISES[op])[1:], EXERCISES[op].results)
+    mistakes = list(hints.MISTAKES[op](*case.arguments()))
+    lines = {*hints.LINES[op].values(), *(line for *_, line in mistakes if line)}
+    assert all(line in text for line in lines), lines
+    assert {*hints.LINES[op]} >= {*case.parts, *EXERCISES[op].results}
+    for result, words, wrong, _ in mistakes:  # each is a mistake, of the right shape
+        assert wrong.shape == case.parts[result].shape, words
+        change = case.parts[result] - case.so_far.get(result, 0)
+        assert hints.ratio(wrong, change) is None or not hints._is(hints.ratio(wrong, change), 1), words
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Wrong answers: op, what the solution has, what a student wrote, and words of which some line with a hint has all
+
+SUM = "missing sum over the broadcast axis"
+WRONG = [
+    ("linear", "dx = dy @ weight", "dx = (dy @ weight).T", "dx transposed"),
+    ("linear", "dweight = dy.T @ x", "dweight = x.T @ dy", "dweight transposed: it is what is wanted"),
+    ("linear", "dweight = dy.T @ x", "dweight = (x.T @ dy).reshape(weight.shape)", "dweight transposed, reshaped"),
+    ("linear", "dweight = dy.T @ x", "dweight = dy[:, :, None] * x[:, None, :]", f"dweight {SUM} 0"),
+    ("linear", "dweight = dy.T @ x", "dweight = dy.T @ x / len(x)", "dweight mean instead of sum N = 4"),
+    ("linear", "dbias = dy.sum(axis=0)", "dbias = dy.mean(axis=0)", "dbias mean instead of sum N = 4"),
+    ("linear", "dbias = dy.sum(axis=0)", "dbias = dy", f"dbias {SUM} 0 (length 4) y + bias"),
+    ("linear", "dbias = dy.sum(axis=0)", "dbias = dy.sum(axis=0, keepdims=True)", "dbias keepdims"),
+    ("linear", "dbias = dy.sum(axis=0)", "dbias = dy.sum(axis=1)", "dbias wrong axis N"),
+    ("linear", "dbias = dy.sum(axis=0)", "dbias = dy[-1]", "dbias one row only last"),
+    ("linear", "dbias = dy.sum(axis=0)", "dbias = -dy.sum(axis=0)", "dbias sign"),
+    ("linear", "dx = dy @ weight", "dx = dy @ weight * np.nan", "dx not finite"),
+    ("linear", "dx = dy @ weight", "dx = np.zeros_like(x)", "dx all zeros"),
+    ("linear", "dx = dy @ weight", "dx = dy @ weight; dx[2] = 1", "dx rows 2 only"),
+    ("linear", "dx = dy @ weight", "dx = dy @ weight.T", "ValueError transpose"),
+    ("dropout", "np.where(mask, dy * ", "np.where(True, dy * ", "dx wrong mask dropped"),
+    ("dropout", "dy.dtype.type(1 / (1 - p))", "1", "dx constant factor 1 - p"),
+    ("dropout", "np.where(mask, dy", "np.where(~mask, dy", "dx wrong mask turned round"),
+    ("dropout", "(key, first_row, dy.shape", "(key, 0, dy.shape", "dx wrong mask first_row"),
+    ("dropout", "    mask = dropout_mask_ref(key, first_row, dy.", "    return dy; (dy.", "dx missing mask factor"),
+    ("dropout", "dy.dtype.type(1 / (1 - p))", "1 / p", "dx constant factor (1 - p) / p"),
+    ("embedding", "np.add.at(dwte, idx, dy)", "dwte[idx] += dy", "dwte repeated index"),
+    ("embedding", "dwpe[:T] += dy.sum(axis=0)", "dwpe[:T] += dy[0]", "dwpe one row only"),
+    ("embedding", "dwpe[:T] += dy.sum(axis=0)", "dwpe[:T] += dy.mean(axis=0)", "dwpe mean instead of sum B = 3"),
+    ("embedding", "dwpe[:T] += dy.sum(axis=0)", "dwpe[:T] += dy", "ValueError missing sum"),
+    ("embedding", "    np.add.at", "    dwte = dwte * 0\n    np.add.at", "dwte overwritten tied"),
+    ("embedding", "np.add.at(dwte, idx, dy)", "dwte = dwte.copy()", "dwte nothing was added"),
+    ("embedding", "np.add.at(dwte, idx, dy)", "np.add.at(dwte, idx, dy); dwte[2] = 1", "dwte wrong mask occur"),
+    ("cross-entropy", "    dlogits[rows, targets[rows]] -= 1\n", "", "dlogits missing term"),
+    ("cross-entropy", "    dlogits[~valid] = 0\n", "", "dlogits wrong mask ignored"),
+    ("cross-entropy", "dloss / count", "dloss / len(logits)", "dlogits constant factor count / N"),
+    ("cross-entropy", "dloss / count", "dloss", "dlogits constant factor count"),
+    ("cross-entropy", "dloss / count", "1 / count", "dlogits constant factor 1 / dloss"),
+    ("cross-entropy", "dloss / count", "-dloss / count", "dlogits sign"),
+    ("cross-entropy", "dlogits = p\n", "dlogits = logits.copy()\n", "dlogits wrong value logits"),
+    ("cross-entropy", "    dlogits[~valid] = 0", "    dlogits[valid] = 0", "dlogits wrong mask 0 where it must not be"),
+    (
+        "cross-entropy", "    dlogits[~valid] = 0\n    return dlogits * logits.dtype.type(dloss / count)",
+        "    return dlogits * dloss", "dlogits wrong mask ignored besides, constant factor count",
+    ),
+    ("linear", "dx = dy @ weight", "dx = dy @ weight * (1 + 5e-6); dx[0] += 1e-9", "dx constant factor"),
+    ("mlp", "dy, act, w_proj", "dy, pre, w_proj", "dw_proj wrong value act"),
+    ("mlp", "dact * gelu_slope(pre)", "dact * gelu_slope(act)", "dx wrong value before the activation"),
+    ("mlp", "dact * gelu_slope(pre)", "dact", "dw_fc missing line GELU"),
+    ("mlp", "+ 0.5 * z * (1 - t**2) * K * (1 + 3 * A * z**2)", "", "db_fc missing term second"),
+    ("mlp", " * K * (1 + 3 * A * z**2)", "", "dx missing factor inside of tanh"),
+    ("mlp", "(1 + 3 * A * z**2)", "1", "dx missing factor cube"),
+    ("mlp", "return dx, dw_fc, db_fc,", "return dx, dw_fc.T, db_fc,", "dw_fc transposed"),
+    ("mlp", "return dx, dw_fc, db_fc,", "return dx, dw_fc, dpre,", f"db_fc {SUM} 0 (length 4)"),
+    ("layernorm", "(g - g_mean - xhat", "(g - xhat", "dx missing term mean = x.mean"),
+    ("layernorm", " - xhat * g_xhat_mean)", ")", "dx missing term var = x.var"),
+    ("layernorm", "rstd[:, None] * (g - g_mean - xhat * g_xhat_mean)", "g * rstd[:, None]", "dx missing terms"),
+    ("layernorm", "g = dy * weight", "g = dy", "dx missing factor dy is the gradient of y"),
+    ("layernorm", "dx = rstd[:, None] * (", "dx = (", "dx missing factor differs from row to row"),
+    ("layernorm", "g_mean - xhat * g", "g_mean - x * g", "dx wrong value xhat"),
+    ("layernorm", "g.mean(axis=1, keepdims=True)", "g.mean(axis=0, keepdims=True)", "dx none of the usual"),
+    ("layernorm", "(dy * xhat).sum(axis=0)", "(dy * x).sum(axis=0)", "dweight wrong value xhat"),
+    ("layernorm", "(dy * xhat).sum(axis=0)", "dy * xhat", f"dweight {SUM} 0 (length 4) xhat * weight"),
+    ("layernorm", "(dy * xhat).sum(axis=0)", "(dy * x)", f"dweight {SUM} 0 still wrong: wrong value"),
+    ("layernorm", "(dy * xhat).sum(axis=0)", "(dy * xhat).mean(axis=0)", "dweight mean instead of sum"),
+    ("layernorm", "(dy * xhat).sum(axis=0)", "(dy * xhat).sum(axis=1)", "dweight wrong axis N"),
+    ("layernorm", "dbias = dy.sum(axis=0)", "dbias = (dy * xhat).sum(axis=0)", "dbias a factor too many"),
+    ("layernorm", "return dx, dweight, dbias", "return dx, dbias, dweight", "dweight missing factor"),
+    ("attention", "dp - (dp * p).sum(axis=-1, keepdims=True)", "dp", "dq missing term probabilities"),
+    ("attention", "dq = ds @ k / math.sqrt(q.shape[-1])", "dq = ds @ k", "dq constant factor sqrt(hs)"),
+    ("attention", "dq = ds @ k / math.sqrt(q.shape[-1])", "dq = ds @ k / q.shape[-1]", "dq factor 1 / sqrt(hs)"),
+    ("attention", "dp = da * drop", "dp = da", "dk wrong mask dropout"),
+    ("attention", "dp = da * drop", "dp = da * (drop > 0)", "dk constant factor 1 - p_drop"),
+    ("attention", "dv = (p * drop)", "dv = p", "dv wrong value after dropout"),
+    ("attention", "dv = (p * drop).swapaxes(-1, -2) @ dy", "dv = (p * drop) @ dy", "dv transposed column"),
+    ("attention", "dk = ds.swapaxes(-1, -2) @ q", "dk = ds @ q", "dk transposed column"),
+    (
+        "attention", "dk = ds.swapaxes(-1, -2) @ q", "dk = (q.swapaxes(-1, -2) @ ds).reshape(q.shape)",
+        "dk transposed, then reshaped",
+    ),
+    ("attention", "(dq, dk, dv)", "(dk, dq, dv)", "dq wrong place: this is dk"),
+    ("attention", "np.exp(_scores(q, k) -", "np.exp(q @ k.swapaxes(-1, -2) / math.sqrt(5) -", "dv wrong mask future"),
+    ("attention", "(dp * p).sum(axis=-1,", "(dp * p).sum(axis=-2,", "dq wrong axis keys"),
+    ("attention", "    return dqkv", "    return dqkv.transpose(2, 1, 0)", "dqkv transposed"),
+    ("attention", "zip(split_heads(dqkv, n_head),", "zip(dqkv.reshape(3, *q.shape),", "dv none of the usual"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "before", "after", "words"), WRONG, ids=lambda text: text if text in EXERCISES else "")
+def test_a_wrong_answer_gets_the_right_hint(op, before, after, words, check):
+    code, out = check(with_mistake(op, before, after))
+    assert code == 1 and "passed:" not in out
+    shown = out.replace("\n           hint:", " hint:").splitlines()  # a result and its hint in one line
+    assert any(all(word in line for word in words.split()) for line in shown if "hint:" in line), out
+
+
+def test_there_are_typical_wrong_answers_for_every_op():
+    assert all(sum(wrong[0] == op for wrong in WRONG) >= 3 for op in EXERCISES)
+
+
+def test_what_is_right_stays_right_beside_what_is_wrong(check):
+    code, out = check(with_mistake("linear", "dbias = dy.sum(axis=0)", "dbias = dy.mean(axis=0)"))
+    assert code == 1 and out.count(" ok ") == 2 and out.count("WRONG") == 1
+
+
+def test_blank_results_are_named_and_the_others_are_checked(check):
+    text = with_mistake("linear", "dweight = dy.T @ x", "dweight = ...")
+    line = text.splitlines().index("    dweight = ...") + 1
+    code, out = check(text)
+    assert code == 1 and f"dweight  blank  see line {line}\n" in out and out.count(" ok ") == 2
+    begun = "    dbias = dy.sum(axis=0)\n    dx = dy.mean()\n"
+    text = exercise_text("linear", 2, "mine.py").replace("    ...\n", begun)
+    code, out = check(text)
+    assert code == 1 and re.findall(r"^  (\w+) +(\w+)", out, re.M) == [
+        ("dx", "WRONG"), ("dweight", "blank"), ("dbias", "ok"),
+    ]  # fmt: skip
+    code, out = check(with_mistake("linear", "dweight = dy.T @ x", "dweight = None"))
+    assert code == 1 and "dweight  blank  it is None" in out
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ("dx = dy @ weight", "dx = dy @ wieght", "mine.py line {}: NameError: name 'wieght' is not defined"),
+        ("dx = dy @ weight", "dx = dy @ weight +", "mine.py line {}: invalid syntax"),
+        ("dx = dy @ weight", "raise SystemExit(0)", "mine.py line {}: SystemExit: 0"),
+        ("return dx, dweight, dbias", "return dx, dweight", "returns 2 results, it must return 3: dx, dweight, dbias"),
+        ("return dx, dweight, dbias", "return dx, 'a', dbias", "dweight is a str, not an array"),
+        ("return dx, dweight, dbias", "dy *= 2; return dx, dweight, dbias", "changes dy in place"),
+        ("    dx = dy @ weight", "    dx = dy @ weight[:, :5][:7]", "dweight of shape"),
+        ("dx = dy @ weight", "dx = dy @ weight * (1 + 1e-3 * (len(x) > 4))", "in a GPT it makes another gradient"),
+    ],
+)
+def test_what_else_can_be_wrong_is_said_in_a_line(before, after, words, check):
+    if words == "dweight of shape":
+        before, after, words = "dweight = dy.T @ x", "dweight = (dy.T @ x)[:7, :5]", "in a GPT dweight has shape (7, 5)"
+    text = with_mistake("linear", before, after)
+    line = next(n for n, line in enumerate(text.splitlines(), 1) if after in line)
+    code, out = check(text)
+    assert code == 1 and words.format(line) in out and "passed:" not in out
+
+
+def test_the_op_is_put_back_after_training(check):
+    from npgpt.ops import linear
+
+    before = linear.linear_backward
+    assert check(solution("linear"))[0] == 0 and linear.linear_backward is before
+    text = with_mistake("linear", "dx = dy @ weight", "dx = dy @ weight if len(x) < 5 else 1 / 0 * dy")
+    code, out = check(text)
+    assert code == 1 and "ZeroDivisionError" in out and linear.linear_backward is before
+
+
+def test_a_file_may_hold_several_exercises_and_what_was_changed_is_read_anew(check):
+    code, out = check(solution("linear") + solution("dropout"))
+    assert code == 0 and "passed: linear" in out and "passed: dropout" in out
+    wrong = with_mistake("linear", "dbias = dy.sum(axis=0)", "dbias = dy.sum(axis=1)")
+    assert len(wrong) == len(solution("linear"))
+    assert check(wrong)[0] == 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def command(*args, cwd=None, **environment):
+    """Run a module in a process of its own -> (exit code, standard output, standard error)."""
+    environment = {"NPGPT_KERNELS": "numpy", "OPENBLAS_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8", **environment}
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), **environment}
+    done = subprocess.run(
+        [sys.executable, "-m", *map(str, args)], cwd=cwd, env=environment,
+        capture_output=True, encoding="utf-8", timeout=120,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["shwo", "linear"], "did you mean show?"),
+        (["show", "layernrom"], "did you mean layernorm?"),
+        (["show", "linear", "--level", "4"], "--level must be 1, 2 or 3, got 4"),
+        (["show", "linear", "--levle", "2"], "did you mean --level?"),
+        (["show", "linear", "--out", "no/such/folder/linear.py"], "cannot write"),
+        (["check", "nothing.py"], "there is no file nothing.py"),
+        (["check", "."], "there is no file"),
+        (["bug", "0"], "there are bugs 1 to"),
+        (["bug", str(len(BUGS) + 1)], "there are bugs 1 to"),
+        (["bug", "x"], "invalid int"),
+        (["answer"], "required"),
+        ([], "required"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(args, words):
+    with pytest.raises(UsageError, match=re.escape(words)) as caught:
+        main(args)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_ends_with_its_code_and_one_line(tmp_path):
+    code, out, err = command("npgpt.exercise", "check", "mine.py", cwd=tmp_path)
+    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("python -m npgpt.exercise: ")
+
+
+@pytest.mark.parametrize("text", [b"x = 1\n", b"", b"def linear_backward_of_mine(): pass\n"])
+def test_a_file_without_an_exercise_is_refused(text, tmp_path):
+    (tmp_path / "mine.py").write_bytes(text)
+    with pytest.raises(UsageError, match="has none of the functions"):
+        main(["check", str(tmp_path / "mine.py")])
+
+
+@pytest.mark.parametrize("text", [b"\x00\x01", b"\xff\xfe\xfa", b"def f(:\n", b"1 / 0\n", b"import no_such_module\n"])
+def test_garbage_is_said_in_a_line(text, check):
+    code, out = check(text)
+    assert code == 1 and out.startswith("mine.py") and out.count("\n") == 1
+
+
+def test_show_prints_or_writes_and_never_overwrites(tmp_path, capsys):
+    assert main(["show", "cross_entropy", "--level", "1"]) == 0
+    printed = capsys.readouterr().out
+    path = tmp_path / "cross_entropy.py"
+    assert main(["show", "cross-entropy", "--level", "1", "--out", str(path)]) == 0
+    assert path.read_text(encoding="utf-8").replace(str(path), "cross_entropy.py") == printed
+    assert f"check {path}" in capsys.readouterr().out
+    path.write_text("my work", encoding="utf-8")
+    with pytest.raises(UsageError, match="may hold your work"):
+        main(["show", "cross-entropy", "--out", str(path)])
+    assert path.read_text(encoding="utf-8") == "my work"
+
+
+def test_list_names_every_exercise(capsys):
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    for op, one in EXERCISES.items():
+        assert op in out and f"npgpt/ops/{one.file}.py" in out and (PACKAGE / "ops" / f"{one.file}.py").is_file()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Bugs
+
+# Runs gradcheck in each of some folders, one after the other, and prints what came of it, and whose npgpt it was.
+GRADCHECK = """
+import sys
+for line in sys.argv[1:]:
+    folder, word = line.split("|")
+    for name in [name for name in sys.modules if name.split(".")[0] == "npgpt"]:
+        del sys.modules[name]
+    sys.path[0] = folder
+    import npgpt
+    import numpy as np
+    from npgpt import gradcheck
+    if word == "GPT":
+        f, inputs, names = gradcheck.gpt_case(np.random.default_rng(0), bias=False, dropout=0.2)
+        case = f, inputs[:1], names[:1]  # its embedding alone
+    else:
+        (case,) = [case for title, *case in gradcheck.cases() if title == word]
+    try:
+        gradcheck.gradcheck(*case)
+        found = "nothing"
+    except gradcheck.GradcheckError:
+        found = "a wrong gradient"
+    print(f"{folder}|{found}|{npgpt.__file__}")
+"""
+WORDS = {
+    "embedding: the tied output layer's share is lost": "GPT",
+    "dropout: another mask in the backward": "GPT",  # alone, it happens to be the same one
+    "unbroadcast: stretched axes are not summed": "add",
+    "attention: backward without the dropout mask": "causal attention, dropout",
+}
+
+
+def word_of(fault):
+    """The title of a case of gradcheck that finds the fault quickly."""
+    stem = Path(fault.file).stem
+    by_file = {"engine": "GPT", "attention": "causal attention", "cross_entropy": "cross-entropy"}
+    return WORDS.get(fault.name) or by_file.get(stem) or (fault.name.split(":")[0] if stem == "primitives" else stem)
+
+
+def fault_of(number):
+    return next(fault for fault in FAULTS if fault.name == BUGS[number - 1])
+
+
+def gradchecks(lines, kernels):
+    environment = {**os.environ, "NPGPT_KERNELS": kernels, "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", GRADCHECK, *lines], env=environment, capture_output=True, encoding="utf-8", timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    return [line.split("|") for line in done.stdout.splitlines()]
+
+
+def test_gradcheck_finds_every_bug_in_its_copy(tmp_path, capsys):
+    numbers = [n for n in range(1, len(BUGS) + 1) if not fault_of(n).kernel]
+    assert len(numbers) >= 14
+    for n in numbers:
+        assert main(["bug", str(n), "--dir", str(tmp_path / str(n))]) == 0
+        out = capsys.readouterr().out
+        assert with_kernels("numpy", "python -m npgpt.gradcheck") in out
+        assert fault_of(n).name not in out and fault_of(n).why not in out
+    words = {n: word_of(fault_of(n)) for n in numbers}
+    results = gradchecks([f"{tmp_path / str(n)}|{words[n]}" for n in numbers], "numpy")
+    for n, (folder, found, file) in zip(numbers, results, strict=True):
+        assert found == "a wrong gradient", fault_of(n).name
+        assert Path(file) == Path(folder) / "npgpt" / "__init__.py"
+
+
+@pytest.mark.skipif(jit.KERNELS != "numba", reason="compiles kernels")
+def test_gradcheck_finds_a_bug_in_a_compiled_kernel_of_the_copy(tmp_path, capsys):
+    (n,) = (n for n in range(1, len(BUGS) + 1) if BUGS[n - 1].startswith("layernorm kernel"))
+    assert main(["bug", str(n), "--dir", str(tmp_path / "bug")]) == 0
+    out = capsys.readouterr().out
+    assert "\n  python -m npgpt.gradcheck\n" in out and "compiled kernel" in out
+    assert [found for _, found, _ in gradchecks([f"{tmp_path / 'bug'}|layernorm"], "numba")] == ["a wrong gradient"]
+
+
+def test_a_copy_is_untouched_but_for_one_file_and_its_own_commands_run_it(tmp_path):
+    folder = tmp_path / "bug"
+    assert main(["bug", "1", "--dir", str(folder)]) == 0
+    sources = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")}
+    copied = {path.relative_to(folder / "npgpt") for path in folder.rglob("*") if path.is_file()}
+    assert copied == sources
+    different = {
+        path for path in sources if (PACKAGE / path).read_bytes() != (folder / "npgpt" / path).read_bytes()
+    }  # fmt: skip
+    assert different == {Path("ops/linear.py")}
+    # PYTHONPATH has the original: the folder in which a module is started comes before it
+    code, out, _ = command("npgpt.gradcheck", "linear", cwd=folder)
+    assert code == 1 and "bias" in out and "FAILED" in out
+    code, out, _ = command("npgpt.exercise", "train", cwd=folder)
+    assert code == 0 and out.startswith(f"{(folder / 'npgpt').resolve()}: ")
+    with pytest.raises(UsageError, match="exists"):
+        main(["bug", "1", "--dir", str(folder)])
+    code, _, err = command("npgpt.exercise", "answer", "1", cwd=folder)
+    assert code == 2 and "ask in another folder" in err
+
+
+def test_a_bug_changes_training(tmp_path):
+    (n,) = (n for n in range(1, len(BUGS) + 1) if BUGS[n - 1].startswith("embedding: the tied"))
+    assert main(["bug", str(n), "--dir", str(tmp_path / "bug")]) == 0
+    losses = {}
+    for folder in (tmp_path / "bug", PACKAGE.parent):
+        code, out, _ = command("npgpt.exercise", "train", cwd=folder)
+        losses[folder] = [float(number) for number in out.splitlines()[1].split()]
+        assert code == 0 and len(losses[folder]) == exercise.STEPS
+    bad, good = losses.values()
+    assert bad[0] == good[0] and bad[-1] > good[-1] + 0.1
+
+
+@pytest.mark.parametrize("n", range(1, len(BUGS) + 1))
+def test_an_answer_shows_the_line_and_why(n, capsys):
+    fault = fault_of(n)
+    assert main(["answer", str(n)]) == 0
+    out = capsys.readouterr().out
+    assert f"bug {n} is in {fault.file}" in out and fault.why in out
+    shown = {line[1:] for line in out.splitlines() if line[:1] in ("+", "-")}
+    source = (PACKAGE.parent / fault.file).read_text(encoding="utf-8")
+    wrong = source.replace(fault.before, fault.after)
+    assert shown == set(source.splitlines()) ^ set(wrong.splitlines()) | (shown & set(source.splitlines()))
+    assert shown & (set(source.splitlines()) ^ set(wrong.splitlines()))
+
+
+def test_bug_without_a_number_says_how_many_there_are(capsys):
+    assert main(["bug"]) == 0
+    assert f"there are {len(BUGS)} bugs" in capsys.readouterr().out
+    assert len(set(BUGS)) == len(BUGS) >= 14

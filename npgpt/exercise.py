@@ -395,7 +395,7 @@ def plant(fault, folder):
 
 
 def _is_source(name):
-    return name.endswith(".py") or ("." not in name and name != "__pycache__")
+    return name.endswith((".py", ".html")) or ("." not in name and name != "__pycache__")
 
 
 def with_kernels(kernels, command):

@@ -409,7 +409,7 @@ def test_gradcheck_finds_a_bug_in_a_compiled_kernel_of_the_copy(tmp_path, capsys
 def test_a_copy_is_untouched_but_for_one_file_and_its_own_commands_run_it(tmp_path):
     folder = tmp_path / "bug"
     assert main(["bug", "1", "--dir", str(folder)]) == 0
-    sources = {path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")}
+    sources = {path.relative_to(PACKAGE) for ending in ("*.py", "*.html") for path in PACKAGE.rglob(ending)}
     copied = {path.relative_to(folder / "npgpt") for path in folder.rglob("*") if path.is_file()}
     assert copied == sources
     different = {

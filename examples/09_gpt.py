@@ -37,7 +37,7 @@ rng = np.random.default_rng(9)
 model = GPT(GPTConfig(vocab_size=V, block_size=8, n_layer=2, n_head=n_head, n_embd=C, bias=True), dtype=np.float64)
 idx, targets = rng.integers(0, V, (2, B, T))
 
-parameters, w, g = {}, {}, {}  # "h.0.ln_1" -> [weight, bias], "h.0.mlp" -> [w_fc, b_fc, w_proj, b_proj]; g: gradients
+parameters, w, g = {}, {}, {}  # each: "h.0.ln_1" -> [weight, bias], "h.0.mlp" -> [w_fc, b_fc, w_proj, b_proj], ...
 for name, parameter in model.named_parameters():
     module = name.removeprefix("transformer.").rpartition(".")[0]
     module = module.replace("mlp.c_fc", "mlp").replace("mlp.c_proj", "mlp")
@@ -48,8 +48,8 @@ for name, parameter in model.named_parameters():
 no_dropout = 0.0, np.uint32(0), 0  # the probability, and two numbers that would say which weights are dropped
 
 # --------------------------------------------------------------------------------------------------------------------
-# Forward.  x0 ... x4 is the residual stream (N, C), with a row for each token.  A layer reads it, and adds to it what it
-# makes of it: attention in steps 2 to 6, the MLP in steps 7 to 9, and so again in the second block.
+# Forward.  x0 ... x4 is the residual stream (N, C), with a row for each token.  A layer reads it and adds what it makes
+# of it: attention in steps 2 to 6, the MLP in steps 7 to 9, and so again in the second block.
 
 x0 = embedding_forward_ref(idx, wte, wpe).reshape(N, C)                                                   # 1
 

@@ -1,12 +1,17 @@
-"""07: GELU, and the MLP that is made with it.
+"""GELU, and the MLP that is made with it.
 
-You will understand what a smooth switch does to a gradient, how three lines of forward turn into three lines of
-backward in reverse order, which of the forward's values each of them needs, and why the most frequent mistake here goes
-unnoticed: with the wrong value the loss still falls.
+You will understand
 
-The counterpart is npgpt/ops/mlp.py, where the same lines stand as reference and as kernels.  Next: 08_embedding.py.
-Try: leave GELU out of the MLP (act = pre).  Which line of the backward must change with it, so that only the last two
-checks do not hold?
+- what a smooth switch does to a gradient,
+- how three lines of forward become three lines of backward, the last one first,
+- which values each of them needs, and why the most frequent mistake here goes unnoticed: the loss falls all the same.
+
+Counterpart: npgpt/ops/mlp.py, the same lines as reference and as kernels.
+Next: 08_embedding.py, where an array is used in several places.
+Try it: leave GELU out of the MLP (act = pre).  Which line of the backward must change with it, so that all checks but
+the last two hold?
+
+    python examples/07_mlp.py
 """
 
 import math

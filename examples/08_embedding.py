@@ -1,11 +1,17 @@
-"""08: the embedding, and what tying does to its gradient.
+"""The embedding, and what tying does to its gradient.
 
-You will understand why looking up a row is a matrix product in disguise, why a token that occurs three times gets the
-sum of three gradients (and how `+=` gets that wrong), and that in GPT-2 the same table is also the output layer: its
-gradient has two shares of a very different kind, and tokens that nobody has written get one of them.
+You will understand
 
-The counterparts are npgpt/ops/embedding.py and `lm_head` in npgpt/model.py.  Next: 09_gpt.py.
-Try: forget the output layer's share (leave out `+ head`).  Would you have noticed it from the loss?
+- why looking up a row is a matrix product in disguise,
+- why a token that occurs three times gets the sum of three gradients, and how `+=` gets that wrong,
+- that in GPT-2 the same table is the output layer too: its gradient has two shares, of different kinds, and characters
+  that nobody has written get one of them.
+
+Counterpart: npgpt/ops/embedding.py, and `lm_head` in npgpt/model.py.
+Next: 09_gpt.py, all of it in one list.
+Try it: forget the output layer's share, `dwte = lookup`.  Would you have noticed, had you only seen the loss fall?
+
+    python examples/08_embedding.py
 """
 
 import numpy as np

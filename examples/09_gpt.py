@@ -1,13 +1,18 @@
-"""09: a whole GPT, forward and backward, as one straight list of steps.
+"""A whole GPT, forward and backward, as one straight list of steps.
 
-You will understand that there is no more to it than 01 to 08: twenty steps from the tokens to the loss, and the same
-twenty back, the last one first, each undoing its namesake.  No graph, no `backward()`.  Two things show that no layer
-shows alone: where the residual stream was read, two gradients meet and are added; and wte, which is used at both ends,
-gets its gradient from both ends.
+You will understand
 
-The counterparts are npgpt/model.py for the forward and npgpt/engine.py, which finds the way back by itself: each
-gradient here equals the engine's to the last bit.  Next: 10_adamw.py.
-Try: leave out the line `dx3 = dx3 + d`.  Which gradients are wrong then, and why not the others?
+- that there is no more to it than 01 to 08: twenty steps from the tokens to the loss, and the same twenty back, the
+  last one first, each undoing its namesake,
+- that where the residual stream was read, two gradients meet and are added,
+- that wte, which is used at both ends, gets its gradient from both ends.
+
+Counterpart: npgpt/model.py for the way forward, and npgpt/engine.py, which finds the way back by itself; each gradient
+here equals the engine's to the last bit.
+Next: 10_adamw.py, what to do with all these gradients.
+Try it: leave out the line `dx3 = dx3 + d`.  Which gradients are wrong then, and why not the others?
+
+    python examples/09_gpt.py
 """
 
 import os

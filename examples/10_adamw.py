@@ -1,10 +1,17 @@
-"""10: AdamW, and clipping, by hand.
+"""AdamW, and clipping, by hand.
 
-You will understand why Adam divides a gradient by its usual size, what goes wrong in the first steps without the bias
-correction, why the decay stands outside of all this (the W in AdamW), and what clipping saves you from.
+You will understand
 
-The counterpart is npgpt/optim.py, where the same lines run over one flat array.  Next: 11_train.py.
-Try: leave the bias correction out of `adamw`, and look at the second table again.
+- why Adam divides a gradient by its usual size,
+- what goes wrong in the first steps without the bias correction,
+- why the decay stands outside of all this (the W in AdamW),
+- what clipping saves you from.
+
+Counterpart: npgpt/optim.py, where the same lines run over one flat array.
+Next: 11_train.py, where it is used.
+Try it: leave the bias correction out of `adamw` (m_hat = m, v_hat = v), and look at the second table again.
+
+    python examples/10_adamw.py
 """
 
 import numpy as np
@@ -120,8 +127,8 @@ check("clipped, the length", abs(np.sqrt(sum((g**2).sum() for g in short)) - 0.1
 check("clipped, npgpt's factor", max(difference(a, scale * b) for a, b in zip(short, pair, strict=True)), 1e-14)
 
 # --------------------------------------------------------------------------------------------------------------------
-# npgpt's AdamW, on the weights of a GPT.  It does not ask where gradients come from, so they are made up here.  Matrices
-# decay; biases and the layer norms' scales do not.
+# npgpt's AdamW, on the weights of a GPT.  It does not ask where gradients come from, so here they are made up.
+# Matrices decay; biases and the scales of layer norms do not.
 
 model = GPT(GPTConfig(vocab_size=11, block_size=8, n_layer=2, n_head=2, n_embd=8, bias=True), dtype=np.float64)
 by_hand = {name: [parameter.data.copy(), 0.0, 0.0] for name, parameter in model.named_parameters()}  # p, m, v

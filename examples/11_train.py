@@ -29,11 +29,12 @@ tokenizer = CharTokenizer.from_text(text)
 tokens = tokenizer.encode(text)
 train, held_back = np.split(tokens, [len(tokens) * 9 // 10])
 
-# A model and its optimizer.  In float64, so that the gradient can be measured; float32, the default, is faster.
+# A model and its optimizer.  And a twin in float64: in float32 the small differences of finite differences drown.
 
-V, B, T, steps = tokenizer.vocab_size, 32, 16, 240
-model = GPT(GPTConfig(vocab_size=V, block_size=T, n_layer=1, n_head=4, n_embd=64), dtype=np.float64)
-flat = FlatParameters(model)  # all weights in one array, all gradients in another
+B, T, V, steps = 32, 16, tokenizer.vocab_size, 200
+config = GPTConfig(vocab_size=V, block_size=T, n_layer=1, n_head=4, n_embd=64)
+model, twin = GPT(config), GPT(config, dtype=np.float64)
+flat, twin_flat = FlatParameters(model), FlatParameters(twin)  # all weights in one array, all gradients in another
 optimizer = AdamW(flat)
 rng = np.random.default_rng(11)
 direction = rng.normal(size=flat.weights.shape) / np.sqrt(flat.weights.size)
@@ -41,15 +42,13 @@ direction = rng.normal(size=flat.weights.shape) / np.sqrt(flat.weights.size)
 
 def measured_slope(x, y):
     """How fast the loss changes as all weights together move along the direction, by finite differences."""
-    start, way = flat.weights.copy(), Tensor(np.zeros(1))
+    way = Tensor(np.zeros(1))
 
     def loss():
-        flat.weights[...] = start + way.data * direction
-        return model(x, y)[1].data
+        twin_flat.weights[...] = flat.weights + way.data * direction
+        return twin(x, y)[1].data
 
-    slope = numeric_grad(loss, way, 1.0)[0]
-    flat.weights[...] = start
-    return slope
+    return numeric_grad(loss, way, 1.0)[0]
 
 
 with blas_threads(1):  # for matrices as small as these a second thread costs more than it brings
@@ -62,14 +61,17 @@ with blas_threads(1):  # for matrices as small as these a second thread costs mo
         norm = np.linalg.norm(flat.grads)
         if step == 10:
             slope = flat.grads @ direction
-            check("step 10, the slope in a random direction", difference(slope, measured_slope(x, y)), 1e-6)
+            check("step 10, the slope in a random direction", difference(slope, measured_slope(x, y)), 1e-4)
         if step % 40 == 0 or step == steps - 1:
             print(f"step {step:3}   loss {loss.item():.3f}   length of the gradient {norm:.3f}")
         lr = 4e-3 * min(1, (step + 1) / 20, 2 - 2 * step / steps)  # up, level, and down to 0
         optimizer.step += 1
         optimizer.update(flat.grads, lr, clip_scale(norm, 1.0))
 
-    print("\nIt writes: The " + tokenizer.decode(model.generate(tokenizer.encode("The "), 150, rng)) + "\n")
+    # It writes a text.  (The cache of keys and values pays for longer ones: its kernels take seconds to compile.)
+
+    written = model.generate(tokenizer.encode("The "), 150, rng, cache=False)
+    print("\nThe " + tokenizer.decode(written) + "\n")
 
     # What has it learnt?  More than a table of which character follows which, on text that neither has seen.
 

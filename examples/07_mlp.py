@@ -102,7 +102,7 @@ db_fc = dpre.sum(axis=0)  # (F,)
 # The most frequent mistake is pre for act in dw_proj.  The shapes fit, and even the direction is nearly right:
 
 wrong = dy.T @ pre  # (C, F)
-cosine = (wrong * dw_proj).sum() / (np.linalg.norm(wrong) * np.linalg.norm(dw_proj))
+cosine = min(1.0, (wrong * dw_proj).sum() / (np.linalg.norm(wrong) * np.linalg.norm(dw_proj)))
 angle = math.degrees(math.acos(cosine))
 print(f"\ndw_proj made with pre instead of act points {angle:.0f} degrees away from the true one.")
 print("Below 90 degrees it is downhill all the same: a model trains with it, only worse.  Finite differences tell:")

@@ -61,6 +61,42 @@ WRONG = {
         ("dq = scale * ds @ k", "dq = ds @ k"),
         ("dk = scale * ds.swapaxes(-1, -2) @ q", "dk = scale * ds @ q"),
     ],
+    "07_mlp.py": [
+        ("k * (1 + 3 * a * z**2)\n", "k * (1 + a * z**2)\n"),
+        ("z * (1 - t**2) * k", "z * (1 - t) * k"),
+        ("dw_proj = dy.T @ act ", "dw_proj = dy.T @ pre "),
+        ("dpre = dact * gelu_slope(pre)", "dpre = dact * gelu_slope(act)"),
+        ("db_fc = dpre.sum(axis=0)", "db_fc = dact.sum(axis=0)"),
+        ("dx = dpre @ w_fc ", "dx = dpre @ -w_fc "),
+    ],
+    "08_embedding.py": [
+        ("np.add.at(dwte, idx, dy)", "dwte[idx] += dy"),
+        ("dwte = head + lookup\n\nmodel", "dwte = lookup\n\nmodel"),
+        ("dwte = head + lookup\n\nmodel", "dwte = head\n\nmodel"),
+        ("(p - np.eye(V)[targets]) / N", "(p - np.eye(V)[targets])"),
+        ("wte.data -= 0.1 * dwte", "wte.data += 0.1 * dwte"),
+    ],
+    "09_gpt.py": [
+        ("dx3 = dx3 + d\n", ""),
+        ("[dwte_head.copy()]", "[np.zeros_like(wte)]"),
+        ("layernorm_backward_ref(da1, x2,", "layernorm_backward_ref(da1, x3,"),
+        ("linear_backward_ref(dz0, y0.", "linear_backward_ref(dz0, z0."),
+        ("lse, -1, N)  ", "lse, -1, T)  "),
+        ("x2 = x1 + m0", "x2 = x0 + m0"),
+    ],
+    "10_adamw.py": [
+        ("m_hat = m / (1 - beta1**t)", "m_hat = m"),
+        ("v_hat = v / (1 - beta2**t)", "v_hat = v / (1 - beta1**t)"),
+        ("(1 - beta2) * g**2", "(1 - beta2) * g"),
+        ("p = p - lr * weight_decay * p ", "g = g + weight_decay * p "),
+        ("sum((g**2).sum() for g in gradients)", "max((g**2).sum() for g in gradients)"),
+        ("0.1 if p.ndim == 2 else 0.0", "0.1"),
+    ],
+    "11_train.py": [
+        ("        flat.zero_grad()\n", ""),
+        ("loss.backward()", "(loss * loss).backward()"),
+        ("logits, loss = model(x, y)", "logits, loss = model(x, x)"),
+    ],
 }
 
 

@@ -1,0 +1,218 @@
+"""The gradient of an update in a live run against finite differences of the loss, on the batch at hand.
+
+What is audited is what the optimizer is about to get: float32, made by all workers and kernels, summed over all
+micro-steps.  What it is compared with knows no backward at all: a shadow of the model, with the same weights and the
+same dropout masks in float64, whose loss L is computed on the whole batch at two points for each derivative,
+
+    dL / dw along d = (L(w + h d) - L(w - h d)) / 2h + O(h^2)
+
+Of each tensor these directions d are looked at:
+
+- a few single entries, half of them drawn evenly, half in proportion to the size of the gradient that they have;
+- one direction of random signs, +1 or -1 for each entry: a mistake anywhere in the tensor shows in it.  The derivative
+  along it is the sum of all entries of the gradient with these signs.
+
+A weight of block l does not change what the blocks before it put out.  That is computed once, so an evaluation starts
+at block l; and the tensors are shared out among the threads that the training has anyway.
+"""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from npgpt.config import AUDIT
+from npgpt.engine import next_random_key, no_grad, random_stream, reuse_buffers
+from npgpt.model import GPT
+from npgpt.parallel import DataParallel
+
+BOUND = 1e-3  # worst error that passes
+STEP = 2e-4  # h, as a share of the tensor's typical entry ...
+SMALLEST = 1e-2  # ... which is taken to be this at least: biases start at 0
+MASKS = 3  # random masks that a block draws: attention's weights, and what attention and MLP add to the residual stream
+
+clock = time.perf_counter
+
+
+@dataclass(frozen=True)
+class Derivative:
+    """One comparison."""
+
+    name: str  # of the tensor
+    place: str  # the entry's index, or the direction in words
+    live: float  # what the backward says
+    expected: float  # what finite differences say
+    error: float  # their difference, as a share of what is typical for the tensor
+
+    def __str__(self):
+        return (
+            f"{self.name} {self.place}: backward gives {self.live:.6g}, finite differences {self.expected:.6g} "
+            f"(error {self.error:.1e})"
+        )
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found: the worst Derivative of each tensor."""
+
+    worst_of: tuple
+    n_derivatives: int
+    seconds: float
+
+    @property
+    def worst(self):
+        return max(self.worst_of, key=lambda found: found.error)
+
+    @property
+    def passed(self):
+        return all(found.error <= BOUND for found in self.worst_of)  # (NaN does not pass)
+
+    def __str__(self):
+        return (
+            f"gradient checked at {self.n_derivatives} places: worst error {self.worst.error:.1e} in "
+            f"{self.worst.name}, {self.seconds:.1f} s"
+        )
+
+    @property
+    def errors(self):
+        """Tensor's name -> its worst error."""
+        return {found.name: found.error for found in self.worst_of}
+
+
+class Auditor:
+    """Audits the gradients of a DataParallel.
+
+    entries  how many single entries of each tensor are looked at
+    """
+
+    def __init__(self, parallel, entries):
+        self.live, self.entries = parallel.flat, entries
+        # its workers share one set of weights; each has a model of its own, in which one tensor at a time is another
+        shadow = GPT(parallel.model.config, seed=None, dtype=np.float64)
+        self.shadow = DataParallel(shadow, len(parallel.replicas), parallel.blas)
+
+    def audit(self, micro_batches, seed, stop):
+        """An Audit of the gradient in live.grads, that of the mean loss over micro-batches; None if it was stopped.
+
+        micro_batches  tuples x, y (B, T) and the seed of the dropout masks
+        seed           numbers, from which the directions are drawn
+        """
+        start = clock()
+        self.shadow.flat.weights[...] = self.live.weights
+        tensors = [
+            Probes(name, gradient, weights, self.entries, np.random.default_rng([*seed, AUDIT, i]))
+            for i, ((name, gradient), (_, weights)) in enumerate(
+                zip(self.live.views(self.live.grads), self.shadow.flat.views(self.shadow.flat.weights), strict=True)
+            )
+        ]
+        for micro_batch in micro_batches:
+            kept = self._outputs(*micro_batch)
+
+            def work(rank, kept=kept, micro_batch=micro_batch):
+                for tensor in tensors[rank :: len(self.shadow.replicas)]:
+                    self._measure(self.shadow.replicas[rank], tensor, kept, micro_batch, stop)
+
+            self.shadow.each(work)
+            if stop.number is not None:
+                return None
+        found = [tensor.compare(len(micro_batches)) for tensor in tensors]
+        return Audit(tuple(found), sum(len(tensor.places) for tensor in tensors), clock() - start)
+
+    def _outputs(self, x, y, seed):
+        """What each block of the model puts out: a list of Tensors (B, T, C)."""
+        model, kept = self.shadow.model, []
+
+        def keep(block):
+            def forward(x):
+                kept.append(block(x))
+                return kept[-1]
+
+            return forward
+
+        blocks = model.transformer.h
+        model.transformer.h = [keep(block) for block in blocks]
+        try:
+            with no_grad(), random_stream(seed):
+                model(x, y)
+        finally:
+            model.transformer.h = blocks
+        return kept
+
+    def _measure(self, replica, tensor, kept, micro_batch, stop):
+        """Add the derivatives of this micro-batch's loss to those of a tensor."""
+        model = replica.model
+        blocks, parameter = model.transformer.h, dict(model.named_parameters())[tensor.name]
+        shared, own = parameter.data, parameter.data.copy()
+        x, y, seed = micro_batch
+        first = tensor.first_block(len(blocks))
+
+        def known(_):
+            if model.config.dropout > 0:
+                for _ in range(MASKS * first):
+                    next_random_key()
+            return kept[first - 1]
+
+        def loss():
+            with no_grad(), random_stream(seed), reuse_buffers(replica.pool), np.errstate(all="ignore"):
+                return model(x, y)[1].item()
+
+        parameter.data = own
+        model.transformer.h = [known, *blocks[first:]] if first else blocks
+        try:
+            tensor.measure(own.reshape(-1), loss, stop)
+        finally:
+            parameter.data, model.transformer.h = shared, blocks
+
+
+class Probes:
+    """The derivatives along the directions of one tensor: those of the backward, and sums of the measured ones.
+
+    gradient, weights  of the tensor: what the backward made (float32), where it is looked at (float64)
+    """
+
+    def __init__(self, name, gradient, weights, entries, rng):
+        self.name, self.shape = name, gradient.shape
+        gradient = gradient.reshape(-1).astype(np.float64)
+        even = rng.integers(gradient.size, size=entries - entries // 2)
+        upto = np.cumsum(np.abs(gradient))
+        large = np.searchsorted(upto, rng.random(entries // 2) * upto[-1])
+        signs = rng.integers(0, 2, gradient.size, np.int8) * 2 - 1
+        self.signs = signs.astype(np.int8)
+        self.places = [*(int(i) for i in even), *(int(min(i, gradient.size - 1)) for i in large), None]
+        self.live = np.array([self.signs @ gradient if i is None else gradient[i] for i in self.places])
+        self.norm = float(np.sqrt(gradient @ gradient))
+        self.step = STEP * max(SMALLEST, float(np.sqrt(np.mean(np.square(weights)))))
+        self.measured = np.zeros(len(self.places))
+
+    def first_block(self, n_layer):
+        """Number of the first block whose output depends on the tensor."""
+        path = self.name.split(".")
+        if path[:2] == ["transformer", "h"]:
+            return int(path[2])
+        return 0 if path[1] in ("wte", "wpe") else n_layer
+
+    def measure(self, weights, loss, stop):
+        """Add the derivatives of loss(), a function of the weights (n,), to those measured so far."""
+        for k, i in enumerate(self.places):
+            place, step = (slice(None), self.step * self.signs) if i is None else (i, self.step)
+            before, losses = weights[place].copy(), []
+            for sign in (1, -1):
+                weights[place] = before + sign * step
+                losses.append(loss())
+                weights[place] = before
+                if stop.number is not None:
+                    return
+            self.measured[k] += (losses[0] - losses[1]) / (2 * self.step)
+
+    def compare(self, n):
+        """The worst Derivative, if the loss is the mean of the n that were measured."""
+        expected = self.measured / n
+        # an entry is measured by the typical one, the sum of all n with random signs by the typical sum
+        typical = [self.norm / (1 if i is None else np.sqrt(self.signs.size)) for i in self.places]
+        scale = np.maximum(np.abs(expected), typical)
+        differences = np.abs(self.live - expected)
+        errors = differences / np.where(scale == 0, 1, scale)
+        worst = int(np.argmax(np.where(np.isnan(errors), np.inf, errors)))
+        i = self.places[worst]
+        words = "along random signs" if i is None else str([int(j) for j in np.unravel_index(i, self.shape)])
+        return Derivative(self.name, words, float(self.live[worst]), float(expected[worst]), float(errors[worst]))

@@ -26,7 +26,7 @@ from npgpt.engine import next_random_key, no_grad, random_stream, reuse_buffers
 from npgpt.model import GPT
 from npgpt.parallel import DataParallel
 
-BOUND = 1e-3  # worst error that passes
+BOUND = 1e-4  # worst error that passes
 STEP = 2e-4  # h, as a share of the tensor's typical entry ...
 SMALLEST = 1e-2  # ... which is taken to be this at least: biases start at 0
 MASKS = 3  # random masks that a block draws: attention's weights, and what attention and MLP add to the residual stream

@@ -48,7 +48,7 @@ class BusyError(NpgptError):
 
 
 class GradientError(NpgptError):
-    """A gradient that an audit found to be wrong: a bug in npgpt, in a change that was made to it, or in the machine."""
+    """A gradient that an audit found to be wrong: a bug in npgpt, in a change to it, or in the machine."""
 
     exit_code = 6
 

@@ -420,8 +420,8 @@ class Trainer:
         """Train to the end; yields a Progress after each logged update and an Evaluation at each evaluation.
 
         stop: a Stop; when it has a number, the work ends within a micro-step, a checkpoint is written, and StoppedError
-        is raised.  Raises DivergedError, GradientError, BusyError, and CheckpointError if at the end the last checkpoint or the log
-        could not be written; while it goes on, such a failure is a Notice.
+        is raised.  Raises DivergedError, GradientError, BusyError, and CheckpointError if at the end the last
+        checkpoint or the log could not be written; while it goes on, such a failure is a Notice.
         """
         self.folder = folder.RunFolder(self.out_dir)
         try:

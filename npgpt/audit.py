@@ -16,6 +16,7 @@ A weight of block l does not change what the blocks before it put out.  That is 
 at block l; and the tensors are shared out among the threads that the training has anyway.
 """
 
+import contextlib
 import time
 from dataclasses import dataclass
 
@@ -106,11 +107,19 @@ class Auditor:
             )
         ]
         for micro_batch in micro_batches:
-            kept = self._outputs(*micro_batch)
+            kept = outputs(self.shadow.model, *micro_batch)
 
             def work(rank, kept=kept, micro_batch=micro_batch):
+                replica = self.shadow.replicas[rank]
                 for tensor in tensors[rank :: len(self.shadow.replicas)]:
-                    self._measure(self.shadow.replicas[rank], tensor, kept, micro_batch, stop)
+                    loss = loss_from(replica, tensor.first_block(len(kept)), kept, *micro_batch)
+                    parameter = dict(replica.model.named_parameters())[tensor.name]
+                    shared = parameter.data
+                    parameter.data = shared.copy()  # other workers go on with the weights as they are
+                    try:
+                        tensor.measure(parameter.data.reshape(-1), loss, stop)
+                    finally:
+                        parameter.data = shared
 
             self.shadow.each(work)
             if stop.number is not None:
@@ -118,50 +127,51 @@ class Auditor:
         found = [tensor.compare(len(micro_batches)) for tensor in tensors]
         return Audit(tuple(found), sum(len(tensor.places) for tensor in tensors), clock() - start)
 
-    def _outputs(self, x, y, seed):
-        """What each block of the model puts out: a list of Tensors (B, T, C)."""
-        model, kept = self.shadow.model, []
 
-        def keep(block):
-            def forward(x):
-                kept.append(block(x))
-                return kept[-1]
+def outputs(model, x, y, seed):
+    """What each block of a model puts out: a list of Tensors (B, T, C)."""
+    kept = []
 
-            return forward
+    def keeping(block):
+        def forward(x):
+            kept.append(block(x))
+            return kept[-1]
 
-        blocks = model.transformer.h
-        model.transformer.h = [keep(block) for block in blocks]
-        try:
-            with no_grad(), random_stream(seed):
-                model(x, y)
-        finally:
-            model.transformer.h = blocks
-        return kept
+        return forward
 
-    def _measure(self, replica, tensor, kept, micro_batch, stop):
-        """Add the derivatives of this micro-batch's loss to those of a tensor."""
-        model = replica.model
-        blocks, parameter = model.transformer.h, dict(model.named_parameters())[tensor.name]
-        shared, own = parameter.data, parameter.data.copy()
-        x, y, seed = micro_batch
-        first = tensor.first_block(len(blocks))
+    with _blocks(model, [keeping(block) for block in model.transformer.h]), no_grad(), random_stream(seed):
+        model(x, y)
+    return kept
 
-        def known(_):
-            if model.config.dropout > 0:
-                for _ in range(MASKS * first):
-                    next_random_key()
-            return kept[first - 1]
 
-        def loss():
-            with no_grad(), random_stream(seed), reuse_buffers(replica.pool), np.errstate(all="ignore"):
-                return model(x, y)[1].item()
+def loss_from(replica, first, kept, x, y, seed):
+    """What computes the loss of a replica's model, whose blocks before number `first` put out what was kept."""
+    model = replica.model
 
-        parameter.data = own
-        model.transformer.h = [known, *blocks[first:]] if first else blocks
-        try:
-            tensor.measure(own.reshape(-1), loss, stop)
-        finally:
-            parameter.data, model.transformer.h = shared, blocks
+    def known(_):
+        for _ in range(MASKS * first if model.config.dropout > 0 else 0):
+            next_random_key()
+        return kept[first - 1]
+
+    def loss():
+        blocks = model.transformer.h[first:]
+        with (
+            _blocks(model, [known, *blocks] if first else blocks), no_grad(), random_stream(seed),
+            reuse_buffers(replica.pool), np.errstate(all="ignore"),
+        ):  # fmt: skip
+            return model(x, y)[1].item()
+
+    return loss
+
+
+@contextlib.contextmanager
+def _blocks(model, blocks):
+    """Within this context a model has other blocks."""
+    before, model.transformer.h = model.transformer.h, blocks
+    try:
+        yield
+    finally:
+        model.transformer.h = before
 
 
 class Probes:
@@ -197,11 +207,11 @@ class Probes:
             place, step = (slice(None), self.step * self.signs) if i is None else (i, self.step)
             before, losses = weights[place].copy(), []
             for sign in (1, -1):
+                if stop.number is not None:
+                    return
                 weights[place] = before + sign * step
                 losses.append(loss())
                 weights[place] = before
-                if stop.number is not None:
-                    return
             self.measured[k] += (losses[0] - losses[1]) / (2 * self.step)
 
     def compare(self, n):

@@ -66,7 +66,7 @@ UNSEEN = {
 
 def unseen(fault):
     """Why an audit cannot show a fault, or None."""
-    return next((why for word, why in UNSEEN.items() if word in (fault.file, fault.name) or fault.name.startswith(word)), None)
+    return next((why for word, why in UNSEEN.items() if fault.file == word or fault.name.startswith(word)), None)
 
 
 @dataclass

@@ -65,7 +65,7 @@ def test_a_healthy_run_stays_far_below_the_bound(config, optimizer, p, bias):
     assert [event.iter for event in found] == [0, 2, 4]
     names = {name for name, _ in trainer.model.named_parameters()}
     for event in found:
-        assert event.audit.passed and event.audit.worst.error < BOUND / 5
+        assert event.audit.passed and event.audit.worst.error < BOUND / 50
         assert set(event.audit.errors) == names and event.audit.n_derivatives == len(names) * 3
     logged = {row["iter"]: row["gradcheck"] for row in metrics(config) if "gradcheck" in row}
     assert logged == {event.iter: event.audit.errors for event in found}
@@ -108,7 +108,7 @@ def test_a_tensor_is_looked_at_entry_by_entry_and_as_a_whole():
     probes.measure(x, lambda: float(x[0] ** 2 + x[2] ** 2 + x[3] ** 2), Stop)
     right = probes.compare(1)
     assert right.error < 1e-9 and np.array_equal(x, [1, 2, 0.5, -1])
-    assert probes.compare(2).error == pytest.approx(abs(right.live) / probes.norm, rel=1) and right.live != 0
+    assert probes.compare(2).error > 0.3  # half of it is wrong
 
 
 def test_one_wrong_entry_shows_in_the_direction(config):
@@ -118,7 +118,7 @@ def test_one_wrong_entry_shows_in_the_direction(config):
     trainer.parallel.gather_grads()
     assert trainer.auditor.audit(batch, (1, 2), Stop).passed
     gradient = dict(trainer.parallel.flat.views(trainer.parallel.flat.grads))["transformer.h.1.attn.c_attn.weight"]
-    gradient[7, 3] += 1e-3 * np.sqrt(np.square(gradient).sum())
+    gradient[7, 3] += 2 * BOUND * np.sqrt(np.square(gradient).sum())
     found = trainer.auditor.audit(batch, (1, 2), Stop)
     assert not found.passed and found.worst.name == "transformer.h.1.attn.c_attn.weight"
     assert [each.name for each in found.worst_of if each.error > BOUND] == [found.worst.name]
@@ -176,14 +176,14 @@ def lost(function):
 
 
 FAULTY = {
-    "layernorm's dx": (layernorm, "layernorm_backward", scaled(0, 1.01)),
-    "layernorm's dweight": (layernorm, "layernorm_backward", scaled(1, 1.01)),
-    "linear's dweight": (linear, "linear_backward", scaled(1, 1.01)),
-    "linear's dbias": (linear, "linear_backward", scaled(2, 1.01)),
-    "mlp's dw_proj": (mlp, "mlp_backward", scaled(3, 1.01)),
+    "layernorm's dx": (layernorm, "layernorm_backward", scaled(0, 1.05)),
+    "layernorm's dweight": (layernorm, "layernorm_backward", scaled(1, 1.05)),
+    "linear's dweight": (linear, "linear_backward", scaled(1, 1.05)),
+    "linear's dbias": (linear, "linear_backward", scaled(2, 1.05)),
+    "mlp's dw_proj": (mlp, "mlp_backward", scaled(3, 1.05)),
     "attention without its mask": (attention, "attention_backward", no_mask),
     "embedding of one sequence": (embedding, "embedding_backward", first_sequence_only),
-    "cross-entropy's p - y": (cross_entropy, "cross_entropy_backward", scaled(0, 1.01)),
+    "cross-entropy's p - y": (cross_entropy, "cross_entropy_backward", scaled(0, 1.05)),
     # a worker's share begins elsewhere in the batch; what the shadow computes is whole
     "dropout's first row": (dropout, "next_random_key", lambda f: lambda: (f()[0], 0)),
     "the engine's sums": (engine.Tensor, "_add_grad", replaced),
@@ -200,7 +200,7 @@ def test_a_fault_ends_the_run_at_its_first_audit(config, monkeypatch, name):
     monkeypatch.setattr(module, function, change(getattr(module, function)))
     with pytest.raises(GradientError, match=r"^the gradient at iteration 0 is wrong: transformer\.") as raised:
         run(config)
-    assert raised.value.exit_code == 6 and "\n" not in str(raised.value) and "bound 1e-04" in str(raised.value)
+    assert raised.value.exit_code == 6 and "\n" not in str(raised.value) and "bound 5e-03" in str(raised.value)
     assert [row["iter"] for row in metrics(config)] == [0]
     assert max(metrics(config)[0]["gradcheck"].values()) > BOUND
 

@@ -29,9 +29,9 @@ from npgpt.engine import next_random_key, no_grad, random_stream, reuse_buffers
 from npgpt.model import GPT
 from npgpt.parallel import DataParallel
 
-# Worst error that passes.  What float32 loses in a right gradient is some 1e-5 in the presets, 3e-4 in a batch of 16
-# tokens, and 3e-3 where ten times the learning rate has made attention's scores huge.
-BOUND = 5e-3
+# Worst error that passes.  What float32 loses in a right gradient is some 1e-5 in the presets and 3e-4 in a batch of 16
+# tokens.  A mistake in the queries or keys may show as little as 2e-3 at first, when attention is nearly even.
+BOUND = 1e-3
 STEP = 5e-6  # length of h d as a share of the tensor's own: an entry is moved further alone than with all others
 SMALLEST = 1e-2  # typical entry of a tensor whose entries are smaller still: biases start at 0
 MASKS = 3  # random masks that a block draws: attention's weights, and what attention and MLP add to the residual stream
@@ -70,7 +70,7 @@ class Audit:
 
     @property
     def passed(self):
-        return all(found.error <= BOUND for found in self.worst_of)  # (NaN does not pass)
+        return self.worst.error <= BOUND
 
     def __str__(self):
         return (
@@ -80,8 +80,8 @@ class Audit:
 
     @property
     def errors(self):
-        """Tensor's name -> its worst error."""
-        return {found.name: found.error for found in self.worst_of}
+        """Tensor's name -> its worst error, None if that is not finite."""
+        return {found.name: found.error if np.isfinite(found.error) else None for found in self.worst_of}
 
 
 class Auditor:
@@ -111,7 +111,7 @@ class Auditor:
             )
         ]
         for micro_batch in micro_batches:
-            kept = outputs(self.shadow.model, *micro_batch)
+            (kept,) = self.shadow.each(lambda _, batch=micro_batch: outputs(self.shadow.model, *batch), 1)
 
             def work(rank, kept=kept, micro_batch=micro_batch):
                 replica = self.shadow.replicas[rank]
@@ -227,7 +227,8 @@ class Probes:
         scale = np.maximum(np.abs(expected), typical)
         differences = np.abs(self.live - expected)
         errors = differences / np.where(scale == 0, 1, scale)
-        worst = int(np.argmax(np.where(np.isnan(errors), np.inf, errors)))
+        errors = np.where(np.isnan(errors), np.inf, errors)
+        worst = int(errors.argmax())
         i = self.places[worst]
         words = "along random signs" if i is None else str([int(j) for j in np.unravel_index(i, self.shape)])
         return Derivative(self.name, words, float(self.live[worst]), float(expected[worst]), float(errors[worst]))

@@ -37,7 +37,7 @@ def parts(config, vocab_size, n_tokens, workers):
         # in float64: weights, one tensor and its changes for each thread, what the blocks put out, and what is there
         # within a block without a graph, most of it the MLP's two wide arrays
         n, largest = config.batch_size * T, max(4 * C, V) * C
-        audit["the audit of the gradient"] = 8 * (sum(sizes) + n * L * C + workers * (4 * largest + n * (14 * C + V)))
+        audit["the audit of the gradient"] = 8 * (sum(sizes) + n * L * C + workers * (6 * largest + n * (14 * C + V)))
     return {
         "weights": FLOAT * sum(sizes),
         "gradients, for each worker": FLOAT * sum(sizes) * workers,

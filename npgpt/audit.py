@@ -29,8 +29,9 @@ from npgpt.engine import next_random_key, no_grad, random_stream, reuse_buffers
 from npgpt.model import GPT
 from npgpt.parallel import DataParallel
 
-# Worst error that passes.  What float32 loses in a right gradient is some 1e-5 in the presets and 3e-4 in a batch of 16
-# tokens.  A mistake in the queries or keys may show as little as 2e-3 at first, when attention is nearly even.
+# Worst error that passes.  What float32 loses in a right gradient is some 1e-5 in the presets, 3e-4 in a batch of 16
+# tokens or with ten times Muon's learning rate.  A mistake in the queries or keys may show as little as 2e-3 at first,
+# when attention is nearly even.
 BOUND = 1e-3
 STEP = 5e-6  # length of h d as a share of the tensor's own: an entry is moved further alone than with all others
 SMALLEST = 1e-2  # typical entry of a tensor whose entries are smaller still: biases start at 0
@@ -190,9 +191,8 @@ class Probes:
         even = rng.integers(gradient.size, size=entries - entries // 2)
         upto = np.cumsum(np.abs(gradient))
         large = np.searchsorted(upto, rng.random(entries // 2) * upto[-1])
-        signs = rng.integers(0, 2, gradient.size, np.int8) * 2 - 1
-        self.signs = signs.astype(np.int8)
-        self.places = [*(int(i) for i in even), *(int(min(i, gradient.size - 1)) for i in large), None]
+        self.signs = rng.integers(0, 2, gradient.size, np.int8) * 2 - 1
+        self.places = [*even.tolist(), *np.minimum(large, gradient.size - 1).tolist(), None]  # None: the direction
         self.live = np.array([self.signs @ gradient if i is None else gradient[i] for i in self.places])
         self.norm = float(np.sqrt(gradient @ gradient))
         self.length = STEP * max(SMALLEST * np.sqrt(gradient.size), float(np.sqrt(np.square(weights).sum())))

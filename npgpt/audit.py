@@ -12,6 +12,8 @@ Of each tensor these directions d are looked at:
 - one direction of random signs, +1 or -1 for each entry: a mistake anywhere in the tensor shows in it.  The derivative
   along it is the sum of all entries of the gradient with these signs.
 
+If that looks wrong, the same backward is run in the shadow, too: a mistake in it is there as well, rounding is not.
+
 What cannot be seen so is a mistake that forward and backward share, such as a mask that is one too short in both.
 
 A weight of block l does not change what the blocks before it put out.  That is computed once, so an evaluation starts
@@ -29,10 +31,12 @@ from npgpt.engine import next_random_key, no_grad, random_stream, reuse_buffers
 from npgpt.model import GPT
 from npgpt.parallel import DataParallel
 
-# Worst error that passes.  What float32 loses in a right gradient is some 1e-5 in the presets, 3e-4 in a batch of 16
-# tokens or with ten times Muon's learning rate.  A mistake in the queries or keys may show as little as 2e-3 at first,
-# when attention is nearly even.
+# Worst error that passes.  What float32 loses in a right gradient is some 1e-5 in the presets and 3e-4 in a batch of 16
+# tokens.  A mistake in the queries or keys may show as little as 2e-3 at first, when attention is nearly even.
 BOUND = 1e-3
+# But where ten times the learning rate has made attention's scores huge, float32 loses 4e-3.  So an error up to this
+# passes too, if the same backward in float64 stays below BOUND.
+ROUNDING = 5e-2
 STEP = 5e-6  # length of h d as a share of the tensor's own: an entry is moved further alone than with all others
 SMALLEST = 1e-2  # typical entry of a tensor whose entries are smaller still: biases start at 0
 MASKS = 3  # random masks that a block draws: attention's weights, and what attention and MLP add to the residual stream
@@ -64,6 +68,7 @@ class Audit:
     worst_of: tuple
     n_derivatives: int
     seconds: float
+    rounding: bool = False  # whether an error beyond BOUND is that of float32, and of nothing else
 
     @property
     def worst(self):
@@ -71,12 +76,12 @@ class Audit:
 
     @property
     def passed(self):
-        return self.worst.error <= BOUND
+        return self.worst.error <= BOUND or self.rounding
 
     def __str__(self):
         return (
             f"gradient checked at {self.n_derivatives} places: worst error {self.worst.error:.1e} in "
-            f"{self.worst.name}, {self.seconds:.1f} s"
+            f"{self.worst.name}{' (float32 is that coarse)' * self.rounding}, {self.seconds:.1f} s"
         )
 
     @property
@@ -129,8 +134,22 @@ class Auditor:
             self.shadow.each(work)
             if stop.number is not None:
                 return None
-        found = [tensor.compare(len(micro_batches)) for tensor in tensors]
-        return Audit(tuple(found), sum(len(tensor.places) for tensor in tensors), clock() - start)
+        worst_of = self._compare(tensors, self.live, len(micro_batches))
+        rounding = False
+        if BOUND < max(found.error for found in worst_of) <= ROUNDING:
+            self.shadow.zero_grad()
+            for micro_batch in micro_batches:
+                self.shadow.forward_backward(*micro_batch, weight=1 / len(micro_batches))
+            self.shadow.gather_grads()
+            again = self._compare(tensors, self.shadow.flat, len(micro_batches))
+            rounding = all(found.error <= BOUND for found in again)
+        return Audit(worst_of, sum(len(tensor.places) for tensor in tensors), clock() - start, rounding)
+
+    def _compare(self, tensors, flat, n):
+        """The worst Derivative of each tensor, with the gradients in a FlatParameters."""
+        return tuple(
+            tensor.compare(gradient, n) for tensor, (_, gradient) in zip(tensors, flat.views(flat.grads), strict=True)
+        )
 
 
 def outputs(model, x, y, seed):
@@ -180,7 +199,7 @@ def _blocks(model, blocks):
 
 
 class Probes:
-    """The derivatives along the directions of one tensor: those of the backward, and sums of the measured ones.
+    """Directions of one tensor, and the sums of the derivatives along them that were measured.
 
     gradient, weights  of the tensor: what the backward made (float32), where it is looked at (float64)
     """
@@ -193,8 +212,6 @@ class Probes:
         large = np.searchsorted(upto, rng.random(entries // 2) * upto[-1])
         self.signs = rng.integers(0, 2, gradient.size, np.int8) * 2 - 1
         self.places = [*even.tolist(), *np.minimum(large, gradient.size - 1).tolist(), None]  # None: the direction
-        self.live = np.array([self.signs @ gradient if i is None else gradient[i] for i in self.places])
-        self.norm = float(np.sqrt(gradient @ gradient))
         self.length = STEP * max(SMALLEST * np.sqrt(gradient.size), float(np.sqrt(np.square(weights).sum())))
         self.measured = np.zeros(len(self.places))
 
@@ -219,16 +236,19 @@ class Probes:
                 weights[place] = before
             self.measured[k] += (losses[0] - losses[1]) / (2 * h)
 
-    def compare(self, n):
-        """The worst Derivative, if the loss is the mean of the n that were measured."""
+    def compare(self, gradient, n):
+        """The worst Derivative of a gradient, if the loss is the mean of the n that were measured."""
+        gradient = gradient.reshape(-1).astype(np.float64)
+        live = np.array([self.signs @ gradient if i is None else gradient[i] for i in self.places])
         expected = self.measured / n
-        # an entry is measured by the typical one, the sum of all n with random signs by the typical sum
-        typical = [self.norm / (1 if i is None else np.sqrt(self.signs.size)) for i in self.places]
+        # an entry is measured by the typical one, the sum of all with random signs by the typical sum
+        norm = np.sqrt(gradient @ gradient)
+        typical = [norm / (1 if i is None else np.sqrt(gradient.size)) for i in self.places]
         scale = np.maximum(np.abs(expected), typical)
-        differences = np.abs(self.live - expected)
+        differences = np.abs(live - expected)
         errors = differences / np.where(scale == 0, 1, scale)
         errors = np.where(np.isnan(errors), np.inf, errors)
         worst = int(errors.argmax())
         i = self.places[worst]
         words = "along random signs" if i is None else str([int(j) for j in np.unravel_index(i, self.shape)])
-        return Derivative(self.name, words, float(self.live[worst]), float(expected[worst]), float(errors[worst]))
+        return Derivative(self.name, words, float(live[worst]), float(expected[worst]), float(errors[worst]))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from npgpt import audit, checkpoint, engine, folder, memory
-from npgpt.audit import BOUND, Probes, loss_from, outputs
+from npgpt.audit import BOUND, ROUNDING, Probes, loss_from, outputs
 from npgpt.config import GPTConfig, TrainConfig
 from npgpt.errors import GradientError, StoppedError, UsageError
 from npgpt.faults import FAULTS
@@ -106,9 +106,9 @@ def test_a_tensor_is_looked_at_entry_by_entry_and_as_a_whole():
     assert all(gradient.reshape(-1)[i] != 0 for i in probes.places[2:4])  # drawn in proportion to the gradient
     x = point.reshape(-1)
     probes.measure(x, lambda: float(x[0] ** 2 + x[2] ** 2 + x[3] ** 2), Stop)
-    right = probes.compare(1)
+    right = probes.compare(gradient, 1)
     assert right.error < 1e-9 and np.array_equal(x, [1, 2, 0.5, -1])
-    assert probes.compare(2).error > 0.3  # half of it is wrong
+    assert probes.compare(gradient, 2).error > 0.3  # half of it is wrong
 
 
 def test_one_wrong_entry_shows_in_the_direction(config):
@@ -118,17 +118,21 @@ def test_one_wrong_entry_shows_in_the_direction(config):
     trainer.parallel.gather_grads()
     assert trainer.auditor.audit(batch, (1, 2), Stop).passed
     gradient = dict(trainer.parallel.flat.views(trainer.parallel.flat.grads))["transformer.h.1.attn.c_attn.weight"]
-    gradient[7, 3] += 2 * BOUND * np.sqrt(np.square(gradient).sum())
-    found = trainer.auditor.audit(batch, (1, 2), Stop)
-    assert not found.passed and found.worst.name == "transformer.h.1.attn.c_attn.weight"
-    assert [each.name for each in found.worst_of if each.error > BOUND] == [found.worst.name]
+    norm = np.sqrt(np.square(gradient).sum())
+    for share, passes in ((2 * BOUND, True), (2 * ROUNDING, False)):  # float64 does not have it: it may be rounding
+        gradient[7, 3] += share * norm
+        found = trainer.auditor.audit(batch, (1, 2), Stop)
+        assert found.passed == found.rounding == passes and found.worst.name == "transformer.h.1.attn.c_attn.weight"
+        assert [each.name for each in found.worst_of if each.error > BOUND] == [found.worst.name]
+        assert ("float32 is that coarse" in str(found)) == passes
 
 
 def test_a_gradient_of_nothing_and_one_that_is_no_number():
     for gradient, measured, passes in ((0.0, 0.0, True), (0.0, 1e-3, False), (math.nan, 0.0, False)):
-        probes = Probes("wte", np.full(3, gradient, np.float32), np.ones(3), 2, np.random.default_rng(0))
+        gradient = np.full(3, gradient, np.float32)
+        probes = Probes("wte", gradient, np.ones(3), 2, np.random.default_rng(0))
         probes.measured[:] = measured
-        assert audit.Audit((probes.compare(1),), 3, 0.0).passed == passes
+        assert audit.Audit((probes.compare(gradient, 1),), 3, 0.0).passed == passes
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -176,14 +180,14 @@ def lost(function):
 
 
 FAULTY = {
-    "layernorm's dx": (layernorm, "layernorm_backward", scaled(0, 1.05)),
-    "layernorm's dweight": (layernorm, "layernorm_backward", scaled(1, 1.05)),
-    "linear's dweight": (linear, "linear_backward", scaled(1, 1.05)),
-    "linear's dbias": (linear, "linear_backward", scaled(2, 1.05)),
-    "mlp's dw_proj": (mlp, "mlp_backward", scaled(3, 1.05)),
+    "layernorm's dx": (layernorm, "layernorm_backward", scaled(0, 1.03)),
+    "layernorm's dweight": (layernorm, "layernorm_backward", scaled(1, 1.03)),
+    "linear's dweight": (linear, "linear_backward", scaled(1, 1.03)),
+    "linear's dbias": (linear, "linear_backward", scaled(2, 1.03)),
+    "mlp's dw_proj": (mlp, "mlp_backward", scaled(3, 1.03)),
     "attention without its mask": (attention, "attention_backward", no_mask),
     "embedding of one sequence": (embedding, "embedding_backward", first_sequence_only),
-    "cross-entropy's p - y": (cross_entropy, "cross_entropy_backward", scaled(0, 1.05)),
+    "cross-entropy's p - y": (cross_entropy, "cross_entropy_backward", scaled(0, 1.03)),
     # a worker's share begins elsewhere in the batch; what the shadow computes is whole
     "dropout's first row": (dropout, "next_random_key", lambda f: lambda: (f()[0], 0)),
     "the engine's sums": (engine.Tensor, "_add_grad", replaced),

@@ -13,7 +13,7 @@ from npgpt.errors import UsageError
 
 # Every random choice is drawn from [the run's seed, one of these, a step], so that no two kinds share their numbers.
 # From 1 on: for NumPy [seed, 0] is the same as [seed], which others may use.
-INIT, ORDER, DROPOUT, SAMPLE = 1, 2, 3, 4
+INIT, ORDER, DROPOUT, SAMPLE, AUDIT = 1, 2, 3, 4, 5
 
 TOKENIZERS = ("char", "byte", "bpe")  # the setting `tokenizer`, if it is no file
 BPE_VOCAB_SIZE = 4096  # what bpe learns if nobody says how many
@@ -109,6 +109,10 @@ class TrainConfig:
     keep: int = _setting(2, "checkpoints kept, the newest ones; the best is kept besides", low=1)
     eval_iters: int = _setting(20, "validation batches per evaluation", low=1)
     log_interval: int = _setting(50, "updates between progress lines", low=1)
+    gradcheck_every: int = _setting(
+        0, "updates between audits of the gradient, which end the run if it is wrong (0: none)", low=0
+    )
+    gradcheck_entries: int = _setting(2, "entries of each tensor that an audit looks at one by one", low=0)
     sample_tokens: int = _setting(120, "length of the sample at each evaluation, in tokens (0: none)", low=0)
     final_sample_tokens: int = _setting(600, "length of the sample at the end, in tokens (0: none)", low=0)
 

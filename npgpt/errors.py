@@ -6,6 +6,7 @@
     3    a checkpoint or the disk                    CheckpointError
     4    the training diverged                       DivergedError
     5    another training holds the run folder       BusyError
+    6    a gradient of a run is wrong                GradientError
     130  stopped by Ctrl-C                           StoppedError
     143  stopped by SIGTERM                          StoppedError
     141  whoever read the output stopped reading (as in `... | head`)
@@ -44,6 +45,12 @@ class BusyError(NpgptError):
     """A run folder that another training writes to."""
 
     exit_code = 5
+
+
+class GradientError(NpgptError):
+    """A gradient that an audit found to be wrong: a bug in npgpt, in a change to it, or in the machine."""
+
+    exit_code = 6
 
 
 class StoppedError(NpgptError):

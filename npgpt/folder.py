@@ -29,6 +29,11 @@ def checkpoints(path):
     return [p for _, p in sorted(found, reverse=True)]
 
 
+def newest_until(path, iteration):
+    """The newest checkpoint with so many updates at most behind it, or None."""
+    return next((p for p in checkpoints(path) if int(_NAME.fullmatch(p.name)[1]) <= iteration), None)
+
+
 def newest(path):
     """The newest checkpoint of a folder.  Raises CheckpointError if there is none."""
     found = checkpoints(path)

@@ -32,6 +32,12 @@ def parts(config, vocab_size, n_tokens, workers):
     activations = n * (L * block + 20 * C + 2 * V) + 9 * C * T
     # Muon: four arrays like the Gram matrices of all its matrices, and one step for each thread
     muon = 4 * 6 * C * C * L + 5 * C * C * workers if config.optimizer == "muon" else 0
+    audit = {}
+    if config.gradcheck_every:
+        # in float64: weights, one tensor and its changes for each thread, what the blocks put out, and what is there
+        # within a block without a graph, most of it the MLP's two wide arrays
+        n, largest = config.batch_size * T, max(4 * C, V) * C
+        audit["the audit of the gradient"] = 8 * (sum(sizes) + n * L * C + workers * (6 * largest + n * (14 * C + V)))
     return {
         "weights": FLOAT * sum(sizes),
         "gradients, for each worker": FLOAT * sum(sizes) * workers,
@@ -39,6 +45,7 @@ def parts(config, vocab_size, n_tokens, workers):
         "activations, for each worker": FLOAT * activations * workers,
         MAPPED: (2 if V <= 2**16 else 4) * n_tokens,
         "the order of the text's blocks": 8 * n_tokens / T,
+        **audit,
     }
 
 

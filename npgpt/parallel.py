@@ -166,7 +166,7 @@ class DataParallel:
         self.slices = [slice(a, b) for a, b in itertools.pairwise(cuts)]
         self._threads = ThreadPoolExecutor(max(1, n - 1), thread_name_prefix="npgpt-worker")
 
-    def _each(self, work, n=None):
+    def each(self, work, n=None):
         """[work(0), ..., work(n - 1)], by default one per worker, each in a thread; number 0 runs in this one."""
         with blas_threads(self.blas):
             futures = [self._threads.submit(work, rank) for rank in range(1, n or len(self.replicas))]
@@ -213,7 +213,7 @@ class DataParallel:
                 loss.backward(weight * share)
                 return share * loss.item()
 
-        return sum(self._each(work))
+        return sum(self.each(work))
 
     def gather_grads(self):
         """Add all workers' gradients into flat.grads, and return their norm."""
@@ -228,12 +228,12 @@ class DataParallel:
 
         for replica in self.replicas:
             replica.flat.finish_grads()
-        return float(np.sqrt(sum(self._each(work, len(self.slices)))))
+        return float(np.sqrt(sum(self.each(work, len(self.slices)))))
 
     def update(self, optimizer, lr, scale):
         """One update of the weights with flat.grads * scale."""
         optimizer.step += 1
-        self._each(lambda rank: optimizer.update(self.flat.grads, lr, scale, self.slices[rank]), len(self.slices))
+        self.each(lambda rank: optimizer.update(self.flat.grads, lr, scale, self.slices[rank]), len(self.slices))
 
     def loss(self, idx, targets):
         """(sum of the loss over the targets that are not -1, number of these), without gradients."""
@@ -248,7 +248,7 @@ class DataParallel:
                 _, loss = replica.model(idx[start:stop], targets[start:stop])
                 return loss.item() * count, count
 
-        totals, counts = zip(*self._each(work), strict=True)
+        totals, counts = zip(*self.each(work), strict=True)
         return sum(totals), sum(counts)
 
     def close(self):

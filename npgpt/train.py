@@ -217,7 +217,7 @@ def main(argv=None, stop=Stop):
     show_all()
 
     from npgpt.profiler import Profile
-    from npgpt.trainer import Evaluation, Notice, Progress, Trainer
+    from npgpt.trainer import Audited, Evaluation, Notice, Progress, Trainer
 
     profile = Profile() if flags["profile"] else None
     if flags["resume"]:
@@ -239,6 +239,8 @@ def main(argv=None, stop=Stop):
                 + (f" | {_duration(event.seconds_left)} left" if event.seconds_left is not None else ""),
                 flush=True,
             )
+        elif isinstance(event, Audited):
+            print(f"iter {event.iter:>6,} | {event.audit}", flush=True)
         elif isinstance(event, Evaluation):
             print(f"iter {event.iter:>6,} | validation loss {event.val_loss:.4f}{' (best so far)' * event.is_best}")
             if event.val_loss_whole is None:

@@ -1,7 +1,7 @@
 """The training loop: data, model, workers, evaluation, checkpoints and log, from one TrainConfig.
 
     trainer = Trainer(config)              # or Trainer.resume(out_dir)
-    for event in trainer.run():            # Progress after an update, Evaluation at each evaluation, Notice
+    for event in trainer.run():            # Progress after an update, Evaluation, Audited, Notice
         print(event)
 
 The loop computes and writes files; what is shown to a person is the business of npgpt/train.py.
@@ -19,10 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from npgpt import __version__, checkpoint, folder, hub, jit, memory
+from npgpt.audit import BOUND, Audit, Auditor
 from npgpt.config import BPE_VOCAB_SIZE, DROPOUT, SAMPLE, Controls, TrainConfig, check_tokenizer
 from npgpt.data import PIECE, Blocks, Corpus, EvaluationBlocks, TokenFiles, map_tokens, open_data, repeated_lines, split
 from npgpt.engine import NotFinite, finite_checks, random_stream
-from npgpt.errors import CheckpointError, DivergedError, StoppedError, UsageError
+from npgpt.errors import CheckpointError, DivergedError, GradientError, StoppedError, UsageError
 from npgpt.model import GPT
 from npgpt.optim import AdamW, Muon, clip_scale, cosine_lr
 from npgpt.parallel import DataParallel, blas_threads, choose_threads, cpu_name, sgemm_peak
@@ -66,6 +67,14 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Audited:
+    """What an audit of the gradient found, just before the update that was made with it."""
+
+    iter: int
+    audit: Audit
+
+
+@dataclass(frozen=True)
 class Notice:
     """Something that a person should know, in a line."""
 
@@ -82,7 +91,8 @@ class Trainer:
     config     a TrainConfig
     overwrite  whether an earlier run in config.out_dir may be lost
     force      whether to begin even if the memory seems too small
-    profile    a Profile that gets to know where the updates' time goes; not that of the first, which compiles kernels
+    profile    a Profile that gets to know where the updates' time goes; not that of the first, which compiles kernels,
+               and not that of audited ones
     stop       a Stop; when it has a number while the data is read, StoppedError is raised
     """
 
@@ -169,6 +179,8 @@ class Trainer:
         self.model.tokenizer = self.tokenizer
         self.parallel = DataParallel(self.model, self.workers, self.blas_threads)
         self.optimizer = self._optimizer()
+        self.auditor = Auditor(self.parallel, config.gradcheck_entries) if config.gradcheck_every else None
+        self.audit, self.audited_iter = None, None  # of the last update if it was audited; the last that passed
         self.iter = 0
         self.best_loss, self.best_iter = math.inf, 0
         self.skipped = 0  # updates in a row
@@ -311,8 +323,9 @@ class Trainer:
         """One update -> (loss, learning rate, gradient norm, whether it was skipped).
 
         If the loss or the gradient's norm is not finite, the update is skipped: weights and moments stay as they are.
-        Raises DivergedError at the fifth in a row.
+        Raises DivergedError at the fifth in a row, and GradientError if the gradient is audited and wrong.
         """
+        self.audit = None
         config, n_micro = self.config, self.config.gradient_accumulation_steps
         self.parallel.zero_grad()
         loss = 0.0
@@ -326,10 +339,29 @@ class Trainer:
             if self.skipped == MOST_SKIPPED:
                 raise self._diverged(f"the loss is {loss}, the gradient's norm {norm}{self._first_not_finite()}")
         else:
+            if self._is_audited():
+                self._audit(stop)
             self.parallel.update(self.optimizer, lr, clip_scale(norm, config.grad_clip))
             self.skipped = 0
         self.iter += 1
         return loss, lr, norm, skipped
+
+    def _is_audited(self):
+        return self.auditor is not None and self.iter % self.config.gradcheck_every == 0
+
+    def _audit(self, stop):
+        """Compare the gradient with finite differences.  Raises GradientError if it is wrong."""
+        n_micro = self.config.gradient_accumulation_steps
+        micro_batches = [self._micro_batch(n) for n in range(self.iter * n_micro, (self.iter + 1) * n_micro)]
+        self.audit = self.auditor.audit(micro_batches, (self.config.seed, self.iter), stop)
+        _check(stop)
+        if not self.audit.passed:
+            good = folder.newest_until(self.out_dir, 0 if self.audited_iter is None else self.audited_iter + 1)
+            raise GradientError(
+                f"the gradient at iteration {self.iter} is wrong: {self.audit.worst}, bound {BOUND:.0e}; nothing of it "
+                f"was saved" + (f". The last checkpoint before it that is beyond doubt is {good}" if good else "")
+            )
+        self.audited_iter = self.iter
 
     def _micro_batch(self, n):
         """Micro-step number n: x, y (B, T) and the seed of its dropout masks."""
@@ -388,8 +420,8 @@ class Trainer:
         """Train to the end; yields a Progress after each logged update and an Evaluation at each evaluation.
 
         stop: a Stop; when it has a number, the work ends within a micro-step, a checkpoint is written, and StoppedError
-        is raised.  Raises DivergedError, BusyError, and CheckpointError if at the end the last checkpoint or the log
-        could not be written; while it goes on, such a failure is a Notice.
+        is raised.  Raises DivergedError, GradientError, BusyError, and CheckpointError if at the end the last
+        checkpoint or the log could not be written; while it goes on, such a failure is a Notice.
         """
         self.folder = folder.RunFolder(self.out_dir)
         try:
@@ -448,9 +480,16 @@ class Trainer:
                     return
                 logged, logged_iter = clock(), self.iter
             n = self.iter
-            with profiling(None if steady is None else self.profile):
-                loss, lr, norm, skipped = self.step(stop)
+            try:
+                with profiling(None if steady is None or self._is_audited() else self.profile):
+                    loss, lr, norm, skipped = self.step(stop)
+            except GradientError:
+                yield from self._log({"iter": n, "gradcheck": self.audit.errors})
+                raise
             now = clock()
+            if self.audit is not None:
+                logged += self.audit.seconds  # its time is not the training's
+                yield Audited(n, self.audit)
             speed = (self.iter - logged_iter) * self.tokens_per_iter / (now - logged) if now > logged else math.inf
             left = None
             if steady is None:
@@ -475,6 +514,8 @@ class Trainer:
                 row["val_loss_whole"] = evaluation.val_loss_whole
         for name in ("lr", "grad_norm", "tokens_per_second"):
             row[name] = None if progress is None else getattr(progress, name)
+        if progress is not None and self.audit is not None:
+            row["gradcheck"] = self.audit.errors
         row["elapsed_s"] = round(clock() - self.began, 3)
         if progress is not None and progress.skipped:
             row["skipped"] = True

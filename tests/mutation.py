@@ -1,6 +1,7 @@
 """Do the tests notice?  Plants each mistake of npgpt/faults.py, one at a time in a copy of the package, and runs tests.
 
     python tests/mutation.py [--jobs 2] [--only WORD]
+    python tests/mutation.py --audit       does a training with --gradcheck-every notice, instead of the tests?
 
 Prints a table of which test noticed which fault.  Exit code 1 if one survived, 2 if the tests fail without any fault.
 """
@@ -18,10 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from npgpt.errors import GradientError
 from npgpt.faults import FAULTS
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT = 300  # seconds, for one run of the tests
+TIMEOUT, TOO_LONG = 300, "timeout"  # seconds, for one run of the tests
 
 # Which tests have to do with a source file: (files, words of which one is in the test's name; "" for all).
 RELEVANT = {
@@ -42,6 +44,48 @@ RELEVANT = {
     "npgpt/sampling.py": (["test_sampling.py"], ""),
     "npgpt/hub.py": (["test_hub.py"], "shapes or folder_gives or tied or zeros or fit"),
 }
+
+# A training in which a wrong gradient has nowhere to hide: biases, dropout, unequal shares of workers, two micro-steps,
+# more positions than attention's blocks of queries, heads no multiple of a vector.  It is audited twice.
+AUDITED = (
+    "--data npgpt/faults.py --n-layer 2 --n-head 2 --n-embd 20 --block-size 150 --batch-size 3 --workers 2 --bias "
+    "--dropout 0.1 --gradient-accumulation-steps 2 --warmup-iters 0 --max-iters 11 --gradcheck-every 10 --eval-iters 1 "
+    "--sample-tokens 0 --final-sample-tokens 0"
+).split()
+
+# What it cannot show, and why: a fault's file, or how its name begins -> the reason.
+AGREE, NO_IGNORED = "forward and backward agree", "a training ignores no target"
+TIED = "the output layer has put its share of the tied gradient in its own place"
+UNSEEN = {
+    "npgpt/ops/primitives.py": "the model uses none of these primitives",
+    "npgpt/optim.py": "what is done with a right gradient",
+    "npgpt/decode.py": "not used in training",
+    "npgpt/sampling.py": "not used in training",
+    "npgpt/hub.py": "not used in training",
+    "dots: ": "not used in training",
+    "engine: the two halves of a + a": "the model adds no tensor to itself",
+    "engine: adds in place to an array": "the gradient of the other tensor has been used by then, in this model",
+    "engine: a leaf keeps the array": "in a training every parameter has a place for its gradient",
+    "engine: embedding adds to an array": TIED,
+    "engine: what the output layer left": TIED,
+    "engine: records within no_grad": "memory is lost, and no gradient",
+    "engine: one mask for all dropouts": AGREE,
+    "attention: sees one position": AGREE,
+    "attention kernel: sees one position": "the loss is not finite, and the run ends before its first audit",
+    "tiles: the last column": "the loss is not finite, and the run ends before its first audit",
+    "tiles: rows beyond the edge": "memory is overwritten, and the process ends before its first audit",
+    "cross-entropy: ignored rows": NO_IGNORED,
+    "cross-entropy: mean over the ignored": NO_IGNORED,
+    "cross-entropy: count of all": NO_IGNORED,
+    "cross-entropy kernel: ignored rows": NO_IGNORED,
+    "dropout kernel: without the scale": AGREE,
+    "model: ": AGREE,
+}
+
+
+def unseen(fault):
+    """Why an audit cannot show a fault, or None."""
+    return next((why for word, why in UNSEEN.items() if fault.file == word or fault.name.startswith(word)), None)
 
 
 @dataclass
@@ -64,6 +108,20 @@ class Copy:
         shutil.copytree(original, folder)
 
     def run(self, tests, word, kernels):
+        """Tests of some files, those with a word in their name."""
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=line", "-p", "no:cacheprovider"]
+        command += ["-k", word, *(f"tests/{name}" for name in tests)]
+        verdicts = {0: "passed", 1: "failed", TOO_LONG: "failed"}
+        return self._result(command, kernels, verdicts, r"^(?:FAILED|ERROR) (?:tests/)?(.*?)(?: - .*)?$")
+
+    def train(self, kernels):
+        """A training whose gradient is audited."""
+        command = [sys.executable, "-m", "npgpt.train", "--overwrite", "--out-dir", str(self.folder / "run"), *AUDITED]
+        verdicts = {0: "passed", GradientError.exit_code: "failed"}
+        return self._result(command, kernels, verdicts, r"(at iteration \d+) is wrong: (.*?):.* \((error .*?)\)")
+
+    def _result(self, command, kernels, verdicts, noticed):
+        """What a command makes of the copy; verdicts: of its exit codes; noticed: pattern of what noticed the fault."""
         environment = {
             **os.environ,
             "PYTHONPATH": str(self.folder),
@@ -72,30 +130,28 @@ class Copy:
             "PYTHONDONTWRITEBYTECODE": "1",
             "OPENBLAS_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "--tb=line", "-p", "no:cacheprovider"]
-        command += ["-k", word, *(f"tests/{name}" for name in tests)]
         start = time.perf_counter()
         try:
             done = subprocess.run(
                 command, cwd=self.folder, env=environment, timeout=TIMEOUT,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )  # fmt: skip
-            verdict = {0: "passed", 1: "failed"}.get(done.returncode, f"pytest ended with {done.returncode}")
-            output = done.stdout
+            code, output = done.returncode, done.stdout
         except subprocess.TimeoutExpired:
-            verdict, output = "failed", f"FAILED (no end after {TIMEOUT} s)"
-        test = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.*?)(?: - .*)?$", output, re.MULTILINE)
-        return Result(verdict, test.group(1) if test else "", time.perf_counter() - start, output)
+            code, output = TOO_LONG, f"FAILED (no end after {TIMEOUT} s)"
+        test = re.search(noticed, output, re.MULTILINE)
+        verdict = verdicts.get(code, f"ended with {code}")
+        return Result(verdict, " ".join(test.groups()) if test else "", time.perf_counter() - start, output)
 
-    def run_with(self, fault):
-        """Plant a fault, run the tests that have to do with its file, and take it out again."""
+    def run_with(self, fault, check):
+        """Plant a fault, see what check() makes of it, and take it out again."""
         file, original = self.folder / fault.file, self.original / fault.file
         source = file.read_text(encoding="utf-8")
         if source.count(fault.before) != 1:
             return Result("cannot be planted", "", 0.0, "")
         file.write_text(source.replace(fault.before, fault.after), encoding="utf-8")
         try:
-            return self.run(*RELEVANT[fault.file], fault.kernels)
+            return check()
         finally:
             shutil.copy2(original, file)
 
@@ -104,10 +160,17 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--only", default="", metavar="WORD", help="only faults with this in their name or file")
+    parser.add_argument("--audit", action="store_true", help="run an audited training instead of the tests")
     args = parser.parse_args(argv)
     faults = [fault for fault in FAULTS if args.only.lower() in (fault.name + " " + fault.file).lower()]
     if not faults:
         parser.error(f"no fault with {args.only!r} in its name or file")
+    width = max(len(fault.name) for fault in faults)
+    if args.audit:
+        for fault in faults:
+            if unseen(fault):
+                print(f"{fault.name:<{width}}  not shown by a training: {unseen(fault)}")
+        faults = [fault for fault in faults if not unseen(fault)]
 
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="npgpt-mutation-") as folder:
@@ -130,9 +193,18 @@ def main(argv=None):
             tests = {}  # kernels -> files of tests that will be run with them
             for fault in faults:
                 tests.setdefault(fault.kernels, set()).update(RELEVANT[fault.file][0])
-            results = pool.map(
-                lambda kernels: with_a_copy(lambda copy: copy.run(sorted(tests[kernels]), "", kernels)), tests
-            )
+
+
+            def without_a_fault(copy, kernels):
+                return copy.train(kernels) if args.audit else copy.run(sorted(tests[kernels]), "", kernels)
+
+            def with_a_fault(copy, fault):
+                def check():
+                    return copy.train(fault.kernels) if args.audit else copy.run(*RELEVANT[fault.file], fault.kernels)
+
+                return copy.run_with(fault, check)
+
+            results = pool.map(lambda kernels: with_a_copy(lambda copy: without_a_fault(copy, kernels)), tests)
             for kernels, result in zip(tests, results, strict=True):
                 print(f"without a fault, NPGPT_KERNELS={kernels}: {result.verdict}  {result.seconds:.1f} s", flush=True)
                 if result.verdict != "passed":
@@ -140,8 +212,7 @@ def main(argv=None):
                     return 2
 
             survived = 0
-            width = max(len(fault.name) for fault in faults)
-            results = pool.map(lambda fault: with_a_copy(lambda copy: copy.run_with(fault)), faults)
+            results = pool.map(lambda fault: with_a_copy(lambda copy: with_a_fault(copy, fault)), faults)
             for fault, result in zip(faults, results, strict=True):
                 killed = result.verdict == "failed"
                 survived += not killed

@@ -257,12 +257,12 @@ def test_an_error_is_raised_only_after_all_workers_have_stopped(workers):
         finished.append(rank)
 
     with pytest.raises(ZeroDivisionError):
-        split._each(work)
+        split.each(work)
     assert sorted(finished) == [1, 2]
 
 
 def test_results_come_in_the_order_of_the_workers(workers):
-    assert workers(small_gpt(), 4)._each(lambda rank: rank * 10) == [0, 10, 20, 30]
+    assert workers(small_gpt(), 4).each(lambda rank: rank * 10) == [0, 10, 20, 30]
 
 
 def test_a_closed_model_has_no_threads_left():
@@ -306,7 +306,7 @@ def test_the_workers_products_use_their_number_of_blas_threads(workers):
     before = get_blas_threads()
     for blas in (1, 2):
         split = workers(small_gpt(), 2, blas)
-        assert split._each(lambda rank: get_blas_threads()) == [blas, blas]
+        assert split.each(lambda rank: get_blas_threads()) == [blas, blas]
         assert get_blas_threads() == before
 
 

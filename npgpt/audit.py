@@ -34,8 +34,8 @@ from npgpt.parallel import DataParallel
 # Worst error that passes.  What float32 loses in a right gradient is some 1e-5 in the presets and 3e-4 in a batch of 16
 # tokens.  A mistake in the queries or keys may show as little as 2e-3 at first, when attention is nearly even.
 BOUND = 1e-3
-# But where a learning rate several times too large has made attention's scores huge, float32 loses 4e-3.  So an error up to this
-# passes too, if the same backward in float64 stays below BOUND.
+# But where a learning rate several times too large has made attention's scores huge, float32 loses 4e-3.  An error up
+# to this passes too, if the same backward in float64 stays below BOUND.
 ROUNDING = 5e-2
 STEP = 5e-6  # length of h d as a share of the tensor's own: an entry is moved further alone than with all others
 SMALLEST = 1e-2  # typical entry of a tensor whose entries are smaller still: biases start at 0

@@ -16,7 +16,7 @@ Try it: let `small` return d * d, work out the gradient of a in your head, and o
 import math
 
 import numpy as np
-from checks import check, difference
+from checks import check, difference, finish
 
 from npgpt import Tensor
 
@@ -166,3 +166,5 @@ for title, f, inputs in (("small", small, abc), ("deep", deep, pq)):
     ours = gradient(f, inputs)
     check(f"{title}, chain rule and finite differences", difference(ours, by_differences(f, inputs)), 1e-8)
     check(f"{title}, chain rule and npgpt's engine", difference(ours, [x.grad for x in tensors]), 1e-12)
+
+finish()

@@ -14,7 +14,7 @@ Try it: leave the last sum out of `unbroadcast` (return grad as it is), and say 
 """
 
 import numpy as np
-from checks import check, difference
+from checks import check, difference, finish
 
 from npgpt import Tensor
 from npgpt.gradcheck import numeric_grad
@@ -109,3 +109,5 @@ for title, t in (("targets (4, 1)", target.reshape(4, 1)), ("targets (4,)", targ
     print(f"\n{title}: errors {error.shape}, gradient of the predictions {dprediction[:, 0]}", end="")
 print("\n")
 check("the mistake pulls to the mean", difference(dprediction, 2 / 4 * (prediction - target.mean())), 1e-12)
+
+finish()

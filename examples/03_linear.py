@@ -14,7 +14,7 @@ Try it: write dy @ w.T for dx in `backward`.  Who stops you?  And who, if w has 
 """
 
 import numpy as np
-from checks import check, difference
+from checks import check, difference, finish
 
 from npgpt import Tensor
 from npgpt.gradcheck import numeric_grad
@@ -100,3 +100,5 @@ right, wrong = dy @ square, dy @ square.T
 print(f"\nsquare w: dy @ w and dy @ w.T both have shape {wrong.shape}, but differ by {difference(wrong, right):.0%}\n")
 measured = numeric_grad(lambda: x @ square.T, Tensor(x), dy)
 check("square w: dx and finite differences", difference(right, measured), 1e-8)
+
+finish()

@@ -14,7 +14,7 @@ Try it: strike the mean out of the forward (that is RMSNorm).  Which term of the
 """
 
 import numpy as np
-from checks import check, difference
+from checks import check, difference, finish
 
 from npgpt import Tensor
 from npgpt.gradcheck import numeric_grad
@@ -130,3 +130,5 @@ for title, f in (("composed from npgpt's operators", lambda *xwb: forward(*xwb)[
     out.backward(dy)
     pairs = zip((y, *ours), (out.data, *(tensor.grad for tensor in tensors)), strict=True)
     check(f"y, dx, dw, db and {title}", np.max([difference(*pair) for pair in pairs]), 1e-12)
+
+finish()

@@ -14,7 +14,7 @@ Try it: set all logits to 0.  What is the loss?  (A GPT starts near there: see i
 """
 
 import numpy as np
-from checks import check, difference
+from checks import check, difference, finish
 
 from npgpt import Tensor
 from npgpt.gradcheck import numeric_grad
@@ -51,7 +51,8 @@ print("p, whose rows sum to 1\n", p, f"\nloss {loss:.4f};  with all p equal it w
 #     d p_i / d z_j = ([i = j] e^z_i total - e^z_i e^z_j) / total^2 = p_i ([i = j] - p_j)
 #
 # which makes a (V, V) table: diag(p) minus p p^T.  Raising one score raises its own p and lowers all the others, and
-# each row and column sums to 0, as the probabilities go on summing to 1.
+# each column sums to 0, as the probabilities go on summing to 1; so does each row, as one and the same number added to
+# all scores changes no probability.
 
 c, p_row = targets[0], p[0]
 table = np.diag(p_row) - np.outer(p_row, p_row)  # [i, j] is d p_i / d z_j
@@ -136,3 +137,5 @@ for title, f in (("composed from npgpt's operators", composed), ("npgpt's cross_
     out.backward()
     check(f"loss and {title}", difference(loss, out.data), 1e-12)
     check(f"p - y and {title}", difference(dz, logits.grad), 1e-12)
+
+finish()

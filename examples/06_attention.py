@@ -14,7 +14,7 @@ Try it: take the line with the mask out of `forward`.  Which check notices?  Wou
 """
 
 import numpy as np
-from checks import check, difference
+from checks import check, difference, finish
 
 from npgpt import Tensor
 from npgpt.gradcheck import numeric_grad
@@ -89,8 +89,9 @@ check("y before position 3 knows nothing of what follows", difference(forward(la
 #
 #     ds_j = sum_i dp_i p_i ([i = j] - p_j) = p_j dp_j - p_j sum_i dp_i p_i = p_j (dp_j - sum_i dp_i p_i)
 #
-# In words: a score should rise if its dp is above the average that the row has under p.  No (T, T) table per row, just
-# that average.  And where the mask made p = 0, ds is 0 too, whatever dp is: nothing else is to be done for it.
+# In words: a score's gradient is positive, and going downhill lowers the score, if its dp is above the average that the
+# row has under p.  No (T, T) table per row, just that average.  And where the mask made p = 0, ds is 0 too, whatever dp
+# is: nothing else is to be done for it.
 
 
 def backward(dy, q, k, v, p):
@@ -151,3 +152,5 @@ for title, f in (("composed", composed), ("npgpt's attention", lambda qkv: causa
     out.backward(dy)
     check(f"y and {title}", difference(y, out.data), 1e-12)
     check(f"dqkv and {title}", difference(dqkv, x.grad), 1e-12)
+
+finish()

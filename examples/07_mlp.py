@@ -17,7 +17,7 @@ the last two hold?
 import math
 
 import numpy as np
-from checks import check, difference
+from checks import check, difference, finish
 
 from npgpt import Tensor
 from npgpt.gradcheck import numeric_grad
@@ -99,13 +99,13 @@ db_fc = dpre.sum(axis=0)  # (F,)
 # to be kept, as act = gelu(pre) can be made again.  The other way round would not do: gelu falls, and then it rises, so
 # two different z have the same gelu(z).
 #
-# The most frequent mistake is pre for act in dw_proj.  The shapes fit, and even the direction is nearly right:
+# The most frequent mistake is pre for act in dw_proj.  The shapes fit, and the direction is not so wrong:
 
 wrong = dy.T @ pre  # (C, F)
 cosine = min(1.0, (wrong * dw_proj).sum() / (np.linalg.norm(wrong) * np.linalg.norm(dw_proj)))
 angle = math.degrees(math.acos(cosine))
 print(f"\ndw_proj made with pre instead of act points {angle:.0f} degrees away from the true one.")
-print("Below 90 degrees it is downhill all the same: a model trains with it, only worse.  Finite differences tell:")
+print("Below 90 degrees it is downhill all the same: a model may train with it, only worse.  Finite differences tell:")
 
 inputs = {"x": x, "w_fc": w_fc, "b_fc": b_fc, "w_proj": w_proj, "b_proj": b_proj}
 by_hand = {"x": dx, "w_fc": dw_fc, "b_fc": db_fc, "w_proj": dw_proj, "b_proj": db_proj}
@@ -121,3 +121,5 @@ out = mlp(*tensors)
 out.backward(dy)
 check("y, npgpt's op", difference(y, out.data), 1e-12)
 check("all five gradients, npgpt's op", max(map(difference, by_hand.values(), (t.grad for t in tensors))), 1e-12)
+
+finish()

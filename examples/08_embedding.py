@@ -15,7 +15,7 @@ Try it: forget the output layer's share, `dwte = lookup`.  Would you have notice
 """
 
 import numpy as np
-from checks import check, difference
+from checks import check, difference, finish
 
 from npgpt import GPT, GPTConfig, Tensor
 from npgpt.gradcheck import numeric_grad
@@ -123,3 +123,5 @@ e = np.exp(model(idx)[0].data[0])
 after = (e / e.sum(axis=1, keepdims=True))[:, absent].sum(axis=1).mean()
 print(f"\nOne step of descent takes the absent characters' probability from {before:.3f} to {after:.3f}.")
 check("absent characters become less likely, after - before", after - before, -1e-3)
+
+finish()

@@ -22,7 +22,7 @@ import os
 os.environ["NPGPT_KERNELS"] = "numpy"  # read once, when npgpt is imported
 
 import numpy as np
-from checks import check
+from checks import check, finish
 
 from npgpt import GPT, GPTConfig, Tensor
 from npgpt.gradcheck import numeric_grad
@@ -155,3 +155,5 @@ for module, gradients in g.items():
             numeric = numeric_grad(lambda: model(idx, targets)[1].data, Tensor(entry), 1.0)
             worst = max(worst, abs(grad.reshape(-1)[i] - numeric[0]) / np.abs(grad).max())
     check(f"{module}, finite differences", worst, 1e-6)
+
+finish()

@@ -15,7 +15,7 @@ Try it: leave the bias correction out of `adamw` (m_hat = m, v_hat = v), and loo
 """
 
 import numpy as np
-from checks import check, difference
+from checks import check, difference, finish
 
 from npgpt import GPT, AdamW, GPTConfig, Tensor
 from npgpt.gradcheck import numeric_grad
@@ -146,3 +146,5 @@ for t in range(1, 11):
     optimizer.update(flat.grads, 0.01, scale)
 worst = max(difference(by_hand[name][0], parameter.data) for name, parameter in model.named_parameters())
 check("a GPT's weights after ten steps of npgpt's AdamW", worst, 1e-12)
+
+finish()

@@ -13,7 +13,7 @@ Try it: leave out flat.zero_grad().  The gradients of all steps add up then: wou
 """
 
 import numpy as np
-from checks import check, difference
+from checks import check, difference, finish
 
 from npgpt import GPT, AdamW, GPTConfig, Tensor, no_grad
 from npgpt.data import load_text
@@ -85,3 +85,5 @@ with blas_threads(1):  # for matrices as small as these a second thread costs mo
     guess = -np.log(table[x, y]).mean()
     print(f"held-back text: loss {unseen:.3f}, by the table {guess:.3f}, with no idea {np.log(V):.3f}")
     check("the loss, as a share of the table's", unseen / guess, 1)
+
+finish()

@@ -467,14 +467,15 @@ def run_bug(args):
     print(f"  {command}\n")
     print("That compares each gradient with finite differences; a word after it, such as linear, checks one op alone.")
     print("Which op is wrong, which of its inputs, which entries?  And what does the mistake do to training?")
-    print("Compare the losses in that folder with those in the one you are in; often they are nearly the same:\n")
+    print("Compare the losses in that folder with those in the one you are in; often they are nearly the same.  (And")
+    print("just the same if that training never comes to what is wrong: it has no targets of -1, for one.)\n")
     print(f"  {with_kernels(fault.kernels, 'python -m npgpt.exercise train')}\n")
     print("Its first line says whose npgpt runs: in that folder, the copy.")
     if fault.kernel:
         print("The mistake is in a compiled kernel: with NPGPT_KERNELS=numpy, where kernels do not run, it is gone.")
     else:
         print("With NPGPT_KERNELS=numpy all of it is plain NumPy: a debugger stops in it, and any line can print.")
-    print(f"\nTo see where it was:  {PROG} answer {args.number}")
+    print(f"\nTo see where it was, go back to this folder:  {PROG} answer {args.number}")
     return 0
 
 

@@ -292,7 +292,7 @@ def describe(model, idx, targets, text_of):
     best = np.argsort(-logp, axis=1, kind="stable")[:, :BEST]
     return {
         "config": dataclasses.asdict(model.config),
-        "n_params": model.num_params(non_embedding=False),
+        "n_params": model.num_params(),
         "texts": [text_of(token) for token in (idx[0, 0], *c)],
         "loss": f"{loss:.4f}",
         "losses": [f"{-row[token]:.3f}" for row, token in zip(logp, c, strict=True)],
@@ -371,6 +371,7 @@ def main(argv=None):
         raise UsageError(f"{args.model} has no tokenizer that can be opened")
     tokens = read_tokens(pretrained, args.text)
     model = GPT(pretrained.config, seed=None, dtype=np.float64).eval()
+    model.tokenizer = tokenizer
     for parameter, source in zip(model.parameters(), pretrained.parameters(), strict=True):
         parameter.data[...] = source.data
     idx, targets = np.array([tokens[:-1]]), np.array([tokens[1:]])

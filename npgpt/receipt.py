@@ -327,7 +327,9 @@ def receipt(model, idx, targets, param):
 
 
 def _meaning(model, name, index):
-    """Words for what a row of c_attn makes."""
+    """Words for what a row of c_attn makes, or of which token a row of wte is."""
+    if name.endswith("wte.weight") and model.tokenizer is not None and index[0] < model.tokenizer.vocab_size:
+        return f" (of {model.tokenizer.decode([index[0]])!r})"
     if ".c_attn." not in name:
         return ""
     hs = model.config.n_embd // model.config.n_head
@@ -343,10 +345,10 @@ def _table(rows, total):
     widths = [max(len(row[i]) for row in rows if row) for i in range(3)]
     for row in rows:
         if row is None:
-            yield "-" * (sum(widths) + 4 + 24)
+            yield "-" * (sum(widths) + 4 + 28)
             continue
         line = "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=False))
         if row[3] is not None:
-            share = f"{round(row[3] / total, 3) + 0.0:>8.1%}" if has_shares else f"{'-':>8}"
-            line += f"{row[3]:>16.6e}{share}"
+            share = f"{round(row[3] / total, 3) + 0.0:>9.1%}" if has_shares else f"{'-':>9}"
+            line += f"{row[3]:>16.6e}  {share}"
         yield line.rstrip()

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -108,12 +107,10 @@ def run(path, **variables):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_example_runs_in_seconds_and_its_checks_hold(name):
-    start = time.perf_counter()
+def test_an_example_runs_and_its_checks_hold(name):
     done = run(EXAMPLES / name)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "check: " in done.stdout and "WRONG" not in done.stdout
-    assert time.perf_counter() - start < 20
 
 
 @pytest.mark.parametrize(("name", "i"), [(name, i) for name in NAMES for i in range(len(WRONG.get(name, [None])))])

@@ -1,7 +1,8 @@
 """The errors a user can act on, and the exit code each one ends a command with.
 
     0    ok
-    1    a bug in npgpt (an ordinary traceback)
+    1    a check found something wrong, and says what (gradcheck, explain, exercise check);
+         or a bug in npgpt (an ordinary traceback)
     2    usage: flags, data or prompt                UsageError
     3    a checkpoint or the disk                    CheckpointError
     4    the training diverged                       DivergedError

@@ -24,7 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from npgpt.config import SAMPLE
+from npgpt import checkpoint
+from npgpt.config import SAMPLE, Controls
 from npgpt.engine import no_grad, observed
 from npgpt.errors import UsageError, run_command
 from npgpt.gradcheck import BOUND, POINTS, STEP, relative_error, slope
@@ -33,6 +34,7 @@ from npgpt.model import GPT
 from npgpt.ops.attention import attention_weights_ref
 from npgpt.ops.cross_entropy import cross_entropy_forward_ref
 from npgpt.parallel import blas_threads
+from npgpt.sampling import Generation
 from npgpt.train import Parser, show_all
 
 PROG = "python -m npgpt.explain"
@@ -350,7 +352,11 @@ def read_tokens(model, text):
             start = model.tokenizer.encode("\n").tolist()
         except UsageError:  # the model has never seen a line break
             start = [0]
-        return start + list(model.generate(start, n - len(start), np.random.default_rng([0, SAMPLE]), temperature=0.8))
+        rng, vocab_size = np.random.default_rng([0, SAMPLE]), model.tokenizer.vocab_size
+        generation = Generation(model, start, [rng], Controls(temperature=0.8), n, vocab_size=vocab_size)
+        while len(generation.texts[0]) < n:
+            generation.step()
+        return generation.texts[0]
     try:
         tokens = model.tokenizer.encode(text).tolist()
     except UsageError as error:
@@ -380,8 +386,12 @@ def main(argv=None):
 
         print(receipt(model, idx, targets, args.param))
         return 0
-    data = describe(model, idx, targets, lambda token: tokenizer.decode([int(token)]))
-    Path(args.out).write_text(page(data), encoding="utf-8")
+
+    def text_of(token):  # a model may know more tokens than its tokenizer
+        return tokenizer.decode([int(token)]) if token < tokenizer.vocab_size else f"token {token}"
+
+    data = describe(model, idx, targets, text_of)
+    checkpoint.replace(args.out, [page(data).encode("utf-8")])
     wrong = [f"{box['group']}: {box['label']}" for box in data["boxes"] if not box["ok"]]
     wrong += [] if data["whole"]["ok"] else ["the whole model"]
     print(f"loss {data['loss']} over {len(tokens) - 1} tokens, {len(data['boxes'])} ops")

@@ -8,6 +8,7 @@
 
 import contextlib
 import json
+import math
 import os
 import platform
 import re
@@ -97,6 +98,9 @@ def load(path):
         return reader.arrays(), state
 
 
+MOST = 1e100  # no number of a log is larger
+
+
 def read_log(path):
     """The rows of a run's log, as dicts with an integer "iter"; a last line that is cut off does not count.
 
@@ -116,6 +120,7 @@ def read_log(path):
         try:
             row = json.loads(line)
             whole = type(row["iter"]) is int
+            whole &= not any(isinstance(x, (int, float)) and MOST < abs(x) < math.inf for x in row.values())
         except (ValueError, KeyError, TypeError, RecursionError):
             whole = False
         if not whole:

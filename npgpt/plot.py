@@ -153,7 +153,7 @@ class Axis:
     def __init__(self, numbers, start, end, margin=0.0):
         low, high = min(numbers), max(numbers)
         room = (high - low) * margin
-        if high - low <= 1e-9 * max(abs(low), abs(high)):  # a flat line, or a single point
+        if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-100):  # a flat line, or a single point
             room = abs(low) / 10 or 0.5
         self.low, self.high, self.start, self.end = low - room, high + room, start, end
 
@@ -165,10 +165,11 @@ class Axis:
         step = (self.high - self.low) / most
         power = 10.0 ** math.floor(math.log10(step))
         step = next(power * n for n in (1, 2, 5, 10, 20) if power * n >= step)
-        digits = max(0, -math.floor(math.log10(step) + 1e-9))
+        digits = max(0, -math.floor(math.log10(step) + 1e-9))  # behind the point
+        figures = math.ceil(math.log10(max(abs(self.low), abs(self.high)) / step)) + 1  # that tell ticks apart
         for n in range(math.ceil(self.low / step), math.floor(self.high / step) + 1):
             number = n * step
-            yield number, f"{number:,.{digits}f}" if digits < 7 and abs(number) < 1e7 else f"{number:g}"
+            yield number, f"{number:,.{digits}f}" if digits < 7 and abs(number) < 1e7 else f"{number:.{figures}g}"
 
 
 # --------------------------------------------------------------------------------------------------------------------

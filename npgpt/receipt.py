@@ -57,16 +57,16 @@ def _short(name):
 def find(model, param):
     """wte[17,3] -> (the parameter's full name, the Parameter, the indices as a tuple).  Raises UsageError."""
     parameters = dict(model.named_parameters())
-    match = re.fullmatch(r"\s*([^\[\]]+?)\s*\[\s*(-?\d+(?:\s*,\s*-?\d+)*)\s*\]\s*", param)
+    match = re.fullmatch(r"\s*([^\[\]]+?)\s*\[\s*(-?\d{1,18}(?:\s*,\s*-?\d{1,18})*)\s*\]\s*", param)
     if match is None:
-        raise UsageError(f"param: {param!r} is not a name with indices, such as wte[17,3] or h.0.mlp.c_fc.bias[3]")
+        raise UsageError(f"param: {param[:60]!r} is not a name with indices, such as wte[17,3] or h.0.mlp.c_fc.bias[3]")
     names = {alias: name for name in parameters for alias in (name, name.removeprefix("transformer."), _short(name))}
     names["lm_head.weight"] = "transformer.wte.weight"  # tied
     asked = match[1]
     if asked not in names:
         close = difflib.get_close_matches(asked, names, 1)
         hint = f"did you mean {_short(close[0])}?" if close else f"there are {', '.join(map(_short, parameters))}"
-        raise UsageError(f"param: the model has no parameter {asked}; {hint}")
+        raise UsageError(f"param: the model has no parameter {asked[:60]}; {hint}")
     parameter = parameters[names[asked]]
     index = tuple(int(digits) for digits in match[2].split(","))
     if len(index) != parameter.ndim:

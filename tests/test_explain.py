@@ -25,7 +25,7 @@ import npgpt.ops.mlp
 from npgpt import explain
 from npgpt.config import GPTConfig
 from npgpt.engine import Tensor
-from npgpt.errors import UsageError
+from npgpt.errors import CheckpointError, UsageError
 from npgpt.model import GPT
 from npgpt.tokenizer import CharTokenizer
 
@@ -257,6 +257,28 @@ def test_a_model_that_knows_no_line_break_writes_a_text_too(tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     assert explain.main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "x.html")]) == 0
     assert "over 4 tokens" in capsys.readouterr().out
+
+
+def test_a_model_that_knows_more_tokens_than_its_tokenizer(tmp_path, capsys):
+    model = GPT(GPTConfig(vocab_size=9, block_size=20, n_layer=1, n_head=1, n_embd=8))
+    model.tokenizer = CharTokenizer("abc")
+    model.save_pretrained(tmp_path / "model")
+    for flags in ([], ["--text", "abcab"]):
+        assert explain.main(["--model", str(tmp_path / "model"), "--out", str(tmp_path / "x.html"), *flags]) == 0
+    data = json.loads(re.search(DATA, (tmp_path / "x.html").read_text(encoding="utf-8"), re.S)[1])
+    assert data["texts"] == list("abcab") and any(text == "token 5" for row in data["guesses"] for text, _ in row)
+
+
+def test_a_page_that_cannot_be_written_leaves_the_one_before(run, tmp_path, monkeypatch):
+    (tmp_path / "x.html").write_text("before", encoding="utf-8")
+
+    def full(path, parts):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(explain.checkpoint, "write", full)
+    with pytest.raises(CheckpointError, match=r"cannot write .*x\.html: No space left on device"):
+        explain.main(["--model", str(run), "--out", str(tmp_path / "x.html")])
+    assert (tmp_path / "x.html").read_text(encoding="utf-8") == "before"
 
 
 def test_a_wrong_backward_is_named_and_ends_with_exit_code_1(run, tmp_path, monkeypatch, capsys):

@@ -149,14 +149,18 @@ def test_a_long_line_keeps_its_extremes():
     assert plot.MOST_POINTS / 2 <= len(kept) <= plot.MOST_POINTS and kept == sorted(kept)
 
 
-@pytest.mark.parametrize("low, high", [(0, 20), (0.25, 4.1), (1e-5, 6e-4), (0, 2_000_000), (-3.0, 1e9), (0, 1000)])
+@pytest.mark.parametrize(
+    "low, high",
+    [(0, 20), (0.25, 4.1), (1e-5, 6e-4), (0, 2_000_000), (-3.0, 1e9), (0, 1000), (3.0, 3.0000001), (0.0, 3e-99)],
+)
 def test_ticks_are_round_and_say_where_they_are(low, high):
     axis = Axis([low, high], 0, 100)
     ticks = list(axis.ticks(6))
     assert 2 <= len(ticks) <= 7 and axis(low) == 0 and axis(high) == 100
     for number, text in ticks:
         assert low <= number <= high + 1e-9 * high and math.isclose(float(text.replace(",", "")), number, abs_tol=1e-12)
-        assert len(text) <= 9
+        assert len(text) <= 9 or high - low < 1e-6
+    assert len({text for _, text in ticks}) == len(ticks)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -188,6 +192,9 @@ def test_a_log_is_read_as_a_run_folder_writes_it(tmp_path):
         ('{"loss": 0}\n', "line 1 is not a row"),
         ("[" * 100_000 + "\n", "line 1 is not a row"),
         ("7\n", "line 1 is not a row"),
+        ('{"iter": 0, "train_loss": 1e308}\n', "line 1 is not a row"),
+        ('{"iter": 0, "train_loss": -1' + 400 * "0" + "}\n", "line 1 is not a row"),
+        ('{"iter": 1' + 400 * "0" + "}\n", "line 1 is not a row"),
     ],
 )
 def test_logs_that_cannot_be_drawn(tmp_path, content, words):
@@ -197,6 +204,11 @@ def test_logs_that_cannot_be_drawn(tmp_path, content, words):
         plot.main([str(tmp_path / "run"), "--out", str(tmp_path / "x.svg")])
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "x.svg").exists()
+
+
+def test_numbers_too_small_to_be_told_apart_make_a_flat_line(tmp_path):
+    run = write_run(tmp_path / "run", [{"iter": n, "train_loss": x} for n, x in enumerate((5e-324, 0.0, 1e-323))])
+    assert plot.main([str(run)]) == 0
 
 
 @pytest.mark.parametrize(

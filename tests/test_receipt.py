@@ -226,6 +226,7 @@ def test_names_may_be_short_or_whole():
         ("ln_f.bias[1,2]", "ln_f.bias has the shape (6,)"),
         ("wte[7,0]", "wte[7,0]: 7 is not in 0 .. 6; wte has the shape (7, 6)"),
         ("ln_f.bias[-1]", "-1 is not in 0 .. 5"),
+        (f"wte[{5000 * '9'},0]", "is not a name with indices"),
     ],
 )
 def test_errors(param, words):

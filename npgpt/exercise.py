@@ -280,7 +280,7 @@ def imports_beside(path):
     finally:
         sys.path[:], sys.dont_write_bytecode = before, no_bytecode
         files = {name: getattr(sys.modules[name], "__file__", None) for name in set(sys.modules) - modules}
-        beside = {name for name, file in files.items() if "." not in name and folder in Path(file or "").parents[:2]}
+        beside = {name for name, file in files.items() if "." not in name and folder in Path(str(file)).parents[:2]}
         for name in files:
             if name.partition(".")[0] in beside:
                 del sys.modules[name]

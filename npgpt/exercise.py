@@ -14,15 +14,18 @@ import contextlib
 import difflib
 import importlib.machinery
 import importlib.util
+import inspect
+import itertools
 import os
 import re
+import shlex
 import shutil
 import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from npgpt.errors import UsageError, run_command
+from npgpt.errors import CheckpointError, UsageError, run_command
 from npgpt.faults import BUGS, FAULTS
 from npgpt.train import Parser, show_all
 
@@ -98,7 +101,13 @@ EXERCISES = {
 
 
 def exercise_text(op, level, name):
-    """The file for an op; level 0 is the solution.  name: what the file will be called."""
+    """The file for an op; level 0 is the solution.  name: where the file will be.
+
+    A name becomes part of the file's docstring if there is nothing in it that could end the docstring or mean something
+    else there, as a backslash does.
+    """
+    base = Path(name).name
+    name = base if re.fullmatch(r"\w[\w.-]*", base) else "FILE"
     exercise = EXERCISES[op]
     source = (PACKAGE / "ops" / f"{exercise.file}.py").read_text(encoding="utf-8")
     nodes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
@@ -193,17 +202,20 @@ class Answer:
             raise UsageError(f"there is no file {path}; {PROG} show OP --out FILE writes one")
         self.path = path.resolve()
         try:
-            self.blank = blank_lines(ast.parse(path.read_bytes()))
+            tree = ast.parse(path.read_bytes(), str(self.path))
+            code = compile(tree, str(self.path), "exec", dont_inherit=True)  # finds a return outside of a function, too
         except (SyntaxError, ValueError) as error:  # ValueError: bytes that no source has
             raise Wrong(self._at(getattr(error, "lineno", None), getattr(error, "msg", error))) from None
+        except (RecursionError, MemoryError):
+            raise Wrong(self._at(None, "Python cannot read it: an expression in it is too long or too deep")) from None
+        self.blank = blank_lines(tree)
+        self.line = {node.name: node.lineno for node in tree.body if hasattr(node, "name")}  # of a function, a class
         loader = importlib.machinery.SourceFileLoader("exercise_file", str(self.path))
+        loader.get_code = lambda _: code  # not a cached one: Python knows a change by its second only
         module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-        before, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # Python knows a change by its second only
-        try:
-            with self.running():
-                loader.exec_module(module)
-        finally:
-            sys.dont_write_bytecode = before
+        sys.modules[loader.name] = module  # as of any module that is imported: dataclasses look there
+        with self.running():
+            loader.exec_module(module)
         found = {op: getattr(module, exercise.function(), None) for op, exercise in EXERCISES.items()}
         self.functions = {op: function for op, function in found.items() if callable(function)}
         if not self.functions:
@@ -212,19 +224,41 @@ class Answer:
 
     @contextlib.contextmanager
     def running(self):
-        """Within this context an exception in the student's code becomes Wrong, with the line that it came from."""
+        """Within this context, in which student's code runs, an exception becomes Wrong, with the line it came from."""
         try:
             yield
-        except (Exception, SystemExit) as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            places = [frame.lineno for frame in frames if frame.filename == str(self.path)]
-            if isinstance(error, Wrong) or not places:
-                raise  # it is not the student's
+        except (KeyboardInterrupt, Wrong):
+            raise
+        except BaseException as error:  # SystemExit, and a student's own
             from npgpt.hints import of_exception
 
-            hint = of_exception(error)
-            words = f"{type(error).__name__}: {error}" + (f" (hint: {hint})" if hint else "")
-            raise Wrong(self._at(places[-1], words) + self.still_blank("; still blank: ")) from None
+            frames = traceback.extract_tb(error.__traceback__)
+            places = [frame.lineno for frame in frames if frame.filename == str(self.path)]
+            try:
+                text = str(error)
+            except Exception:  # made by the student's own class
+                text = "(its text cannot be made)"
+            hint = of_exception(error, text)
+            words = f"{type(error).__name__}: {text}" + (f" (hint: {hint})" if hint else "")
+            raise Wrong(self._at(places[-1] if places else None, words) + self.still_blank("; still blank: ")) from None
+
+    def results(self, op, arguments):
+        """{name: array} of what the backward returns; None where a result is blank."""
+        with self.running():
+            return written(self.functions[op], EXERCISES[op], arguments)
+
+    def check_signature(self, op, parameters):
+        """Raise Wrong if the function cannot be called with these."""
+        try:
+            takes = inspect.signature(self.functions[op])
+        except (TypeError, ValueError):  # it is not Python's, and does not tell
+            return
+        try:
+            takes.bind(*parameters)
+        except TypeError:
+            name = EXERCISES[op].function()
+            words = f"{name} takes {takes}, it is called with ({', '.join(parameters)})"
+            raise Wrong(self._at(self.line.get(name), words)) from None
 
     def still_blank(self, words):
         """words, with the lines that are blank; nothing if none is."""
@@ -232,6 +266,24 @@ class Answer:
 
     def _at(self, line, words):
         return f"{self.path.name}{'' if line is None else f' line {line}'}: {' '.join(str(words).split())}"
+
+
+@contextlib.contextmanager
+def imports_beside(path):
+    """Within this context imports find what is beside a file, as in `python FILE`; afterwards it is forgotten."""
+    folder = Path(os.path.realpath(path)).parent
+    before, modules, no_bytecode = list(sys.path), set(sys.modules), sys.dont_write_bytecode
+    sys.path.insert(0, str(folder))
+    sys.dont_write_bytecode = True  # of a file that is being worked on: Python knows a change by its second only
+    try:
+        yield
+    finally:
+        sys.path[:], sys.dont_write_bytecode = before, no_bytecode
+        files = {name: getattr(sys.modules[name], "__file__", None) for name in set(sys.modules) - modules}
+        beside = {name for name, file in files.items() if "." not in name and folder in Path(str(file)).parents[:2]}
+        for name in files:
+            if name.partition(".")[0] in beside:
+                del sys.modules[name]
 
 
 def written(backward, exercise, arguments):
@@ -253,7 +305,8 @@ def written(backward, exercise, arguments):
             arrays[name] = None
             continue
         try:
-            arrays[name] = np.asarray(result, np.float64)
+            array = np.asarray(result)
+            arrays[name] = array if np.iscomplexobj(array) else np.asarray(array, np.float64)
         except (TypeError, ValueError):
             raise Wrong(f"{exercise.function()}: {name} is a {type(result).__name__}, not an array") from None
     return arrays
@@ -263,13 +316,13 @@ def check(op, answer):
     """Print what a student's backward is worth; True if all of it is right."""
     from npgpt.hints import Case
 
-    exercise, backward = EXERCISES[op], answer.functions[op]
+    exercise = EXERCISES[op]
     _, forward, parameters = shipped(exercise)
+    answer.check_signature(op, parameters)
     print(f"{op}: {exercise.function()} against finite differences")
     case = Case(op, forward, parameters, exercise.results)
     arguments = case.arguments()
-    with answer.running():
-        results = written(backward, exercise, arguments)
+    results = answer.results(op, arguments)
     right = True
     for name, array in results.items():
         if array is None:
@@ -289,8 +342,7 @@ def check(op, answer):
         print(f"  WRONG  it changes {' and '.join(changed)} in place, which others still need: work on a copy")
         return False
     ours = train()
-    with answer.running():
-        theirs = train(in_place_of(exercise, backward))
+    theirs = train(in_place_of(op, answer))
     for whose, losses in (("yours", theirs), ("npgpt's", ours)):
         print(f"  a GPT after {STEPS} steps, with {whose + ':':<8} loss {losses[0]:.6f} -> {losses[-1]:.6f}")
     if not all(abs(a - b) <= 1e-6 * abs(b) for a, b in zip(theirs, ours, strict=True)):
@@ -325,17 +377,23 @@ def _replaced(module, name, function):
         setattr(module, name, before)
 
 
-def in_place_of(exercise, backward):
+def in_place_of(op, answer):
     """A context in which the op goes back by the student's function, called as the op calls its own."""
     import numpy as np
 
+    exercise = EXERCISES[op]
     module, _, parameters = shipped(exercise)
 
     def adapter(*arguments):  # the outputs come first; those that are added to in place are inputs as well
-        results = written(backward, exercise, arguments[len(arguments) - len(parameters) :])
+        results = answer.results(op, arguments[len(arguments) - len(parameters) :])
         for out, (name, result) in zip(arguments, results.items(), strict=False):
-            if np.shape(result) != out.shape:
-                raise Wrong(f"{exercise.function()}: in a GPT {name} has shape {np.shape(result)}, not {out.shape}")
+            where = f"{exercise.function()}: in a GPT"
+            if result is None:
+                raise Wrong(f"{where} it returns None for {name}")
+            if result.shape != out.shape:
+                raise Wrong(f"{where} {name} has shape {result.shape}, not {out.shape}")
+            if np.iscomplexobj(result):
+                raise Wrong(f"{where} {name} is complex, and a gradient is real")
             out[...] = result
 
     return lambda: _replaced(module, exercise.replaces or exercise.function(), adapter)
@@ -385,17 +443,40 @@ def bug(number):
     return fault
 
 
+def right_source(fault):
+    """The text of the file into which a fault is planted, where it has not been."""
+    text = (PACKAGE.parent / fault.file).read_text(encoding="utf-8")
+    if text.count(fault.before) != 1:
+        raise UsageError("this npgpt is a copy with a mistake in it, or has been changed; ask in another folder")
+    return text
+
+
 def plant(fault, folder):
-    """Copy the package's sources into folder/npgpt, with the fault in them."""
-    if folder.exists():
-        raise UsageError(f"{folder} exists; remove it, or choose another folder with --dir")
-    shutil.copytree(PACKAGE, folder / "npgpt", ignore=lambda _, names: {n for n in names if not _is_source(n)})
-    file = folder / fault.file
-    file.write_text(file.read_text(encoding="utf-8").replace(fault.before, fault.after), encoding="utf-8")
+    """Copy the package's sources into folder/npgpt, with the fault in them: all of it or nothing."""
+    for number in range(1, len(BUGS) + 1):
+        right_source(bug(number))  # two mistakes at a time are one too many
+    sources = {f"npgpt/{path.relative_to(PACKAGE).as_posix()}": path.read_bytes() for path in _sources()}
+    sources[fault.file] = right_source(fault).replace(fault.before, fault.after).encode("utf-8")
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise UsageError(f"{folder} exists; remove it, or choose another folder with --dir") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot make {folder}: {error.strerror}") from None
+    try:
+        for name, text in sources.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(text)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
+        raise
 
 
-def _is_source(name):
-    return name.endswith((".py", ".html")) or ("." not in name and name != "__pycache__")
+def _sources():
+    return sorted(itertools.chain(PACKAGE.rglob("*.py"), PACKAGE.rglob("*.html")))
 
 
 def with_kernels(kernels, command):
@@ -407,6 +488,14 @@ def with_kernels(kernels, command):
 
 # --------------------------------------------------------------------------------------------------------------------
 # Command line
+
+
+def quoted(name):
+    """A file's name as it stands in a command line, for this system's shell."""
+    name = os.path.join(".", name) if str(name).startswith("-") else str(name)  # or it would be a flag
+    if os.name == "nt":
+        return name if re.fullmatch(r"[\w.:\\/~-]+", name) else f'"{name}"'
+    return shlex.quote(name)
 
 
 def run_list(args):
@@ -435,20 +524,27 @@ def run_show(args):
         print(text, end="")
         return 0
     try:
-        with open(args.out, "x", encoding="utf-8") as file:
-            file.write(text)
+        open(args.out, "x").close()  # from now on the name is ours
     except FileExistsError:
         raise UsageError(f"--out: {args.out} exists, and may hold your work; choose another name") from None
     except OSError as error:
         raise UsageError(f"--out: cannot write {args.out}: {error.strerror}") from None
-    print(f"{args.out}: {op}, level {args.level}; when the blanks are filled:  {PROG} check {args.out}")
+    from npgpt.checkpoint import replace
+
+    try:
+        replace(args.out, [text.encode("utf-8")])
+    except BaseException:
+        os.unlink(args.out)
+        raise
+    print(f"{args.out}: {op}, level {args.level}; when the blanks are filled:  {PROG} check {quoted(args.out)}")
     return 0
 
 
 def run_check(args):
     try:
-        answer = Answer(Path(args.file))
-        right = [check(op, answer) for op in answer.functions]
+        with imports_beside(args.file):
+            answer = Answer(Path(args.file))
+            right = [check(op, answer) for op in answer.functions]
         return 0 if all(right) else 1
     except Wrong as error:
         print(error)
@@ -463,7 +559,7 @@ def run_bug(args):
     plant(fault, folder)
     command = with_kernels(fault.kernels, "python -m npgpt.gradcheck")
     print(f"{folder / 'npgpt'} is a copy of npgpt with a mistake in how gradients are made.  Find it:\n")
-    print(f"  cd {folder}")
+    print(f"  cd {quoted(folder)}")
     print(f"  {command}\n")
     print("That compares each gradient with finite differences; a word after it, such as linear, checks one op alone.")
     print("Which op is wrong, which of its inputs, which entries?  And what does the mistake do to training?")
@@ -481,9 +577,7 @@ def run_bug(args):
 
 def run_answer(args):
     fault = bug(args.number)
-    right = (PACKAGE.parent / fault.file).read_text(encoding="utf-8")
-    if right.count(fault.before) != 1:
-        raise UsageError("answer: this npgpt is the copy with the mistake; ask in another folder")
+    right = right_source(fault)
     wrong = right.replace(fault.before, fault.after)
     print(f"bug {args.number} is in {fault.file}; - is the mistake, + is how it must be:\n")
     for line in list(difflib.unified_diff(wrong.splitlines(), right.splitlines(), lineterm="", n=2))[2:]:

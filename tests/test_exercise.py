@@ -1,16 +1,19 @@
 """Exercises: the ops solve them, wrong answers get the hint that they need, and every bug can be found."""
 
 import ast
+import errno
 import os
+import posixpath
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from npgpt import exercise, hints, jit
-from npgpt.errors import UsageError
+from npgpt.errors import CheckpointError, UsageError
 from npgpt.exercise import EXERCISES, LEVELS, PACKAGE, exercise_text, main, with_kernels
 from npgpt.faults import BUGS, FAULTS
 
@@ -234,6 +237,85 @@ def test_what_else_can_be_wrong_is_said_in_a_line(before, after, words, check):
     assert code == 1 and words.format(line) in out and "passed:" not in out
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ("    return dx, dweight, dbias", "return dx, dweight, dbias", "line {}: 'return' outside function"),
+        ("    return dx, dweight, dbias", "    break", "line {}: 'break' outside loop"),
+        ("def linear_backward(dy, x, weight)", "def linear_backward(dy, x, x)", "line {}: duplicate argument 'x'"),
+        ("import numpy as np", "import numpy as np\nfrom __future__ import division", "line {}: from __future__"),
+        (
+            "def linear_backward(dy, x, weight)", "def linear_backward(dy, x)",
+            "line {}: linear_backward takes (dy, x), it is called with (dy, x, weight)\n",
+        ),
+        ("dx = dy @ weight", "dx = " + "-" * 50_000 + "1", "mine.py: Python cannot read it: an expression in it is"),
+        ("dx = dy @ weight", "dx = 1" + "+1" * 50_000, "mine.py: Python cannot read it: an expression in it is"),
+        ("dx = dy @ weight", "class E(BaseException): pass\n    raise E('a\\nb')", "mine.py line {}: E: a b\n"),
+        (
+            "dx = dy @ weight", "class E(ValueError):\n        def __str__(self): return 1 / 0\n    raise E",
+            "mine.py line {}: E: (its text cannot be made)\n",
+        ),
+    ],
+    ids=["return", "break", "twice", "future", "signature", "deep", "long", "own BaseException", "no text"],
+)  # fmt: skip
+def test_what_python_itself_refuses_is_a_line(before, after, words, check):
+    text = with_mistake("linear", before, after)
+    line = len(text[: text.index(after) + len(after)].splitlines())
+    code, out = check(text)
+    assert code == 1 and words.format(line) in out and "passed:" not in out
+    assert len(out.splitlines()) <= 2  # the line, and before it which op it is
+
+
+def test_what_cannot_be_called_is_named_and_what_has_no_signature_is_called(check):
+    code, out = check("class linear_backward:\n    pass\n")
+    assert code == 1 and "mine.py line 1: linear_backward takes (), it is called with (dy, x, weight)\n" in out
+    code, out = check("import numpy as np\nlinear_backward = np.dot\n")
+    assert code == 1 and "\nmine.py: ValueError: shapes " in out
+
+
+def test_a_mistake_of_npgpt_is_not_taken_for_the_students(check, monkeypatch):
+    monkeypatch.setattr(exercise, "train", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        check(solution("linear"))
+
+
+@pytest.mark.filterwarnings("error")
+def test_complex_gradients_are_wrong_even_if_their_imaginary_part_is_0(check):
+    for factor in ("(1 + 1j)", "(1 + 0j)"):
+        code, out = check(with_mistake("linear", "dx = dy @ weight", f"dx = dy @ weight * {factor}"))
+        assert code == 1 and "  dx       WRONG  it is complex" in out and out.count(" ok ") == 2
+    code, out = check(with_mistake("linear", "dx = dy @ weight", "dx = dy @ weight * (1 if len(x) < 5 else 1 + 0j)"))
+    assert code == 1 and "linear_backward: in a GPT dx is complex" in out
+
+
+def test_none_in_a_gpt_only_is_called_none(check):
+    code, out = check(with_mistake("linear", "    return dx,", "    if len(x) > 4:\n        return\n    return dx,"))
+    assert code == 1 and "linear_backward: in a GPT it returns None for dx\n" in out
+
+
+def test_a_result_of_many_axes_is_wrong_at_once(check, monkeypatch):
+    sets = []
+    combinations = hints.itertools.combinations
+    counted = SimpleNamespace(combinations=lambda *args: sets.extend(combinations(*args)) or sets)
+    monkeypatch.setattr(hints, "itertools", counted)
+    code, out = check(with_mistake("linear", "dx = dy @ weight", "dx = np.zeros((1,) * 32)"))
+    assert code == 1 and "its shape is (1, 1, 1," in out and len(sets) == 32 * 31 / 2
+
+
+def test_a_file_runs_as_python_runs_it_and_nothing_of_it_stays(check, tmp_path):
+    annotated = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    annotated += "import helper\n@dataclass\nclass Sizes:\n    n: int = 0\n"
+    before = list(sys.path), set(sys.modules), sys.dont_write_bytecode
+    for factor, right in (("1", True), ("2", False)):  # the second time another helper, of the same size
+        (tmp_path / "helper.py").write_text(f"FACTOR = {factor}\n", encoding="utf-8")
+        text = with_mistake("linear", "dx = dy @ weight", "dx = dy @ weight * helper.FACTOR")
+        code, out = check(annotated + text[text.index("import numpy") :])
+        assert (code == 0) is right and ("passed: linear" in out) is right
+        assert not {"helper", "exercise_file"} & set(sys.modules)
+    assert (sys.path, sys.dont_write_bytecode) == (before[0], before[2]) and before[1] <= set(sys.modules)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["helper.py", "mine.py"]
+
+
 def test_the_op_is_put_back_after_training(check):
     from npgpt.ops import linear
 
@@ -319,6 +401,81 @@ def test_show_prints_or_writes_and_never_overwrites(tmp_path, capsys):
     with pytest.raises(UsageError, match="may hold your work"):
         main(["show", "cross-entropy", "--out", str(path)])
     assert path.read_text(encoding="utf-8") == "my work"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("linear.py", "linear.py"),
+        ("folder/mine-2.py", "mine-2.py"),
+        ("C:\\Users\\new.py", None),
+        ('a"""b.py', "FILE"),
+        ("a b.py", "FILE"),
+        ("-x.py", "FILE"),
+        ("a\\", None),
+    ],
+)
+def test_a_name_never_gets_into_the_code_of_an_exercise(name, shown):
+    text = exercise_text("linear", 2, name)
+    if shown is None:  # a backslash is part of a name here, and parts folders on Windows
+        shown = "FILE" if os.name == "posix" else Path(name).name
+    assert ast.get_docstring(ast.parse(text)).count(f"exercise check {shown}\n") == 1
+    assert text.replace(f"check {shown}\n", "check mine.py\n") == exercise_text("linear", 2, "mine.py")
+
+
+@pytest.mark.parametrize(
+    ("system", "name", "words"),
+    [
+        ("posix", "bug-1", "bug-1"),
+        ("posix", "a b; c", "'a b; c'"),
+        ("posix", "-x.py", "./-x.py"),
+        ("nt", r"C:\Users\me~1\bug-1", r"C:\Users\me~1\bug-1"),
+        ("nt", r"C:\a b&c", r'"C:\a b&c"'),
+    ],
+)
+def test_a_name_is_quoted_for_the_shell(system, name, words, monkeypatch):
+    monkeypatch.setattr(exercise, "os", SimpleNamespace(name=system, path=posixpath))
+    assert exercise.quoted(name) == words
+
+
+def test_printed_commands_are_quoted(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["show", "linear", "--out", "a b.py"]) == 0
+    assert f"check {exercise.quoted('a b.py')}\n" in capsys.readouterr().out
+    assert main(["bug", "1", "--dir", "a b; c"]) == 0
+    assert f"\n  cd {exercise.quoted('a b; c')}\n" in capsys.readouterr().out
+    assert exercise.quoted("a b; c") != "a b; c"
+
+
+def test_a_full_disk_leaves_no_half_of_anything(tmp_path, monkeypatch):
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write(file, part, write=os.write):
+        if len(part) < 100:
+            raise full
+        return write(file, part[:100])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", write)
+        with pytest.raises(CheckpointError) as caught:
+            main(["show", "linear", "--out", str(tmp_path / "linear.py")])
+    assert str(caught.value) == f"cannot write {tmp_path / 'linear.py'}: {full.strerror}"
+    assert not list(tmp_path.iterdir())
+
+    def write_bytes(path, text, write_bytes=Path.write_bytes):
+        if path.name == "model.py":
+            raise full
+        return write_bytes(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", write_bytes)
+        with pytest.raises(CheckpointError) as caught:
+            main(["bug", "1", "--dir", str(tmp_path / "bug")])
+    assert str(caught.value) == f"cannot write {tmp_path / 'bug' / 'npgpt' / 'model.py'}: {full.strerror}"
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="cannot make"):
+        main(["bug", "1", "--dir", str(tmp_path / "file" / "bug")])
 
 
 def test_list_names_every_exercise(capsys):
@@ -425,6 +582,10 @@ def test_a_copy_is_untouched_but_for_one_file_and_its_own_commands_run_it(tmp_pa
         main(["bug", "1", "--dir", str(folder)])
     code, _, err = command("npgpt.exercise", "answer", "1", cwd=folder)
     assert code == 2 and "ask in another folder" in err
+    assert command("npgpt.exercise", "bug", "1", cwd=folder) == (code, "", err)
+    other = next(n for n in range(2, len(BUGS) + 1) if fault_of(n).file != fault_of(1).file)
+    assert command("npgpt.exercise", "bug", other, cwd=folder) == (code, "", err)  # one mistake at a time
+    assert [path.name for path in folder.iterdir()] == ["npgpt"]
 
 
 def test_a_bug_changes_training(tmp_path):

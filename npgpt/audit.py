@@ -19,9 +19,9 @@ What differs by more than BOUND is looked at again, as both sides of the compari
 digits left of a p - y near 0, or of scores that are huge; and finite differences of a loss of size 3 have none of a
 derivative of 1e-10.  So the gradient is computed in the shadow, too, and it is right if both of these hold:
 
-- the shadow's, in float64, agrees with finite differences to BOUND, at one of three lengths of h d, by five points;
+- the shadow's, in float64, agrees with finite differences to BOUND, at one of a few lengths of h d, by five points;
 - the live one agrees with the shadow's to what float32 loses, which is measured: the same backward is run in float32
-  for some weights that differ in the last digit, and with a loss whose softmax does.  Its gradient may be off by
+  for weights that differ in the last digit, and with a softmax that does.  Its gradient may be off by
   ROUNDINGS times as much as these differ from each other.
 
 What cannot be seen so is a mistake that forward and backward share, such as a mask that is one too short in both; and
@@ -53,8 +53,8 @@ SMALLEST = 1e-2  # typical entry of a tensor whose entries are smaller still: bi
 MASKS = 3  # random masks that a block draws: attention's weights, and what attention and MLP add to the residual stream
 
 # At a second look
-LONGER = 1, 30, 1000  # how much longer than STEP the steps are: curvature wants short ones, a tiny gradient long ones
-REPEATS = 3  # gradients in float32 that differ by rounding only
+LONGER = 0.03, 1, 30, 1000  # lengths of steps, in STEPs: high curvature wants short ones, a tiny gradient long ones
+REPEATS = 5  # gradients in float32 that differ by rounding only
 ROUNDINGS = 10  # how far off float32 may be, in units of how far these are from each other
 EPS32, EPS64 = (float(np.finfo(dtype).eps) for dtype in (np.float32, np.float64))
 
@@ -207,7 +207,7 @@ class Auditor:
                 (loss + (logits * last_digit(logits.data, y, rng)).sum()).backward(1 / len(micro_batches))
 
         for _ in range(REPEATS):
-            flat.weights[...] = self.live.weights * (1 + EPS32 * rng.integers(-1, 2, len(flat.weights)))
+            flat.weights[...] = self.live.weights * (1 + EPS32 * rng.integers(-2, 3, len(flat.weights)))
             flat.zero_grad()
             for micro_batch in micro_batches:
                 if stop.number is not None:

@@ -53,7 +53,8 @@ SMALLEST = 1e-2  # typical entry of a tensor whose entries are smaller still: bi
 MASKS = 3  # random masks that a block draws: attention's weights, and what attention and MLP add to the residual stream
 
 # At a second look
-LONGER = 0.03, 1, 30, 1000  # lengths of steps, in STEPs: high curvature wants short ones, a tiny gradient long ones
+LONGER = 0.03, 1, 10, 100, 1000  # lengths of steps, in STEPs: curvature wants short ones, a tiny gradient long ones
+COMMON = 100  # which is not yet too long for most
 REPEATS = 5  # gradients in float32 that differ by rounding only
 ROUNDINGS = 10  # how far off float32 may be, in units of how far these are from each other
 EPS32, EPS64 = (float(np.finfo(dtype).eps) for dtype in (np.float32, np.float64))
@@ -231,11 +232,10 @@ def last_digit(logits, targets, rng):
     p = e^(z - lse) is off by the share by which z - lse is: that is the last digit of lse.  It is the same one wherever
     the text is the same, so there is one random number for each target.
     """
-    z = logits.astype(np.float64)
-    m = z.max(axis=-1, keepdims=True)
-    lse = m + np.log(np.exp(z - m).sum(axis=-1, keepdims=True))
-    off = EPS32 * np.maximum(1, np.abs(lse)) * rng.normal(size=z.shape[-1])[targets][..., None]
-    return (off * np.exp(z - lse) / targets.size).astype(logits.dtype)
+    m = logits.max(axis=-1, keepdims=True)
+    lse = m + np.log(np.exp(logits - m).sum(axis=-1, keepdims=True))
+    off = EPS32 * np.maximum(1, np.abs(lse)) * rng.normal(size=logits.shape[-1])[targets][..., None]
+    return np.exp(logits - lse) * (off / targets.size).astype(logits.dtype)
 
 
 def outputs(model, x, y, seed):
@@ -309,8 +309,8 @@ class Probes:
         return 0 if path[1] in ("wte", "wpe") else n_layer
 
     def smallest(self, loss):
-        """A gradient must be longer than this for finite differences to tell it from the rounding of the loss."""
-        return 10 * EPS64 * max(1, loss) / (BOUND * LONGER[-1] * self.length / np.sqrt(self.signs.size))
+        """A gradient must be longer than this for BOUND of it to be more than the rounding of the loss."""
+        return 10 * EPS64 * max(1, loss) / (BOUND * COMMON * self.length / np.sqrt(self.signs.size))
 
     def measure(self, weights, loss, stop, weight, longer=None):
         """Add the derivatives of weight * loss(), a function of the weights (n,), to those measured so far.

@@ -53,7 +53,7 @@ SMALLEST = 1e-2  # typical entry of a tensor whose entries are smaller still: bi
 MASKS = 3  # random masks that a block draws: attention's weights, and what attention and MLP add to the residual stream
 
 # At a second look
-LONGER = 0.03, 1, 10, 100, 1000  # lengths of steps, in STEPs: curvature wants short ones, a tiny gradient long ones
+LONGER = 1, 10, 100, 1000, 0.03  # lengths of steps, in STEPs: a tiny gradient wants long ones, curvature a short one
 COMMON = 100  # which is not yet too long for most
 REPEATS = 5  # gradients in float32 that differ by rounding only
 ROUNDINGS = 10  # how far off float32 may be, in units of how far these are from each other
@@ -142,7 +142,8 @@ class Auditor:
         gradients = dict(self.live.views(self.live.grads))
         self._measure(tensors, micro_batches, stop)
         worst_of = tuple(tensor.compare(gradients[tensor.name]) for tensor in tensors)
-        suspects = [tensor for tensor, found in zip(tensors, worst_of, strict=True) if found.error > BOUND]
+        found = {tensor: worst.error for tensor, worst in zip(tensors, worst_of, strict=True) if worst.error > BOUND}
+        suspects = sorted(found, key=found.get, reverse=True)
         rounding = self._look_again(suspects, micro_batches, rng, stop) if suspects else frozenset()
         if stop.number is not None:
             return None
@@ -172,7 +173,7 @@ class Auditor:
             self.shadow.each(work)
 
     def _look_again(self, suspects, micro_batches, rng, stop):
-        """The names of those Probes whose error is rounding."""
+        """The names of those Probes whose error is rounding, up to the first that is wrong."""
         weight, loss = 1 / len(micro_batches), 0.0
         self.shadow.zero_grad()
         for micro_batch in micro_batches:
@@ -180,21 +181,22 @@ class Auditor:
                 return frozenset()
             loss += weight * self.shadow.forward_backward(*micro_batch, weight=weight)
         self.shadow.gather_grads()
-        live, exact = dict(self.live.views(self.live.grads)), dict(self.shadow.flat.views(self.shadow.flat.grads))
+        live, shadow = dict(self.live.views(self.live.grads)), dict(self.shadow.flat.views(self.shadow.flat.grads))
         lost = self._rounding(micro_batches, rng, stop)
-        errors = []
-        for longer in LONGER:
-            self._measure(suspects, micro_batches, stop, longer)
-            errors.append([tensor.compare(exact[tensor.name], tensor.smallest(loss)).error for tensor in suspects])
-        if stop.number is not None:
-            return frozenset()
-        return frozenset(
-            tensor.name
-            for tensor, error in zip(suspects, np.min(errors, axis=0), strict=True)
-            if error <= BOUND
-            and length(live[tensor.name] - exact[tensor.name])
-            <= BOUND * max(length(exact[tensor.name]), tensor.smallest(loss)) + ROUNDINGS * lost[tensor.name]
-        )
+
+        def agrees(tensor, longer):
+            self._measure([tensor], micro_batches, stop, longer)
+            return tensor.compare(shadow[tensor.name], tensor.smallest(loss)).error <= BOUND
+
+        rounding = set()
+        for tensor in suspects:
+            name = tensor.name
+            most = BOUND * max(length(shadow[name]), tensor.smallest(loss)) + ROUNDINGS * lost[name]
+            near = length(live[name] - shadow[name]) <= most
+            if not near or not any(agrees(tensor, longer) for longer in LONGER):
+                break
+            rounding.add(name)
+        return frozenset(rounding)
 
     def _rounding(self, micro_batches, rng, stop):
         """Tensor's name -> the length of what rounding changes in its gradient in float32."""

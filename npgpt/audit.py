@@ -236,7 +236,7 @@ def last_digit(logits, targets, rng):
     """
     m = logits.max(axis=-1, keepdims=True)
     lse = m + np.log(np.exp(logits - m).sum(axis=-1, keepdims=True))
-    off = EPS32 * np.maximum(1, np.abs(lse)) * rng.normal(size=logits.shape[-1])[targets][..., None]
+    off = EPS32 / 2 * np.maximum(1, np.abs(lse)) * rng.normal(size=logits.shape[-1])[targets][..., None]
     return np.exp(logits - lse) * (off / targets.size).astype(logits.dtype)
 
 

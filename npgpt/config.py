@@ -112,7 +112,7 @@ class TrainConfig:
     gradcheck_every: int = _setting(
         0, "updates between audits of the gradient, which end the run if it is wrong (0: none)", low=0
     )
-    gradcheck_entries: int = _setting(2, "entries of each tensor that an audit looks at one by one", low=0)
+    gradcheck_entries: int = _setting(2, "entries of each tensor that an audit looks at one by one", low=0, high=10_000)
     sample_tokens: int = _setting(120, "length of the sample at each evaluation, in tokens (0: none)", low=0)
     final_sample_tokens: int = _setting(600, "length of the sample at the end, in tokens (0: none)", low=0)
 

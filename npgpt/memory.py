@@ -36,8 +36,14 @@ def parts(config, vocab_size, n_tokens, workers):
     if config.gradcheck_every:
         # in float64: weights, one tensor and its changes for each thread, what the blocks put out, and what is there
         # within a block without a graph, most of it the MLP's two wide arrays
-        n, largest = config.batch_size * T, max(4 * C, V) * C
-        audit["the audit of the gradient"] = 8 * (sum(sizes) + n * L * C + workers * (6 * largest + n * (14 * C + V)))
+        batch, largest = config.batch_size * T, max(4 * C, V) * C
+        looks = sum(sizes) + batch * L * C + workers * (6 * largest + batch * (14 * C + V))
+        # a second look: gradient and activations in float64 for each worker; and once for all in float32, where there
+        # are weights, three gradients, what the weights are made from in float64, and six arrays like the logits, too
+        again = (2 * workers + 8) * sum(sizes) + 3 * workers * activations + 6 * batch * V
+        # of each entry its place, and what was measured there; a block has 12 tensors, 3 of them beside the blocks
+        entries = 100 * config.gradcheck_entries * (12 * L + 4)
+        audit["the audit of the gradient"] = 8 * looks + FLOAT * again + entries
     return {
         "weights": FLOAT * sum(sizes),
         "gradients, for each worker": FLOAT * sum(sizes) * workers,

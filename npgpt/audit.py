@@ -31,7 +31,6 @@ A weight of block l does not change what the blocks before it put out.  That is 
 at block l; and the tensors are shared out among the threads that the training has anyway.
 """
 
-import contextlib
 import time
 from dataclasses import dataclass
 
@@ -39,7 +38,7 @@ import numpy as np
 
 from npgpt.config import AUDIT
 from npgpt.engine import next_random_key, no_grad, random_stream, reuse_buffers
-from npgpt.gradcheck import POINTS, slope
+from npgpt.gradcheck import POINTS, replaced, slope
 from npgpt.model import GPT
 from npgpt.optim import FlatParameters
 from npgpt.parallel import DataParallel
@@ -133,13 +132,11 @@ class Auditor:
         """
         start, rng = clock(), np.random.default_rng([*seed, AUDIT])
         self.shadow.flat.weights[...] = self.live.weights
-        tensors = [
-            Probes(name, gradient, weights, self.entries, np.random.default_rng([*seed, AUDIT, i]))
-            for i, ((name, gradient), (_, weights)) in enumerate(
-                zip(self.live.views(self.live.grads), self.shadow.flat.views(self.shadow.flat.weights), strict=True)
-            )
-        ]
         gradients = dict(self.live.views(self.live.grads))
+        tensors = [
+            Probes(name, gradients[name], weights, self.entries, np.random.default_rng([*seed, AUDIT, i]))
+            for i, (name, weights) in enumerate(self.shadow.flat.views(self.shadow.flat.weights))
+        ]
         self._measure(tensors, micro_batches, stop)
         worst_of = tuple(tensor.compare(gradients[tensor.name]) for tensor in tensors)
         found = {tensor: worst.error for tensor, worst in zip(tensors, worst_of, strict=True) if worst.error > BOUND}
@@ -163,12 +160,9 @@ class Auditor:
                 for tensor in tensors[rank :: len(self.shadow.replicas)]:
                     loss = loss_from(replica, tensor.first_block(len(kept)), kept, *micro_batch)
                     parameter = dict(replica.model.named_parameters())[tensor.name]
-                    shared = parameter.data
-                    parameter.data = shared.copy()  # other workers go on with the weights as they are
-                    try:
-                        tensor.measure(parameter.data.reshape(-1), loss, stop, 1 / len(micro_batches), longer)
-                    finally:
-                        parameter.data = shared
+                    own = parameter.data.copy()  # other workers go on with the weights as they are
+                    with replaced(parameter, "data", own):
+                        tensor.measure(own.reshape(-1), loss, stop, 1 / len(micro_batches), longer)
 
             self.shadow.each(work)
 
@@ -251,7 +245,8 @@ def outputs(model, x, y, seed):
 
         return forward
 
-    with _blocks(model, [keeping(block) for block in model.transformer.h]), no_grad(), random_stream(seed):
+    blocks = [keeping(block) for block in model.transformer.h]
+    with replaced(model.transformer, "h", blocks), no_grad(), random_stream(seed):
         model(x, y)
     return kept
 
@@ -266,24 +261,14 @@ def loss_from(replica, first, kept, x, y, seed):
         return kept[first - 1]
 
     def loss():
-        blocks = model.transformer.h[first:]
+        blocks = [known, *model.transformer.h[first:]] if first else model.transformer.h
         with (
-            _blocks(model, [known, *blocks] if first else blocks), no_grad(), random_stream(seed),
-            reuse_buffers(replica.pool), np.errstate(all="ignore"),
+            replaced(model.transformer, "h", blocks), no_grad(), random_stream(seed), reuse_buffers(replica.pool),
+            np.errstate(all="ignore"),
         ):  # fmt: skip
             return model(x, y)[1].item()
 
     return loss
-
-
-@contextlib.contextmanager
-def _blocks(model, blocks):
-    """Within this context a model has other blocks."""
-    before, model.transformer.h = model.transformer.h, blocks
-    try:
-        yield
-    finally:
-        model.transformer.h = before
 
 
 class Probes:

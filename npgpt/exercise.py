@@ -25,9 +25,9 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+from npgpt.command import Parser, show_all
 from npgpt.errors import CheckpointError, UsageError, run_command
 from npgpt.faults import BUGS, FAULTS
-from npgpt.train import Parser, show_all
 
 PROG = "python -m npgpt.exercise"
 PACKAGE = Path(__file__).resolve().parent
@@ -88,8 +88,8 @@ EXERCISES = {
         "one number reaches the output by three ways",
     ),
     "attention": Exercise(
-        "attention", ("_scores_ref", "_dropout_scale_ref", "attention_forward_ref"), ("attention_backward_ref",),
-        ("dqkv",),
+        "attention", ("_scores_ref", "_softmax_ref", "_dropout_scale_ref", "attention_forward_ref"),
+        ("attention_backward_ref",), ("dqkv",),
         "the softmax's gradient, between two products with two factors each",
         "from npgpt.ops.attention import merged_heads, split_heads\nfrom npgpt.ops.dropout import dropout_mask_ref",
     ),
@@ -367,19 +367,11 @@ def shipped(exercise):
 STEPS = 12
 
 
-@contextlib.contextmanager
-def _replaced(module, name, function):
-    before = getattr(module, name)
-    setattr(module, name, function)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
-
-
 def in_place_of(op, answer):
     """A context in which the op goes back by the student's function, called as the op calls its own."""
     import numpy as np
+
+    from npgpt.gradcheck import replaced
 
     exercise = EXERCISES[op]
     module, _, parameters = shipped(exercise)
@@ -396,7 +388,7 @@ def in_place_of(op, answer):
                 raise Wrong(f"{where} {name} is complex, and a gradient is real")
             out[...] = result
 
-    return lambda: _replaced(module, exercise.replaces or exercise.function(), adapter)
+    return lambda: replaced(module, exercise.replaces or exercise.function(), adapter)
 
 
 def train(backward_context=contextlib.nullcontext):

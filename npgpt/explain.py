@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from npgpt import checkpoint
-from npgpt.config import SAMPLE, Controls
+from npgpt.command import Parser, add_model, open_model, show_all
+from npgpt.config import SAMPLE
 from npgpt.engine import no_grad, observed
 from npgpt.errors import UsageError, run_command
 from npgpt.gradcheck import BOUND, POINTS, STEP, relative_error, slope
@@ -34,8 +35,7 @@ from npgpt.model import GPT
 from npgpt.ops.attention import attention_weights_ref
 from npgpt.ops.cross_entropy import cross_entropy_forward_ref
 from npgpt.parallel import blas_threads
-from npgpt.sampling import Generation
-from npgpt.train import Parser, show_all
+from npgpt.sampling import unprompted
 
 PROG = "python -m npgpt.explain"
 TOKENS = 24  # positions that the model reads at most: as many as can be told apart on a page
@@ -325,10 +325,7 @@ def page(data):
 
 def parse(argv):
     parser = Parser(prog=PROG, description="Show one forward and backward of a GPT as an HTML page.")
-    parser.add_argument(
-        "--model", "--out-dir", default="out", metavar="PATH",
-        help="run folder of npgpt.train, checkpoint, or Hugging Face GPT-2 folder (default: out)",
-    )  # fmt: skip
+    add_model(parser)
     parser.add_argument(
         "--text", help=f"text to read, cut after {TOKENS + 1} tokens (default: one that the model writes)"
     )
@@ -348,12 +345,7 @@ def read_tokens(model, text):
     """The tokens to look at, two at least: those of a text, or, if it is None, of one that the model writes."""
     n = min(TOKENS, model.config.block_size) + 1
     if text is None:
-        try:
-            start = model.tokenizer.encode("\n").tolist()
-        except UsageError:  # the model has never seen a line break
-            start = [0]
-        rng, vocab_size = np.random.default_rng([0, SAMPLE]), model.tokenizer.vocab_size
-        generation = Generation(model, start, [rng], Controls(temperature=0.8), n, vocab_size=vocab_size)
+        generation = unprompted(model, model.tokenizer, np.random.default_rng([0, SAMPLE]), n)
         while len(generation.texts[0]) < n:
             generation.step()
         return generation.texts[0]
@@ -371,10 +363,8 @@ def read_tokens(model, text):
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
     show_all()
-    pretrained = GPT.from_pretrained(args.model)
+    pretrained = open_model(args.model)
     tokenizer = pretrained.tokenizer
-    if tokenizer is None:
-        raise UsageError(f"{args.model} has no tokenizer that can be opened")
     tokens = read_tokens(pretrained, args.text)
     model = GPT(pretrained.config, seed=None, dtype=np.float64).eval()
     model.tokenizer = tokenizer
@@ -400,10 +390,5 @@ def main(argv=None):
     return 1 if wrong else 0
 
 
-def command():
-    """What python -m npgpt.explain runs."""
-    run_command(PROG, main)
-
-
 if __name__ == "__main__":
-    command()
+    run_command(PROG, main)

@@ -12,6 +12,7 @@ one, has a gradient of 0 with respect to its sum, whatever its backward says.
 """
 
 import argparse
+import contextlib
 import sys
 
 import numpy as np
@@ -27,6 +28,17 @@ FLOOR = 1e-3  # entries below this share of the tensor's largest gradient are co
 
 class GradcheckError(NpgptError, AssertionError):
     """A gradient that differs from finite differences."""
+
+
+@contextlib.contextmanager
+def replaced(owner, name, value):
+    """Within this context an attribute of an object or a module has another value: to see what comes of it."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def slope(values, h):

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from npgpt.command import Parser, open_model, show_all
 from npgpt.errors import CheckpointError, UsageError, run_command
-from npgpt.train import Parser, show_all
 
 PROG = "python -m npgpt.plot"
 MOST_POINTS = 2000  # of a line; of longer ones the lowest and the highest point of each stretch are drawn
@@ -347,12 +347,8 @@ def attention_svg(maps, words):
 
 def draw_attention(run, text):
     """The picture of a run's model that reads a text, as bytes.  Raises UsageError and CheckpointError."""
-    from npgpt.model import GPT
-
-    model = GPT.from_pretrained(run)
+    model = open_model(run)
     tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise UsageError(f"{run} has no tokenizer that can be opened (a tokenizer.json needs the package tokenizers)")
     try:
         tokens = tokenizer.encode(text).tolist()
     except UsageError as error:

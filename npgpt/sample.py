@@ -9,9 +9,9 @@ import json
 import sys
 from pathlib import Path
 
+from npgpt.command import Parser, add_model, open_model, show_all
 from npgpt.config import SAMPLE, Controls
 from npgpt.errors import UsageError, run_command
-from npgpt.train import Parser, show_all
 
 PROG = "python -m npgpt.sample"
 DEFAULTS = {"temperature": 0.8}  # other than those of Controls
@@ -19,10 +19,7 @@ DEFAULTS = {"temperature": 0.8}  # other than those of Controls
 
 def parse(argv):
     parser = Parser(prog=PROG, description="Write text with a trained GPT.")
-    parser.add_argument(
-        "--model", "--out-dir", default="out", metavar="PATH",
-        help="run folder of npgpt.train, checkpoint, or Hugging Face GPT-2 folder (default: out)",
-    )  # fmt: skip
+    add_model(parser)
     parser.add_argument("--checkpoint", default="best", help="of a run folder: best, last, or a file (default: best)")
     parser.add_argument("--prompt", "--start", help="text to continue (default: a line break)")
     parser.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue; - is standard input")
@@ -157,14 +154,11 @@ def main(argv=None):
     import numpy as np
 
     from npgpt import folder, sampling
-    from npgpt.model import GPT
 
     path = args.model if args.checkpoint in ("best", "last") else args.checkpoint
     is_last = args.checkpoint == "last" and folder.checkpoints(path)
-    model = GPT.from_pretrained(folder.newest(path) if is_last else path)
+    model = open_model(folder.newest(path) if is_last else path)
     tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise UsageError(f"{path} has no tokenizer that can be opened (a tokenizer.json needs the package tokenizers)")
 
     def write(idx):
         rngs = [np.random.default_rng([args.seed, SAMPLE, n]) for n in range(args.num_samples)]

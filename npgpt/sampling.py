@@ -24,7 +24,6 @@ from npgpt.errors import CheckpointError
 from npgpt.jit import KERNELS
 
 SIDE_BY_SIDE = 8  # texts that grow together; more would take more memory, and be little faster
-
 AT_ONCE = 1e8  # bytes of weights, about, that are read before a text is shown again, when tokens are drawn ahead
 NOT_FINITE = "the model's logits are not finite: its weights, or those of a control, are out of range"
 
@@ -207,6 +206,13 @@ class Generation:
     def end(self, i):
         """Text number i is complete."""
         self.alive.remove(i)
+
+
+def unprompted(model, tokenizer, rng, length):
+    """The Generation of one text that begins with a line break, or with token 0 where the tokenizer has none."""
+    start = int(tokenizer.encode("\n")[0]) if "\n" in getattr(tokenizer, "chars", "\n") else 0
+    # a model may know tokens that the tokenizer does not
+    return Generation(model, [start], [rng], Controls(temperature=0.8), length, vocab_size=tokenizer.vocab_size)
 
 
 class Writer:

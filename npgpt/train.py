@@ -6,12 +6,12 @@ underscores.  Exit codes are listed in npgpt/errors.py.
 
 import argparse
 import dataclasses
-import difflib
 import os
 import sys
 import typing
 
 from npgpt import __version__
+from npgpt.command import Parser, show_all
 from npgpt.config import PRESETS, TrainConfig, check_tokenizer, preset
 from npgpt.errors import StoppedError, UsageError, run_command
 from npgpt.stop import Stop, catch_signals
@@ -21,32 +21,6 @@ PROG = "python -m npgpt.train"
 # nanoGPT's flags that can mean only one thing here, so that a pasted command runs
 NANOGPT_ONLY = {"device": "cpu", "compile": "False", "dtype": "float32", "wandb_log": "False"}
 NANOGPT_FILES = {"train_shakespeare_char.py": "nanogpt-gpu"}
-
-
-class Parser(argparse.ArgumentParser):
-    """Answers a wrong flag with one line, which names the flag that may have been meant."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
-
-    def error(self, message):
-        raise UsageError(f"{message} (--help lists all flags)")
-
-    def parse_args(self, args=None):
-        parsed, unknown = self.parse_known_args([_with_dashes(arg) for arg in args])
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            close = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-            self.error(f"unknown argument {unknown[0]}" + (f"; did you mean {close[0]}?" if close else ""))
-        return parsed
-
-
-def _with_dashes(arg):
-    """--block_size=64 -> --block-size=64; what is not a flag stays as it is."""
-    if not arg.startswith("--"):
-        return arg
-    name, equals, value = arg.partition("=")
-    return name.replace("_", "-") + equals + value
 
 
 def _boolean(text):
@@ -113,12 +87,6 @@ def parse(argv):
     if not rest["resume"] and settings.get("init_from") is None:  # (whose tokenizer is not known yet)
         check_tokenizer(TrainConfig(**settings))
     return settings, rest
-
-
-def show_all():
-    """What a console cannot show (its encoding may be ASCII) must not end a command."""
-    if sys.stdout is not None:  # it was closed
-        sys.stdout.reconfigure(errors="replace")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -209,10 +177,9 @@ def main(argv=None, stop=Stop):
     if given.get("init_from") is not None and not flags["resume"]:
         from npgpt.trainer import settings_of
 
-        settings = settings_of(given["init_from"])
-        if not {"tokenizer"} & (settings.keys() | given.keys()):
+        given = {**settings_of(given["init_from"]), **given}
+        if "tokenizer" not in given:
             raise UsageError(f"init_from: {given['init_from']} has no tokenizer; say what a token is with --tokenizer")
-        given = {**settings, **given}
     config = TrainConfig(**given)  # before NumPy and Numba take their time to load: a mistake shows at once
     show_all()
 

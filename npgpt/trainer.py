@@ -20,7 +20,7 @@ import numpy as np
 
 from npgpt import __version__, checkpoint, folder, hub, jit, memory
 from npgpt.audit import BOUND, Audit, Auditor
-from npgpt.config import BPE_VOCAB_SIZE, DROPOUT, SAMPLE, Controls, TrainConfig, check_tokenizer
+from npgpt.config import BPE_VOCAB_SIZE, DROPOUT, SAMPLE, TrainConfig, check_tokenizer
 from npgpt.data import PIECE, Blocks, Corpus, EvaluationBlocks, TokenFiles, map_tokens, open_data, repeated_lines, split
 from npgpt.engine import NotFinite, finite_checks, random_stream
 from npgpt.errors import CheckpointError, DivergedError, GradientError, StoppedError, UsageError
@@ -28,7 +28,7 @@ from npgpt.model import GPT
 from npgpt.optim import AdamW, Muon, clip_scale, cosine_lr
 from npgpt.parallel import DataParallel, blas_threads, choose_threads, cpu_name, sgemm_peak
 from npgpt.profiler import profiling
-from npgpt.sampling import Generation, Writer
+from npgpt.sampling import Writer, unprompted
 from npgpt.stop import Stop
 from npgpt.tokenizer import BPE_FILES, BPETokenizer, ByteTokenizer, CharTokenizer, find_bpe, from_dict, name_of
 
@@ -329,9 +329,9 @@ class Trainer:
         config, n_micro = self.config, self.config.gradient_accumulation_steps
         self.parallel.zero_grad()
         loss = 0.0
-        for n in range(self.iter * n_micro, (self.iter + 1) * n_micro):
+        for micro_batch in self._micro_batches():
             _check(stop)
-            loss += self.parallel.forward_backward(*self._micro_batch(n), weight=1 / n_micro) / n_micro
+            loss += self.parallel.forward_backward(*micro_batch, weight=1 / n_micro) / n_micro
         norm, lr = self.parallel.gather_grads(), self.learning_rate(self.iter)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if skipped:
@@ -351,9 +351,7 @@ class Trainer:
 
     def _audit(self, stop):
         """Compare the gradient with finite differences.  Raises GradientError if it is wrong."""
-        n_micro = self.config.gradient_accumulation_steps
-        micro_batches = [self._micro_batch(n) for n in range(self.iter * n_micro, (self.iter + 1) * n_micro)]
-        self.audit = self.auditor.audit(micro_batches, (self.config.seed, self.iter), stop)
+        self.audit = self.auditor.audit(list(self._micro_batches()), (self.config.seed, self.iter), stop)
         _check(stop)
         if not self.audit.passed:
             good = folder.newest_until(self.out_dir, 0 if self.audited_iter is None else self.audited_iter + 1)
@@ -363,10 +361,12 @@ class Trainer:
             )
         self.audited_iter = self.iter
 
-    def _micro_batch(self, n):
-        """Micro-step number n: x, y (B, T) and the seed of its dropout masks."""
-        seed = np.random.SeedSequence([self.config.seed, DROPOUT, n]).generate_state(1)[0]
-        return *self.blocks.batch(n, self.config.batch_size), seed
+    def _micro_batches(self):
+        """The micro-steps of this update: of each x, y (B, T) and the seed of its dropout masks."""
+        n_micro = self.config.gradient_accumulation_steps
+        for n in range(self.iter * n_micro, (self.iter + 1) * n_micro):
+            seed = np.random.SeedSequence([self.config.seed, DROPOUT, n]).generate_state(1)[0]
+            yield *self.blocks.batch(n, self.config.batch_size), seed
 
     def _diverged(self, what):
         good = folder.checkpoints(self.out_dir)
@@ -375,10 +375,8 @@ class Trainer:
 
     def _first_not_finite(self):
         """Words for the first op of this update whose result was not finite; found by doing the update once more."""
-        n_micro = self.config.gradient_accumulation_steps
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        for n in range(self.iter * n_micro, (self.iter + 1) * n_micro):
-            x, y, seed = self._micro_batch(n)
+        for x, y, seed in self._micro_batches():
             try:
                 with finite_checks(names), random_stream(seed), np.errstate(all="ignore"):
                     _, loss = self.model(x, y)
@@ -404,14 +402,9 @@ class Trainer:
 
     def sample(self, n_tokens):
         """Iterator of text that the model writes now, from a line break on, if it knows one."""
-        start = 0
-        if "\n" in getattr(self.tokenizer, "chars", "\n"):
-            start = int(self.tokenizer.encode("\n")[0])
         rng = np.random.default_rng([self.config.seed, SAMPLE, self.iter])
         writer = Writer(self.tokenizer)
-        # a model that the run began with may know tokens that the tokenizer does not
-        n, controls = self.tokenizer.vocab_size, Controls(temperature=0.8)
-        generation = Generation(self.model, [start], [rng], controls, 1 + n_tokens, vocab_size=n)
+        generation = unprompted(self.model, self.tokenizer, rng, 1 + n_tokens)
         for _ in range(n_tokens):
             yield writer.feed(generation.step()[0][0])
         yield writer.end()

@@ -1,13 +1,12 @@
 """The audit of a run's gradient: it lets a healthy run pass and leaves it as it is, and it stops a wrong one."""
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 
 import mutation
 import numpy as np
 import pytest
+from runs import TEXT, metrics, run, variant
 
 from npgpt import audit, checkpoint, engine, folder, memory
 from npgpt.audit import BOUND, Probes, length, loss_from, outputs
@@ -21,8 +20,6 @@ from npgpt.stop import Stop
 from npgpt.train import main
 from npgpt.trainer import Audited, Evaluation, Notice, Trainer
 
-TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40
-
 
 @pytest.fixture
 def config(tmp_path):
@@ -32,20 +29,6 @@ def config(tmp_path):
         batch_size=3, gradient_accumulation_steps=2, max_iters=6, eval_interval=3, eval_iters=1, warmup_iters=0,
         workers=2, blas_threads=1, dropout=0.1, bias=True, keep=9, gradcheck_every=5,
     )  # fmt: skip
-
-
-def variant(config, **changes):
-    return dataclasses.replace(config, **changes)
-
-
-def run(config, **options):
-    trainer = Trainer(config, **options)
-    return trainer, list(trainer.run())
-
-
-def metrics(config):
-    rows = (Path(config.out_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(row) for row in rows]
 
 
 def weights(path):
@@ -115,8 +98,8 @@ def test_a_tensor_is_looked_at_entry_by_entry_and_as_a_whole():
 
 
 def gradient_of(trainer):
-    """The trainer's micro-batch number 0, and its gradients by name, as they stand in trainer.parallel."""
-    batch = [trainer._micro_batch(0)]
+    """[first micro-batch of the next update], and its gradients by name, as they stand in trainer.parallel."""
+    batch = [next(trainer._micro_batches())]
     trainer.parallel.zero_grad()
     trainer.parallel.forward_backward(*batch[0])
     trainer.parallel.gather_grads()
@@ -149,7 +132,7 @@ def certain(tmp_path):
     ))  # fmt: skip
     list(trainer.run())
     dict(trainer.model.named_parameters())["transformer.ln_f.weight"].data *= 1.5
-    assert trainer.parallel.loss(*trainer._micro_batch(0)[:2])[0] / 64 < 1e-4
+    assert trainer.parallel.loss(*next(trainer._micro_batches())[:2])[0] / 64 < 1e-4
     return trainer
 
 

@@ -1,6 +1,5 @@
 """A run that was interrupted and resumed ends as if nobody had disturbed it, to the last bit of weights and log."""
 
-import dataclasses
 import json
 import math
 import os
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import TEXT, variant
 
 from npgpt import checkpoint, folder, trainer
 from npgpt.config import TrainConfig
@@ -16,7 +16,6 @@ from npgpt.stop import Stop
 from npgpt.tokenizer import BPETokenizer
 from npgpt.trainer import Evaluation, Notice, Progress, Trainer
 
-TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40
 END, INTERVAL = 17, 4
 
 
@@ -41,10 +40,6 @@ def made_up_clock(monkeypatch):
         return list(one.run(stop))
 
     return run
-
-
-def variant(config, **changes):
-    return dataclasses.replace(config, **changes)
 
 
 def log(config):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from runs import TEXT, metrics, run, variant
 
 from npgpt import checkpoint, folder, memory
 from npgpt import tokenizer as tokenizers
@@ -18,8 +19,6 @@ from npgpt.errors import BusyError, CheckpointError, DivergedError, StoppedError
 from npgpt.model import GPT
 from npgpt.stop import Stop
 from npgpt.trainer import Evaluation, Progress, Trainer
-
-TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40
 
 
 @pytest.fixture
@@ -30,20 +29,6 @@ def config(tmp_path):
         batch_size=4, max_iters=12, eval_interval=5, eval_iters=2, log_interval=3, warmup_iters=2, workers=2,
         blas_threads=1, learning_rate=1e-2,
     )  # fmt: skip
-
-
-def variant(config, **changes):
-    return dataclasses.replace(config, **changes)
-
-
-def run(config, **options):
-    trainer = Trainer(config, **options)
-    return trainer, list(trainer.run())
-
-
-def metrics(config):
-    with open(os.path.join(config.out_dir, "metrics.jsonl"), encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 def test_events_and_metrics(config):

@@ -58,6 +58,16 @@ def _scores_ref(q, k):
     return np.where(future, -np.inf, s).astype(q.dtype)
 
 
+def _softmax_ref(s):
+    """s (..., T) -> p = softmax(s), and of each row lse, the logarithm of the sum of e^s (...)."""
+    m = s.max(axis=-1, keepdims=True)
+    e = np.exp(s - m)
+    total = e.sum(axis=-1, keepdims=True)
+    p = e / total
+    lse = (m + np.log(total))[..., 0]
+    return p, lse
+
+
 def _dropout_scale_ref(like, p_drop, key, batch_offset):
     """What dropout multiplies p (B, n_head, T, T) with: 0 or 1 / (1 - p_drop)."""
     B, H, T, _ = like.shape
@@ -69,13 +79,9 @@ def attention_forward_ref(qkv, n_head, p_drop, key, batch_offset):
     """qkv (B, T, 3C) -> y (B, T, C), lse (B, n_head, T)."""
     q, k, v = split_heads(qkv, n_head)
     s = _scores_ref(q, k)
-    m = s.max(axis=-1, keepdims=True)
-    e = np.exp(s - m)
-    total = e.sum(axis=-1, keepdims=True)
-    p = e / total
+    p, lse = _softmax_ref(s)
     a = p * _dropout_scale_ref(p, p_drop, key, batch_offset)
     y = a @ v  # (B, n_head, T, hs)
-    lse = (m + np.log(total))[..., 0]
     B, H, T, hs = y.shape
     return y.transpose(0, 2, 1, 3).reshape(B, T, H * hs), lse
 
@@ -83,9 +89,8 @@ def attention_forward_ref(qkv, n_head, p_drop, key, batch_offset):
 def attention_weights_ref(qkv, n_head):
     """qkv (B, T, 3C) -> p (B, n_head, T, T): how much each position takes from itself and from those before it."""
     q, k, _ = split_heads(qkv, n_head)
-    s = _scores_ref(q, k)
-    e = np.exp(s - s.max(axis=-1, keepdims=True))
-    return e / e.sum(axis=-1, keepdims=True)
+    p, _ = _softmax_ref(_scores_ref(q, k))
+    return p
 
 
 def attention_backward_ref(dy, qkv, lse, n_head, p_drop, key, batch_offset):

@@ -12,6 +12,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import math
 import signal
 import statistics
 import time
@@ -53,7 +54,7 @@ def npgpt_side(workload, options):
     def step(idx, targets):
         parallel.zero_grad()
         loss = parallel.forward_backward(idx, targets)
-        parallel.update(optimizer, LEARNING_RATE, clip_scale(parallel.gather_grads(), GRAD_CLIP))
+        parallel.update(optimizer, LEARNING_RATE, clip_scale(math.sqrt(parallel.gather_grads()), GRAD_CLIP))
         return loss
 
     yield step, lambda timed: f"workers: {workers}, BLAS threads of each: {blas}"

@@ -9,7 +9,7 @@
     5    another training holds the run folder       BusyError
     6    a gradient of a run is wrong                GradientError
     130  stopped by Ctrl-C                           StoppedError
-    143  stopped by SIGTERM                          StoppedError
+    143  stopped by SIGTERM; 138 by SIGUSR1          StoppedError
     141  whoever read the output stopped reading (as in `... | head`)
 """
 
@@ -63,11 +63,15 @@ class StoppedError(NpgptError):
 
 
 def run_command(name, main):
-    """Run a command's `main()` and exit with its code: one line instead of a traceback for a user's mistake."""
+    """Run a command's `main()` and exit with its code: one line instead of a traceback for a user's mistake.
+
+    An error without words is one that another process has told of.
+    """
     try:
         sys.exit(main())
     except NpgptError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        if str(error):
+            print(f"{name}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print(f"\n{name}: stopped", file=sys.stderr)

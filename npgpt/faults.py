@@ -857,8 +857,8 @@ FAULTS = [
     Fault(
         "parallel: a worker's gradient is lost",
         "npgpt/parallel.py",
-        "            for replica in self.replicas[1:]:\n",
-        "            for replica in self.replicas[2:]:\n",
+        "        for replica in self.replicas[1:]:\n",
+        "        for replica in self.replicas[2:]:\n",
         "The gradient of the batch is the sum of all workers' gradients.",
     ),
     Fault(
@@ -878,8 +878,8 @@ FAULTS = [
     Fault(
         "parallel: every worker draws the same masks",
         "npgpt/parallel.py",
-        "random_stream(seed, batch_offset=start)",
-        "random_stream(seed)",
+        "random_stream(seed, offset + start)",
+        "random_stream(seed, offset)",
         "A sequence's mask must not depend on how the batch is split over workers.",
     ),
     Fault(

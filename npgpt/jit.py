@@ -122,11 +122,16 @@ def _kernel_cache():
         return None
 
 
-def cores():
-    """Cores that this process may use."""
+def core_ids():
+    """The set of the cores' numbers that this process may use."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def cores():
+    """How many cores this process may use."""
+    return len(core_ids())
 
 
 def exp(x):

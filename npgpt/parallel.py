@@ -7,6 +7,10 @@ arrays.
 
 Only one kind of thread may be busy: either workers, with one BLAS thread each, or one worker with all BLAS threads.
 Two pools of threads that both spin for work on the same cores make everything several times slower.
+
+Where there are several ranks (npgpt/ranks.py), each of them does this with its share of the sequences, and their
+gradients are added up on top, in buckets: while the last micro-step's backward is still busy with the first blocks, the
+gradients of the last ones are on their way.
 """
 
 import contextlib
@@ -22,10 +26,12 @@ from pathlib import Path
 
 import numpy as np
 
-from npgpt.engine import BufferPool, no_grad, random_stream, reuse_buffers
+from npgpt.engine import BufferPool, no_grad, random_stream, record, reuse_buffers
+from npgpt.gradcheck import replaced
 from npgpt.jit import cores
 from npgpt.model import GPT
 from npgpt.optim import FlatParameters, sum_of_squares
+from npgpt.ranks import ALONE
 
 # --------------------------------------------------------------------------------------------------------------------
 # BLAS threads
@@ -116,13 +122,15 @@ def sgemm_peak(seconds=0.25, n=1536):
 TOKENS_PER_WORKER = 256
 
 
-def choose_threads(batch_size, block_size, workers=None, blas=None):
+def choose_threads(batch_size, block_size, workers=None, blas=None, n=None):
     """(workers, BLAS threads of each) for a micro-step of batch_size sequences; a number that is given is kept.
 
     A worker must be worth its own pass over all gradients: one for each 256 tokens, at most one per sequence and core.
     A limit on the BLAS threads that the user has set in the environment is kept.
+
+    n: cores to use; by default all that there are.
     """
-    n = cores()
+    n = n or cores()
     if workers is None:
         workers = max(1, min(n, batch_size, batch_size * block_size // TOKENS_PER_WORKER))
     workers = min(workers, batch_size)
@@ -144,6 +152,9 @@ class Replica:
         self.model, self.flat, self.pool = model, flat, BufferPool()
 
 
+BUCKET = 2**20  # elements of the gradient that are sent at once, at least
+
+
 class DataParallel:
     """A model whose batches are split over worker threads.
 
@@ -151,20 +162,22 @@ class DataParallel:
     workers  threads that share each batch; results are the same bits for the same number of workers, and the same to
              rounding for any number
     blas     BLAS threads of each worker's matrix products
+    world    the ranks whose gradients are added up, a World
     """
 
-    def __init__(self, model, workers=1, blas=1):
-        self.model, self.blas = model, blas
+    def __init__(self, model, workers=1, blas=1, world=ALONE):
+        self.model, self.blas, self.world = model, blas, world
         self.flat = FlatParameters(model)
         self.replicas = [Replica(model, self.flat)]
         for _ in range(1, workers):
             twin = GPT(model.config, seed=None, dtype=self.flat.weights.dtype).train(model.training)
             self.replicas.append(Replica(twin, FlatParameters(twin, share=self.flat)))
         # adding gradients and updating weights uses no BLAS: there is a thread for each core that the products use
-        size, n = len(self.flat.weights), workers * blas
-        cuts = [size * i // n // 16 * 16 for i in range(n)] + [size]
-        self.slices = [slice(a, b) for a, b in itertools.pairwise(cuts)]
-        self._threads = ThreadPoolExecutor(max(1, n - 1), thread_name_prefix="npgpt-worker")
+        size, self.n_threads = len(self.flat.weights), workers * blas
+        self.slices = _cut(slice(0, size), self.n_threads)
+        self.mine = _cut(slice(0, size), world.size)[world.rank]  # this rank's part of the sum of squares
+        self.buckets = self._buckets()
+        self._threads = ThreadPoolExecutor(max(1, self.n_threads - 1), thread_name_prefix="npgpt-worker")
 
     def each(self, work, n=None):
         """[work(0), ..., work(n - 1)], by default one per worker, each in a thread; number 0 runs in this one."""
@@ -192,11 +205,15 @@ class DataParallel:
         """Before an update's first micro-step."""
         for replica in self.replicas:
             replica.flat.zero_grad()
+        self.n_sent = 0  # buckets of this update's gradient that are on their way to the other ranks
 
-    def forward_backward(self, idx, targets, seed=0, weight=1.0):
+    def forward_backward(self, idx, targets, seed=0, weight=1.0, offset=0, last=False):
         """Add the gradients of weight * loss to the workers' gradients, and return the loss (the batch's mean).
 
-        idx, targets (B, T), targets of -1 do not count; seed: of this micro-step's dropout masks.
+        idx, targets  (B, T); targets of -1 do not count
+        seed          of this micro-step's dropout masks
+        offset        number of the first sequence in the micro-step, if other ranks have the rest
+        last          whether it is this rank's last micro-step of the update: then its gradients may be sent
         """
         shares = self._shares(len(idx))
         count = _count(targets)
@@ -208,27 +225,82 @@ class DataParallel:
             share = _count(targets[start:stop]) / count
             if share == 0:
                 return 0.0
-            with _quiet(), reuse_buffers(replica.pool), random_stream(seed, batch_offset=start):
+            with _quiet(), reuse_buffers(replica.pool), random_stream(seed, offset + start), sending(rank):
                 _, loss = replica.model(idx[start:stop], targets[start:stop])
                 loss.backward(weight * share)
                 return share * loss.item()
 
+        sending = self._sending() if last and self.world.size > 1 else lambda rank: contextlib.nullcontext()
         return sum(self.each(work))
 
     def gather_grads(self):
-        """Add all workers' gradients into flat.grads, and return their norm."""
+        """Add the gradients of all workers and ranks into flat.grads.
 
-        def work(rank):
-            part, total = self.slices[rank], np.zeros(())
-            mine = self.flat.grads[part]
-            for replica in self.replicas[1:]:
-                mine += replica.flat.grads[part]
-            sum_of_squares(total, mine)
-            return float(total)
-
+        Returns the sum of their squares; where there are several ranks, of this rank's part of them only.
+        """
         for replica in self.replicas:
             replica.flat.finish_grads()
-        return float(np.sqrt(sum(self.each(work, len(self.slices)))))
+        if self.world.size == 1:
+            return self._sum_of_squares(self.slices, self._add_workers)
+        for bucket in self.buckets[self.n_sent :]:
+            parts = _cut(bucket, self.n_threads)
+            self.each(lambda rank, parts=parts: self._add_workers(parts[rank]), len(parts))
+            self.world.start_sum(self.flat.grads[bucket])
+        self.world.finish_sums()
+        return self._sum_of_squares(_cut(self.mine, self.n_threads))
+
+    def _add_workers(self, part):
+        """Add the other workers' gradients to the first one's, in a slice of them."""
+        total = self.flat.grads[part]
+        for replica in self.replicas[1:]:
+            total += replica.flat.grads[part]
+
+    def _sum_of_squares(self, parts, first=lambda part: None):
+        """The sum of the squares of flat.grads in all parts, each in a thread, which calls first(part) before."""
+
+        def work(rank):
+            total = np.zeros(())
+            first(parts[rank])
+            sum_of_squares(total, self.flat.grads[parts[rank]])
+            return float(total)
+
+        return sum(self.each(work, len(parts)))
+
+    def _buckets(self):
+        """Slices of the gradient, in the order in which a backward is done with them: blocks from the last one on.
+
+        self.sent_after: number of a block -> how many of them are complete when a backward has passed it.
+        """
+        starts, self.sent_after, buckets, end = {}, {}, [], self.flat.n_hidden
+        for name, place in self.flat.names.items():
+            if place.start < self.flat.n_hidden:
+                starts.setdefault(int(name.split(".h.")[1].split(".")[0]), place.start)
+        for block, start in sorted(starts.items(), reverse=True):
+            if end - start >= BUCKET or start == 0:
+                buckets.append(slice(start, end))
+                end = start
+            self.sent_after[block] = len(buckets)
+        return [*buckets, slice(self.flat.n_hidden, len(self.flat.grads))]
+
+    def _sending(self):
+        """A context for each worker's backward, in which the first one sends what all of them have passed."""
+        at = [len(self.model.transformer.h)] * len(self.replicas)  # the block that each worker passed last
+
+        def passed(rank, block):
+            at[rank] = block
+            ready = self.sent_after.get(max(at), 0)
+            while rank == 0 and self.n_sent < ready:
+                bucket = self.buckets[self.n_sent]
+                self._add_workers(bucket)
+                self.world.start_sum(self.flat.grads[bucket])
+                self.n_sent += 1
+
+        def context(rank):
+            transformer = self.replicas[rank].model.transformer
+            noticed = [_noticed(block, passed, rank, n) for n, block in enumerate(transformer.h)]
+            return replaced(transformer, "h", noticed)
+
+        return context
 
     def update(self, optimizer, lr, scale):
         """One update of the weights with flat.grads * scale."""
@@ -254,6 +326,26 @@ class DataParallel:
     def close(self):
         """End the worker threads."""
         self._threads.shutdown()
+
+
+def _cut(whole, n):
+    """A slice cut into n parts of about the same length, at multiples of 16 elements."""
+    start, length = whole.start, whole.stop - whole.start
+    cuts = [start + length * i // n // 16 * 16 for i in range(n)] + [whole.stop]
+    return [slice(a, b) for a, b in itertools.pairwise(cuts)]
+
+
+def _noticed(block, passed, *args):
+    """A block that calls passed(*args) when a backward has been through all of it."""
+
+    def forward(x):
+        def backward(dy):
+            passed(*args)
+            return (dy,)
+
+        return block(record(x.data, (x,), backward))
+
+    return forward
 
 
 def _quiet():

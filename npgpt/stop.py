@@ -1,7 +1,10 @@
-"""Ctrl-C and SIGTERM as a wish to stop: the work at hand is brought to a good end first."""
+"""Ctrl-C and other signals as a wish to stop: the work at hand is brought to a good end first."""
 
 import os
 import signal
+
+# Ctrl-C; what `kill` sends; what Open MPI's mpiexec and Slurm's --signal pass on; Windows' for a console that closes
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK") if hasattr(signal, name)]
 
 
 class Stop:
@@ -10,8 +13,15 @@ class Stop:
     number = None
 
 
+class StopNow(Exception):
+    """Unwinds to where a checkpoint can be written.  number: the signal that asked to stop."""
+
+    def __init__(self, number):
+        self.number = number
+
+
 def catch_signals():
-    """From now on the first Ctrl-C or SIGTERM is noted in the Stop that this returns; a second one ends the process.
+    """From now on the first of SIGNALS is noted in the Stop that this returns; a second one ends the process.
 
     To be called in the main thread, by a program that looks at the Stop until it ends.
     """
@@ -22,7 +32,6 @@ def catch_signals():
             os._exit(128 + number)
         stop.number = number
 
-    for name in ("SIGINT", "SIGTERM", "SIGBREAK"):  # the last is Windows' for a console that closes
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), note)
+    for number in SIGNALS:
+        signal.signal(number, note)
     return stop

@@ -14,7 +14,8 @@ from npgpt import __version__
 from npgpt.command import Parser, show_all
 from npgpt.config import PRESETS, TrainConfig, check_tokenizer, preset
 from npgpt.errors import StoppedError, UsageError, run_command
-from npgpt.stop import Stop, catch_signals
+from npgpt.ranks import joined
+from npgpt.stop import Stop, StopNow, catch_signals
 
 PROG = "python -m npgpt.train"
 
@@ -104,17 +105,19 @@ def describe(trainer):
 
     from npgpt import jit, parallel
 
-    config, model = trainer.config, trainer.model.config
+    config, model, world = trainer.config, trainer.model.config, trainer.world
     length = ""
     if trainer.n_characters is not None:
         length = f"{trainer.n_bytes:,} bytes of UTF-8, {trainer.n_characters:,} characters, "
     kernels = f"numba {jit.numba.__version__}" if jit.KERNELS == "numba" else "NumPy references instead of kernels"
+    ranks = [f"ranks   | {world.size}, {world.local_size} of them on this machine, each with as many workers"]
     return "\n".join(
         (
             f"npgpt   | version {__version__}, numpy {np.__version__}, {kernels}",
             f"device  | {parallel.cpu_name()}, {parallel.cores()} cores: "
             f"{trainer.workers} workers x {trainer.blas_threads} BLAS threads, "
             f"sgemm {trainer.sgemm_peak / 1e9:,.0f} GFLOP/s",
+            *(ranks if world.size > 1 else ()),
             f"data    | {' '.join(config.data)}: {length}{model.vocab_size:,} different tokens",
             *(f"        | {line}" for line in examine(trainer)),
             f"model   | {trainer.model.num_params():,} parameters: n_layer {model.n_layer}, n_head {model.n_head}, "
@@ -173,11 +176,17 @@ def _print_sample(trainer, n_tokens, stop):
 
 
 def main(argv=None, stop=Stop):
-    given, flags = parse(sys.argv[1:] if argv is None else argv)
+    with joined() as world:
+        return train(sys.argv[1:] if argv is None else argv, stop, world)
+
+
+def train(argv, stop, world):
+    """Train as the flags say; what is shown to a person is shown by rank 0 of the world."""
+    given, flags = world.agree(lambda: parse(argv))
     if given.get("init_from") is not None and not flags["resume"]:
         from npgpt.trainer import settings_of
 
-        given = {**settings_of(given["init_from"]), **given}
+        given = {**world.first(lambda: settings_of(given["init_from"])), **given}
         if "tokenizer" not in given:
             raise UsageError(f"init_from: {given['init_from']} has no tokenizer; say what a token is with --tokenizer")
     config = TrainConfig(**given)  # before NumPy and Numba take their time to load: a mistake shows at once
@@ -189,13 +198,18 @@ def main(argv=None, stop=Stop):
     profile = Profile() if flags["profile"] else None
     if flags["resume"]:
         source = config.out_dir if flags["resume"] is True else flags["resume"]
-        trainer = Trainer.resume(source, given, profile, flags["force"], stop)
+        trainer = Trainer.resume(source, given, profile, flags["force"], stop, world)
     else:
-        trainer = Trainer(config, flags["overwrite"], profile, flags["force"], stop)
-    if stop.number is not None:
-        raise StoppedError(stop.number, "stopped before anything was trained")
-    print(describe(trainer), flush=True)
+        trainer = Trainer(config, flags["overwrite"], profile, flags["force"], stop, world)
+    try:
+        world.sum(stop)
+    except StopNow as stopped:
+        raise StoppedError(stopped.number, "stopped before anything was trained") from None
+    if world.rank == 0:
+        print(describe(trainer), flush=True)
     for event in trainer.run(stop):
+        if world.rank:
+            continue
         if isinstance(event, Notice):
             print(f"{PROG}: {event.text}", file=sys.stderr, flush=True)
         elif isinstance(event, Progress):
@@ -220,7 +234,7 @@ def main(argv=None, stop=Stop):
             print(f"best validation loss {trainer.best_loss:.4f} at iteration {trainer.best_iter:,}; sample from it:")
             print(f"  python -m npgpt.sample --out-dir {trainer.out_dir}")
             print(f"its loss curve:\n  python -m npgpt.plot {trainer.out_dir}")
-    if profile is not None and profile.entries:
+    if profile is not None and profile.entries and world.rank == 0:
         print(profile_table(profile, trainer))
     return 0
 

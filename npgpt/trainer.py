@@ -7,6 +7,7 @@
 The loop computes and writes files; what is shown to a person is the business of npgpt/train.py.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -28,11 +29,13 @@ from npgpt.model import GPT
 from npgpt.optim import AdamW, Muon, clip_scale, cosine_lr
 from npgpt.parallel import DataParallel, blas_threads, choose_threads, cpu_name, sgemm_peak
 from npgpt.profiler import profiling
+from npgpt.ranks import ALONE, share
 from npgpt.sampling import Writer, unprompted
-from npgpt.stop import Stop
+from npgpt.stop import Stop, StopNow
 from npgpt.tokenizer import BPE_FILES, BPETokenizer, ByteTokenizer, CharTokenizer, find_bpe, from_dict, name_of
 
 MOST_SKIPPED = 5  # updates in a row that may be skipped because something was not finite
+SEEN_WITHIN = 20  # seconds in which a file that one machine has written shows on the others that share the folder
 
 # settings without which a run would not be the same run any more
 FIXED = (
@@ -81,10 +84,6 @@ class Notice:
     text: str
 
 
-class _StopNow(Exception):
-    """Unwinds to where a checkpoint can be written."""
-
-
 class Trainer:
     """A training run.  Raises UsageError and CheckpointError before anything is trained.
 
@@ -94,45 +93,56 @@ class Trainer:
     profile    a Profile that gets to know where the updates' time goes; not that of the first, which compiles kernels,
                and not that of audited ones
     stop       a Stop; when it has a number while the data is read, StoppedError is raised
+    world      the World of ranks that share the work; all of them must be given the same settings
     """
 
-    def __init__(self, config, overwrite=False, profile=None, force=False, stop=Stop):
-        self.config, self.profile, self.force = config, profile, force
+    def __init__(self, config, overwrite=False, profile=None, force=False, stop=Stop, world=ALONE):
+        self.config, self.profile, self.force, self.world = config, profile, force, world
         self.out_dir = Path(config.out_dir)
         self.overwrite = overwrite
-        if not overwrite:
-            folder.refuse_earlier_run(self.out_dir)
-        check_tokenizer(config)
+        world.first(self._refuse)
         self._prepare(stop)
 
+    def _refuse(self):
+        """Raise UsageError if a new run cannot begin."""
+        if not self.overwrite:
+            folder.refuse_earlier_run(self.out_dir)
+        check_tokenizer(self.config)
+
     @classmethod
-    def resume(cls, path, changes=None, profile=None, force=False, stop=Stop):
+    def resume(cls, path, changes=None, profile=None, force=False, stop=Stop, world=ALONE):
         """The run in a folder, or in a checkpoint file, as it stood when its newest checkpoint was written.
 
         changes    settings that are to be other than before, as a dict
-        profile, force, stop    as for a new run
+        profile, force, stop, world    as for a new run
 
         Raises CheckpointError if there is no good checkpoint, and UsageError if data or changes do not fit it.
         """
-        path = Path(path)
-        out_dir = path.parent if path.is_file() else path
-        with folder.opened(path if path.is_file() else folder.newest(path)) as (reader, state):
-            return cls._resume(path, out_dir, reader, state, changes, profile, force, stop)
+        path, reader = Path(path), None
+        with contextlib.ExitStack() as stack:
+
+            def begin():
+                nonlocal reader
+                found = path if path.is_file() else folder.newest(path)
+                reader, state = stack.enter_context(folder.opened(found))
+                _config_of(state, path)
+                return state, str(path.parent if path.is_file() else path)
+
+            state, out_dir = world.first(begin)
+            return cls._resume(path, Path(out_dir), reader, state, changes, profile, force, stop, world)
 
     @classmethod
-    def _resume(cls, path, out_dir, reader, state, changes, profile, force, stop):
-        """The run that wrote an open checkpoint."""
+    def _resume(cls, path, out_dir, reader, state, changes, profile, force, stop, world):
+        """The run that wrote a checkpoint, which rank 0 has opened."""
         trainer = cls.__new__(cls)
         before = _config_of(state, path)
         changes = dict(changes or {})
         if "max_iters" in changes:
             changes.setdefault("epochs", None)
         trainer.config = dataclasses.replace(before, **{**changes, "out_dir": str(out_dir)})
-        trainer.profile, trainer.force, trainer.out_dir, trainer.overwrite = profile, force, out_dir, False
-        for name in FIXED:
-            old, new = getattr(before, name), getattr(trainer.config, name)
-            if old != new:
-                raise UsageError(f"the run in {out_dir} was begun with {name} = {old}; it cannot go on with {new}")
+        trainer.profile, trainer.force, trainer.world = profile, force, world
+        trainer.out_dir, trainer.overwrite = out_dir, False
+        world.agree(lambda: _check_fixed(before, trainer.config))
         trainer._prepare(stop, state)
         trainer._restore(reader, state, before, path)
         return trainer
@@ -142,30 +152,48 @@ class Trainer:
 
         state: of the checkpoint that the run goes on from.
         """
-        config = self.config
-        data = open_data(config.data, stop)
-        self.n_characters, self.n_bytes, self.fingerprint = data.n_characters, data.n_bytes, data.fingerprint
-        if state is None:
-            model, self.tokenizer = _beginning(config, data, stop)
-        else:
-            self._check_same_text(state)
-            model, self.tokenizer = None, from_dict(state.get("tokenizer"))
-        self.vocab_size = self.tokenizer.vocab_size if model is None else model.config.vocab_size
-        if state is not None:
-            self.vocab_size = max(self.vocab_size, _vocab_size_of(state))
-        self.workers, self.blas_threads = choose_threads(
-            config.batch_size, config.block_size, config.workers, config.blas_threads
+        config, world = self.config, self.world
+        world.check_same(self._versions())
+        self.micro_steps, self.sequences = world.agree(
+            lambda: share(world.rank, world.size, config.gradient_accumulation_steps, config.batch_size)
         )
-        self._check_memory(len(data.train) + len(data.val) if isinstance(data, TokenFiles) else data.n_bytes)
-        if isinstance(data, TokenFiles):
-            data.check(self.tokenizer.vocab_size)
-            self.repeated_lines, self.tokens_file = None, None
-            self.train_tokens, self.val_tokens = data.train, data.val
-        else:
-            self.train_tokens, self.val_tokens = split(self._encode(data, state), config.val_fraction)
-            self.repeated_lines = repeated_lines(data.pieces, data.n_characters, config.val_fraction)
-        self.n_tokens = len(self.train_tokens) + len(self.val_tokens)
-        self.memory_needed = memory.estimate(config, self.vocab_size, self.n_tokens, self.workers)
+        data = model = tokenizer = None
+
+        def begin():
+            nonlocal data, model, tokenizer
+            data = open_data(config.data, stop)
+            if state is None:
+                model, tokenizer = _beginning(config, data, stop)
+            else:
+                self._check_same_text(state, data)
+                tokenizer = from_dict(state.get("tokenizer"))
+            vocab_size = tokenizer.vocab_size if model is None else model.config.vocab_size
+            if state is not None:
+                vocab_size = max(vocab_size, _vocab_size_of(state))
+            most = len(data.train) + len(data.val) if isinstance(data, TokenFiles) else data.n_bytes
+            return tokenizer.to_dict(), vocab_size, data.n_characters, data.n_bytes, data.fingerprint, most
+
+        words, self.vocab_size, self.n_characters, self.n_bytes, self.fingerprint, most = world.first(begin)
+        self.tokenizer = world.agree(lambda: from_dict(words) if tokenizer is None else tokenizer)
+        batch_size = self.sequences.stop - self.sequences.start
+        self.workers, self.blas_threads = choose_threads(
+            batch_size, config.block_size, config.workers, config.blas_threads, world.cores
+        )
+        world.agree(lambda: self._check_memory(most))
+        self.tokens_file = self.repeated_lines = None
+
+        def read_tokens():
+            if isinstance(data, TokenFiles):
+                data.check(self.tokenizer.vocab_size)
+                self.train_tokens, self.val_tokens = data.train, data.val
+            else:
+                self.train_tokens, self.val_tokens = split(self._encode(data, state), config.val_fraction)
+                self.repeated_lines = repeated_lines(data.pieces, data.n_characters, config.val_fraction)
+            return len(self.train_tokens) + len(self.val_tokens), self.tokens_file
+
+        self.n_tokens, self.tokens_file = world.first(read_tokens)
+        world.agree(lambda: world.rank and self._map_tokens())
+        self.memory_needed = memory.estimate(self._share(), self.vocab_size, self.n_tokens, self.workers)
         self.blocks, self.val_blocks = _blocks(config, self.train_tokens, self.val_tokens)
         self.val_sample = EvaluationBlocks(self.val_tokens, config.block_size, config.eval_iters * config.batch_size)
 
@@ -177,9 +205,10 @@ class Trainer:
 
         self.model = model or GPT(config.gpt_config(self.vocab_size), seed=config.seed)
         self.model.tokenizer = self.tokenizer
-        self.parallel = DataParallel(self.model, self.workers, self.blas_threads)
+        self.parallel = DataParallel(self.model, self.workers, self.blas_threads, world)
         self.optimizer = self._optimizer()
-        self.auditor = Auditor(self.parallel, config.gradcheck_entries) if config.gradcheck_every else None
+        audits = config.gradcheck_every and world.rank == 0
+        self.auditor = Auditor(self.parallel, config.gradcheck_entries) if audits else None
         self.audit, self.audited_iter = None, None  # of the last update if it was audited; the last that passed
         self.iter = 0
         self.best_loss, self.best_iter = math.inf, 0
@@ -189,6 +218,36 @@ class Trainer:
         self.notices = []  # what run() has to say first
         self.saved_iter, self.unsaved = None, None  # of the last checkpoint, and why it could not be written
 
+    def _share(self):
+        """The settings of this rank's share of a micro-step, to estimate its memory from."""
+        audits = {} if self.world.rank == 0 else {"gradcheck_every": 0}
+        return dataclasses.replace(self.config, batch_size=self.sequences.stop - self.sequences.start, **audits)
+
+    @property
+    def _dtype(self):
+        """Of the tokens in their files; those that others have prepared are always of 16 bits."""
+        return np.dtype("<u2" if self.tokens_file is None or self.tokenizer.vocab_size <= 2**16 else "<u4")
+
+    def _map_tokens(self):
+        """Map the tokens that rank 0 has found or written.  Raises UsageError if they are not to be seen here."""
+        if self.tokens_file is None:
+            paths = [Path(self.config.data[0]) / name for name in ("train.bin", "val.bin")]
+            found = [map_tokens(path, self._dtype) for path in paths]
+        else:
+            paths = [self.out_dir / self.tokens_file]
+            for _ in range(SEEN_WITHIN):
+                found = [map_tokens(paths[0], self._dtype, self.n_tokens)]
+                if found[0] is not None:
+                    found = split(found[0], self.config.val_fraction)
+                    break
+                time.sleep(1)
+        if any(tokens is None for tokens in found) or sum(map(len, found)) != self.n_tokens:
+            raise UsageError(
+                f"{paths[0]} is not here as rank 0 sees it; all ranks must see the same files: let --out-dir and "
+                f"--data name folders that their machines share"
+            )
+        self.train_tokens, self.val_tokens = found
+
     def _encode(self, corpus, state):
         """(n,) tokens of a Corpus, mapped from a file in the run folder; it is written if it is not there yet.
 
@@ -197,7 +256,7 @@ class Trainer:
         """
         words = json.dumps(self.tokenizer.to_dict(), sort_keys=True)
         self.tokens_file = f"tokens-{hashlib.sha256((self.fingerprint + words).encode()).hexdigest()[:16]}.bin"
-        path, dtype = self.out_dir / self.tokens_file, np.dtype("<u2" if self.tokenizer.vocab_size <= 2**16 else "<u4")
+        path, dtype = self.out_dir / self.tokens_file, self._dtype
         n = self.tokenizer.n_tokens(corpus.n_characters, corpus.n_bytes)
         if n is None and corpus.n_bytes <= PIECE:  # a short text is encoded twice, lest a folder be made for nothing
             n = sum(map(len, self.tokenizer.encode_pieces(corpus.pieces())))
@@ -223,9 +282,10 @@ class Trainer:
 
         The tokens themselves do not count: they are mapped from a file, which may be larger than the memory.
         """
-        asked = self.config, self.vocab_size, most_tokens, self.workers
+        asked = self._share(), self.vocab_size, most_tokens, self.workers
         parts = memory.parts(*asked)
         needed, there_is = memory.estimate(*asked) - parts.pop(memory.MAPPED), memory.available()
+        needed *= self.world.local_size
         if there_is is not None and needed > there_is and not self.force:
             most = sorted(parts.items(), key=lambda part: -part[1])[:3]
             raise UsageError(
@@ -238,41 +298,49 @@ class Trainer:
     def environment(self):
         """What the bits of a result depend on, besides the settings."""
         return {
-            "npgpt": __version__,
-            "numpy": np.__version__,
-            "kernels": f"numba {jit.numba.__version__}" if jit.KERNELS == "numba" else jit.KERNELS,
+            "ranks": self.world.size,
+            **self._versions(),
             "processor": cpu_name(),
             "workers": self.workers,
             "blas_threads": self.blas_threads,
         }
 
-    def _check_same_text(self, state):
+    def _versions(self):
+        kernels = f"numba {jit.numba.__version__}" if jit.KERNELS == "numba" else jit.KERNELS
+        return {"npgpt": __version__, "numpy": np.__version__, "kernels": kernels}
+
+    def _check_same_text(self, state, data):
         """Raise UsageError if the data is not what the run of a checkpoint was begun with."""
-        if state.get("data_sha256") == self.fingerprint:
+        if state.get("data_sha256") == data.fingerprint:
             return
-        was, now = state.get("n_characters"), self.n_characters
+        was, now = state.get("n_characters"), data.n_characters
         both = isinstance(was, int) and isinstance(now, int)  # token files have no characters
         lengths = f"it had {was:,} characters, now there are {now:,} " if both else ""
         raise UsageError(
             f"data: {' '.join(self.config.data)} is not the text that the run in {self.out_dir} was begun with: "
-            f"{lengths}(sha256 {str(state.get('data_sha256'))[:8]}..., now {self.fingerprint[:8]}...)"
+            f"{lengths}(sha256 {str(state.get('data_sha256'))[:8]}..., now {data.fingerprint[:8]}...)"
         )
 
     def _restore(self, reader, state, before, path):
         """Become the run that wrote this checkpoint; its arrays go straight from the file to their places."""
-        flat = self.parallel.flat
-        for prefix, values in self._arrays():
-            for name, view in flat.views(values):
-                entry = reader.entries.get(prefix + name)
-                if entry is None or entry.shape != view.shape or entry.dtype not in checkpoint.FLOATS:
-                    raise CheckpointError(f"{path}: {prefix + name} is missing, or has another shape than {view.shape}")
-                reader.copy_to(prefix + name, view)
+
+        def read():
+            for prefix, values in self._arrays():
+                for name, view in self.parallel.flat.views(values):
+                    entry = reader.entries.get(prefix + name)
+                    if entry is None or entry.shape != view.shape or entry.dtype not in checkpoint.FLOATS:
+                        raise CheckpointError(
+                            f"{path}: {prefix + name} is missing, or has another shape than {view.shape}"
+                        )
+                    reader.copy_to(prefix + name, view)
+
+        self.world.first(read)
         try:
             self.iter = self.resumed_from = self.saved_iter = int(state["iter"])
             self.optimizer.step, self.skipped = int(state["optimizer_step"]), int(state["skipped"])
             self.best_loss = math.inf if state["best_loss"] is None else float(state["best_loss"])
             self.best_iter, self.elapsed = int(state["best_iter"]), float(state["elapsed_s"])
-            environment = dict(state["environment"])
+            environment = {"ranks": 1, **state["environment"]}
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: the state of the run is not complete ({error})") from None
         for name, value in self.environment.items():
@@ -307,9 +375,10 @@ class Trainer:
             return sgemm_peak()[0]
 
     def share_of_peak(self, tokens_per_second):
-        """Training speed as a share of sgemm_peak: that of the FLOPs which a step needs at least."""
+        """Training speed as a share of sgemm_peak, all ranks': that of the FLOPs which a step needs at least."""
         B, T = self.config.batch_size, self.config.block_size
-        return tokens_per_second * self.model.config.training_flops(B, T) / (B * T) / self.sgemm_peak
+        peak = self.sgemm_peak * self.world.size
+        return tokens_per_second * self.model.config.training_flops(B, T) / (B * T) / peak
 
     def learning_rate(self, iteration):
         config = self.config
@@ -326,13 +395,16 @@ class Trainer:
         Raises DivergedError at the fifth in a row, and GradientError if the gradient is audited and wrong.
         """
         self.audit = None
-        config, n_micro = self.config, self.config.gradient_accumulation_steps
         self.parallel.zero_grad()
-        loss = 0.0
-        for micro_batch in self._micro_batches():
-            _check(stop)
-            loss += self.parallel.forward_backward(*micro_batch, weight=1 / n_micro) / n_micro
-        norm, lr = self.parallel.gather_grads(), self.learning_rate(self.iter)
+        mine, n, loss = self.sequences, len(self.micro_steps) * self.world.size, 0.0
+        for i, (x, y, seed) in zip(self.micro_steps, self._micro_batches(self.micro_steps), strict=True):
+            if stop.number is not None:
+                break  # what there is goes into the sum all the same, by which all ranks learn of it
+            loss += self.parallel.forward_backward(
+                x[mine], y[mine], seed, weight=1 / n, offset=mine.start, last=i == self.micro_steps[-1]
+            ) / n  # fmt: skip
+        loss, squares = self.world.sum(stop, loss, self.parallel.gather_grads())
+        norm, lr = math.sqrt(squares), self.learning_rate(self.iter)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if skipped:
             self.skipped += 1
@@ -341,30 +413,36 @@ class Trainer:
         else:
             if self._is_audited():
                 self._audit(stop)
-            self.parallel.update(self.optimizer, lr, clip_scale(norm, config.grad_clip))
+            self.parallel.update(self.optimizer, lr, clip_scale(norm, self.config.grad_clip))
             self.skipped = 0
         self.iter += 1
         return loss, lr, norm, skipped
 
     def _is_audited(self):
-        return self.auditor is not None and self.iter % self.config.gradcheck_every == 0
+        return self.config.gradcheck_every and self.iter % self.config.gradcheck_every == 0
 
     def _audit(self, stop):
-        """Compare the gradient with finite differences.  Raises GradientError if it is wrong."""
-        self.audit = self.auditor.audit(list(self._micro_batches()), (self.config.seed, self.iter), stop)
-        _check(stop)
-        if not self.audit.passed:
+        """Compare the gradient with finite differences, on rank 0.  Raises GradientError if it is wrong."""
+        if self.auditor is not None:
+            self.audit = self.auditor.audit(list(self._micro_batches()), (self.config.seed, self.iter), stop)
+        (wrong,) = self.world.sum(stop, self.audit is not None and not self.audit.passed)
+        if wrong:
             good = folder.newest_until(self.out_dir, 0 if self.audited_iter is None else self.audited_iter + 1)
+            worst = self.audit and self.audit.worst  # there is none where rank 0 has the words
             raise GradientError(
-                f"the gradient at iteration {self.iter} is wrong: {self.audit.worst}, bound {BOUND:.0e}; nothing of it "
+                f"the gradient at iteration {self.iter} is wrong: {worst}, bound {BOUND:.0e}; nothing of it "
                 f"was saved" + (f". The last checkpoint before it that is beyond doubt is {good}" if good else "")
             )
         self.audited_iter = self.iter
 
-    def _micro_batches(self):
-        """The micro-steps of this update: of each x, y (B, T) and the seed of its dropout masks."""
+    def _micro_batches(self, numbers=None):
+        """Micro-steps of this update, by default all: of each x, y (B, T) and the seed of its dropout masks.
+
+        They are the same for any number of ranks.
+        """
         n_micro = self.config.gradient_accumulation_steps
-        for n in range(self.iter * n_micro, (self.iter + 1) * n_micro):
+        for i in range(n_micro) if numbers is None else numbers:
+            n = self.iter * n_micro + i
             seed = np.random.SeedSequence([self.config.seed, DROPOUT, n]).generate_state(1)[0]
             yield *self.blocks.batch(n, self.config.batch_size), seed
 
@@ -376,7 +454,7 @@ class Trainer:
     def _first_not_finite(self):
         """Words for the first op of this update whose result was not finite; found by doing the update once more."""
         names = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        for x, y, seed in self._micro_batches():
+        for x, y, seed in self._micro_batches() if self.world.rank == 0 else ():
             try:
                 with finite_checks(names), random_stream(seed), np.errstate(all="ignore"):
                     _, loss = self.model(x, y)
@@ -390,12 +468,15 @@ class Trainer:
         total = count = 0
         self.parallel.train(False)
         try:
-            for i in range(0, len(blocks), self.config.batch_size):
-                _check(stop)
-                loss, n = self.parallel.loss(*blocks[i : i + self.config.batch_size])
+            B = self.sequences.stop - self.sequences.start  # the ranks take turns with so many sequences at once
+            for i in range(self.world.rank * B, len(blocks), self.world.size * B):
+                if stop.number is not None:
+                    break
+                loss, n = self.parallel.loss(*blocks[i : i + B])
                 total, count = total + loss, count + n
         finally:
             self.parallel.train(True)
+        total, count = self.world.sum(stop, total, count)
         if not math.isfinite(total):
             raise self._diverged(f"the validation loss is {total / count}")
         return total / count
@@ -416,31 +497,39 @@ class Trainer:
         is raised.  Raises DivergedError, GradientError, BusyError, and CheckpointError if at the end the last
         checkpoint or the log could not be written; while it goes on, such a failure is a Notice.
         """
-        self.folder = folder.RunFolder(self.out_dir)
+        self.folder = None
         try:
-            if self.resumed_from is None:
-                if not self.overwrite:
-                    folder.refuse_earlier_run(self.out_dir)  # it may have come while the lock was another's
-                self.folder.clear(self.tokens_file)
-            else:
-                self.folder.forget_after(self.iter)
-            self.folder.open_log(self.iter)
+            self.world.first(self._open_folder)
+            for _, values in self._arrays():
+                self.world.broadcast(values)
             yield from self._run(stop)
-        except _StopNow:
+        except StopNow as stopped:
             list(self._save(None))
-            raise StoppedError(stop.number, self._farewell()) from None
+            raise StoppedError(stopped.number, self._farewell()) from None
         except GeneratorExit:  # nobody asks for the next event: the output was closed, say
             list(self._save(None))
             raise
         finally:
-            self.folder.close()
+            if self.folder is not None:
+                self.folder.close()
+
+    def _open_folder(self):
+        """Take the run folder into possession, and put away what this run replaces."""
+        self.folder = folder.RunFolder(self.out_dir)
+        if self.resumed_from is None:
+            if not self.overwrite:
+                folder.refuse_earlier_run(self.out_dir)  # it may have come while the lock was another's
+            self.folder.clear(self.tokens_file)
+        else:
+            self.folder.forget_after(self.iter)
+        self.folder.open_log(self.iter)
 
     def _farewell(self):
         if self.saved_iter is None:
             return f"stopped; nothing could be saved: {self.unsaved}"
         return (
             f"stopped at iteration {self.iter:,}; the checkpoint is of iteration {self.saved_iter:,}. Go on with: "
-            f"python -m npgpt.train --resume --out-dir {self.out_dir}"
+            f"{self.world.command} --resume --out-dir {self.out_dir}"
         )
 
     def _run(self, stop):
@@ -452,7 +541,6 @@ class Trainer:
         self.began, logged = clock() - self.elapsed, clock()
         logged_iter, steady = self.iter, None
         while True:
-            _check(stop)
             evaluation = None
             out_of_patience = False
             if self.iter >= self.max_iters or self.iter % config.eval_interval == 0:
@@ -468,8 +556,7 @@ class Trainer:
                     yield from self._log(self._row(evaluation))
                     if out_of_patience:
                         yield Notice(f"no new best in {config.patience} evaluations: the run ends here")
-                    if self.unsaved is not None:
-                        raise CheckpointError(str(self.unsaved))
+                    self.world.first(self._check_saved)
                     return
                 logged, logged_iter = clock(), self.iter
             n = self.iter
@@ -477,7 +564,8 @@ class Trainer:
                 with profiling(None if steady is None or self._is_audited() else self.profile):
                     loss, lr, norm, skipped = self.step(stop)
             except GradientError:
-                yield from self._log({"iter": n, "gradcheck": self.audit.errors})
+                if self.audit is not None:
+                    yield from self._log({"iter": n, "gradcheck": self.audit.errors})
                 raise
             now = clock()
             if self.audit is not None:
@@ -497,6 +585,10 @@ class Trainer:
                 logged, logged_iter = now, self.iter
                 yield progress
 
+    def _check_saved(self):
+        if self.unsaved is not None:
+            raise CheckpointError(str(self.unsaved))
+
     def _row(self, evaluation, progress=None):
         """A row of the log; numbers that are not finite are null."""
         row = {"iter": self.iter if progress is None else progress.iter}
@@ -515,6 +607,8 @@ class Trainer:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
     def _log(self, row):
+        if self.folder is None:
+            return
         try:
             self.folder.log(row)
             if isinstance(self.unsaved, _LogError):
@@ -530,6 +624,10 @@ class Trainer:
         is_best = loss < self.best_loss or (loss == self.best_loss and self.iter == self.best_iter)
         if is_best:
             self.best_loss, self.best_iter = loss, self.iter
+        if not self.world.all_same(self.parallel.flat.weights):
+            yield Notice("the ranks' weights were no longer the same (are their processors?); now they are rank 0's")
+            for _, values in self._arrays():
+                self.world.broadcast(values)
         yield from self._save(loss)
         return Evaluation(self.iter, loss, is_best)
 
@@ -540,6 +638,8 @@ class Trainer:
         flat, arrays = self.parallel.flat, {}
         if not all(np.isfinite(values).all() for _, values in self._arrays()):
             raise self._diverged("weights are not finite: no checkpoint is written of them")
+        if self.folder is None:
+            return
         for prefix, values in self._arrays():
             for name, view in flat.views(values):
                 arrays[prefix + name] = view
@@ -571,9 +671,12 @@ class _LogError(CheckpointError):
     """A row of the log that waits to be written."""
 
 
-def _check(stop):
-    if stop.number is not None:
-        raise _StopNow
+def _check_fixed(before, config):
+    """Raise UsageError if a run is to go on with other settings that make it another run."""
+    for name in FIXED:
+        old, new = getattr(before, name), getattr(config, name)
+        if old != new:
+            raise UsageError(f"the run in {config.out_dir} was begun with {name} = {old}; it cannot go on with {new}")
 
 
 def _blocks(config, train_tokens, val_tokens):

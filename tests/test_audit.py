@@ -252,7 +252,7 @@ FAULTY = {
     "the engine's sums": (engine.Tensor, "_add_grad", replaced),
     "a worker's gradient": (DataParallel, "gather_grads", lost),
     "the weight of a micro-step": (
-        DataParallel, "forward_backward", lambda f: lambda self, x, y, seed, weight: f(self, x, y, seed),
+        DataParallel, "forward_backward", lambda f: lambda *args, weight, **rest: f(*args, **rest),
     ),
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """A batch split over worker threads trains the same model, and how many threads there are."""
 
+import math
 import sys
 import threading
 import tracemalloc
@@ -52,7 +53,7 @@ def train(data_parallel, steps=50, batch_size=5, n_micro=1):
         for micro in range(n_micro):
             seed = step * n_micro + micro
             loss += data_parallel.forward_backward(*next(data), seed=seed, weight=1 / n_micro) / n_micro
-        norm = data_parallel.gather_grads()
+        norm = math.sqrt(data_parallel.gather_grads())
         data_parallel.update(optimizer, 3e-3, clip_scale(norm, 1.0))
         losses.append(loss)
     return np.array(losses)
@@ -63,7 +64,7 @@ def gradients(data_parallel, *micro_batches, weight=1.0, seed=4):
     data_parallel.zero_grad()
     for idx, targets in micro_batches:
         data_parallel.forward_backward(idx, targets, seed=seed, weight=weight)
-    norm = data_parallel.gather_grads()
+    norm = math.sqrt(data_parallel.gather_grads())
     return data_parallel.flat.grads.copy(), norm
 
 

@@ -189,7 +189,7 @@ def test_whatever_is_lost_of_the_saved_state_is_noticed(config, made_up_clock, t
     whole = Trainer(variant(config, out_dir=str(tmp_path / "whole")))
     made_up_clock(whole)
     with pytest.raises(StoppedError):
-        made_up_clock(Trainer(config), StopAt(26))
+        made_up_clock(Trainer(config), StopAt(30))
     path = folder.newest(config.out_dir)
     arrays, state = folder.load(path)
     assert state["best_iter"] == 8 < state["iter"] < 12 and whole.iter == 16

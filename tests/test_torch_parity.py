@@ -64,7 +64,7 @@ def test_ten_clipped_adamw_steps(figures, dtype, bound, workers):
     for idx, targets in zip(figures["idx"], figures["targets"], strict=True):
         parallel.zero_grad()
         losses.append(parallel.forward_backward(idx, targets))
-        norms.append(parallel.gather_grads())
+        norms.append(parallel.gather_grads() ** 0.5)
         parallel.update(optimizer, s["learning_rate"], clip_scale(norms[-1], s["grad_clip"]))
     parallel.close()
     assert min(figures["norms"]) > s["grad_clip"]  # every step is clipped

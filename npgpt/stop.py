@@ -8,9 +8,12 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "S
 
 
 class Stop:
-    """number: the signal that asked to stop, or None; at_once: what is called when it comes, whatever is being done."""
+    """number: the signal that asked to stop, or None.
 
-    number = at_once = None
+    warned: what is called when mpiexec is about to end this process; None for nothing.
+    """
+
+    number = warned = None
 
 
 class StopNow(Exception):
@@ -31,9 +34,14 @@ def catch_signals():
         if stop.number is not None:
             os._exit(128 + number)
         stop.number = number
-        if stop.at_once is not None:
-            stop.at_once()
+
+    def warn(number, _):
+        if stop.warned is not None:
+            stop.warned()
 
     for number in SIGNALS:
         signal.signal(number, note)
+    if hasattr(signal, "SIGCONT"):
+        # what Open MPI's mpiexec sends first when it is told to end; SIGTERM and SIGKILL follow within half a second
+        signal.signal(signal.SIGCONT, warn)
     return stop

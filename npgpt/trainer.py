@@ -13,7 +13,10 @@ import functools
 import hashlib
 import json
 import math
+import os
+import signal
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +34,7 @@ from npgpt.parallel import DataParallel, blas_threads, choose_threads, cpu_name,
 from npgpt.profiler import profiling
 from npgpt.ranks import ALONE, share
 from npgpt.sampling import Writer, unprompted
-from npgpt.stop import Stop, StopNow
+from npgpt.stop import SIGNALS, Stop, StopNow
 from npgpt.tokenizer import BPE_FILES, BPETokenizer, ByteTokenizer, CharTokenizer, find_bpe, from_dict, name_of
 
 MOST_SKIPPED = 5  # updates in a row that may be skipped because something was not finite
@@ -217,6 +220,7 @@ class Trainer:
         self.resumed_from = None  # the iteration of the checkpoint that this run goes on from
         self.notices = []  # what run() has to say first
         self.saved_iter, self.unsaved = None, None  # of the last checkpoint, and why it could not be written
+        self._aside = None  # (process that saves, iteration), if there is one
         self._settled = True  # whether weights, moments and iter belong together, and nobody is just saving them
 
     def _share(self):
@@ -409,6 +413,7 @@ class Trainer:
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         n_skipped = self.skipped + 1 if skipped else 0
         if n_skipped == MOST_SKIPPED:
+            self.skipped = n_skipped
             raise self._diverged(f"the loss is {loss}, the gradient's norm {norm}{self._first_not_finite()}")
         if self._is_audited() and not skipped:
             self._audit(stop)
@@ -502,7 +507,7 @@ class Trainer:
         try:
             self.world.first(self._open_folder)
             if self.world.size > 1 and isinstance(stop, Stop):
-                stop.at_once = self._save_at_once
+                stop.warned = self._save_aside
             for _, values in self._arrays():
                 self.world.broadcast(values)
             yield from self._run(stop)
@@ -513,7 +518,7 @@ class Trainer:
             list(self._save(None))
             raise
         finally:
-            stop.at_once = None
+            stop.warned = None
             if self.folder is not None:
                 self.folder.close()
 
@@ -528,11 +533,23 @@ class Trainer:
             self.folder.forget_after(self.iter)
         self.folder.open_log(self.iter)
 
-    def _save_at_once(self):
-        """Save while an update is under way: Open MPI's mpiexec kills its ranks a quarter of a second after SIGTERM."""
-        if self._settled:
-            with contextlib.suppress(DivergedError):
-                list(self._save(None))
+    def _save_aside(self):
+        """Save in a process of its own, from the memory as it is now: nobody knows how long this one has to live."""
+        if not self._settled or self.folder is None or self.saved_iter == self.iter or not hasattr(os, "fork"):
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python warns of threads, which are not there in the new process
+            child = os.fork()
+        if child:
+            self._aside = child, self.iter
+            return
+        try:
+            os.setsid()  # away from the processes that mpiexec kills
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+            list(self._save(None))
+        finally:
+            os._exit(self.saved_iter != self.iter)
 
     def _farewell(self):
         if self.saved_iter is None:
@@ -643,6 +660,10 @@ class Trainer:
 
     def _save(self, val_loss):
         """Write a checkpoint of the weights after `iter` updates, unless there is one.  Yields a Notice if it fails."""
+        if self._aside is not None:
+            (child, iteration), self._aside = self._aside, None
+            if os.waitpid(child, 0)[1] == 0:
+                self.saved_iter = iteration
         if self.saved_iter == self.iter and val_loss is None:
             return
         flat, arrays = self.parallel.flat, {}

@@ -4,6 +4,7 @@ Most of it runs on threads that take themselves for ranks, over an MPI of their 
 true one, where there is one, and there this file is also the program of the ranks.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from runs import TEXT, metrics, run, variant
 from npgpt import folder, parallel, ranks
 from npgpt.config import TrainConfig
 from npgpt.errors import BusyError, DivergedError, GradientError, NpgptError, StoppedError, UsageError
+from npgpt.folder import RunFolder
 from npgpt.ops import layernorm
 from npgpt.ranks import ALONE, MPIWorld, ToldError, joined, share
 from npgpt.stop import Stop, StopNow
@@ -497,6 +500,11 @@ def test_mpiexec_that_is_told_to_end_leaves_a_checkpoint_of_the_moment(config):
     process.terminate()
     process.communicate(timeout=60)
     assert process.returncode != 0
+    while True:  # what is being saved has the folder for as long as that takes
+        with contextlib.suppress(BusyError):
+            RunFolder(config.out_dir).close()
+            break
+        time.sleep(0.1)
     assert folder.load(folder.newest(config.out_dir))[1]["iter"] > 0
 
 

@@ -78,7 +78,7 @@ def all_reduce_seconds(n, ranks, alpha, beta, gamma):
 
 def answer(pipe, words):
     if pipe is not None:
-        with contextlib.suppress(BrokenPipeError):  # nobody wants to know any more
+        with contextlib.suppress(ConnectionError):  # nobody wants to know any more
             pipe.send(words)
 
 
@@ -100,19 +100,22 @@ def questions(pipe, world):
 
 
 def serve_steps(pipe, world, name, cores=None):
-    """Says what there is; then, for each number n, what n steps took, and on what the ranks spent it, on average.
+    """Says what there is; then, for each number n, does n steps, and says how long each of them took, how much of it
+    all went into communication and into waiting, on average over the ranks, and the bytes that each sent in a step.
 
     cores: for each rank to use, by default its part of the machine's
     """
     from npgpt.parallel import choose_threads
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; this process ends with it
     workload = WORKLOADS[name]
     batches, ring = itertools.cycle(workload.batches()), 2 * (world.size - 1) / world.size
     threads = choose_threads(workload.batch_size // world.size, workload.config.block_size, n=cores or world.cores)
     sum_scalars = measured("all-reduce, scalars", lambda *_: (0, ring * SCALARS))(world.sum)
     with npgpt_step(workload, *threads, world) as (parallel, step), replaced(world, "sum", sum_scalars):
         losses = [step(*next(batches)) for _ in range(CHECKED)]
-        answer(pipe, (losses, threads, [parallel.flat.grads[bucket].nbytes for bucket in parallel.buckets]))
+        buckets = [parallel.flat.grads[bucket].nbytes for bucket in parallel.buckets]
+        answer(pipe, (losses, (world.size, *threads), buckets))
         for n in questions(pipe, world):
             step(*next(batches))  # wakes the threads and fills the caches
             profile, seconds, waited = Profile(), [], -getattr(world, "waited", 0.0)
@@ -124,13 +127,7 @@ def serve_steps(pipe, world, name, cores=None):
             waited += getattr(world, "waited", 0.0)
             rows = [row for name, row in profile.rows.items() if name.startswith("all-reduce")]  # with all the waiting
             spent = world.sum(Stop, sum(row.seconds for row in rows) - waited, waited)
-            sent = sum(row.nbytes for row in rows) / n
-            answer(pipe, {"seconds": seconds, "sent": sent, "spent": [total / world.size for total in spent]})
-
-
-def serve_alone(pipe, *task):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; this process ends with it
-    serve_steps(pipe, ALONE, *task)
+            answer(pipe, (seconds, [total / world.size for total in spent], sum(row.nbytes for row in rows) / n))
 
 
 def serve_sums(pipe, world):
@@ -180,13 +177,12 @@ def launcher():
 class Ranks(Process):
     """A side whose processes mpiexec starts."""
 
-    def __init__(self, name, ranks, *task):
+    def __init__(self, name, size, *task):
         self.name, key = name, secrets.token_bytes()
         env = {**os.environ, KEY: key.hex()}
         if hasattr(os, "geteuid") and os.geteuid() == 0:
             env.update(OMPI_ALLOW_RUN_AS_ROOT="1", OMPI_ALLOW_RUN_AS_ROOT_CONFIRM="1")
         with Listener(authkey=key) as listener:  # a pipe through Open MPI's mpiexec would not show its end
-
             address = listener.address
 
             def watch():
@@ -195,7 +191,7 @@ class Ranks(Process):
                 with contextlib.suppress(OSError):
                     Client(address, authkey=key).close()
 
-            command = [*launcher(), "-n", str(ranks), sys.executable, "-m", "mpi4py", "-m", "benchmarks.distributed"]
+            command = [*launcher(), "-n", str(size), sys.executable, "-m", "mpi4py", "-m", "benchmarks.distributed"]
             command += ["--serve", address, *task]
             mpiexec = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True)  # no Ctrl-C
             self.process = threading.Thread(target=watch, daemon=True)  # it ends when they have ended
@@ -203,54 +199,35 @@ class Ranks(Process):
             self.pipe = listener.accept()
 
 
-class Stepper:
-    """A side that trains, and what it said.  ranks: None for a process without MPI."""
-
-    def __init__(self, name, workload, ranks=None, cores=None):
-        self.name, self.ranks, self.rounds = name, ranks or 1, []
-        self.process = Ranks(name, ranks, "steps", workload) if ranks else Process(name, serve_alone, workload, cores)
-        self.losses, self.threads, self.buckets = self.process.receive()
-
-    def run_round(self, steps):
-        time.sleep(PAUSE)  # the threads that worked last go to sleep
-        self.rounds.append(self.process.ask(steps))
-
-    @property
-    def medians(self):
-        return [statistics.median(found["seconds"]) for found in self.rounds]
-
-    @property
-    def median(self):
-        return statistics.median(itertools.chain(*(found["seconds"] for found in self.rounds)))
-
-    @property
-    def shares(self):
-        """Of the time of all steps: what went into communication, and into waiting for other ranks."""
-        spent, seconds = ([found[what] for found in self.rounds] for what in ("spent", "seconds"))
-        return np.sum(spent, axis=0) / np.sum(seconds)
-
-
 def steps_table(name, rounds, steps):
     """Measure and print a workload's rows; (seconds of a step with threads, bytes of each bucket)."""
     workload = WORKLOADS[name]
-    sides = [Stepper("threads", name), Stepper("ranks", name, ranks=2), Stepper("one core", name, cores=1)]
+    sides = [
+        Process("threads", serve_steps, ALONE, name),
+        Ranks("ranks", 2, "steps", name),
+        Process("one core", serve_steps, ALONE, name, 1),
+    ]
+    for side in sides:
+        side.rounds, (side.losses, side.shape, buckets) = [], side.receive()
     difference = check_losses(sides, TOLERANCE)
     for _, side in itertools.product(range(rounds), sides):
-        side.run_round(steps)
-    base = sides[0]
+        time.sleep(PAUSE)  # the threads that worked last go to sleep
+        side.rounds.append(side.ask(steps))
     for side in sides:
-        side.process.close()
-        workers, blas = side.threads
-        communicating, waiting = side.shares
-        ratios = sorted(a / b for a, b in zip(side.medians, base.medians, strict=True))
-        ratio = f"{side.median / base.median:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        side.close()
+        seconds, spent, sent = map(np.array, zip(*side.rounds, strict=True))
+        median, medians = np.median(seconds), np.median(seconds, axis=1)
+        if side is sides[0]:
+            base, bases = median, medians
+        size, workers, blas = side.shape
+        ratio = f"{median / base:.2f} ({min(medians / bases):.2f} to {max(medians / bases):.2f})"
+        communicating, waiting = spent.sum(axis=0) / seconds.sum()
         print(
-            f"{name:<8}{side.ranks:>6}{workers:>8}{blas:>6}{side.median * 1e3:>11,.1f}"
-            f"{workload.tokens / side.median:>10,.0f}{ratio:>23}{side.rounds[0]['sent'] / 1e6:>9,.2f}"
-            f"{communicating:>14.1%}{waiting:>9.1%}"
+            f"{name:<8}{size:>6}{workers:>8}{blas:>6}{median * 1e3:>11,.1f}{workload.tokens / median:>10,.0f}"
+            f"{ratio:>23}{sent[0] / 1e6:>9,.2f}{communicating:>14.1%}{waiting:>9.1%}"
         )
     print(f"{'':<8}losses of the first {CHECKED} steps agree within {difference:.0e}", flush=True)
-    return base.median, base.buckets
+    return base, buckets
 
 
 def adding_seconds(n=2**24, repeats=9):

@@ -1,5 +1,6 @@
 """What the benchmarks share: processes, the machine's name, a process's peak memory."""
 
+import contextlib
 import multiprocessing
 import platform
 from importlib.metadata import version
@@ -21,19 +22,25 @@ class Process:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        process = context.Process(target=target, args=(theirs, *args), daemon=True)
-        process.start()
+        self.process = context.Process(target=target, args=(theirs, *args), daemon=True)
+        self.process.start()
         theirs.close()  # so that receive() sees the end if the process dies
 
     def receive(self):
         try:
             return self.pipe.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             raise BenchmarkError(f"the {self.name} process died; its message stands above") from None
 
     def ask(self, question):
-        self.pipe.send(question)
+        with contextlib.suppress(ConnectionError):  # of a process that died; receive() says so
+            self.pipe.send(question)
         return self.receive()
+
+    def close(self):
+        """No more questions; returns when the process has ended, which it must do when it sees that."""
+        self.pipe.close()
+        self.process.join()
 
 
 def peak_memory():

@@ -23,6 +23,8 @@ import numpy as np
 from benchmarks.common import PAUSE, BenchmarkError, Process, machine, machine_line, peak_memory, positive
 from benchmarks.workloads import WORKLOADS, initial_weights
 from npgpt.errors import UsageError, run_command
+from npgpt.ranks import ALONE, share
+from npgpt.stop import Stop
 
 LEARNING_RATE, BETAS, WEIGHT_DECAY, GRAD_CLIP = 1e-3, (0.9, 0.99), 0.1, 1.0
 CHECKED = 3  # steps whose losses must agree
@@ -37,28 +39,39 @@ TOLERANCE = 1e-4  # how far, relative: the two sides round differently
 
 
 @contextlib.contextmanager
-def npgpt_side(workload, options):
+def npgpt_step(workload, workers, blas, world=ALONE):
+    """(a DataParallel, its step); each rank of a World works on its share of the batch."""
     from npgpt.model import GPT
     from npgpt.optim import AdamW, clip_scale
-    from npgpt.parallel import DataParallel, choose_threads
+    from npgpt.parallel import DataParallel
 
-    config = workload.config
-    workers, blas = choose_threads(workload.batch_size, config.block_size, options.workers, options.blas_threads)
-    model = GPT(config, seed=None)
+    _, mine = share(world.rank, world.size, 1, workload.batch_size)
+    model = GPT(workload.config, seed=None)
     parameters = dict(model.named_parameters())
     for name, values in initial_weights({name: p.shape for name, p in parameters.items()}):
         parameters[name].data[...] = values
-    parallel = DataParallel(model, workers, blas)
+    parallel = DataParallel(model, workers, blas, world)
     optimizer = AdamW(parallel.flat, *BETAS, weight_decay=WEIGHT_DECAY)
 
     def step(idx, targets):
         parallel.zero_grad()
-        loss = parallel.forward_backward(idx, targets)
-        parallel.update(optimizer, LEARNING_RATE, clip_scale(math.sqrt(parallel.gather_grads()), GRAD_CLIP))
+        loss = parallel.forward_backward(idx[mine], targets[mine], weight=1 / world.size, last=True) / world.size
+        loss, squares = world.sum(Stop, loss, parallel.gather_grads())
+        parallel.update(optimizer, LEARNING_RATE, clip_scale(math.sqrt(squares), GRAD_CLIP))
         return loss
 
-    yield step, lambda timed: f"workers: {workers}, BLAS threads of each: {blas}"
+    yield parallel, step
     parallel.close()
+
+
+@contextlib.contextmanager
+def npgpt_side(workload, options):
+    from npgpt.parallel import choose_threads
+
+    threads = options.workers, options.blas_threads
+    workers, blas = choose_threads(workload.batch_size, workload.config.block_size, *threads)
+    with npgpt_step(workload, workers, blas) as (_, step):
+        yield step, lambda timed: f"workers: {workers}, BLAS threads of each: {blas}"
 
 
 @contextlib.contextmanager
@@ -132,11 +145,11 @@ class Stepper(Process):
 # The parent
 
 
-def check_losses(sides):
+def check_losses(sides, tolerance=TOLERANCE):
     """The worst relative difference between the losses of all sides and those of the first."""
     first = np.array(sides[0].losses)
     worst = max(np.abs(np.array(side.losses) / first - 1).max() for side in sides)
-    if not worst <= TOLERANCE:  # a NaN fails as well
+    if not worst <= tolerance:  # a NaN fails as well
         losses = "; ".join(f"{side.name} {', '.join(f'{loss:.6f}' for loss in side.losses)}" for side in sides)
         raise BenchmarkError(f"the sides do not compute the same: losses of the first steps are {losses}")
     return float(worst)

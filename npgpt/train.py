@@ -5,7 +5,9 @@ underscores.  Exit codes are listed in npgpt/errors.py.
 """
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import os
 import sys
 import typing
@@ -182,7 +184,8 @@ def main(argv=None, stop=Stop):
 
 def train(argv, stop, world):
     """Train as the flags say; what is shown to a person is shown by rank 0 of the world."""
-    given, flags = world.agree(lambda: parse(argv))
+    with contextlib.redirect_stdout(io.StringIO() if world.rank else sys.stdout):  # --help is one text for all ranks
+        given, flags = world.agree(lambda: parse(argv))
     if given.get("init_from") is not None and not flags["resume"]:
         from npgpt.trainer import settings_of
 

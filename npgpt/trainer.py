@@ -160,6 +160,7 @@ class Trainer:
         self.micro_steps, self.sequences = world.agree(
             lambda: share(world.rank, world.size, config.gradient_accumulation_steps, config.batch_size)
         )
+        self.n_sequences = self.sequences.stop - self.sequences.start
         data = model = tokenizer = None
 
         def begin():
@@ -178,9 +179,8 @@ class Trainer:
 
         words, self.vocab_size, self.n_characters, self.n_bytes, self.fingerprint, most = world.first(begin)
         self.tokenizer = world.agree(lambda: from_dict(words) if tokenizer is None else tokenizer)
-        batch_size = self.sequences.stop - self.sequences.start
         self.workers, self.blas_threads = choose_threads(
-            batch_size, config.block_size, config.workers, config.blas_threads, world.cores
+            self.n_sequences, config.block_size, config.workers, config.blas_threads, world.cores
         )
         world.agree(lambda: self._check_memory(most))
         self.tokens_file = self.repeated_lines = None
@@ -226,7 +226,7 @@ class Trainer:
     def _share(self):
         """The settings of this rank's share of a micro-step, to estimate its memory from."""
         audits = {} if self.world.rank == 0 else {"gradcheck_every": 0}
-        return dataclasses.replace(self.config, batch_size=self.sequences.stop - self.sequences.start, **audits)
+        return dataclasses.replace(self.config, batch_size=self.n_sequences, **audits)
 
     @property
     def _dtype(self):
@@ -474,7 +474,7 @@ class Trainer:
         total = count = 0
         self.parallel.train(False)
         try:
-            B = self.sequences.stop - self.sequences.start  # the ranks take turns with so many sequences at once
+            B = self.n_sequences  # the ranks take turns with so many at once
             for i in range(self.world.rank * B, len(blocks), self.world.size * B):
                 if stop.number is not None:
                     break

@@ -53,7 +53,7 @@ class Board:
     """Where threads leave what the others are to see."""
 
     def __init__(self, size):
-        self.slots, self.barrier = [None] * size, threading.Barrier(size, timeout=20)
+        self.slots, self.barrier = [None] * size, threading.Barrier(size, timeout=10)
 
 
 class ThreadMPI:

@@ -10,7 +10,7 @@ Two pools of threads that both spin for work on the same cores make everything s
 
 Where there are several ranks (npgpt/ranks.py), each of them does this with its share of the sequences, and their
 gradients are added up on top, in buckets: while the last micro-step's backward is still busy with the first blocks, the
-gradients of the last ones are on their way.
+gradients of the last ones are on their way to other machines.
 """
 
 import contextlib
@@ -242,11 +242,11 @@ class DataParallel:
             replica.flat.finish_grads()
         if self.world.size == 1:
             return self._sum_of_squares(self.slices, self._add_workers)
-        for bucket in self.buckets[self.n_sent :]:
+        rest = self.buckets[self.n_sent :]
+        for bucket in rest:
             parts = _cut(bucket, self.n_threads)
             self.each(lambda rank, parts=parts: self._add_workers(parts[rank]), len(parts))
-            self.world.start_sum(self.flat.grads[bucket])
-        self.world.finish_sums()
+        self.world.finish_sums(*(self.flat.grads[bucket] for bucket in rest))
         return self._sum_of_squares(_cut(self.mine, self.n_threads))
 
     def _add_workers(self, part):

@@ -31,6 +31,7 @@ LAUNCHERS = (
 )  # fmt: skip
 COMMAND = "mpiexec -n {} python -m mpi4py -m npgpt.train"
 
+PIECE = 2**20  # elements that are summed at once: on one machine, those of longer arrays do not stay in a cache
 SPIN, SLEEP = 0.002, 0.0005  # seconds for which a rank that waits keeps its core busy; after them it looks so often
 
 
@@ -125,9 +126,12 @@ class MPIWorld(World):
         self.rank, self.size = self.comm.rank, self.comm.size
         self.command = COMMAND.format(self.size)
         self.waited = 0.0
-        self._pending = []
+        self._begun, self._waiting = [], []  # requests; arrays whose sums have yet to begin
         local = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_size = local.size
+        # On one machine the ranks' own cores move the bytes: then there is nothing to gain from sending behind the
+        # backward, and a sum that is waited for is three to eight times faster than one that is begun.
+        self._one_machine = local.size == self.size
         # whether mpiexec gave each rank cores of its own or all of them the same, each has its part of all of them
         self._cores = max(1, len(set().union(*local.allgather(_core_ids()))) // local.size)
         local.Free()
@@ -194,20 +198,30 @@ class MPIWorld(World):
     @measured("all-reduce, begun", cost=_allreduce_cost)
     def start_sum(self, array):
         """Begin to replace an array by its sum over the ranks; nobody may touch it before `finish_sums`."""
-        self._pending.append(self.comm.Iallreduce(self.MPI.IN_PLACE, array))
-        for request in self._pending:
-            request.Test()  # many libraries work on what was begun only while they are called
+        if self._one_machine:
+            self._waiting.append(array)
+            return
+        self._begun += [self.comm.Iallreduce(self.MPI.IN_PLACE, piece) for piece in _pieces(array)]
+        self.MPI.Request.Testall(self._begun)  # many libraries work on what was begun only while they are called
 
-    @measured("all-reduce, rest", cost=lambda world: (0, 0))
-    def finish_sums(self):
-        """Wait for all sums that were begun."""
+    @measured("all-reduce, rest", cost=lambda world, *arrays: (0, sum(_allreduce_cost(world, a)[1] for a in arrays)))
+    def finish_sums(self, *arrays):
+        """Wait for all sums that were begun, and for those of other arrays."""
         self._meet()
-        self.MPI.Request.Waitall(self._pending)
-        self._pending.clear()
+        self.MPI.Request.Waitall(self._begun)
+        for array in (*self._waiting, *arrays):
+            for piece in _pieces(array):
+                self.comm.Allreduce(self.MPI.IN_PLACE, piece)
+        self._begun.clear()
+        self._waiting.clear()
 
     def close(self):
         self._meet()
         self.MPI.Finalize()
+
+
+def _pieces(array):
+    return (array[start : start + PIECE] for start in range(0, len(array), PIECE))
 
 
 def _core_ids():

@@ -61,10 +61,9 @@ class ThreadMPI:
 
     COMM_TYPE_SHARED = IN_PLACE = None
 
-    def __init__(self, rank, board):
-        self.rank, self.size, self.board = rank, len(board.slots), board
+    def __init__(self, rank, board, machines=1):
+        self.rank, self.size, self.board, self.machines = rank, len(board.slots), board, machines
         self.COMM_WORLD = self.Request = self
-        self.finalized = False
 
     def allgather(self, value):
         self.board.slots[self.rank] = value
@@ -87,8 +86,8 @@ class ThreadMPI:
         return True
 
     def Allreduce(self, _, message):
-        for i, values in enumerate(zip(*self.allgather(list(message)), strict=True)):
-            message[i] = sum(values)
+        for i, total in enumerate(sum(self.allgather(np.array(message)))):
+            message[i] = total
 
     def Iallreduce(self, _, array):
         return Begun(array)
@@ -98,14 +97,14 @@ class ThreadMPI:
             assert np.array_equal(begun.array, begun.sent, equal_nan=True), "it was changed while it was on its way"
             begun.array[...] = sum(self.allgather(begun.sent))
 
+    def Testall(self, pending):
+        return False
+
     def Split_type(self, _):
-        return self
+        return self if self.machines == 1 else ThreadMPI(0, Board(1))
 
     def Free(self):
         pass
-
-    def Finalize(self):
-        self.finalized = True
 
 
 class Begun:
@@ -114,17 +113,14 @@ class Begun:
     def __init__(self, array):
         self.array, self.sent = array, array.copy()
 
-    def Test(self):
-        return False
 
-
-def on_threads(size, work):
+def on_threads(size, work, machines=1):
     """[work(world of rank 0), ...], each in a thread; an exception of the first of them that has one."""
     board, results = Board(size), [None] * size
 
     def one(rank):
         try:
-            results[rank] = work(MPIWorld(ThreadMPI(rank, board)))
+            results[rank] = work(MPIWorld(ThreadMPI(rank, board, machines)))
         except NpgptError as error:  # all have one
             results[rank] = error
         except BaseException as error:
@@ -165,11 +161,12 @@ def test_a_share_that_cannot_be_equal_is_refused():
 @pytest.fixture
 def small_buckets(monkeypatch):
     monkeypatch.setattr(parallel, "BUCKET", 3000)
+    monkeypatch.setattr(ranks, "PIECE", 1000)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("machines, optimizer", [(1, "adamw"), (2, "adamw"), (2, "muon")])
 @pytest.mark.parametrize("size, workers", [(2, 1), (2, 2), (4, 1), (8, 1)])
-def test_threads_train_as_one_process_does(config, small_buckets, size, workers, optimizer):
+def test_threads_train_as_one_process_does(config, small_buckets, size, workers, machines, optimizer):
     config = variant(config, optimizer=optimizer, batch_size=2, gradient_accumulation_steps=4)
     alone, events = run(config)
     expected = [metrics(config), [e.val_loss for e in events if isinstance(e, Evaluation)]]
@@ -179,7 +176,7 @@ def test_threads_train_as_one_process_does(config, small_buckets, size, workers,
         assert len(trainer.parallel.buckets) == 4 and len(trainer.parallel.replicas) == workers
         return trainer, list(trainer.run())
 
-    found = on_threads(size, work)
+    found = on_threads(size, work, machines)
     for trainer, their_events in found:
         assert np.array_equal(trainer.parallel.flat.weights, found[0][0].parallel.flat.weights)
         assert not any(isinstance(event, Notice) for event in their_events)
@@ -202,11 +199,8 @@ def test_threads_send_what_is_done_while_the_backward_goes_on(config, small_buck
     monkeypatch.setattr(ThreadMPI, "Ibarrier", lambda self: self)  # one thread, which calls itself the first of two
     monkeypatch.setattr(ThreadMPI, "allgather", lambda self, value: [value])
     config = variant(config, workers=1)
-    mpi = ThreadMPI(0, Board(2))
-    trainer = Trainer(config, world=MPIWorld(mpi))
-    trainer.step()
-    matrices = 12 * 16 * 16
-    assert begun[:4] == [matrices, matrices, matrices, "gather"] and len(begun) == 5  # block by block, then the rest
+    Trainer(config, world=MPIWorld(ThreadMPI(0, Board(2)))).step()
+    assert begun == [12 * 16 * 16] * 3 + ["gather"]  # block by block
 
 
 def test_threads_resume_with_the_same_bits_and_with_another_number_of_ranks(config):
@@ -265,13 +259,13 @@ def test_threads_that_drift_apart_are_brought_together_and_it_is_said(config):
 def test_threads_are_audited_and_a_wrong_sum_is_found(config, monkeypatch):
     config = variant(config, gradcheck_every=4, max_iters=2, eval_interval=2)
     assert [len(events) for _, events in on_threads(2, lambda world: _run(config, world))] == [5, 4]  # rank 0's is told
-    Waitall = ThreadMPI.Waitall
+    finish_sums = MPIWorld.finish_sums
 
-    def lost(self, pending):
-        Waitall(self, pending)
-        pending[-1].array *= 1.01
+    def wrong(self, *arrays):
+        finish_sums(self, *arrays)
+        np.multiply(arrays[-1], 1.01, out=arrays[-1])
 
-    monkeypatch.setattr(ThreadMPI, "Waitall", lost)
+    monkeypatch.setattr(MPIWorld, "finish_sums", wrong)
     errors = on_threads(2, lambda world: _run(variant(config, out_dir=config.out_dir + "2"), world))
     assert all(isinstance(error, GradientError) for error in errors)
     assert "the gradient at iteration 0 is wrong: " in str(errors[0])

@@ -211,7 +211,7 @@ def main(argv=None):
 
 
             def without_a_fault(copy, kernels):
-                return copy.train(kernels) if args.audit else copy.run(sorted(tests[kernels]), "", kernels)
+                return copy.train(kernels) if args.audit else copy.run(sorted(tests[kernels]), "not mpiexec", kernels)
 
             def with_a_fault(copy, fault):
                 def check():

@@ -934,10 +934,17 @@ FAULTS = [
         "Ranks with the same part of the sequences have different micro-steps.",
     ),
     Fault(
+        "ranks: what was not sent behind the backward is summed otherwise",
+        "npgpt/ranks.py",
+        "            self.start_sum(array)  # not another call",
+        "            self.comm.Allreduce(self.MPI.IN_PLACE, array)  # not another call",
+        "Ranks begin more or fewer sums behind their backwards: all of them must be made by the same calls.",
+    ),
+    Fault(
         "ranks: only who was told to stop stops",
         "npgpt/ranks.py",
-        "            if n:\n                raise StopNow(number)",
-        "            if n and stop.number:\n                raise StopNow(number)",
+        "            if asked:\n                raise StopNow(number)",
+        "            if asked and stop.number:\n                raise StopNow(number)",
         "A rank that goes on alone waits for the others for ever.",
     ),
     # ----------------------------------------------------------------------------------------------------------------

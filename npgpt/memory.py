@@ -8,6 +8,7 @@ from pathlib import Path
 
 FLOAT = 4  # bytes
 KERNELS = 50e6  # bytes that compiled kernels and BLAS take once they run
+AUDIT = "the audit of the gradient"
 MAPPED = "the text's tokens, mapped from their file"  # which the system takes back when it has no other memory left
 
 
@@ -17,7 +18,12 @@ def estimate(config, vocab_size, n_tokens, workers):
     To be asked before anything is allocated: what the process has taken already counts as it is.  The tokens that are
     mapped from their file count with all of it, as they do once they were looked at.
     """
-    return in_use() + KERNELS + sum(parts(config, vocab_size, n_tokens, workers).values())
+    return total(parts(config, vocab_size, n_tokens, workers))
+
+
+def total(parts):
+    """What a process will have that has what it has now, and gets these parts."""
+    return in_use() + KERNELS + sum(parts.values())
 
 
 def parts(config, vocab_size, n_tokens, workers):
@@ -43,7 +49,7 @@ def parts(config, vocab_size, n_tokens, workers):
         again = (2 * workers + 8) * sum(sizes) + 3 * workers * activations + 6 * batch * V
         # of each entry its place, and what was measured there; a block has 12 tensors, 3 of them beside the blocks
         entries = 100 * config.gradcheck_entries * (12 * L + 4)
-        audit["the audit of the gradient"] = 8 * looks + FLOAT * again + entries
+        audit[AUDIT] = 8 * looks + FLOAT * again + entries
     return {
         "weights": FLOAT * sum(sizes),
         "gradients, for each worker": FLOAT * sum(sizes) * workers,

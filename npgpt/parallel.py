@@ -32,6 +32,7 @@ from npgpt.jit import cores
 from npgpt.model import GPT
 from npgpt.optim import FlatParameters, sum_of_squares
 from npgpt.ranks import ALONE
+from npgpt.stop import held
 
 # --------------------------------------------------------------------------------------------------------------------
 # BLAS threads
@@ -182,7 +183,8 @@ class DataParallel:
     def each(self, work, n=None):
         """[work(0), ..., work(n - 1)], by default one per worker, each in a thread; number 0 runs in this one."""
         with blas_threads(self.blas):
-            futures = [self._threads.submit(work, rank) for rank in range(1, n or len(self.replicas))]
+            with held():  # a process that is forked in `submit` waits for ever for a lock that this thread holds
+                futures = [self._threads.submit(work, rank) for rank in range(1, n or len(self.replicas))]
             try:
                 first = work(0)
             finally:

@@ -7,7 +7,7 @@ of all gradients; what there is to read, to print and to write is rank 0's busin
 of the others, and how it speaks to them; without mpiexec it is ALONE, and mpi4py (the extra `mpi`) is never imported.
 
 What all ranks must do alike they decide alike: from settings and messages that all of them have.  So an NpgptError is
-raised by all ranks or by none, and only in `agree`, `first`, or from what `sum` returned; then they end in good order.
+raised by all ranks or by none, in `agree` and `first`, or from what all of them know; then they end in good order.
 Whatever else ends a rank ends the others, too: `python -m mpi4py` sees to that, or mpiexec, if a process is killed.
 """
 
@@ -90,7 +90,7 @@ class World:
         """Raise UsageError if the values of a dict are not the same on all ranks."""
 
     def broadcast(self, array):
-        """Make an array what it is on rank 0."""
+        """Make an array (n,) what it is on rank 0."""
 
     def all_same(self, array):
         """Whether an array has the same bits on all ranks."""
@@ -109,10 +109,6 @@ class World:
 ALONE = World()
 
 
-def _allreduce_cost(world, array):
-    return 0, round(2 * array.nbytes * (world.size - 1) / world.size)
-
-
 class MPIWorld(World):
     """The world of a process that mpiexec started.  MPI: the module mpi4py.MPI.
 
@@ -127,6 +123,7 @@ class MPIWorld(World):
         self.command = COMMAND.format(self.size)
         self.waited = 0.0
         self._begun, self._waiting = [], []  # requests; arrays whose sums have yet to begin
+        self._finished = 0  # bytes of the last finish_sums
         local = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_size = local.size
         # On one machine the ranks' own cores move the bytes: then there is nothing to gain from sending behind the
@@ -180,7 +177,8 @@ class MPIWorld(World):
 
     def broadcast(self, array):
         self._meet()
-        self.comm.Bcast(array)
+        for piece in _pieces(array):
+            self.comm.Bcast(piece)
 
     def all_same(self, array):
         self._meet()
@@ -188,14 +186,17 @@ class MPIWorld(World):
 
     def sum(self, stop, *numbers):
         message = numbers_of("d", [*numbers, *(stop.number == number for number in SIGNALS)])
+        n, all_messages = len(message), numbers_of("d", bytes(8 * len(message) * self.size))
         self._meet()
-        self.comm.Allreduce(self.MPI.IN_PLACE, message)
-        for number, n in zip(SIGNALS, message[len(numbers) :], strict=True):
-            if n:
+        self.comm.Allgather(message, all_messages)
+        # added up here, in the order of the ranks: what is decided with the totals must be the same on all of them
+        totals = [sum(all_messages[i::n]) for i in range(n)]
+        for number, asked in zip(SIGNALS, totals[len(numbers) :], strict=True):
+            if asked:
                 raise StopNow(number)
-        return message[: len(numbers)]
+        return totals[: len(numbers)]
 
-    @measured("all-reduce, begun", cost=_allreduce_cost)
+    @measured("all-reduce, begun", cost=lambda world, array: (0, 0 if world._one_machine else world._bytes(array)))
     def start_sum(self, array):
         """Begin to replace an array by its sum over the ranks; nobody may touch it before `finish_sums`."""
         if self._one_machine:
@@ -204,16 +205,23 @@ class MPIWorld(World):
         self._begun += [self.comm.Iallreduce(self.MPI.IN_PLACE, piece) for piece in _pieces(array)]
         self.MPI.Request.Testall(self._begun)  # many libraries work on what was begun only while they are called
 
-    @measured("all-reduce, rest", cost=lambda world, *arrays: (0, sum(_allreduce_cost(world, a)[1] for a in arrays)))
+    @measured("all-reduce, rest", cost=lambda world, *arrays: (0, world._finished))
     def finish_sums(self, *arrays):
-        """Wait for all sums that were begun, and for those of other arrays."""
+        """Make the sums that were begun, and those of other arrays."""
+        for array in arrays:
+            self.start_sum(array)  # not another call: how many were begun before is not the same on all ranks
+        self._finished = sum(map(self._bytes, self._waiting if self._one_machine else arrays))
         self._meet()
         self.MPI.Request.Waitall(self._begun)
-        for array in (*self._waiting, *arrays):
+        for array in self._waiting:
             for piece in _pieces(array):
                 self.comm.Allreduce(self.MPI.IN_PLACE, piece)
         self._begun.clear()
         self._waiting.clear()
+
+    def _bytes(self, array):
+        """What each rank sends in a sum, and receives."""
+        return round(2 * array.nbytes * (self.size - 1) / self.size)
 
     def close(self):
         self._meet()
@@ -225,7 +233,7 @@ def _pieces(array):
 
 
 def _core_ids():
-    from npgpt.jit import core_ids  # not above: NumPy and Numba take their time to load, and --help does not need them
+    from npgpt.jit import core_ids  # not above: without mpiexec --help is shown before NumPy and Numba are loaded
 
     return core_ids()
 

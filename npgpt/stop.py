@@ -1,7 +1,9 @@
 """Ctrl-C and other signals as a wish to stop: the work at hand is brought to a good end first."""
 
+import contextlib
 import os
 import signal
+import threading
 
 # Ctrl-C; what `kill` sends; what Open MPI's mpiexec and Slurm's --signal pass on; Windows' for a console that closes
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK") if hasattr(signal, name)]
@@ -10,7 +12,7 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "S
 class Stop:
     """number: the signal that asked to stop, or None.
 
-    warned: what is called when mpiexec is about to end this process; None for nothing.
+    warned: what is called when mpiexec may be about to end this process, but not within `held`; None for nothing.
     """
 
     number = warned = None
@@ -21,6 +23,26 @@ class StopNow(Exception):
 
     def __init__(self, number):
         self.number = number
+
+
+class _Held(threading.local):
+    depth, waiting = 0, None
+
+
+_held = _Held()
+
+
+@contextlib.contextmanager
+def held():
+    """Within this context of the main thread a warning waits: for its end, or for that of the one around it."""
+    _held.depth += 1
+    try:
+        yield
+    finally:
+        _held.depth -= 1
+        if _held.depth == 0 and _held.waiting is not None:
+            warned, _held.waiting = _held.waiting, None
+            warned()
 
 
 def catch_signals():
@@ -36,7 +58,9 @@ def catch_signals():
         stop.number = number
 
     def warn(number, _):
-        if stop.warned is not None:
+        if _held.depth:
+            _held.waiting = stop.warned
+        elif stop.warned is not None:
             stop.warned()
 
     for number in SIGNALS:

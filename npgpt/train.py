@@ -112,7 +112,7 @@ def describe(trainer):
     if trainer.n_characters is not None:
         length = f"{trainer.n_bytes:,} bytes of UTF-8, {trainer.n_characters:,} characters, "
     kernels = f"numba {jit.numba.__version__}" if jit.KERNELS == "numba" else "NumPy references instead of kernels"
-    ranks = [f"ranks   | {world.size}, {world.local_size} of them on this machine, each with as many workers"]
+    ranks = [f"ranks   | {world.size}, {world.local_size} of them on this machine; workers and memory are each one's"]
     return "\n".join(
         (
             f"npgpt   | version {__version__}, numpy {np.__version__}, {kernels}",

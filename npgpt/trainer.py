@@ -34,7 +34,7 @@ from npgpt.parallel import DataParallel, blas_threads, choose_threads, cpu_name,
 from npgpt.profiler import profiling
 from npgpt.ranks import ALONE, share
 from npgpt.sampling import Writer, unprompted
-from npgpt.stop import SIGNALS, Stop, StopNow
+from npgpt.stop import SIGNALS, Stop, StopNow, held
 from npgpt.tokenizer import BPE_FILES, BPETokenizer, ByteTokenizer, CharTokenizer, find_bpe, from_dict, name_of
 
 MOST_SKIPPED = 5  # updates in a row that may be skipped because something was not finite
@@ -196,7 +196,7 @@ class Trainer:
 
         self.n_tokens, self.tokens_file = world.first(read_tokens)
         world.agree(lambda: world.rank and self._map_tokens())
-        self.memory_needed = memory.estimate(self._share(), self.vocab_size, self.n_tokens, self.workers)
+        self.memory_needed = memory.total(self._memory(self.n_tokens))
         self.blocks, self.val_blocks = _blocks(config, self.train_tokens, self.val_tokens)
         self.val_sample = EvaluationBlocks(self.val_tokens, config.block_size, config.eval_iters * config.batch_size)
 
@@ -221,12 +221,15 @@ class Trainer:
         self.notices = []  # what run() has to say first
         self.saved_iter, self.unsaved = None, None  # of the last checkpoint, and why it could not be written
         self._aside = None  # (process that saves, iteration), if there is one
-        self._settled = True  # whether weights, moments and iter belong together, and nobody is just saving them
 
-    def _share(self):
-        """The settings of this rank's share of a micro-step, to estimate its memory from."""
-        audits = {} if self.world.rank == 0 else {"gradcheck_every": 0}
-        return dataclasses.replace(self.config, batch_size=self.n_sequences, **audits)
+    def _memory(self, n_tokens):
+        """What this rank will need memory for: words -> bytes."""
+        share = dataclasses.replace(self.config, batch_size=self.n_sequences, gradcheck_every=0)
+        parts = memory.parts(share, self.vocab_size, n_tokens, self.workers)
+        if self.config.gradcheck_every and self.world.rank == 0:  # which audits alone, whole micro-steps
+            whole = memory.parts(self.config, self.vocab_size, n_tokens, self.workers)
+            parts[memory.AUDIT] = whole[memory.AUDIT]
+        return parts
 
     @property
     def _dtype(self):
@@ -287,10 +290,10 @@ class Trainer:
 
         The tokens themselves do not count: they are mapped from a file, which may be larger than the memory.
         """
-        asked = self._share(), self.vocab_size, most_tokens, self.workers
-        parts = memory.parts(*asked)
-        needed, there_is = memory.estimate(*asked) - parts.pop(memory.MAPPED), memory.available()
-        needed *= self.world.local_size
+        parts = self._memory(most_tokens)
+        del parts[memory.MAPPED]
+        others = memory.KERNELS + sum(size for words, size in parts.items() if words != memory.AUDIT)
+        needed, there_is = memory.total(parts) + (self.world.local_size - 1) * others, memory.available()
         if there_is is not None and needed > there_is and not self.force:
             most = sorted(parts.items(), key=lambda part: -part[1])[:3]
             raise UsageError(
@@ -417,11 +420,10 @@ class Trainer:
             raise self._diverged(f"the loss is {loss}, the gradient's norm {norm}{self._first_not_finite()}")
         if self._is_audited() and not skipped:
             self._audit(stop)
-        self._settled = False
-        if not skipped:
-            self.parallel.update(self.optimizer, lr, clip_scale(norm, self.config.grad_clip))
-        self.skipped, self.iter = n_skipped, self.iter + 1
-        self._settled = True
+        with held():  # weights, moments and iter belong together
+            if not skipped:
+                self.parallel.update(self.optimizer, lr, clip_scale(norm, self.config.grad_clip))
+            self.skipped, self.iter = n_skipped, self.iter + 1
         return loss, lr, norm, skipped
 
     def _is_audited(self):
@@ -512,9 +514,11 @@ class Trainer:
                 self.world.broadcast(values)
             yield from self._run(stop)
         except StopNow as stopped:
+            self.world.first(self._check_weights)
             list(self._save(None))
             raise StoppedError(stopped.number, self._farewell()) from None
         except GeneratorExit:  # nobody asks for the next event: the output was closed, say
+            self._check_weights()
             list(self._save(None))
             raise
         finally:
@@ -535,11 +539,18 @@ class Trainer:
 
     def _save_aside(self):
         """Save in a process of its own, from the memory as it is now: nobody knows how long this one has to live."""
-        if not self._settled or self.folder is None or self.saved_iter == self.iter or not hasattr(os, "fork"):
+        if self.folder is None or self.saved_iter == self.iter or not hasattr(os, "fork"):
             return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python warns of threads, which are not there in the new process
-            child = os.fork()
+        if self._aside is not None:
+            if self._aside[1] == self.iter:
+                return
+            self._wait_for_aside()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python warns of threads, which are not there in the new process
+                child = os.fork()
+        except OSError:  # no memory for it
+            return
         if child:
             self._aside = child, self.iter
             return
@@ -547,9 +558,17 @@ class Trainer:
             os.setsid()  # away from the processes that mpiexec kills
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
+            self._check_weights()
             list(self._save(None))
         finally:
             os._exit(self.saved_iter != self.iter)
+
+    def _wait_for_aside(self):
+        """Wait until the process that saves, if there is one, has ended."""
+        if self._aside is not None:
+            (child, iteration), self._aside = self._aside, None
+            if os.waitpid(child, 0)[1] == 0:
+                self.saved_iter = iteration
 
     def _farewell(self):
         if self.saved_iter is None:
@@ -652,26 +671,27 @@ class Trainer:
         if is_best:
             self.best_loss, self.best_iter = loss, self.iter
         if not self.world.all_same(self.parallel.flat.weights):
-            yield Notice("the ranks' weights were no longer the same (are their processors?); now they are rank 0's")
+            yield Notice(
+                "the ranks' weights were no longer the same (are their processors, and numbers of threads?); "
+                "now all have those of rank 0"
+            )
             for _, values in self._arrays():
                 self.world.broadcast(values)
+        self.world.first(self._check_weights)
         yield from self._save(loss)
         return Evaluation(self.iter, loss, is_best)
 
-    def _save(self, val_loss):
-        """Write a checkpoint of the weights after `iter` updates, unless there is one.  Yields a Notice if it fails."""
-        if self._aside is not None:
-            (child, iteration), self._aside = self._aside, None
-            if os.waitpid(child, 0)[1] == 0:
-                self.saved_iter = iteration
-        if self.saved_iter == self.iter and val_loss is None:
-            return
-        flat, arrays = self.parallel.flat, {}
+    def _check_weights(self):
+        """Raise DivergedError if what a checkpoint would hold is not finite."""
         if not all(np.isfinite(values).all() for _, values in self._arrays()):
             raise self._diverged("weights are not finite: no checkpoint is written of them")
-        if self.folder is None:
+
+    def _save(self, val_loss):
+        """Write a checkpoint of the weights after `iter` updates, unless there is one.  Yields a Notice if it fails."""
+        self._wait_for_aside()
+        if self.folder is None or (self.saved_iter == self.iter and val_loss is None):
             return
-        self._settled = False
+        flat, arrays = self.parallel.flat, {}
         for prefix, values in self._arrays():
             for name, view in flat.views(values):
                 arrays[prefix + name] = view
@@ -697,8 +717,6 @@ class Trainer:
         except CheckpointError as error:
             self.unsaved = error
             yield Notice(f"{error}; the training goes on, and tries again at the next evaluation")
-        finally:
-            self._settled = True
 
 
 class _LogError(CheckpointError):

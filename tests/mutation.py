@@ -57,6 +57,7 @@ SOONER = {
     "decode: the bias of c_attn": "shape0-True",
     "decode: layer norm without its bias": "shape0-True",
     "ranks: only who was told": "numbers_are_summed",
+    "ranks: what was not sent": "in_the_middle",
 }
 
 # A training in which a wrong gradient has nowhere to hide: biases, dropout, unequal shares of workers, two micro-steps,

@@ -28,7 +28,7 @@ from npgpt.errors import BusyError, DivergedError, GradientError, NpgptError, St
 from npgpt.folder import RunFolder
 from npgpt.ops import layernorm
 from npgpt.ranks import ALONE, MPIWorld, ToldError, joined, share
-from npgpt.stop import Stop, StopNow
+from npgpt.stop import SIGNALS, Stop, StopNow, catch_signals, held
 from npgpt.trainer import Evaluation, Notice, Progress, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,11 +64,17 @@ class ThreadMPI:
     def __init__(self, rank, board, machines=1):
         self.rank, self.size, self.board, self.machines = rank, len(board.slots), board, machines
         self.COMM_WORLD = self.Request = self
+        self.calls = []  # which must be the same on all ranks, in the same order
 
-    def allgather(self, value):
+    def allgather(self, value, call="allgather"):
+        self.calls.append(call)
+        assert len(set(self._exchange(list(self.calls), str))) == 1, "the ranks do not call the same"
+        return self._exchange(value)
+
+    def _exchange(self, value, change=lambda value: value):
         self.board.slots[self.rank] = value
         self.board.barrier.wait()
-        values = list(self.board.slots)
+        values = list(map(change, self.board.slots))
         self.board.barrier.wait()
         return values
 
@@ -79,23 +85,27 @@ class ThreadMPI:
         array[...] = self.bcast(array.copy())
 
     def Ibarrier(self):
-        self.board.barrier.wait()
+        self.allgather(None, "Ibarrier")
         return self
 
     def Test(self):
         return True
 
-    def Allreduce(self, _, message):
-        for i, total in enumerate(sum(self.allgather(np.array(message)))):
-            message[i] = total
+    def Allgather(self, message, messages):
+        for i, number in enumerate(number for values in self.allgather(list(message)) for number in values):
+            messages[i] = number
+
+    def Allreduce(self, _, array):
+        array[...] = sum(self.allgather(array.copy(), f"Allreduce {len(array)}"))
 
     def Iallreduce(self, _, array):
+        self.calls.append(f"Iallreduce {len(array)}")
         return Begun(array)
 
     def Waitall(self, pending):
         for begun in pending:
             assert np.array_equal(begun.array, begun.sent, equal_nan=True), "it was changed while it was on its way"
-            begun.array[...] = sum(self.allgather(begun.sent))
+            begun.array[...] = sum(self._exchange(begun.sent))
 
     def Testall(self, pending):
         return False
@@ -197,10 +207,10 @@ def test_threads_send_what_is_done_while_the_backward_goes_on(config, small_buck
     gather = parallel.DataParallel.gather_grads
     monkeypatch.setattr(parallel.DataParallel, "gather_grads", lambda self: begun.append("gather") or gather(self))
     monkeypatch.setattr(ThreadMPI, "Ibarrier", lambda self: self)  # one thread, which calls itself the first of two
-    monkeypatch.setattr(ThreadMPI, "allgather", lambda self, value: [value])
+    monkeypatch.setattr(ThreadMPI, "allgather", lambda self, value, call=None: [value])
     config = variant(config, workers=1)
     Trainer(config, world=MPIWorld(ThreadMPI(0, Board(2)))).step()
-    assert begun == [12 * 16 * 16] * 3 + ["gather"]  # block by block
+    assert begun[:4] == [12 * 16 * 16] * 3 + ["gather"] and len(begun) == 5  # block by block, then the rest
 
 
 def test_threads_resume_with_the_same_bits_and_with_another_number_of_ranks(config):
@@ -239,6 +249,70 @@ def test_threads_resume_with_the_same_bits_and_with_another_number_of_ranks(conf
     notices = [event.text for event in again.run() if isinstance(event, Notice)]
     assert notices[0] == "ranks was 2 and is 1: the run goes on, but not with the same bits"
     assert np.abs(again.parallel.flat.weights - weights).max() < 1e-4 * np.abs(weights).max()
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_a_signal_in_the_middle_of_one_threads_update_stops_all(config, small_buckets, machines):
+    config = variant(config, gradient_accumulation_steps=4, batch_size=2, workers=1)
+
+    class Second(Stop):  # when the second micro-step is about to begin
+        looks = 0
+
+        @property
+        def number(self):
+            Second.looks += 1
+            return signal.SIGTERM if Second.looks > 1 else None
+
+    def work(world):
+        trainer = Trainer(config, world=world)
+        before = trainer.parallel.flat.weights.copy()
+        with pytest.raises(StopNow):
+            trainer.step(Second() if world.rank == 1 else Stop())
+        return np.array_equal(before, trainer.parallel.flat.weights) and trainer.iter == 0
+
+    assert on_threads(2, work, machines) == [True, True]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_process_of_its_own_saves_when_a_warning_comes(config):
+    stop = Stop()
+
+    def work(world):
+        trainer = Trainer(config, world=world)
+        for event in trainer.run(stop if world.rank == 0 else Stop()):
+            if isinstance(event, Progress) and event.iter == 1 and world.rank == 0:
+                stop.warned()
+                aside = trainer._aside
+                stop.warned()  # once is enough
+                assert aside is trainer._aside and aside[1] == 2 == trainer.iter
+                trainer._wait_for_aside()
+                assert trainer.saved_iter == 2 and trainer._aside is None
+                assert folder.load(folder.newest(config.out_dir))[1]["iter"] == 2
+        return trainer.parallel.flat.weights
+
+    weights = on_threads(2, work)[0]
+    again = Trainer.resume(Path(config.out_dir) / "iter-00000002.safetensors")
+    list(again.run())
+    assert np.abs(again.parallel.flat.weights - weights).max() < 1e-4 * np.abs(weights).max()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGCONT"), reason="needs SIGCONT")
+def test_a_warning_waits_where_it_must():
+    numbers, warnings = [*SIGNALS, signal.SIGCONT], []
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        stop = catch_signals()
+        stop.warned = lambda: warnings.append(1)
+        with held():
+            with held():
+                signal.raise_signal(signal.SIGCONT)
+            assert not warnings
+        assert warnings == [1]
+        signal.raise_signal(signal.SIGCONT)
+        assert warnings == [1, 1] and stop.number is None
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_threads_that_drift_apart_are_brought_together_and_it_is_said(config):
@@ -410,7 +484,7 @@ def finished(process):
 
 
 PLAIN = {"optimizer": "adamw", "gradient_accumulation_steps": 1, "dropout": 0.0}
-VARIANTS = [PLAIN, {}]  # the other with dropout, accumulation and Muon
+VARIANTS = [PLAIN, {}, {"workers": 2, "batch_size": 8}]  # the others with dropout, accumulation and Muon
 
 
 def losses(trainer):
@@ -423,7 +497,7 @@ def rank_main(settings, place):
         found = []
         for n, changes in enumerate(VARIANTS * 3):
             if n == 2 * len(VARIANTS):
-                world._one_machine = False  # (as far as that shows in what it does)
+                world._one_machine, parallel.BUCKET, ranks.PIECE = False, 3000, 1000  # as if between machines
             values = {**json.loads(settings), **changes, "out_dir": str(Path(place) / f"run{n}")}
             trainer = Trainer(TrainConfig(**{**values, "data": tuple(values["data"])}), world=world)
             loss = losses(trainer)
@@ -438,7 +512,7 @@ def test_mpiexec_trains_as_one_process_does(config, tmp_path, size):
     config = variant(config, n_embd=32, max_iters=STEPS, eval_interval=STEPS, workers=1, learning_rate=2e-3)
     finished(mpiexec(size, __file__, json.dumps(dataclasses.asdict(config)), tmp_path))
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
-    assert found[:2] == found[2:4]  # once more, and the same bits
+    assert found[:3] == found[3:6]  # once more, and the same bits
     for changes, (loss, digests) in zip(VARIANTS * 3, found, strict=True):
         alone = Trainer(variant(config, **changes, out_dir=str(tmp_path / "alone")), overwrite=True)
         expected = losses(alone)

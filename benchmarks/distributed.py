@@ -137,8 +137,7 @@ def serve_sums(pipe, world):
         for i in range(repeats + 1):
             world.sum(Stop)  # so that all begin at once
             start = time.perf_counter()
-            world.start_sum(array)
-            world.finish_sums()
+            world.finish_sums(array)
             (took,) = world.sum(Stop, time.perf_counter() - start)
             seconds.append(took / world.size)
             if i == 0:

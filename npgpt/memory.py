@@ -12,22 +12,19 @@ AUDIT = "the audit of the gradient"
 MAPPED = "the text's tokens, mapped from their file"  # which the system takes back when it has no other memory left
 
 
-def estimate(config, vocab_size, n_tokens, workers):
-    """Peak memory in bytes of a training run, from a TrainConfig, its corpus and its number of workers.
-
-    To be asked before anything is allocated: what the process has taken already counts as it is.  The tokens that are
-    mapped from their file count with all of it, as they do once they were looked at.
-    """
-    return total(parts(config, vocab_size, n_tokens, workers))
-
-
 def total(parts):
-    """What a process will have that has what it has now, and gets these parts."""
+    """Peak memory in bytes of a training run that needs these parts.
+
+    To be asked before anything is allocated: what the process has taken already counts as it is.
+    """
     return in_use() + KERNELS + sum(parts.values())
 
 
 def parts(config, vocab_size, n_tokens, workers):
-    """What the memory will be for: words -> bytes."""
+    """What the memory of a training run will be for, from a TrainConfig, its corpus and its workers: words -> bytes.
+
+    The tokens that are mapped from their file count with all of it, as they do once they were looked at.
+    """
     L, C, T, V = config.n_layer, config.n_embd, config.block_size, vocab_size
     sizes = [12 * C * C * L, (V + T) * C]  # matrices of the blocks, embeddings; vectors are small
     n = -(-config.batch_size // workers) * T  # tokens in a worker's share of a micro-step

@@ -232,7 +232,7 @@ class DataParallel:
                 loss.backward(weight * share)
                 return share * loss.item()
 
-        sending = self._sending() if last and self.world.size > 1 else lambda rank: contextlib.nullcontext()
+        sending = self._sending() if last and self.world.between_machines else lambda rank: contextlib.nullcontext()
         return sum(self.each(work))
 
     def gather_grads(self):

@@ -65,13 +65,14 @@ class ToldError(NpgptError):
 class World:
     """One process that is alone: all there is to agree on is what it thinks itself.
 
-    rank, size   its number, and how many there are
-    local_size   how many of them are on this machine
-    cores        how many of this machine's cores are its own
-    command      what starts such a training
+    rank, size        its number, and how many there are
+    local_size        how many of them are on this machine
+    between_machines  whether some are on others, so that it pays to begin sums behind the backward
+    cores             how many of this machine's cores are its own
+    command           what starts such a training
     """
 
-    rank, size, local_size = 0, 1, 1
+    rank, size, local_size, between_machines = 0, 1, 1, False
     command = "python -m npgpt.train"
 
     @property
@@ -122,13 +123,12 @@ class MPIWorld(World):
         self.rank, self.size = self.comm.rank, self.comm.size
         self.command = COMMAND.format(self.size)
         self.waited = 0.0
-        self._begun, self._waiting = [], []  # requests; arrays whose sums have yet to begin
-        self._finished = 0  # bytes of the last finish_sums
+        self._begun = []  # requests
         local = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_size = local.size
         # On one machine the ranks' own cores move the bytes: then there is nothing to gain from sending behind the
         # backward, and a sum that is waited for is three to eight times faster than one that is begun.
-        self._one_machine = local.size == self.size
+        self.between_machines = local.size < self.size
         # whether mpiexec gave each rank cores of its own or all of them the same, each has its part of all of them
         self._cores = max(1, len(set().union(*local.allgather(_core_ids()))) // local.size)
         local.Free()
@@ -196,28 +196,26 @@ class MPIWorld(World):
                 raise StopNow(number)
         return totals[: len(numbers)]
 
-    @measured("all-reduce, begun", cost=lambda world, array: (0, 0 if world._one_machine else world._bytes(array)))
+    @measured("all-reduce, begun", cost=lambda world, array: (0, world._bytes(array)))
     def start_sum(self, array):
         """Begin to replace an array by its sum over the ranks; nobody may touch it before `finish_sums`."""
-        if self._one_machine:
-            self._waiting.append(array)
-            return
         self._begun += [self.comm.Iallreduce(self.MPI.IN_PLACE, piece) for piece in _pieces(array)]
         self.MPI.Request.Testall(self._begun)  # many libraries work on what was begun only while they are called
 
-    @measured("all-reduce, rest", cost=lambda world, *arrays: (0, world._finished))
+    @measured("all-reduce, rest", cost=lambda world, *arrays: (0, sum(map(world._bytes, arrays))))
     def finish_sums(self, *arrays):
         """Make the sums that were begun, and those of other arrays."""
-        for array in arrays:
-            self.start_sum(array)  # not another call: how many were begun before is not the same on all ranks
-        self._finished = sum(map(self._bytes, self._waiting if self._one_machine else arrays))
+        if self.between_machines:
+            for array in arrays:
+                self.start_sum(array)  # not another call: how many were begun before is not the same on all ranks
         self._meet()
-        self.MPI.Request.Waitall(self._begun)
-        for array in self._waiting:
-            for piece in _pieces(array):
-                self.comm.Allreduce(self.MPI.IN_PLACE, piece)
-        self._begun.clear()
-        self._waiting.clear()
+        if self.between_machines:
+            self.MPI.Request.Waitall(self._begun)
+            self._begun.clear()
+        else:
+            for array in arrays:
+                for piece in _pieces(array):
+                    self.comm.Allreduce(self.MPI.IN_PLACE, piece)
 
     def _bytes(self, array):
         """What each rank sends in a sum, and receives."""

@@ -70,6 +70,15 @@ def result(run_folder):
     return {name: array.tobytes() for name, array in arrays.items()}, rows, state["best_iter"], state["best_loss"]
 
 
+def check_newest(run, announced):
+    """(the last iteration that was announced, that of the newest checkpoint), which is good and no older."""
+    newest = max((int(i.replace(",", "")) for i in announced), default=0)
+    arrays, state = folder.load(folder.newest(run))  # raises if it is not good
+    expect(state["iter"] >= newest, f"iteration {newest} was announced, the newest one is of {state['iter']}")
+    expect(all(np.isfinite(array).all() for array in arrays.values()), "numbers that are not finite")
+    return newest, state["iter"]
+
+
 def corpus(place):
     path = place / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
@@ -90,12 +99,9 @@ def kill(place, short):
         time.sleep(rng.uniform(0, 0.25))
         process.kill()
         announced += re.findall(r"iter +([\d,]+) \| validation", process.communicate()[0])
-        newest = max(int(i.replace(",", "")) for i in announced)
-        arrays, state = folder.load(folder.newest(run))  # raises if it is not good
-        expect(state["iter"] >= newest, f"iteration {newest} was announced, the newest one is of {state['iter']}")
-        expect(state["iter"] > last or not begun or newest <= last + 2, "the run does not get on")
-        expect(all(np.isfinite(array).all() for array in arrays.values()), "numbers that are not finite")
-        begun, last = True, state["iter"]
+        newest, found = check_newest(run, announced)
+        expect(found > last or not begun or newest <= last + 2, "the run does not get on")
+        begun, last = True, found
     process = train("--data", text, "--out-dir", run, *SMALL, "--resume", "--max-iters", last + 3, "--eval-interval", 2)
     process.communicate()
     expect(process.returncode == 0 and not list(run.glob("*.tmp")), "the last resume did not end well")
@@ -541,11 +547,7 @@ class Ranks:
         announced = re.findall(r"iter +([\d,]+) \| validation", self.out)
         if not announced and not folder.checkpoints(self.run):
             return 0
-        arrays, state = folder.load(folder.newest(self.run))
-        last = max((int(i.replace(",", "")) for i in announced), default=0)
-        expect(state["iter"] >= last, f"iteration {last} was announced, the newest one is of {state['iter']}")
-        expect(all(np.isfinite(array).all() for array in arrays.values()), "numbers that are not finite")
-        return state["iter"]
+        return check_newest(self.run, announced)[1]
 
 
 def _run_ranks(mpiexec, n, run, *args):
@@ -670,7 +672,6 @@ def _leave_ranks(place, mpiexec, common):
     apart = max(np.abs(one[name] - other[name]).max() for name in names) / largest
     expect(apart < 1e-4, f"weights are {apart:.1e} of their largest apart")
     return f"stopped on 4 ranks at iteration {stopped}, gone on alone: weights {apart:.1e} of their largest apart"
-
 
 
 PARTS = {

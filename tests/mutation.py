@@ -210,7 +210,6 @@ def main(argv=None):
             for fault in faults:
                 tests.setdefault(fault.kernels, set()).update(RELEVANT[fault.file][0])
 
-
             def without_a_fault(copy, kernels):
                 return copy.train(kernels) if args.audit else copy.run(sorted(tests[kernels]), "not mpiexec", kernels)
 

@@ -207,9 +207,10 @@ def test_threads_send_what_is_done_while_the_backward_goes_on(config, small_buck
     gather = parallel.DataParallel.gather_grads
     monkeypatch.setattr(parallel.DataParallel, "gather_grads", lambda self: begun.append("gather") or gather(self))
     monkeypatch.setattr(ThreadMPI, "Ibarrier", lambda self: self)  # one thread, which calls itself the first of two
-    monkeypatch.setattr(ThreadMPI, "allgather", lambda self, value, call=None: [value])
+    for name in ("allgather", "_exchange"):
+        monkeypatch.setattr(ThreadMPI, name, lambda self, value, call=None: [value])
     config = variant(config, workers=1)
-    Trainer(config, world=MPIWorld(ThreadMPI(0, Board(2)))).step()
+    Trainer(config, world=MPIWorld(ThreadMPI(0, Board(2), machines=2))).step()
     assert begun[:4] == [12 * 16 * 16] * 3 + ["gather"] and len(begun) == 5  # block by block, then the rest
 
 
@@ -332,7 +333,8 @@ def test_threads_that_drift_apart_are_brought_together_and_it_is_said(config):
 
 def test_threads_are_audited_and_a_wrong_sum_is_found(config, monkeypatch):
     config = variant(config, gradcheck_every=4, max_iters=2, eval_interval=2)
-    assert [len(events) for _, events in on_threads(2, lambda world: _run(config, world))] == [5, 4]  # rank 0's is told
+    found = on_threads(2, lambda world: run(config, world=world))
+    assert [len(events) for _, events in found] == [5, 4]  # the audit is told on rank 0
     finish_sums = MPIWorld.finish_sums
 
     def wrong(self, *arrays):
@@ -340,14 +342,9 @@ def test_threads_are_audited_and_a_wrong_sum_is_found(config, monkeypatch):
         np.multiply(arrays[-1], 1.01, out=arrays[-1])
 
     monkeypatch.setattr(MPIWorld, "finish_sums", wrong)
-    errors = on_threads(2, lambda world: _run(variant(config, out_dir=config.out_dir + "2"), world))
+    errors = on_threads(2, lambda world: run(variant(config, out_dir=config.out_dir + "2"), world=world))
     assert all(isinstance(error, GradientError) for error in errors)
     assert "the gradient at iteration 0 is wrong: " in str(errors[0])
-
-
-def _run(config, world):
-    trainer = Trainer(config, world=world)
-    return trainer, list(trainer.run())
 
 
 def test_threads_diverge_together(config, monkeypatch):
@@ -358,7 +355,7 @@ def test_threads_diverge_together(config, monkeypatch):
         args[0][...] = np.nan
 
     monkeypatch.setattr(layernorm, "layernorm_backward", wrong)
-    errors = on_threads(2, lambda world: _run(config, world))
+    errors = on_threads(2, lambda world: run(config, world=world))
     assert all(isinstance(error, DivergedError) for error in errors)
     assert "the gradient's norm nan, first in the backward of layernorm with transformer.ln_f.weight" in str(errors[0])
     assert [(row["iter"], row["skipped"]) for row in metrics(config)] == [(i, True) for i in range(4)]
@@ -497,7 +494,7 @@ def rank_main(settings, place):
         found = []
         for n, changes in enumerate(VARIANTS * 3):
             if n == 2 * len(VARIANTS):
-                world._one_machine, parallel.BUCKET, ranks.PIECE = False, 3000, 1000  # as if between machines
+                world.between_machines, parallel.BUCKET, ranks.PIECE = world.size > 1, 3000, 1000  # as if they were
             values = {**json.loads(settings), **changes, "out_dir": str(Path(place) / f"run{n}")}
             trainer = Trainer(TrainConfig(**{**values, "data": tuple(values["data"])}), world=world)
             loss = losses(trainer)

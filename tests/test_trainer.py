@@ -330,7 +330,8 @@ def test_tokens_do_not_count_when_the_memory_is_too_small(config, monkeypatch):
     trainer, n = Trainer(config), 10**10
     monkeypatch.setattr(memory, "in_use", lambda: 0)
     asked = config, trainer.tokenizer.vocab_size, n, trainer.workers
-    needed, mapped = memory.estimate(*asked), memory.parts(*asked)[memory.MAPPED]
+    parts = memory.parts(*asked)
+    needed, mapped = memory.total(parts), parts[memory.MAPPED]
     assert mapped == 2 * n
     monkeypatch.setattr(memory, "available", lambda: needed - mapped)
     trainer._check_memory(n)

@@ -134,13 +134,11 @@ def round_up(n, step):
 
 @helper
 def copy(out, x):
-    """out = x, both (T, n, n_head, hs), with rows of hs contiguous numbers."""
-    T, n, H, hs = x.shape
+    """out = x, both (T, hs): rows that lie far apart in memory fall onto the same few lines of the cache."""
+    T, hs = x.shape
     for t in range(T):
-        for i in range(n):
-            for h in range(H):
-                for j in range(hs):
-                    out[t, i, h, j] = x[t, i, h, j]
+        for j in range(hs):
+            out[t, j] = x[t, j]
 
 
 @helper
@@ -163,19 +161,18 @@ def drop(row, n, p_drop, key, number):
 
 
 @kernel
-def forward_heads(y, lse, qkv, heads, by_time, k_t, s, p_drop, key, batch_offset):
-    """y (B, T, 1, n_head, hs), lse (B, n_head, T), qkv (B, T, 3, n_head, hs).
+def forward_heads(y, lse, qkv, v, k_t, s, p_drop, key, batch_offset):
+    """y (B, T, n_head, hs), lse (B, n_head, T), qkv (B, T, 3, n_head, hs).
 
-    Scratch: heads (4, n_head, T, hs), the same memory as by_time (T, 4, n_head, hs); k_t (hs, width), s (ROWS, width),
-    with T rounded up to LANES as width.
+    Scratch: v (T, hs), k_t (hs, width), s (ROWS, width), with T rounded up to LANES as width.
     """
     B, T, _, H, hs = qkv.shape
     scale = s.dtype.type(1 / math.sqrt(hs))
     for b in range(B):
-        copy(by_time[:, :3], qkv[b])
         for h in range(H):
-            q, k, v, y_head = heads[0, h], heads[1, h], heads[2, h], heads[3, h]
-            transpose(k_t, k)
+            q, y_head = qkv[b, :, 0, h], y[b, :, h]
+            transpose(k_t, qkv[b, :, 1, h])
+            copy(v, qkv[b, :, 2, h])
             for t0 in range(0, T, ROWS):
                 t1 = min(t0 + ROWS, T)
                 # s = scale * q @ k.T
@@ -201,26 +198,25 @@ def forward_heads(y, lse, qkv, heads, by_time, k_t, s, p_drop, key, batch_offset
                         drop(row, t + 1, p_drop, key, ((batch_offset + b) * H + h) * T + t)
                 # y = a @ v
                 product(y_head[t0:t1], s[: t1 - t0, :t1], v[:t1], False)
-        copy(y[b], by_time[:, 3:])
 
 
 @kernel
-def backward_heads(dqkv, dy, qkv, lse, heads, by_time, k_t, v_t, a, grad, p_drop, key, batch_offset):
-    """dqkv, qkv (B, T, 3, n_head, hs), dy (B, T, 1, n_head, hs), lse (B, n_head, T).
+def backward_heads(dqkv, dy, qkv, lse, q, k, dy_head, dk, dv, k_t, v_t, a, grad, p_drop, key, batch_offset):
+    """dqkv, qkv (B, T, 3, n_head, hs), dy (B, T, n_head, hs), lse (B, n_head, T).
 
-    Scratch: heads (7, n_head, T, hs), the same memory as by_time (T, 7, n_head, hs); k_t and v_t (hs, width), a and
-    grad (QUERY_BLOCK or T, width + PAD), with T rounded up to LANES as width.
+    Scratch: q, k, dy_head, dk, dv (T, hs); k_t, v_t (hs, width); a, grad (QUERY_BLOCK or T, width + PAD); with T
+    rounded up to LANES as width.
     """
     B, T, _, H, hs = qkv.shape
     scale = a.dtype.type(1 / math.sqrt(hs))
     for b in range(B):
-        copy(by_time[:, :3], qkv[b])
-        copy(by_time[:, 3:4], dy[b])
         for h in range(H):
-            q, k, v, dy_head = heads[0, h], heads[1, h], heads[2, h], heads[3, h]
-            dq, dk, dv = heads[4, h], heads[5, h], heads[6, h]
+            dq = dqkv[b, :, 0, h]
+            copy(q, qkv[b, :, 0, h])
+            copy(k, qkv[b, :, 1, h])
+            copy(dy_head, dy[b, :, h])
             transpose(k_t, k)
-            transpose(v_t, v)
+            transpose(v_t, qkv[b, :, 2, h])
             # the last block of queries comes first: it sees all keys, so it writes dk and dv, and the others add
             for start in range((T - 1) // QUERY_BLOCK * QUERY_BLOCK, -1, -QUERY_BLOCK):
                 end = min(start + QUERY_BLOCK, T)
@@ -258,16 +254,17 @@ def backward_heads(dqkv, dy, qkv, lse, heads, by_time, k_t, v_t, a, grad, p_drop
                     rows = slice(t0 - start, end - start)
                     product(dv[j0:j1], a[rows, j0:j1].T, dy_head[t0:end], end < T)
                     product(dk[j0:j1], grad[rows, j0:j1].T, q[t0:end], end < T)
-        copy(dqkv[b], by_time[:, 4:])
+            copy(dqkv[b, :, 1, h], dk)
+            copy(dqkv[b, :, 2, h], dv)
 
 
 @replaces(attention_forward_ref, flops=lambda y, *_: 2 * y.size * (y.shape[1] + 1))
 def attention_forward(y, lse, qkv, n_head, p_drop, key, batch_offset):
     B, T, C3 = qkv.shape
     hs = C3 // 3 // n_head
-    heads, (k_t,), s = _scratch(4, 1, ROWS, n_head, T, hs, qkv.dtype)
-    y, qkv = y.reshape(B, T, 1, n_head, hs), qkv.reshape(B, T, 3, n_head, hs)
-    forward_heads(y, lse, qkv, heads, heads.transpose(2, 0, 1, 3), k_t, s, p_drop, key, batch_offset)
+    (v,), (k_t,), s = _scratch(1, 1, ROWS, T, hs, qkv.dtype)
+    y, qkv = y.reshape(B, T, n_head, hs), qkv.reshape(B, T, 3, n_head, hs)
+    forward_heads(y, lse, qkv, v, k_t, s, p_drop, key, batch_offset)
 
 
 @replaces(attention_backward_ref, flops=lambda dqkv, dy, *_: 4 * dy.size * (dy.shape[1] + 1))
@@ -275,18 +272,17 @@ def attention_backward(dqkv, dy, qkv, lse, n_head, p_drop, key, batch_offset):
     B, T, C3 = qkv.shape
     hs = C3 // 3 // n_head
     n = min(T, QUERY_BLOCK)
-    heads, (k_t, v_t), scores = _scratch(7, 2, 2 * n, n_head, T, hs, qkv.dtype)
-    dy, qkv, dqkv = (x.reshape(B, T, -1, n_head, hs) for x in (dy, qkv, dqkv))
+    rows, (k_t, v_t), scores = _scratch(5, 2, 2 * n, T, hs, qkv.dtype)
+    dy, qkv, dqkv = dy.reshape(B, T, n_head, hs), qkv.reshape(B, T, 3, n_head, hs), dqkv.reshape(B, T, 3, n_head, hs)
     backward_heads(
-        dqkv, dy, qkv, lse, heads, heads.transpose(2, 0, 1, 3), k_t, v_t, scores[:n], scores[n:],
-        p_drop, key, batch_offset,
+        dqkv, dy, qkv, lse, *rows, k_t, v_t, scores[:n], scores[n:], p_drop, key, batch_offset,
     )  # fmt: skip
 
 
-def _scratch(n_heads, n_transposed, n_rows, n_head, T, hs, dtype):
+def _scratch(n_heads, n_transposed, n_rows, T, hs, dtype):
     """The scratch arrays of the two kernels: heads, transposed heads, rows of scores."""
     width = -(-T // LANES) * LANES
-    shapes = (n_heads, n_head, T, hs), (n_transposed, hs, width), (n_rows, width + PAD)
+    shapes = (n_heads, T, hs), (n_transposed, hs, width), (n_rows, width + PAD)
     return (empty(shape, dtype) for shape in shapes)
 
 

@@ -136,7 +136,7 @@ def layernorm(x, weight, bias=None, eps=EPS):
     rows = as_rows(x.data)  # (N, C)
     N = len(rows)
     y = empty((N, C), x.dtype)
-    mean, rstd = empty((N,), x.dtype), empty((N,), x.dtype)
+    mean, rstd = empty((2, N), x.dtype)
     bias_data = np.zeros(C, x.dtype) if bias is None else bias.data
     layernorm_forward(y, mean, rstd, rows, weight.data, bias_data, eps)
 

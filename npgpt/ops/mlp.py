@@ -122,7 +122,7 @@ def mlp_forward(y, pre, x, w_fc, b_fc, w_proj, b_proj):
 
 @replaces(mlp_backward_ref, flops=lambda dx, dw_fc, db_fc, dw_proj, *_: 4 * len(dx) * (dw_fc.size + dw_proj.size))
 def mlp_backward(dx, dw_fc, db_fc, dw_proj, db_proj, dy, x, w_fc, w_proj, pre):
-    grad, act = empty(pre.shape, pre.dtype), empty(pre.shape, pre.dtype)  # (N, F)
+    grad, act = empty((2, *pre.shape), pre.dtype)  # each (N, F)
     # y = act @ w_proj.T + b_proj
     np.matmul(dy, w_proj, out=grad)  # dact
     sum_rows(db_proj, dy)

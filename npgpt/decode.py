@@ -28,6 +28,8 @@ for, the kernel draws the tokens itself, and goes on with them for some steps.
 
 import math
 import os
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -439,12 +441,17 @@ class Decoder:
         h, p = self._own[rank]
         decode_kernel(*self._args, h, p, rank, ranks, self._counter, self._jobs, seen, self._states[rank])
 
-    def _help(self, rank, seen):
+    def _help(self, rank, seen, crew, at_work):
+        me = threading.get_ident()
+        at_work.add(me)
         try:
-            self._run(rank, self.threads, seen)
+            if crew is self._crew:  # else an interrupt came before this thread did
+                self._run(rank, self.threads, seen)
         except BaseException:
             self._counter[0] = FREE  # nobody must wait for this thread
             raise
+        finally:
+            at_work.remove(me)
 
     def _run_together(self):
         if self._process != os.getpid():  # a fork has no threads but the one that made it
@@ -454,7 +461,7 @@ class Decoder:
             seen, asleep = int(self._jobs[0]), claim_kernel(self._states[1:])
             for rank in range(1, self.threads):
                 if asleep >> (rank - 1) & 1:
-                    others.append(self._pool.submit(self._help, rank, seen))
+                    others.append(self._crew.submit(self._help, rank, seen, self._crew, self._at_work))
             self._run(0, self.threads, seen)
             if self._counter[0] < 0:
                 for other in others:
@@ -462,13 +469,19 @@ class Decoder:
         except BaseException:  # Ctrl-C, say, before the kernel was reached: the others must not wait for this thread
             self._counter[0] = FREE
             self._jobs[0] += 1
-            self._pool.shutdown(wait=True)  # also those of whom this thread does not know yet
+            # A thread that was about to begin when the interrupt came may be unknown to all, and begin at any time: it
+            # finds that its crew has been dismissed, or it is at work.
+            crew, self._crew = self._crew, None
+            crew.shutdown(wait=False)
+            while self._at_work:
+                time.sleep(1e-4)
             self._start_over()
             raise
 
     def _start_over(self):
         """All other threads sleep, or there are none yet."""
-        self._process, self._pool = os.getpid(), ThreadPoolExecutor(max(1, self.threads - 1), "npgpt-decoder")
+        self._process, self._crew = os.getpid(), ThreadPoolExecutor(max(1, self.threads - 1), "npgpt-decoder")
+        self._at_work = set()  # its threads between their first and their last touch of what they share
         self._counter[0], self._states[:] = 0, SLEEPS
 
     def read(self, tokens, stream=0, position=0):

@@ -12,6 +12,8 @@ import math
 import os
 import platform
 import re
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -30,6 +32,13 @@ def checkpoints(path):
     return [p for _, p in sorted(found, reverse=True)]
 
 
+def as_word(path):
+    """A path as one word of a command line that a reader may paste."""
+    if sys.platform == "win32":
+        return f'"{path}"' if re.search(r"[\s&()^%]", str(path)) else str(path)
+    return shlex.quote(str(path))
+
+
 def newest_until(path, iteration):
     """The newest checkpoint with so many updates at most behind it, or None."""
     return next((p for p in checkpoints(path) if int(_NAME.fullmatch(p.name)[1]) <= iteration), None)
@@ -39,7 +48,8 @@ def newest(path):
     """The newest checkpoint of a folder.  Raises CheckpointError if there is none."""
     found = checkpoints(path)
     if not found:
-        raise CheckpointError(f"there is no checkpoint in {path}; python -m npgpt.train --out-dir {path} makes one")
+        command = f"python -m npgpt.train --out-dir {as_word(path)}"
+        raise CheckpointError(f"there is no checkpoint in {path}; {command} makes one")
     return found[0]
 
 
@@ -180,7 +190,7 @@ class RunFolder:
                     os.replace(path, path.with_name(path.name + ".set-aside"))
 
     def save(self, iteration, arrays, state, keep):
-        """Write a checkpoint; then remove all but the newest `keep` and the best.  Returns its path.
+        """Write a checkpoint; then remove all but the newest `keep` and the best.
 
         Raises CheckpointError; then nothing was removed, and the file that had this name is as it was.
         """
@@ -189,7 +199,6 @@ class RunFolder:
         found = checkpoints(self.path)
         spare = best(self.path)
         self._remove(p for p in found[keep:] if p not in (spare, path))
-        return path
 
     def write_tokens(self, name, parts):
         """Write a token file, all of it or nothing; parts: iterable of arrays.  Raises CheckpointError."""

@@ -195,6 +195,7 @@ def train(argv, stop, world):
     config = TrainConfig(**given)  # before NumPy and Numba take their time to load: a mistake shows at once
     show_all()
 
+    from npgpt.folder import as_word
     from npgpt.profiler import Profile
     from npgpt.trainer import Audited, Evaluation, Notice, Progress, Trainer
 
@@ -235,8 +236,8 @@ def train(argv, stop, world):
             _print_sample(trainer, trainer.config.final_sample_tokens, stop)
             print("-" * 60)
             print(f"best validation loss {trainer.best_loss:.4f} at iteration {trainer.best_iter:,}; sample from it:")
-            print(f"  python -m npgpt.sample --out-dir {trainer.out_dir}")
-            print(f"its loss curve:\n  python -m npgpt.plot {trainer.out_dir}")
+            out_dir = as_word(trainer.out_dir)
+            print(f"  python -m npgpt.sample --out-dir {out_dir}\nits loss curve:\n  python -m npgpt.plot {out_dir}")
     if profile is not None and profile.entries and world.rank == 0:
         print(profile_table(profile, trainer))
     return 0

@@ -575,7 +575,7 @@ class Trainer:
             return f"stopped; nothing could be saved: {self.unsaved}"
         return (
             f"stopped at iteration {self.iter:,}; the checkpoint is of iteration {self.saved_iter:,}. Go on with: "
-            f"{self.world.command} --resume --out-dir {self.out_dir}"
+            f"{self.world.command} --resume --out-dir {folder.as_word(self.out_dir)}"
         )
 
     def _run(self, stop):

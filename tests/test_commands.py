@@ -4,8 +4,10 @@ import io
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
+from pathlib import PureWindowsPath
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import pytest
 from npgpt import sample, train
 from npgpt.config import PRESETS, TrainConfig
 from npgpt.errors import NpgptError, UsageError
-from npgpt.folder import RunFolder
+from npgpt.folder import RunFolder, as_word
 from npgpt.model import GPT
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
@@ -60,6 +62,28 @@ def test_training_shows_what_it_does(folder):
     ]  # fmt: skip
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 5
+
+
+@pytest.mark.skipif(os.name == "nt", reason="shlex reads as a POSIX shell does")
+def test_printed_commands_can_be_pasted(folder):
+    run = folder / "a run's folder"
+    code, out, _ = command("train", "--data", folder / "text.txt", "--out-dir", run, *SMALL)
+    assert code == 0
+    for line in out.splitlines():
+        if line.startswith("  python -m npgpt.sample"):
+            assert shlex.split(line) == ["python", "-m", "npgpt.sample", "--out-dir", str(run)]
+            break
+    else:
+        pytest.fail("no command is printed")
+    empty = folder / "no run"
+    empty.mkdir()
+    code, _, err = command("sample", "--out-dir", empty)
+    assert code == 3 and f"npgpt.train --out-dir '{empty}'" in err
+
+
+def test_a_path_is_one_word_of_a_windows_command_line(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert [as_word(PureWindowsPath(path)) for path in ("C:\\run", "C:\\a run")] == ["C:\\run", '"C:\\a run"']
 
 
 def test_profile_shows_where_the_updates_time_went(folder):

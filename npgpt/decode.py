@@ -441,8 +441,8 @@ class Decoder:
         h, p = self._own[rank]
         decode_kernel(*self._args, h, p, rank, ranks, self._counter, self._jobs, seen, self._states[rank])
 
-    def _help(self, rank, seen, crew, at_work):
-        me = threading.get_ident()
+    def _help(self, rank, seen, crew):
+        at_work, me = self._at_work, threading.get_ident()
         at_work.add(me)
         try:
             if crew is self._crew:  # else an interrupt came before this thread did
@@ -461,7 +461,7 @@ class Decoder:
             seen, asleep = int(self._jobs[0]), claim_kernel(self._states[1:])
             for rank in range(1, self.threads):
                 if asleep >> (rank - 1) & 1:
-                    others.append(self._crew.submit(self._help, rank, seen, self._crew, self._at_work))
+                    others.append(self._crew.submit(self._help, rank, seen, self._crew))
             self._run(0, self.threads, seen)
             if self._counter[0] < 0:
                 for other in others:

@@ -15,6 +15,8 @@
 
 import errno
 import os
+import re
+import shlex
 import sys
 
 
@@ -60,6 +62,14 @@ class StoppedError(NpgptError):
     def __init__(self, number, message):
         super().__init__(message)
         self.exit_code = 128 + number
+
+
+def quoted(name):
+    """A file's name as it stands in a command line, for this system's shell."""
+    name = os.path.join(".", name) if str(name).startswith("-") else str(name)  # or it would be a flag
+    if os.name == "nt":
+        return name if re.fullmatch(r"[\w.:\\/~-]+", name) else f'"{name}"'
+    return shlex.quote(name)
 
 
 def run_command(name, main):

@@ -18,7 +18,6 @@ import inspect
 import itertools
 import os
 import re
-import shlex
 import shutil
 import sys
 import traceback
@@ -26,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from npgpt.command import Parser, show_all
-from npgpt.errors import CheckpointError, UsageError, run_command
+from npgpt.errors import CheckpointError, UsageError, quoted, run_command
 from npgpt.faults import BUGS, FAULTS
 
 PROG = "python -m npgpt.exercise"
@@ -480,14 +479,6 @@ def with_kernels(kernels, command):
 
 # --------------------------------------------------------------------------------------------------------------------
 # Command line
-
-
-def quoted(name):
-    """A file's name as it stands in a command line, for this system's shell."""
-    name = os.path.join(".", name) if str(name).startswith("-") else str(name)  # or it would be a flag
-    if os.name == "nt":
-        return name if re.fullmatch(r"[\w.:\\/~-]+", name) else f'"{name}"'
-    return shlex.quote(name)
 
 
 def run_list(args):

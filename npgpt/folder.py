@@ -12,13 +12,11 @@ import math
 import os
 import platform
 import re
-import shlex
-import sys
 import time
 from pathlib import Path
 
 from npgpt import checkpoint
-from npgpt.errors import BusyError, CheckpointError, UsageError
+from npgpt.errors import BusyError, CheckpointError, UsageError, quoted
 
 _NAME = re.compile(r"iter-(\d{8,})\.safetensors")
 
@@ -32,13 +30,6 @@ def checkpoints(path):
     return [p for _, p in sorted(found, reverse=True)]
 
 
-def as_word(path):
-    """A path as one word of a command line that a reader may paste."""
-    if sys.platform == "win32":
-        return f'"{path}"' if re.search(r"[\s&()^%]", str(path)) else str(path)
-    return shlex.quote(str(path))
-
-
 def newest_until(path, iteration):
     """The newest checkpoint with so many updates at most behind it, or None."""
     return next((p for p in checkpoints(path) if int(_NAME.fullmatch(p.name)[1]) <= iteration), None)
@@ -48,8 +39,9 @@ def newest(path):
     """The newest checkpoint of a folder.  Raises CheckpointError if there is none."""
     found = checkpoints(path)
     if not found:
-        command = f"python -m npgpt.train --out-dir {as_word(path)}"
-        raise CheckpointError(f"there is no checkpoint in {path}; {command} makes one")
+        raise CheckpointError(
+            f"there is no checkpoint in {path}; python -m npgpt.train --out-dir {quoted(path)} makes one"
+        )
     return found[0]
 
 

@@ -15,7 +15,7 @@ import typing
 from npgpt import __version__
 from npgpt.command import Parser, show_all
 from npgpt.config import PRESETS, TrainConfig, check_tokenizer, preset
-from npgpt.errors import StoppedError, UsageError, run_command
+from npgpt.errors import StoppedError, UsageError, quoted, run_command
 from npgpt.ranks import joined
 from npgpt.stop import Stop, StopNow, catch_signals
 
@@ -195,7 +195,6 @@ def train(argv, stop, world):
     config = TrainConfig(**given)  # before NumPy and Numba take their time to load: a mistake shows at once
     show_all()
 
-    from npgpt.folder import as_word
     from npgpt.profiler import Profile
     from npgpt.trainer import Audited, Evaluation, Notice, Progress, Trainer
 
@@ -236,8 +235,8 @@ def train(argv, stop, world):
             _print_sample(trainer, trainer.config.final_sample_tokens, stop)
             print("-" * 60)
             print(f"best validation loss {trainer.best_loss:.4f} at iteration {trainer.best_iter:,}; sample from it:")
-            out_dir = as_word(trainer.out_dir)
-            print(f"  python -m npgpt.sample --out-dir {out_dir}\nits loss curve:\n  python -m npgpt.plot {out_dir}")
+            print(f"  python -m npgpt.sample --out-dir {quoted(trainer.out_dir)}")
+            print(f"its loss curve:\n  python -m npgpt.plot {quoted(trainer.out_dir)}")
     if profile is not None and profile.entries and world.rank == 0:
         print(profile_table(profile, trainer))
     return 0

@@ -27,7 +27,7 @@ from npgpt.audit import BOUND, Audit, Auditor
 from npgpt.config import BPE_VOCAB_SIZE, DROPOUT, SAMPLE, TrainConfig, check_tokenizer
 from npgpt.data import PIECE, Blocks, Corpus, EvaluationBlocks, TokenFiles, map_tokens, open_data, repeated_lines, split
 from npgpt.engine import NotFinite, finite_checks, random_stream
-from npgpt.errors import CheckpointError, DivergedError, GradientError, StoppedError, UsageError
+from npgpt.errors import CheckpointError, DivergedError, GradientError, StoppedError, UsageError, quoted
 from npgpt.model import GPT
 from npgpt.optim import AdamW, Muon, clip_scale, cosine_lr
 from npgpt.parallel import DataParallel, blas_threads, choose_threads, cpu_name, sgemm_peak
@@ -575,7 +575,7 @@ class Trainer:
             return f"stopped; nothing could be saved: {self.unsaved}"
         return (
             f"stopped at iteration {self.iter:,}; the checkpoint is of iteration {self.saved_iter:,}. Go on with: "
-            f"{self.world.command} --resume --out-dir {folder.as_word(self.out_dir)}"
+            f"{self.world.command} --resume --out-dir {quoted(self.out_dir)}"
         )
 
     def _run(self, stop):

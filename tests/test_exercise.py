@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from npgpt import exercise, hints, jit
+from npgpt import errors, exercise, hints, jit
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.exercise import EXERCISES, LEVELS, PACKAGE, exercise_text, main, with_kernels
 from npgpt.faults import BUGS, FAULTS
@@ -434,8 +434,8 @@ def test_a_name_never_gets_into_the_code_of_an_exercise(name, shown):
     ],
 )
 def test_a_name_is_quoted_for_the_shell(system, name, words, monkeypatch):
-    monkeypatch.setattr(exercise, "os", SimpleNamespace(name=system, path=posixpath))
-    assert exercise.quoted(name) == words
+    monkeypatch.setattr(errors, "os", SimpleNamespace(name=system, path=posixpath))
+    assert errors.quoted(name) == words
 
 
 def test_printed_commands_are_quoted(tmp_path, capsys, monkeypatch):

@@ -28,12 +28,10 @@ for, the kernel draws the tokens itself, and goes on with them for some steps.
 
 import math
 import os
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from npgpt.crew import Crew
 from npgpt.jit import KERNELS, SLEEPS, array_at, claim, cores, count_up, exp, helper, kernel, largest, meet, next_job
 from npgpt.ops.layernorm import EPS, layernorm_forward_ref
 from npgpt.ops.linear import linear_forward_ref
@@ -441,17 +439,12 @@ class Decoder:
         h, p = self._own[rank]
         decode_kernel(*self._args, h, p, rank, ranks, self._counter, self._jobs, seen, self._states[rank])
 
-    def _help(self, rank, seen, crew):
-        at_work, me = self._at_work, threading.get_ident()
-        at_work.add(me)
+    def _help(self, rank, seen):
         try:
-            if crew is self._crew:  # else an interrupt came before this thread did
-                self._run(rank, self.threads, seen)
+            self._run(rank, self.threads, seen)
         except BaseException:
             self._counter[0] = FREE  # nobody must wait for this thread
             raise
-        finally:
-            at_work.remove(me)
 
     def _run_together(self):
         if self._process != os.getpid():  # a fork has no threads but the one that made it
@@ -461,7 +454,7 @@ class Decoder:
             seen, asleep = int(self._jobs[0]), claim_kernel(self._states[1:])
             for rank in range(1, self.threads):
                 if asleep >> (rank - 1) & 1:
-                    others.append(self._crew.submit(self._help, rank, seen, self._crew))
+                    others.append(self._crew.submit(self._help, rank, seen))
             self._run(0, self.threads, seen)
             if self._counter[0] < 0:
                 for other in others:
@@ -469,19 +462,16 @@ class Decoder:
         except BaseException:  # Ctrl-C, say, before the kernel was reached: the others must not wait for this thread
             self._counter[0] = FREE
             self._jobs[0] += 1
-            # A thread that was about to begin when the interrupt came may be unknown to all, and begin at any time: it
-            # finds that its crew has been dismissed, or it is at work.
-            crew, self._crew = self._crew, None
-            crew.shutdown(wait=False)
-            while self._at_work:
-                time.sleep(1e-4)
-            self._start_over()
+            self._crew.call_off()
+            self._all_sleep()
             raise
 
     def _start_over(self):
+        self._process, self._crew = os.getpid(), Crew(self.threads - 1, "npgpt-decoder")
+        self._all_sleep()
+
+    def _all_sleep(self):
         """All other threads sleep, or there are none yet."""
-        self._process, self._crew = os.getpid(), ThreadPoolExecutor(max(1, self.threads - 1), "npgpt-decoder")
-        self._at_work = set()  # its threads between their first and their last touch of what they share
         self._counter[0], self._states[:] = 0, SLEEPS
 
     def read(self, tokens, stream=0, position=0):

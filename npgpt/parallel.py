@@ -21,18 +21,17 @@ import os
 import platform
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
+from npgpt.crew import Crew
 from npgpt.engine import BufferPool, no_grad, random_stream, record, reuse_buffers
 from npgpt.gradcheck import replaced
 from npgpt.jit import cores
 from npgpt.model import GPT
 from npgpt.optim import FlatParameters, sum_of_squares
 from npgpt.ranks import ALONE
-from npgpt.stop import held
 
 # --------------------------------------------------------------------------------------------------------------------
 # BLAS threads
@@ -178,21 +177,22 @@ class DataParallel:
         self.slices = _cut(slice(0, size), self.n_threads)
         self.mine = _cut(slice(0, size), world.size)[world.rank]  # this rank's part of the sum of squares
         self.buckets = self._buckets()
-        self._threads = ThreadPoolExecutor(max(1, self.n_threads - 1), thread_name_prefix="npgpt-worker")
+        self._crew = Crew(self.n_threads - 1, "npgpt-worker")
 
     def each(self, work, n=None):
         """[work(0), ..., work(n - 1)], by default one per worker, each in a thread; number 0 runs in this one."""
         with blas_threads(self.blas):
-            with held():  # a process that is forked in `submit` waits for ever for a lock that this thread holds
-                futures = [self._threads.submit(work, rank) for rank in range(1, n or len(self.replicas))]
             try:
-                first = work(0)
-            finally:
-                results = [future.exception() or future.result() for future in futures]
-        for result in results:
-            if isinstance(result, BaseException):
-                raise result
-        return [first, *results]
+                futures = [self._crew.submit(work, rank) for rank in range(1, n or len(self.replicas))]
+                try:
+                    first = work(0)
+                finally:
+                    for future in futures:
+                        future.exception()
+                return [first, *(future.result() for future in futures)]
+            except BaseException:  # an interrupt may have come before all futures were known, or awaited
+                self._crew.call_off()
+                raise
 
     def _shares(self, n):
         """How n sequences are cut: (start, stop) for each worker; they differ by one at most."""
@@ -327,7 +327,7 @@ class DataParallel:
 
     def close(self):
         """End the worker threads."""
-        self._threads.shutdown()
+        self._crew.close()
 
 
 def _cut(whole, n):

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from test_crew import begins_late
 
 from npgpt import decode, jit
 from npgpt.config import Controls, GPTConfig
@@ -244,20 +245,8 @@ def test_a_thread_that_begins_after_an_interrupt_touches_nothing(monkeypatch):
     model = model_of(SHAPES[0])
     tokens = tokens_of(model)
     decoder, expected = Decoder(model, threads=3), full(model, tokens)
-    start, help_, late = threading.Thread.start, Decoder._help, []
-
-    def interrupted(thread):  # as Ctrl-C does while Python waits for the thread to begin: the pool forgets of it
-        start(thread)
-        raise KeyboardInterrupt
-
-    def belated(self, *args):
-        late.append(threading.current_thread())
-        time.sleep(0.05)
-        help_(self, *args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", interrupted)
-        patch.setattr(Decoder, "_help", belated)
+        late = begins_late(patch)
         with pytest.raises(KeyboardInterrupt):
             decoder.read(tokens)
     end = time.perf_counter() + 0.2

@@ -7,6 +7,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from test_crew import begins_late
 
 from npgpt import GPT, AdamW, DataParallel, GPTConfig, jit, no_grad, parallel, random_stream
 from npgpt.optim import Muon, clip_scale
@@ -260,6 +261,17 @@ def test_an_error_is_raised_only_after_all_workers_have_stopped(workers):
     with pytest.raises(ZeroDivisionError):
         split.each(work)
     assert sorted(finished) == [1, 2]
+
+
+def test_a_worker_that_begins_after_an_interrupt_adds_to_no_gradient(workers, monkeypatch):
+    split, (idx, targets) = workers(small_gpt(), 3), next(batches(1))
+    with monkeypatch.context() as patch:
+        late = begins_late(patch)
+        with pytest.raises(KeyboardInterrupt):
+            split.forward_backward(idx, targets)
+    split.zero_grad()
+    late[0].join(5)
+    assert not any(replica.flat.grads.any() for replica in split.replicas)
 
 
 def test_results_come_in_the_order_of_the_workers(workers):

@@ -1,0 +1,46 @@
+"""Threads that take shares of a job, and can be called off at any moment.
+
+An interrupt may come while Python waits for a new thread to begin.  ThreadPoolExecutor then forgets that thread, which
+begins later all the same and takes its share of a job that nobody waits for.  So a thread of a Crew says that it is at
+work before it looks whether its job still stands.
+"""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from npgpt.stop import held
+
+
+class Crew:
+    """As many threads, for one caller.  They begin when they are first needed."""
+
+    def __init__(self, threads, name):
+        self._new_pool = lambda: (ThreadPoolExecutor(max(1, threads), name), set())
+        self._pool, self._at_work = self._new_pool()  # (the set: its threads that are at work)
+
+    def submit(self, work, *args):
+        """Have a thread call work(*args); returns a Future."""
+        with held():  # a process that is forked in the pool's `submit` waits for ever for a lock that this thread holds
+            return self._pool.submit(self._run, self._at_work, work, args)
+
+    def _run(self, at_work, work, args):
+        me = threading.get_ident()
+        at_work.add(me)
+        try:
+            if at_work is self._at_work:  # else the job was called off before this thread began
+                return work(*args)
+        finally:
+            at_work.remove(me)
+
+    def call_off(self):
+        """When this returns, nothing of what was submitted runs, or ever will; what has begun is waited for."""
+        pool, at_work = self._pool, self._at_work
+        self._pool, self._at_work = self._new_pool()
+        pool.shutdown(wait=False)
+        while at_work:
+            time.sleep(1e-4)
+
+    def close(self):
+        """End the threads, when they are done with what was submitted."""
+        self._pool.shutdown()

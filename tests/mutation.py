@@ -145,6 +145,7 @@ class Copy:
             "NUMBA_CACHE_DIR": str(self.folder / "kernel_cache"),
             "PYTHONDONTWRITEBYTECODE": "1",
             "OPENBLAS_NUM_THREADS": "1",
+            "NUMBA_OPT": "1",  # most of the time goes into compiling; a fault is one whatever LLVM makes of it
         }
         start = time.perf_counter()
         try:

@@ -5,6 +5,7 @@ begins later all the same and takes its share of a job that nobody waits for.  S
 work before it looks whether its job still stands.
 """
 
+import contextlib
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,30 +17,33 @@ class Crew:
     """As many threads, for one caller.  They begin when they are first needed."""
 
     def __init__(self, threads, name):
-        self._new_pool = lambda: (ThreadPoolExecutor(max(1, threads), name), set())
-        self._pool, self._at_work = self._new_pool()  # (the set: its threads that are at work)
+        self._new_pool = lambda: ThreadPoolExecutor(max(1, threads), name)
+        self._pool, self._at_work = self._new_pool(), set()
 
     def submit(self, work, *args):
         """Have a thread call work(*args); returns a Future."""
         with held():  # a process that is forked in the pool's `submit` waits for ever for a lock that this thread holds
-            return self._pool.submit(self._run, self._at_work, work, args)
+            return self._pool.submit(self._run, self._pool, work, args)
 
-    def _run(self, at_work, work, args):
+    def _run(self, pool, work, args):
         me = threading.get_ident()
-        at_work.add(me)
+        self._at_work.add(me)
         try:
-            if at_work is self._at_work:  # else the job was called off before this thread began
+            if pool is self._pool:  # else the job was called off before this thread began
                 return work(*args)
         finally:
-            at_work.remove(me)
+            self._at_work.remove(me)
 
     def call_off(self):
-        """When this returns, nothing of what was submitted runs, or ever will; what has begun is waited for."""
-        pool, at_work = self._pool, self._at_work
-        self._pool, self._at_work = self._new_pool()
+        """When this returns, nothing of what was submitted runs, or ever will; what has begun is waited for.
+
+        To be called for one interrupt, it is not ended by the next.
+        """
+        pool, self._pool = self._pool, self._new_pool()
         pool.shutdown(wait=False)
-        while at_work:
-            time.sleep(1e-4)
+        while self._at_work:
+            with contextlib.suppress(KeyboardInterrupt):
+                time.sleep(1e-4)
 
     def close(self):
         """End the threads, when they are done with what was submitted."""

@@ -417,6 +417,10 @@ class Decoder:
 
     def _place(self, tokens, streams, positions, n_logits):
         """The rows (3, R) where the kernel finds them, which are checked."""
+        if self._process != os.getpid():  # a fork has no threads but the one that made it
+            self._start_over()
+        if self._disturbed:
+            self._calm()
         R = len(tokens)
         rows = self._rows[:, : min(R, self.rows)]
         if R <= self.rows:
@@ -447,9 +451,7 @@ class Decoder:
             raise
 
     def _run_together(self):
-        if self._process != os.getpid():  # a fork has no threads but the one that made it
-            self._start_over()
-        others = []
+        self._disturbed, others = True, []  # until all is done
         try:
             seen, asleep = int(self._jobs[0]), claim_kernel(self._states[1:])
             for rank in range(1, self.threads):
@@ -459,12 +461,18 @@ class Decoder:
             if self._counter[0] < 0:
                 for other in others:
                     other.result()
-        except BaseException:  # Ctrl-C, say, before the kernel was reached: the others must not wait for this thread
-            self._counter[0] = FREE
-            self._jobs[0] += 1
-            self._crew.call_off()
-            self._all_sleep()
+            self._disturbed = False
+        except BaseException:  # Ctrl-C, say, before the kernel was reached or when it had done its work
+            self._calm()
             raise
+
+    def _calm(self):
+        """Have all other threads sleep, whatever they wait for.  If an interrupt ends this, the next call does it."""
+        self._size[:] = 0  # should one of them take what follows for a job, there is nothing to do in it
+        self._counter[0] = FREE
+        self._jobs[0] += 1
+        self._crew.call_off()
+        self._all_sleep()
 
     def _start_over(self):
         self._process, self._crew = os.getpid(), Crew(self.threads - 1, "npgpt-decoder")
@@ -472,7 +480,7 @@ class Decoder:
 
     def _all_sleep(self):
         """All other threads sleep, or there are none yet."""
-        self._counter[0], self._states[:] = 0, SLEEPS
+        self._counter[0], self._states[:], self._disturbed = 0, SLEEPS, False
 
     def read(self, tokens, stream=0, position=0):
         """Put n tokens into a stream from a position on -> the logits (V,) after the last, until the next call."""

@@ -11,7 +11,7 @@ from test_crew import begins_late
 
 from npgpt import decode, jit
 from npgpt.config import Controls, GPTConfig
-from npgpt.decode import CHUNK, Decoder, decode_ref, quantize
+from npgpt.decode import AHEAD, CHUNK, Decoder, decode_ref, quantize
 from npgpt.model import GPT
 from npgpt.sampling import choose, probabilities
 
@@ -211,6 +211,39 @@ def test_an_interrupt_sets_the_other_threads_free(monkeypatch):
         decoder([3], [0], [0], 1)
     monkeypatch.setattr(decode, "decode_kernel", kernel)
     np.testing.assert_allclose(decoder([3], [0], [0], 1)[0], full(model, np.array([3]))[0], rtol=0, atol=1e-12)
+
+
+@kernels_only
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_interrupt_of_the_kernel_comes_when_it_has_drawn_its_tokens(monkeypatch, times):
+    """And nobody may draw them once more, from where they end; nor if a second one comes while this is seen to."""
+    model = model_of(SHAPES[3])
+    decoder, uniforms = Decoder(model, 2, threads=3), np.random.default_rng(0).random((AHEAD, 2))
+    for stream in range(2):
+        decoder.read(tokens_of(model, 20), stream)
+
+    def draw():
+        return decoder.draw([1, 2], [0, 1], [20, 20], uniforms, 1.0, 65).copy()
+
+    expected, cache, run = draw(), decoder.keys.copy(), Decoder._run
+
+    def interrupted(self, rank, ranks, seen):
+        run(self, rank, ranks, seen)
+        if rank == 0:
+            raise KeyboardInterrupt
+
+    def again(seconds):
+        raise KeyboardInterrupt
+
+    for _ in range(20):
+        with monkeypatch.context() as patch:
+            patch.setattr(Decoder, "_run", interrupted)
+            if times == 2:
+                patch.setattr(time, "sleep", again)
+            with pytest.raises(KeyboardInterrupt):
+                draw()
+        assert np.array_equal(decoder.keys, cache)
+        assert np.array_equal(draw(), expected)
 
 
 @kernels_only

@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import errno
 import sys
 
 from npgpt.errors import UsageError
@@ -37,6 +38,15 @@ def show_all():
     """What a console cannot show (its encoding may be ASCII) must not end a command."""
     if sys.stdout is not None:  # it was closed
         sys.stdout.reconfigure(errors="replace")
+
+
+def say(text="", end="\n", file=None):
+    """print; but a full disk, to which a console's text is written as well, does not end a training."""
+    try:
+        print(text, end=end, file=file, flush=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def add_model(parser):

@@ -16,6 +16,7 @@ from npgpt.errors import UsageError
 INIT, ORDER, DROPOUT, SAMPLE, AUDIT = 1, 2, 3, 4, 5
 
 TOKENIZERS = ("char", "byte", "bpe")  # the setting `tokenizer`, if it is no file
+MOST = 10**15  # no setting that is a whole number is larger
 BPE_VOCAB_SIZE = 4096  # what bpe learns if nobody says how many
 
 
@@ -89,7 +90,7 @@ class TrainConfig:
     batch_size: int = _setting(12, "sequences per micro-step", low=1)
     gradient_accumulation_steps: int = _setting(1, "micro-steps per update", low=1)
     max_iters: int = _setting(2400, "number of updates", low=0)
-    epochs: float | None = _setting(None, "passes over the training text, instead of max_iters", above=0)
+    epochs: float | None = _setting(None, "passes over the training text, instead of max_iters", above=0, high=1e9)
 
     optimizer: str = _setting("muon", "AdamW, or Muon for the blocks' matrices", choices=("adamw", "muon"))
     learning_rate: float = _setting(4e-3, "peak learning rate", low=0)
@@ -192,6 +193,8 @@ def check_ranges(config):
             continue
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{f.name} must be a finite number, got {value}")
+        if isinstance(value, int) and value > MOST:
+            raise UsageError(f"{f.name} must be at most {MOST:,}, got a number of {len(str(value))} digits")
         if limits["choices"] is not None and value not in limits["choices"]:
             raise UsageError(f"{f.name} must be one of {', '.join(limits['choices'])}, got {value!r}")
         for limit, holds, words in (

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from npgpt import folder
 from npgpt.config import ORDER
 from npgpt.errors import CheckpointError, StoppedError, UsageError
 from npgpt.jit import cache_folder
@@ -58,8 +59,8 @@ class Corpus:
     """The text of all sources, one after the other.
 
     A source is `pydoc`, `shakespeare`, a text file, or a folder, whose files are read in the order of their names;
-    those that start with a dot are left out.  A file or folder that is really named `pydoc` is reached as ./pydoc.
-    Files must be UTF-8; a byte order mark is dropped, and line ends become \\n.
+    those that start with a dot are left out, and those of run folders.  A file or folder that is really named `pydoc`
+    is reached as ./pydoc.  Files must be UTF-8; a byte order mark is dropped, and line ends become \\n.
 
     pieces()              iterator of the text, some PIECE bytes at a time; each call reads it anew
     n_characters, n_bytes its length, the latter in UTF-8
@@ -115,6 +116,8 @@ def load_text(sources):
 def _parts(sources, what):
     """For each text of the sources a function that returns an iterator of its pieces."""
     for source in sources:
+        if not str(source):
+            raise UsageError(f"{what}: a file has no name")
         if source in NAMES:
             yield functools.partial(iter, (NAMES[source](),))
             continue
@@ -128,8 +131,10 @@ def _files(path, what):
     if path.is_dir():
         files = sorted(p for p in path.rglob("[!.]*") if p.is_file())
         files = [p for p in files if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        runs = {p.parent for p in files if p.name == folder.LOCK and folder.is_run(p.parent)}
+        files = [p for p in files if runs.isdisjoint(p.parents)]
         if not files:
-            raise UsageError(f"{what}: the folder {path} has no files")
+            raise UsageError(f"{what}: the folder {path} has no files" + " but those of a training" * bool(runs))
         return files
     if not path.exists():
         raise UsageError(f"{what}: there is no file {path}; --data takes pydoc, shakespeare, text files and folders")
@@ -270,6 +275,7 @@ class TokenFiles:
     Raises UsageError.
     """
 
+    dtype = np.dtype("<u2")
     n_characters = n_bytes = None
 
     def __init__(self, path, stop=None):
@@ -291,14 +297,14 @@ class TokenFiles:
                 digest.update(part)
                 self._largest[name] = max(self._largest[name], int(part.max()))
         self.fingerprint = digest.hexdigest()
-        self.train, self.val = (map_tokens(self.path / name, np.dtype("<u2")) for name in self._largest)
+        self.train, self.val = (map_tokens(self.path / name, self.dtype) for name in self._largest)
 
     def _parts(self, name):
         try:
             with open(self.path / name, "rb") as file:
                 while raw := file.read(PIECE):
                     _check_stop(self._stop)
-                    yield np.frombuffer(raw, "<u2")
+                    yield np.frombuffer(raw, self.dtype)
         except OSError as error:
             raise UsageError(f"data: cannot read {self.path / name}: {error.strerror}") from None
 

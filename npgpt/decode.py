@@ -355,6 +355,7 @@ class Decoder:
         self.limits = np.array([[V], [n_streams], [self.length]], np.uint64)
         self.rows = max(CHUNK, n_streams)
         self._rows = np.empty((3, self.rows), np.int64)  # tokens, streams, positions
+        self._disturbed = False  # whether an interrupt may have left another thread at work
         if KERNELS == "numpy":
             for name, scale in scales.items():
                 self.parameters[name] = self.parameters[name] * scale[:, None]
@@ -417,8 +418,6 @@ class Decoder:
 
     def _place(self, tokens, streams, positions, n_logits):
         """The rows (3, R) where the kernel finds them, which are checked."""
-        if self._process != os.getpid():  # a fork has no threads but the one that made it
-            self._start_over()
         if self._disturbed:
             self._calm()
         R = len(tokens)
@@ -451,6 +450,8 @@ class Decoder:
             raise
 
     def _run_together(self):
+        if self._process != os.getpid():  # a fork has no threads but the one that made it
+            self._start_over()
         self._disturbed, others = True, []  # until all is done
         try:
             seen, asleep = int(self._jobs[0]), claim_kernel(self._states[1:])
@@ -468,6 +469,8 @@ class Decoder:
 
     def _calm(self):
         """Have all other threads sleep, whatever they wait for.  If an interrupt ends this, the next call does it."""
+        if self._process != os.getpid():
+            return self._start_over()
         self._size[:] = 0  # should one of them take what follows for a job, there is nothing to do in it
         self._counter[0] = FREE
         self._jobs[0] += 1

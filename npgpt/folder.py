@@ -2,22 +2,29 @@
 
     iter-00000500.safetensors     checkpoints, named after the updates that they have behind them
     metrics.jsonl                 the log: one JSON object a line
-    tokens-0123456789abcdef.bin   the corpus as tokens, named after a hash of text and tokenizer
+    tokens-01234567-89abcdef.bin  the corpus as tokens, named after hashes of text and tokenizer, and of what is in it
     lock                          held by the training that writes here, as long as its process lives
+    *.set-aside                   what was there beyond the checkpoint that a run went on from
+
+The hashes in the names of token files are twice as long.
 """
 
 import contextlib
+import hashlib
+import itertools
 import json
 import math
 import os
 import platform
 import re
+import shutil
 import time
 from pathlib import Path
 
 from npgpt import checkpoint
 from npgpt.errors import BusyError, CheckpointError, UsageError, quoted
 
+LOCK = "lock"
 _NAME = re.compile(r"iter-(\d{8,})\.safetensors")
 
 
@@ -142,7 +149,7 @@ class RunFolder:
         self._log, self._pending, self._good = None, b"", 0  # the log's file, what it still lacks, its length so far
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise CheckpointError(f"cannot write to the run folder {self.path}: {error.strerror}") from None
         try:
@@ -175,11 +182,15 @@ class RunFolder:
         self._remove([*checkpoints(self.path), self.path / "metrics.jsonl", *old_tokens])
 
     def forget_after(self, iteration):
-        """Set aside the checkpoints beyond `iteration`: a run that is resumed from there makes its own."""
-        for path in checkpoints(self.path):
-            if int(_NAME.fullmatch(path.name)[1]) > iteration:
-                with contextlib.suppress(OSError):
-                    os.replace(path, path.with_name(path.name + ".set-aside"))
+        """Set aside the checkpoints beyond `iteration`, and the log: a run that is resumed from there makes its own."""
+        later = [path for path in checkpoints(self.path) if int(_NAME.fullmatch(path.name)[1]) > iteration]
+        log = self.path / "metrics.jsonl"
+        with contextlib.suppress(OSError):
+            if later and log.exists():
+                shutil.copyfile(log, _aside(log))
+        for path in later:
+            with contextlib.suppress(OSError):
+                os.replace(path, _aside(path))
 
     def save(self, iteration, arrays, state, keep):
         """Write a checkpoint; then remove all but the newest `keep` and the best.
@@ -193,15 +204,19 @@ class RunFolder:
         self._remove(p for p in found[keep:] if p not in (spare, path))
 
     def write_tokens(self, name, parts):
-        """Write a token file, all of it or nothing; parts: iterable of arrays.  Raises CheckpointError."""
-        path = self.path / name
-        temporary = path.with_name(f"{name}.{os.getpid()}{checkpoint.TEMPORARY}")
+        """Write a token file, all of it or nothing; parts: iterable of arrays.  Raises CheckpointError.
+
+        Returns its path, which begins with `name`; tokens_file finds it.
+        """
+        temporary = self.path / f"{name}.bin.{os.getpid()}{checkpoint.TEMPORARY}"
         try:
             checkpoint.write(temporary, (memoryview(part).cast("B") for part in parts if len(part)))
+            path = _tokens_path(self.path, name, temporary)
             os.replace(temporary, path)
             checkpoint.flush_folder(self.path)
+            return path
         except OSError as error:
-            raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
+            raise CheckpointError(f"cannot write {self.path / name}.bin: {error.strerror}") from None
         finally:
             self._remove([temporary])  # there is one if anything went wrong, be it with the text
 
@@ -215,16 +230,16 @@ class RunFolder:
     def open_log(self, before):
         """Start the log, or go on with it after its rows of iterations 0 .. before - 1; later rows are cut off.
 
-        Raises CheckpointError.
+        A line between them that is none stays where it is.  Raises CheckpointError.
         """
         path = self.path / "metrics.jsonl"
         try:
             self._log = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-            self._good = 0
+            self._good = end = 0
             for line in path.read_bytes().splitlines(keepends=True):
-                if not line.endswith(b"\n") or not _row_before(line, before):
-                    break
-                self._good += len(line)
+                end += len(line)
+                if line.endswith(b"\n") and _row_before(line, before):
+                    self._good = end
             os.ftruncate(self._log, self._good)
         except OSError as error:
             raise CheckpointError(f"cannot write to the run folder {self.path}: {error.strerror}") from None
@@ -243,6 +258,31 @@ class RunFolder:
             raise CheckpointError(f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}") from None
         self._good += len(self._pending)
         self._pending = b""
+
+
+def _aside(path):
+    """A name for what is set aside that nothing has yet."""
+    names = itertools.chain([".set-aside"], (f".set-aside-{n}" for n in itertools.count(2)))
+    return next(aside for name in names if not (aside := path.with_name(path.name + name)).exists())
+
+
+def _tokens_path(folder, name, file):
+    """What a file of tokens must be named in a folder: after what is in it.  Raises OSError."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as tokens:
+        while part := tokens.read(checkpoint.CHUNK):
+            digest.update(part)
+    return Path(folder) / f"{name}-{digest.hexdigest()[:16]}.bin"
+
+
+def tokens_file(path, name):
+    """The path of a folder's token file that begins with `name`, if it is whole, or None.  Raises CheckpointError."""
+    for found in Path(path).glob(f"{name}-*.bin"):
+        try:
+            if found == _tokens_path(path, name, found):
+                return found
+        except OSError as error:
+            raise CheckpointError(f"cannot read {found}: {error.strerror}") from None
 
 
 def _row_before(line, iteration):
@@ -264,6 +304,12 @@ def _lock(file):
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def is_run(path):
+    """Whether a training has written to a folder."""
+    made = checkpoints(path) or (Path(path) / "metrics.jsonl").exists() or any(Path(path).glob("tokens-*.bin"))
+    return (Path(path) / LOCK).is_file() and bool(made)
 
 
 def refuse_earlier_run(path):

@@ -13,7 +13,7 @@ import sys
 import typing
 
 from npgpt import __version__
-from npgpt.command import Parser, show_all
+from npgpt.command import Parser, say, show_all
 from npgpt.config import PRESETS, TrainConfig, check_tokenizer, preset
 from npgpt.errors import StoppedError, UsageError, quoted, run_command
 from npgpt.ranks import joined
@@ -84,6 +84,8 @@ def parse(argv):
         raise UsageError("give --epochs or --max-iters, not both")
     if "data" in given:
         given["data"] = tuple(given["data"])
+    if rest["resume"] == "":
+        raise UsageError("--resume names no file")
     if rest["resume"] and rest["overwrite"]:
         raise UsageError("give --resume or --overwrite, not both")
     settings = {**(preset(name) if name else {}), **given}
@@ -120,7 +122,7 @@ def describe(trainer):
             f"{trainer.workers} workers x {trainer.blas_threads} BLAS threads, "
             f"sgemm {trainer.sgemm_peak / 1e9:,.0f} GFLOP/s",
             *(ranks if world.size > 1 else ()),
-            f"data    | {' '.join(config.data)}: {length}{model.vocab_size:,} different tokens",
+            f"data    | {' '.join(config.data)}: {length}{trainer.tokenizer.vocab_size:,} different tokens",
             *(f"        | {line}" for line in examine(trainer)),
             f"model   | {trainer.model.num_params():,} parameters: n_layer {model.n_layer}, n_head {model.n_head}, "
             f"n_embd {model.n_embd}, block_size {model.block_size}, dropout {model.dropout}",
@@ -171,10 +173,10 @@ def profile_table(profile, trainer):
 def _print_sample(trainer, n_tokens, stop):
     if n_tokens:
         for piece in trainer.sample(n_tokens):
-            print(piece, end="", flush=True)
+            say(piece, end="")
             if stop.number is not None:
                 break
-        print()
+        say()
 
 
 def main(argv=None, stop=Stop):
@@ -192,7 +194,8 @@ def train(argv, stop, world):
         given = {**world.first(lambda: settings_of(given["init_from"])), **given}
         if "tokenizer" not in given:
             raise UsageError(f"init_from: {given['init_from']} has no tokenizer; say what a token is with --tokenizer")
-    config = TrainConfig(**given)  # before NumPy and Numba take their time to load: a mistake shows at once
+    if not flags["resume"]:  # (whose other settings are not known yet)
+        config = TrainConfig(**given)  # before NumPy and Numba take their time to load: a mistake shows at once
     show_all()
 
     from npgpt.profiler import Profile
@@ -200,7 +203,7 @@ def train(argv, stop, world):
 
     profile = Profile() if flags["profile"] else None
     if flags["resume"]:
-        source = config.out_dir if flags["resume"] is True else flags["resume"]
+        source = given.get("out_dir", TrainConfig.out_dir) if flags["resume"] is True else flags["resume"]
         trainer = Trainer.resume(source, given, profile, flags["force"], stop, world)
     else:
         trainer = Trainer(config, flags["overwrite"], profile, flags["force"], stop, world)
@@ -209,36 +212,35 @@ def train(argv, stop, world):
     except StopNow as stopped:
         raise StoppedError(stopped.number, "stopped before anything was trained") from None
     if world.rank == 0:
-        print(describe(trainer), flush=True)
+        say(describe(trainer))
     for event in trainer.run(stop):
         if world.rank:
             continue
         if isinstance(event, Notice):
-            print(f"{PROG}: {event.text}", file=sys.stderr, flush=True)
+            say(f"{PROG}: {event.text}", file=sys.stderr)
         elif isinstance(event, Progress):
             share = trainer.share_of_peak(event.tokens_per_second)
-            print(
+            say(
                 f"iter {event.iter:>6,} | loss {event.train_loss:.4f} | lr {event.lr:.2e} | "
                 f"{event.tokens_per_second:>8,.0f} tokens/s, {share:3.0%} of sgemm"
-                + (f" | {_duration(event.seconds_left)} left" if event.seconds_left is not None else ""),
-                flush=True,
+                + (f" | {_duration(event.seconds_left)} left" if event.seconds_left is not None else "")
             )
         elif isinstance(event, Audited):
-            print(f"iter {event.iter:>6,} | {event.audit}", flush=True)
+            say(f"iter {event.iter:>6,} | {event.audit}")
         elif isinstance(event, Evaluation):
-            print(f"iter {event.iter:>6,} | validation loss {event.val_loss:.4f}{' (best so far)' * event.is_best}")
+            say(f"iter {event.iter:>6,} | validation loss {event.val_loss:.4f}{' (best so far)' * event.is_best}")
             if event.val_loss_whole is None:
                 _print_sample(trainer, trainer.config.sample_tokens, stop)
-                print("-" * 60)
+                say("-" * 60)
                 continue
-            print(f"whole validation split: loss {event.val_loss_whole:.4f}")
+            say(f"whole validation split: loss {event.val_loss_whole:.4f}")
             _print_sample(trainer, trainer.config.final_sample_tokens, stop)
-            print("-" * 60)
-            print(f"best validation loss {trainer.best_loss:.4f} at iteration {trainer.best_iter:,}; sample from it:")
-            print(f"  python -m npgpt.sample --out-dir {quoted(trainer.out_dir)}")
-            print(f"its loss curve:\n  python -m npgpt.plot {quoted(trainer.out_dir)}")
+            say("-" * 60)
+            say(f"best validation loss {trainer.best_loss:.4f} at iteration {trainer.best_iter:,}; sample from it:")
+            say(f"  python -m npgpt.sample --out-dir {quoted(trainer.out_dir)}")
+            say(f"its loss curve:\n  python -m npgpt.plot {quoted(trainer.out_dir)}")
     if profile is not None and profile.entries and world.rank == 0:
-        print(profile_table(profile, trainer))
+        say(profile_table(profile, trainer))
     return 0
 
 

@@ -110,6 +110,11 @@ class Trainer:
         """Raise UsageError if a new run cannot begin."""
         if not self.overwrite:
             folder.refuse_earlier_run(self.out_dir)
+        if not folder.checkpoints(self.out_dir) and (self.out_dir / hub.CONFIG).exists():
+            raise UsageError(
+                f"--out-dir {self.out_dir} holds a {hub.CONFIG}, as a Hugging Face folder does; name another folder: "
+                f"one model would hide the other"
+            )
         check_tokenizer(self.config)
 
     @classmethod
@@ -126,10 +131,18 @@ class Trainer:
 
             def begin():
                 nonlocal reader
-                found = path if path.is_file() else folder.newest(path)
+                if path.suffix == ".safetensors" and not path.exists():
+                    raise CheckpointError(f"there is no checkpoint {path}")
+                found, out_dir = (path, path.parent) if path.is_file() else (folder.newest(path), path)
+                asked = Path((changes or {}).get("out_dir", out_dir))
+                if asked.resolve() != out_dir.resolve():
+                    raise UsageError(
+                        f"--resume {path} goes on with the run in {out_dir}, and --out-dir names {asked}; for a run "
+                        f"there, copy the checkpoint to it first, or begin one by --init-from"
+                    )
                 reader, state = stack.enter_context(folder.opened(found))
                 _config_of(state, path)
-                return state, str(path.parent if path.is_file() else path)
+                return state, str(out_dir)
 
             state, out_dir = world.first(begin)
             return cls._resume(path, Path(out_dir), reader, state, changes, profile, force, stop, world)
@@ -142,7 +155,7 @@ class Trainer:
         changes = dict(changes or {})
         if "max_iters" in changes:
             changes.setdefault("epochs", None)
-        trainer.config = dataclasses.replace(before, **{**changes, "out_dir": str(out_dir)})
+        trainer.config = world.agree(lambda: dataclasses.replace(before, **{**changes, "out_dir": str(out_dir)}))
         trainer.profile, trainer.force, trainer.world = profile, force, world
         trainer.out_dir, trainer.overwrite = out_dir, False
         world.agree(lambda: _check_fixed(before, trainer.config))
@@ -166,6 +179,9 @@ class Trainer:
         def begin():
             nonlocal data, model, tokenizer
             data = open_data(config.data, stop)
+            texts = [] if isinstance(data, TokenFiles) else [Path(source).resolve() for source in config.data]
+            if self.out_dir.is_dir() and self.out_dir.resolve() in texts:
+                raise UsageError(f"--out-dir {self.out_dir} is --data as well, but a run is no text; name another")
             if state is None:
                 model, tokenizer = _beginning(config, data, stop)
             else:
@@ -190,7 +206,7 @@ class Trainer:
                 data.check(self.tokenizer.vocab_size)
                 self.train_tokens, self.val_tokens = data.train, data.val
             else:
-                self.train_tokens, self.val_tokens = split(self._encode(data, state), config.val_fraction)
+                self.train_tokens, self.val_tokens = split(self._encode(data), config.val_fraction)
                 self.repeated_lines = repeated_lines(data.pieces, data.n_characters, config.val_fraction)
             return len(self.train_tokens) + len(self.val_tokens), self.tokens_file
 
@@ -233,14 +249,14 @@ class Trainer:
 
     @property
     def _dtype(self):
-        """Of the tokens in their files; those that others have prepared are always of 16 bits."""
-        return np.dtype("<u2" if self.tokens_file is None or self.tokenizer.vocab_size <= 2**16 else "<u4")
+        """Of the tokens in a file that this run or one before it has written."""
+        return np.dtype("<u2" if self.tokenizer.vocab_size <= 2**16 else "<u4")
 
     def _map_tokens(self):
         """Map the tokens that rank 0 has found or written.  Raises UsageError if they are not to be seen here."""
         if self.tokens_file is None:
             paths = [Path(self.config.data[0]) / name for name in ("train.bin", "val.bin")]
-            found = [map_tokens(path, self._dtype) for path in paths]
+            found = [map_tokens(path, TokenFiles.dtype) for path in paths]
         else:
             paths = [self.out_dir / self.tokens_file]
             for _ in range(SEEN_WITHIN):
@@ -256,34 +272,29 @@ class Trainer:
             )
         self.train_tokens, self.val_tokens = found
 
-    def _encode(self, corpus, state):
+    def _encode(self, corpus):
         """(n,) tokens of a Corpus, mapped from a file in the run folder; it is written if it is not there yet.
 
         Raises UsageError for a text that is too short, CheckpointError if the file cannot be written, and BusyError if
         another training writes to the folder.
         """
         words = json.dumps(self.tokenizer.to_dict(), sort_keys=True)
-        self.tokens_file = f"tokens-{hashlib.sha256((self.fingerprint + words).encode()).hexdigest()[:16]}.bin"
-        path, dtype = self.out_dir / self.tokens_file, self._dtype
+        name = f"tokens-{hashlib.sha256((self.fingerprint + words).encode()).hexdigest()[:16]}"
         n = self.tokenizer.n_tokens(corpus.n_characters, corpus.n_bytes)
         if n is None and corpus.n_bytes <= PIECE:  # a short text is encoded twice, lest a folder be made for nothing
             n = sum(map(len, self.tokenizer.encode_pieces(corpus.pieces())))
         if n is not None:
             _blocks(self.config, *split(range(n), self.config.val_fraction))  # they look at the length only
-        elif state is not None:
-            n = state.get("n_tokens")
-        tokens = map_tokens(path, dtype, n)
-        if tokens is None or tokens.max() >= self.tokenizer.vocab_size:  # there are none, or they are damaged
+        path = folder.tokens_file(self.out_dir, name)
+        if path is None:  # there are none, or they are damaged
             run = folder.RunFolder(self.out_dir)
             try:
                 parts = self.tokenizer.encode_pieces(corpus.pieces())
-                run.write_tokens(self.tokens_file, (part.astype(dtype) for part in parts))
-                tokens = map_tokens(path, dtype)
+                path = run.write_tokens(name, (part.astype(self._dtype) for part in parts))
             finally:
                 run.close()
-            if tokens is None:
-                raise CheckpointError(f"{path} is not as it was written just now")
-        return tokens
+        self.tokens_file = path.name
+        return map_tokens(path, self._dtype)
 
     def _check_memory(self, most_tokens):
         """Raise UsageError if the run will need more memory than there is, with so many tokens at most.
@@ -708,7 +719,6 @@ class Trainer:
             "tokenizer": self.tokenizer.to_dict(),
             "data_sha256": self.fingerprint,
             "n_characters": self.n_characters,
-            "n_tokens": self.n_tokens,
             "environment": self.environment,
         }
         try:

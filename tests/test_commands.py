@@ -57,7 +57,7 @@ def test_training_shows_what_it_does(folder):
         assert words in out
     assert sorted(os.listdir(folder / "run")) == [
         "iter-00000002.safetensors", "iter-00000004.safetensors", "lock", "metrics.jsonl",
-        "tokens-378bb2504ab1a8b8.bin",
+        "tokens-378bb2504ab1a8b8-1ee3998017f096b3.bin",
     ]  # fmt: skip
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 5
@@ -156,6 +156,9 @@ def test_help_needs_neither_numpy_nor_numba():
         ("--device cuda", "--device can only be cpu"),
         ("text.txt", "--data text.txt"),
         ("--data", "expected at least one argument"),
+        ("--max-iters 1" + 400 * "0", "max_iters must be at most 1,000,000,000,000,000, got a number of 401 digits"),
+        ("--epochs 1e308", "epochs must be at most"),
+        ("--resume=", "--resume names no file"),
     ],
 )
 def test_wrong_flags_are_one_line(args, words):
@@ -185,6 +188,10 @@ def test_wrong_flags_are_one_line(args, words):
         (lambda f: ["--data", tokens(f, [256, 2]), "--tokenizer", "byte"], 2, "has token 256 at position 0"),
         (lambda f: ["--data", tokens(f, [1, 2]), "--tokenizer", "byte"], 2, "block_size = 64 needs 65"),
         (lambda f: ["--preset", "no"], 2, "unknown preset"),
+        (lambda f: ["--data", ""], 2, "data: a file has no name"),
+        (lambda f: ["--data", f / "run"], 2, "has no files but those of a training"),
+        (lambda f: ["--data", d := write(f / "both", "a", b"text").parent, "--out-dir", d], 2, "is --data as well"),
+        (lambda f: ["--data", f / "text.txt", "--out-dir", write(f / "hub", "config.json", b"").parent], 2, "hide"),
     ],
 )
 def test_training_mistakes_are_one_line_and_an_exit_code(folder, make, exit_code, words):
@@ -253,8 +260,28 @@ def test_bpe_without_its_package_says_what_to_install(folder):
 
 
 def write(folder, name, raw):
+    folder.mkdir(exist_ok=True)
     (folder / name).write_bytes(raw)
     return folder / name
+
+
+def test_a_run_folder_within_the_corpus_is_no_text(folder, tmp_path):
+    write(tmp_path / "more", "a.txt", TEXT.encode())
+    args = ["--data", tmp_path, "--out-dir", tmp_path / "more" / "out", *SMALL]
+    _, first, _ = command("train", *args)
+    (tmp_path / "more" / "out" / "notes.txt").write_text("no part of the corpus", encoding="utf-8")
+    code, out, err = command("train", *args, "--resume", "--max-iters", 6)
+    assert (code, err.count("\n")) == (0, 1) and "max_iters was 4 and is 6" in err
+    assert "1,720 characters" in first and "1,720 characters" in out
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk_for_what_is_printed_does_not_end_a_training(folder, tmp_path):
+    args = [sys.executable, "-m", "npgpt.train", "--data", folder / "text.txt", "--out-dir", tmp_path / "run", *SMALL]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(args, stdout=full, stderr=subprocess.PIPE, env={**os.environ, "NPGPT_KERNELS": "numpy"})
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "run" / "iter-00000004.safetensors").exists()
 
 
 def test_resume_goes_on_with_what_was_begun_and_says_what_is_new(folder):

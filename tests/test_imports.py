@@ -54,7 +54,7 @@ ONLY = {
     "decode": {"crew", "jit", "tiles", "ops"},
     "sampling": {"config", "engine", "errors", "jit", "decode"},
     "optim": {"errors", "engine", "jit", "tiles", "profiler"},
-    "data": {"errors", "config", "jit"},
+    "data": {"errors", "config", "jit", "folder"},
     "tokenizer": {"errors", "config", "jit"},
     "checkpoint": {"errors", "config", "jit"},
     "folder": {"errors", "checkpoint"},

@@ -282,6 +282,46 @@ def test_nothing_to_resume_and_a_damaged_newest(interrupted, tmp_path):
     Trainer.resume(before)
 
 
+def test_a_checkpoint_that_is_named_is_of_the_folder_that_is_named(interrupted, tmp_path):
+    newest = folder.newest(interrupted.out_dir)
+    with pytest.raises(UsageError, match=r"goes on with the run in .*run, and --out-dir names .*other"):
+        Trainer.resume(newest, {"out_dir": str(tmp_path / "other")})
+    Trainer.resume(newest, {"out_dir": os.path.relpath(interrupted.out_dir)})
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint .*iter-00000099\.safetensors$"):
+        Trainer.resume(newest.with_name("iter-00000099.safetensors"))
+
+
+def test_one_shape_flag_that_is_the_runs_own_may_be_given(interrupted):
+    again = Trainer.resume(interrupted.out_dir, {"n_head": 2, "n_embd": 16})
+    assert again.config == interrupted
+    with pytest.raises(UsageError, match="n_embd = 16 must be divisible by n_head = 3"):
+        Trainer.resume(interrupted.out_dir, {"n_head": 3})
+
+
+def test_what_a_run_leaves_behind_is_set_aside_each_time(config):
+    list(Trainer(config).run())
+    run, logs = Path(config.out_dir), []
+    for end in (12, 8):
+        logs.append(log(config))
+        list(Trainer.resume(run / "iter-00000004.safetensors", {"max_iters": end}).run())
+    for name, iterations in ((".set-aside", [8, 12, 16, 17]), (".set-aside-2", [8, 12])):
+        assert sorted(p.name for p in run.glob(f"iter-*{name}")) == [
+            f"iter-{i:08d}.safetensors{name}" for i in iterations
+        ]
+    assert [(run / f"metrics.jsonl{name}").read_bytes() for name in (".set-aside", ".set-aside-2")] == logs
+
+
+def test_a_damaged_row_of_the_log_costs_no_other(interrupted):
+    path = Path(interrupted.out_dir) / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0], b"garbage\n", *lines[2:]]) + b'{"iter": 1, "tr')
+    again = Trainer.resume(interrupted.out_dir)
+    list(again.run())
+    after = path.read_bytes().splitlines(keepends=True)
+    assert after[: len(lines)] == [lines[0], b"garbage\n", *lines[2:]] and len(after) > len(lines)
+    assert json.loads(after[-1])["iter"] == END
+
+
 # ---- the folder
 
 

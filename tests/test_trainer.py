@@ -275,6 +275,18 @@ class FullDisk:
         return os.write(file, part)
 
 
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_tokens_that_are_damaged_are_made_anew(config, overwrite):
+    whole, _ = run(config)
+    expected = whole.train_tokens.copy()
+    (path,) = token_files(config)
+    good = path.read_bytes()
+    path.write_bytes(good[::-1])
+    again = Trainer(config, overwrite=True) if overwrite else Trainer.resume(config.out_dir)
+    assert np.array_equal(again.train_tokens, expected)
+    assert token_files(config) == [path] and path.read_bytes() == good
+
+
 @pytest.mark.parametrize("room", [0, 100])
 def test_a_disk_too_small_for_the_tokens(config, monkeypatch, room):
     monkeypatch.setattr(checkpoint, "os", FullDisk(room))

@@ -193,8 +193,6 @@ def check_ranges(config):
             continue
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{f.name} must be a finite number, got {value}")
-        if isinstance(value, int) and value > MOST:
-            raise UsageError(f"{f.name} must be at most {MOST:,}, got a number of {len(str(value))} digits")
         if limits["choices"] is not None and value not in limits["choices"]:
             raise UsageError(f"{f.name} must be one of {', '.join(limits['choices'])}, got {value!r}")
         for limit, holds, words in (
@@ -205,6 +203,8 @@ def check_ranges(config):
         ):
             if limits[limit] is not None and not holds(value, limits[limit]):
                 raise UsageError(f"{f.name} must be {words} {limits[limit]}, got {value}")
+        if isinstance(value, int) and value > MOST:
+            raise UsageError(f"{f.name} must be at most {MOST:,}, got a number of {len(str(value))} digits")
 
 
 def check_tokenizer(config):

@@ -189,12 +189,13 @@ def open_tokenizer(path, settings):
     ours = settings.get("npgpt")
     try:
         if ours is not None:
-            return from_dict(ours["tokenizer"])
+            try:
+                return from_dict(ours["tokenizer"])
+            except (KeyError, TypeError, CheckpointError) as error:
+                raise CheckpointError(f"{path / CONFIG}: the tokenizer in npgpt is damaged ({error})") from None
         if importlib.util.find_spec("tokenizers") is None or not any((path / name).exists() for name in BPE_FILES):
             return None
         return BPETokenizer.load(find_bpe(path))
-    except (KeyError, TypeError, CheckpointError) as error:
-        raise CheckpointError(f"{path / CONFIG}: the tokenizer in npgpt is damaged ({error})") from None
     except UsageError as error:
         raise CheckpointError(f"{path}: {error}") from None
 

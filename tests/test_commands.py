@@ -149,6 +149,7 @@ def test_help_needs_neither_numpy_nor_numba():
         ("--tokenizer bye", "one of char, byte, bpe, or a file; there is no file 'bye'. Did you mean byte?"),
         ("--vocab-size 300", "vocab_size is for --tokenizer bpe; with char the tokens are what they are"),
         ("--tokenizer bpe --vocab-size 256", "vocab_size must be at least 257"),
+        ("--tokenizer bpe --vocab-size 99999999999999999999999", "vocab_size must be at most 1000000"),
         ("--seed -3", "seed must be at least 0"),
         ("--bach-size 3", "unknown argument --bach-size; did you mean --batch-size?"),
         ("--bias=maybe", "expected True or False"),

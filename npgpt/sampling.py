@@ -121,9 +121,11 @@ class Generation:
         return [self.texts[i][start + self.cached :] for i in self.alive]
 
     def _logits(self, contexts):
-        """(texts alive, V): what the next tokens are chosen from."""
-        if self.decoder is None:
-            return self._forward()
+        """(texts alive, V): what the next tokens are chosen from, which `logits` keeps."""
+        self.logits = self._forward() if self.decoder is None else self._decode(contexts)
+        return self.logits
+
+    def _decode(self, contexts):
         alive, position, n = self.alive, self.cached, len(contexts[0])
         if n == 1:  # what was chosen last
             tokens = [context[0] for context in contexts]
@@ -199,6 +201,7 @@ class Generation:
             self.drawn[i] = [token]
         if not self.logprobs:
             return None
+        logits = self.logits  # with those that are never chosen: the model gives them a share all the same
         z = logits - logits.max(axis=1, keepdims=True)
         found = z[np.arange(len(z)), tokens] - np.log(np.exp(z, dtype=np.float64).sum(axis=1))
         return found.tolist()

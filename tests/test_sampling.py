@@ -255,6 +255,18 @@ def test_log_probabilities_are_the_models_own():
     assert Generation(model, [3, 1], rngs(1, 2)).step()[1] == [None, None]
 
 
+def test_log_probabilities_are_the_losses_of_training_where_the_tokenizer_has_fewer_tokens():
+    model = lively()
+    for cache in (True, False):
+        generation = Generation(model, [1], rngs(1), logprobs=True, cache=cache, vocab_size=4)
+        for _ in range(5):
+            idx = np.array(generation.texts)
+            (token,), (logprob,) = generation.step()
+            targets = np.full(idx.shape, -1)
+            targets[0, -1] = token
+            assert abs(logprob + model(idx, targets)[1].item()) < 1e-5
+
+
 def test_tokens_without_a_text_are_never_chosen():
     model = lively()
     generation = Generation(model, [1], rngs(1), Controls(temperature=50.0), vocab_size=4)

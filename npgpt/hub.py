@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import reprlib
 from dataclasses import dataclass
@@ -360,6 +361,18 @@ def save(model, path):
     checkpoint.save(path / WEIGHTS, arrays, {"format": "pt"})
     # last: a new folder without it is not taken for a whole one
     checkpoint.replace(path / CONFIG, [json.dumps(settings, indent=2).encode("ascii") + b"\n"])
+    if not hasattr(tokenizer, "save"):
+        _set_aside(path / BPE_FILES[0])
+
+
+def _set_aside(path):
+    """Rename another model's tokenizer, which would be taken for this one's; it may be all that there is of it."""
+    try:
+        os.replace(path, path.with_name(path.name + ".set-aside"))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise CheckpointError(f"cannot rename {path}: {error.strerror}") from None
 
 
 def _stored(model):

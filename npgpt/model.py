@@ -87,7 +87,8 @@ class GPT(Module):
 
         path  a folder, which is made if need be; files of these names are replaced, each of them whole or not at all
 
-        The `tokenizer` is written too.  Raises CheckpointError.
+        The `tokenizer` is written too; a tokenizer.json that is not its own gets the name tokenizer.json.set-aside.
+        Raises CheckpointError.
         """
         hub.save(self, path)
 

@@ -448,6 +448,20 @@ def test_a_tokenizer_that_has_files_of_its_own_writes_them(tmp_path):
     assert settings["bos_token_id"] == settings["eos_token_id"] == 12 and "npgpt" not in settings
 
 
+@pytest.mark.parametrize("tokenizer", [None, ByteTokenizer()], ids=["none", "byte"])
+def test_the_tokenizer_of_an_earlier_export_is_set_aside(tmp_path, tokenizer):
+    pytest.importorskip("tokenizers")
+    model = random_gpt(dataclasses.replace(CONFIG, vocab_size=300))
+    model.tokenizer = BPETokenizer.learn(["the cat the cat "], 300)
+    model.save_pretrained(tmp_path)
+    earlier = (tmp_path / "tokenizer.json").read_bytes()
+    model.tokenizer = tokenizer
+    model.save_pretrained(tmp_path)
+    names = ["config.json", "model.safetensors", "tokenizer.json.set-aside"]
+    assert sorted(os.listdir(tmp_path)) == names and (tmp_path / names[2]).read_bytes() == earlier
+    assert type(GPT.from_pretrained(tmp_path).tokenizer) is type(tokenizer)
+
+
 def test_a_damaged_tokenizer_json_is_named(tmp_path):
     pytest.importorskip("tokenizers")
     state = json.loads(BPETokenizer.learn(["the cat the cat "], 260).json)

@@ -41,10 +41,13 @@ def parse(argv):
     output.add_argument("--threads", type=int, metavar="N", help="cores to use (default: all, for a large model)")
     args = parser.parse_args(argv)
     alone = args.prompt is None and args.prompt_file is None and not args.json
+    all_open = None not in (sys.stdin, sys.stdout, sys.stderr)
     for name, holds, words in (
         ("prompt", args.prompt != "", "must have one character at least"),
         ("prompt-file", args.prompt_file is None or args.prompt is None, "and --prompt: give one of them"),
+        ("prompt-file", args.prompt_file != "-" or sys.stdin is not None, "- needs standard input, which is closed"),
         ("interactive", not args.interactive or alone, "asks for prompts, and answers in text"),
+        ("interactive", not args.interactive or all_open, "needs standard input, output and error: one is closed"),
         ("num-samples", args.num_samples >= 1, "must be at least 1"),
         ("max-new-tokens", args.max_new_tokens >= 1, "must be at least 1"),
         ("stop", all(args.stop), "must have one character at least"),

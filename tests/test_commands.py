@@ -353,6 +353,21 @@ def test_sampling_mistakes_are_one_line(folder, args, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "stream, flags, words",
+    [
+        ("stdin", "--prompt-file -", "--prompt-file - needs standard input, which is closed"),
+        ("stdin", "--interactive", "--interactive needs standard input"),
+        ("stdout", "--interactive", "--interactive needs standard input, output"),
+        ("stderr", "--interactive", "--interactive needs standard input, output and error"),
+    ],
+)
+def test_a_closed_stream_is_one_line(folder, monkeypatch, stream, flags, words):
+    monkeypatch.setattr(sys, stream, None)
+    with pytest.raises(UsageError, match=words):
+        sample.main(["--out-dir", str(folder / "run"), *flags.split()])
+
+
 def test_a_wrong_control_is_exit_code_2(folder):
     code, out, err = command("sample", "--out-dir", folder / "run", "--top-p", 7)
     assert (code, out, err) == (2, "", "python -m npgpt.sample: --top-p must be at most 1, got 7.0\n")

@@ -164,7 +164,7 @@ def main(argv=None):
     tokenizer = model.tokenizer
 
     def write(idx):
-        rngs = [np.random.default_rng([args.seed, SAMPLE, n]) for n in range(args.num_samples)]
+        rngs = (np.random.default_rng([args.seed, SAMPLE, n]) for n in range(args.num_samples))
         return sampling.write(
             model, tokenizer, idx, rngs, args.max_new_tokens, args.controls, args.stop, args.logprobs, args.int8,
             args.threads,

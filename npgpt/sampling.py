@@ -12,6 +12,7 @@ and the token is drawn from the softmax of what is left.
 """
 
 import codecs
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -275,10 +276,12 @@ def write(
 ):  # fmt: skip
     """Texts that continue a list of tokens: yields, for each of rngs, an iterator of Pieces.
 
+    rngs       iterable of Generators, which are asked for when their texts begin: of many texts, not all are in memory
+
     They grow side by side and are given one after the other.  What a text says does not depend on the others.
     """
-    for first in range(0, len(rngs), SIDE_BY_SIDE):
-        group = rngs[first : first + SIDE_BY_SIDE]
+    rngs = iter(rngs)
+    while group := list(itertools.islice(rngs, SIDE_BY_SIDE)):
         length = len(idx) + max_new_tokens
         generation = Generation(
             model, idx, group, controls, length, logprobs, vocab_size=tokenizer.vocab_size, int8=int8, threads=threads

@@ -344,3 +344,6 @@ def test_write_gives_texts_one_after_the_other():
     # each is an iterator that may be left before its end
     first_pieces = [next(iter(pieces)).token for pieces in write(model, tokenizer, [0], rngs(*range(n)), 20)]
     assert first_pieces == [pieces[0].token for pieces in whole]
+    # of any number of them
+    endless = (np.random.default_rng(seed) for seed in itertools.count())
+    assert list(next(write(model, tokenizer, [0], endless, 20))) == whole[0]

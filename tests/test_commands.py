@@ -308,6 +308,12 @@ def test_an_ascii_console_does_not_end_a_run(folder):
     assert (code, err) == (0, "")
 
 
+@pytest.mark.parametrize("module, flag", [("train", "--data"), ("sample", "--prompt-file"), ("gradcheck", None)])
+def test_kernels_that_there_are_not_are_one_line(folder, module, flag):
+    code, _, err = command(module, *([flag, folder / "text.txt"] if flag else []), NPGPT_KERNELS="foo")
+    assert (code, err) == (2, f"python -m npgpt.{module}: NPGPT_KERNELS must be 'numba' or 'numpy', got 'foo'\n")
+
+
 # ---- sample
 
 

@@ -117,23 +117,26 @@ def print_json(texts, seed, prompt):
 
 def interact(write, tokenizer):
     """Ask for prompts until the input ends; an empty line goes on with the last text."""
+    from npgpt.sampling import Writer
+
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() its history and its arrow keys, where there is one)
     print("type a text to continue; an empty line goes on with the last one, Ctrl-D ends", file=sys.stderr)
-    text = ""
+    text, tokens = "", []  # the last text, and what it is made of if that is known
     while True:
         try:
-            prompt = input("> ") or text
+            line = input("> ")
         except EOFError:
             print()
             return
         except UnicodeDecodeError:
             print(f"{PROG}: that was not {sys.stdin.encoding}", file=sys.stderr)
             continue
+        prompt = line or text
         if not prompt:
             continue
         try:
-            idx = encode(tokenizer, prompt)
+            idx = encode(tokenizer, prompt) if line or not tokens else tokens
         except UsageError as error:
             print(f"{PROG}: {error}", file=sys.stderr)
             continue
@@ -142,11 +145,15 @@ def interact(write, tokenizer):
         def kept(pieces, written=written):
             written.clear()
             for piece in pieces:
-                written.append(piece.text)
+                written.append(piece)
                 yield piece
 
         print_texts((kept(pieces) for pieces in write(idx)), tokenizer, prompt)
-        text = prompt + "".join(written)
+        if written[-1].finish == "stop":  # the tokens have the stop string, which the text does not
+            text, tokens = prompt + "".join(piece.text for piece in written), []
+        else:
+            tokens = idx + [piece.token for piece in written[:-1]]
+            text = "".join(map(Writer(tokenizer).feed, tokens))  # but for a character whose end is to come
 
 
 def main(argv=None):

@@ -224,13 +224,15 @@ class Writer:
 
     tokenizer  gives the bytes of a token
     stops      the text ends before the first of these strings that is complete; `stopped` tells whether it has
+    before     tokens of the text that is gone on with, which may end within a character
     """
 
-    def __init__(self, tokenizer, stops=()):
+    def __init__(self, tokenizer, stops=(), before=()):
         self.tokenizer, self.stops = tokenizer, stops
         self.text, self.stopped = "", False  # what was shown
         self._held = ""  # what may be the beginning of a stop string
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._decoder.decode(b"".join(map(tokenizer.bytes_of, before)))
 
     def feed(self, token):
         """The text that can be shown now that this token has come; it may be empty."""
@@ -286,7 +288,7 @@ def write(
         generation = Generation(
             model, idx, group, controls, length, logprobs, vocab_size=tokenizer.vocab_size, int8=int8, threads=threads
         )
-        writers = [Writer(tokenizer, stops) for _ in group]
+        writers = [Writer(tokenizer, stops, idx) for _ in group]
         waiting = [[] for _ in group]  # what has been written, and not been asked for
         for i in range(len(group)):
             yield _pieces(i, generation, length, writers, waiting)

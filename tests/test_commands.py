@@ -11,11 +11,12 @@ import sys
 import numpy as np
 import pytest
 
-from npgpt import sample, train
-from npgpt.config import PRESETS, TrainConfig
+from npgpt import sample, sampling, train
+from npgpt.config import PRESETS, GPTConfig, TrainConfig
 from npgpt.errors import NpgptError, UsageError
 from npgpt.folder import RunFolder
 from npgpt.model import GPT
+from npgpt.tokenizer import ByteTokenizer
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
 SHAPE = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 8 --batch-size 4"
@@ -493,6 +494,24 @@ def test_prompts_one_after_the_other(folder, sampled, monkeypatch, capsys):
     assert len(lines) == 2 and lines[0].startswith("type a text to continue")
     assert lines[1].startswith("python -m npgpt.sample: the prompt: ") and "'日'" in lines[1]
     assert asked(folder, monkeypatch, capsys, "")[0] == "> \n"
+
+
+def test_an_empty_line_goes_on_with_the_tokens_of_the_last_text(monkeypatch, capsys):
+    tokenizer, model = ByteTokenizer(), GPT(GPTConfig(vocab_size=256, block_size=8, n_layer=1, n_head=1, n_embd=4))
+    given, answers = [], [b"\xc3", b"\xa9!", b"?"]
+
+    def write(idx):
+        answer = answers[len(given)]
+        given.append(bytes(idx))
+        chosen = iter(answer)
+        monkeypatch.setattr(sampling, "choose", lambda *_: [next(chosen)])
+        return sampling.write(model, tokenizer, idx, [np.random.default_rng(0)], len(answer))
+
+    monkeypatch.setattr(sampling.Generation, "_steps_ahead", lambda *_: 0)  # all tokens are chosen by choose()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\n\n\n"))
+    sample.interact(write, tokenizer)
+    assert given == [b"a", b"a\xc3", b"a\xc3\xa9!"]
+    assert capsys.readouterr().out == "> a\ufffd\n> aé!\n> aé!?\n> \n"
 
 
 def test_prompts_through_a_pipe(folder):

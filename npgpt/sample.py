@@ -165,9 +165,13 @@ def main(argv=None):
 
     from npgpt import folder, sampling
 
-    path = args.model if args.checkpoint in ("best", "last") else args.checkpoint
-    is_last = args.checkpoint == "last" and folder.checkpoints(path)
-    model = open_model(folder.newest(path) if is_last else path)
+    path = args.model
+    if args.checkpoint == "last" and folder.checkpoints(path):
+        path = folder.newest(path)
+    elif args.checkpoint not in ("best", "last"):
+        inside = Path(path, args.checkpoint)
+        path = inside if inside.exists() else args.checkpoint
+    model = open_model(path)
     tokenizer = model.tokenizer
 
     def write(idx):

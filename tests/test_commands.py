@@ -540,6 +540,25 @@ def test_a_model_may_be_a_run_a_checkpoint_or_a_hugging_face_folder(folder, tmp_
     assert len(texts) == 1
 
 
+def test_a_checkpoint_is_looked_for_in_the_run_folder_first(folder, sampled, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "iter-00000002.safetensors"
+    text = sampled("--checkpoint", name)
+    assert sampled("--checkpoint", folder / "run" / name) == text
+    with pytest.raises(NpgptError, match="there is no iter-00000003"):
+        sampled("--checkpoint", "iter-00000003.safetensors")
+    write(tmp_path, name, b"")
+    assert sampled("--checkpoint", name) == text
+    assert sample.main(["--checkpoint", str(folder / "run" / name)]) == 0  # without a run folder
+
+
+@pytest.mark.parametrize("name", ["lock", "metrics.jsonl"])
+def test_another_file_of_a_run_is_no_checkpoint_that_others_come_before(folder, name):
+    with pytest.raises(NpgptError, match="not a good checkpoint") as error:
+        sample.main(["--model", str(folder / "run" / name)])
+    assert "The one before it" not in str(error.value)
+
+
 def test_no_checkpoint_or_a_damaged_one(folder):
     for name, words in (("nowhere", "there is no"), ("text.txt", "not a good checkpoint")):
         code, out, err = command("sample", "--out-dir", folder / name)

@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 
-from npgpt import sample, sampling, train
+from npgpt import plot, sample, sampling, train
 from npgpt.config import PRESETS, GPTConfig, TrainConfig
 from npgpt.errors import NpgptError, UsageError
 from npgpt.folder import RunFolder
@@ -164,6 +164,11 @@ def test_wrong_flags_are_one_line(args, words):
     with pytest.raises(UsageError) as error:
         parsed(args.split())
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_behind_two_dashes_a_name_stays_as_it_is():
+    with pytest.raises(NpgptError, match="--no_such is not a run folder"):
+        plot.main(["--", "--no_such"])
 
 
 @pytest.mark.parametrize(

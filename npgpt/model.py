@@ -93,7 +93,9 @@ class GPT(Module):
         hub.save(self, path)
 
     def crop_block_size(self, block_size):
-        """Shorten the longest context: later positions are forgotten."""
+        """Shorten the longest context: later positions are forgotten.  Raises ValueError for one that is longer."""
+        if block_size > self.config.block_size:
+            raise ValueError(f"crop_block_size: {block_size} is longer than block_size = {self.config.block_size}")
         self.config = dataclasses.replace(self.config, block_size=block_size)
         wpe = self.transformer.wpe
         wpe.weight = Parameter(wpe.weight.data[:block_size].copy())

@@ -102,6 +102,9 @@ class Generation:
     ):  # fmt: skip
         if not len(idx):
             raise ValueError("generate: the prompt must have one token at least")
+        kind = np.asarray(idx).dtype
+        if kind.kind not in "iu":
+            raise ValueError(f"generate: the prompt must be integers, got dtype {kind}")
         self.model, self.controls, self.rngs = model, controls or Controls(), rngs
         self.logprobs, self.length = logprobs, length or math.inf
         self.block_size = model.config.block_size

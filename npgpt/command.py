@@ -18,7 +18,8 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message} (--help lists all flags)")
 
     def parse_args(self, args=None):
-        parsed, unknown = self.parse_known_args([_with_dashes(arg) for arg in args])
+        end = args.index("--") if "--" in args else len(args)  # behind it there are no flags
+        parsed, unknown = self.parse_known_args([*map(_with_dashes, args[:end]), *args[end:]])
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             close = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)

@@ -75,7 +75,7 @@ class TrainConfig:
         "what a token is: char, byte, bpe (learnt from the corpus), or a file: tokenizer.json, vocab.json with "
         "merges.txt beside it, or a text whose characters are the tokens",
     )
-    vocab_size: int | None = _setting(None, "number of tokens that bpe learns; by default 4096", low=257)
+    vocab_size: int | None = _setting(None, "number of tokens that bpe learns; by default 4096", low=257, high=10**6)
     val_fraction: float = _setting(0.1, "share of the text, at its end, held back for validation", above=0, below=1)
     out_dir: str = _setting("out", "run folder for checkpoints and metrics.jsonl")
 

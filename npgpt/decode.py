@@ -254,6 +254,8 @@ def _draw(z, uniform, temperature):
     if np.isnan(total) or not np.isfinite(m):
         return -1
     total = 0.0
+    if temperature > 0:
+        temperature = max(temperature, 1e-300)  # what is compiled multiplies by 1 / temperature, which must be finite
     for i in range(len(z)):
         if temperature > 0:
             z[i] = exp(z.dtype.type((z[i] - m) / temperature))

@@ -94,8 +94,9 @@ def opened(path):
 
 def _good_before(path):
     """Words that name the newest good checkpoint of a folder that is older than this one, if there is one."""
+    name = _NAME.fullmatch(Path(path).name)  # (of another file none comes before it)
     for older in checkpoints(Path(path).parent):
-        if older.name < Path(path).name:
+        if name and older.name < name[0]:
             with contextlib.suppress(CheckpointError), checkpoint.Reader(older):
                 return f". The one before it is good: {older}"
     return ""

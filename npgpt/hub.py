@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
 import re
 import reprlib
 from dataclasses import dataclass
@@ -189,12 +190,13 @@ def open_tokenizer(path, settings):
     ours = settings.get("npgpt")
     try:
         if ours is not None:
-            return from_dict(ours["tokenizer"])
+            try:
+                return from_dict(ours["tokenizer"])
+            except (KeyError, TypeError, CheckpointError) as error:
+                raise CheckpointError(f"{path / CONFIG}: the tokenizer in npgpt is damaged ({error})") from None
         if importlib.util.find_spec("tokenizers") is None or not any((path / name).exists() for name in BPE_FILES):
             return None
         return BPETokenizer.load(find_bpe(path))
-    except (KeyError, TypeError, CheckpointError) as error:
-        raise CheckpointError(f"{path / CONFIG}: the tokenizer in npgpt is damaged ({error})") from None
     except UsageError as error:
         raise CheckpointError(f"{path}: {error}") from None
 
@@ -359,6 +361,18 @@ def save(model, path):
     checkpoint.save(path / WEIGHTS, arrays, {"format": "pt"})
     # last: a new folder without it is not taken for a whole one
     checkpoint.replace(path / CONFIG, [json.dumps(settings, indent=2).encode("ascii") + b"\n"])
+    if not hasattr(tokenizer, "save"):
+        _set_aside(path / BPE_FILES[0])
+
+
+def _set_aside(path):
+    """Rename another model's tokenizer, which would be taken for this one's; it may be all that there is of it."""
+    try:
+        os.replace(path, path.with_name(path.name + ".set-aside"))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise CheckpointError(f"cannot rename {path}: {error.strerror}") from None
 
 
 def _stored(model):

@@ -28,11 +28,12 @@ from pathlib import Path
 
 import numpy as np
 
+from npgpt.errors import UsageError
 from npgpt.profiler import measured
 
 KERNELS = os.environ.get("NPGPT_KERNELS", "numba")
 if KERNELS not in ("numba", "numpy"):
-    raise ImportError(f"NPGPT_KERNELS must be 'numba' or 'numpy', got {KERNELS!r}")
+    raise UsageError(f"NPGPT_KERNELS must be 'numba' or 'numpy', got {KERNELS!r}")
 
 FLAGS = {
     "nogil": True,

@@ -87,12 +87,15 @@ class GPT(Module):
 
         path  a folder, which is made if need be; files of these names are replaced, each of them whole or not at all
 
-        The `tokenizer` is written too.  Raises CheckpointError.
+        The `tokenizer` is written too; a tokenizer.json that is not its own gets the name tokenizer.json.set-aside.
+        Raises CheckpointError.
         """
         hub.save(self, path)
 
     def crop_block_size(self, block_size):
-        """Shorten the longest context: later positions are forgotten."""
+        """Shorten the longest context: later positions are forgotten.  Raises ValueError for one that is longer."""
+        if block_size > self.config.block_size:
+            raise ValueError(f"crop_block_size: {block_size} is longer than block_size = {self.config.block_size}")
         self.config = dataclasses.replace(self.config, block_size=block_size)
         wpe = self.transformer.wpe
         wpe.weight = Parameter(wpe.weight.data[:block_size].copy())

@@ -41,10 +41,13 @@ def parse(argv):
     output.add_argument("--threads", type=int, metavar="N", help="cores to use (default: all, for a large model)")
     args = parser.parse_args(argv)
     alone = args.prompt is None and args.prompt_file is None and not args.json
+    all_open = None not in (sys.stdin, sys.stdout, sys.stderr)
     for name, holds, words in (
         ("prompt", args.prompt != "", "must have one character at least"),
         ("prompt-file", args.prompt_file is None or args.prompt is None, "and --prompt: give one of them"),
+        ("prompt-file", args.prompt_file != "-" or sys.stdin is not None, "- needs standard input, which is closed"),
         ("interactive", not args.interactive or alone, "asks for prompts, and answers in text"),
+        ("interactive", not args.interactive or all_open, "needs standard input, output and error: one is closed"),
         ("num-samples", args.num_samples >= 1, "must be at least 1"),
         ("max-new-tokens", args.max_new_tokens >= 1, "must be at least 1"),
         ("stop", all(args.stop), "must have one character at least"),
@@ -114,23 +117,26 @@ def print_json(texts, seed, prompt):
 
 def interact(write, tokenizer):
     """Ask for prompts until the input ends; an empty line goes on with the last text."""
+    from npgpt.sampling import Writer
+
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() its history and its arrow keys, where there is one)
     print("type a text to continue; an empty line goes on with the last one, Ctrl-D ends", file=sys.stderr)
-    text = ""
+    text, tokens = "", []  # the last text, and what it is made of if that is known
     while True:
         try:
-            prompt = input("> ") or text
+            line = input("> ")
         except EOFError:
             print()
             return
         except UnicodeDecodeError:
             print(f"{PROG}: that was not {sys.stdin.encoding}", file=sys.stderr)
             continue
+        prompt = line or text
         if not prompt:
             continue
         try:
-            idx = encode(tokenizer, prompt)
+            idx = encode(tokenizer, prompt) if line or not tokens else tokens
         except UsageError as error:
             print(f"{PROG}: {error}", file=sys.stderr)
             continue
@@ -139,11 +145,15 @@ def interact(write, tokenizer):
         def kept(pieces, written=written):
             written.clear()
             for piece in pieces:
-                written.append(piece.text)
+                written.append(piece)
                 yield piece
 
         print_texts((kept(pieces) for pieces in write(idx)), tokenizer, prompt)
-        text = prompt + "".join(written)
+        if written[-1].finish == "stop":  # the tokens have the stop string, which the text does not
+            text, tokens = prompt + "".join(piece.text for piece in written), []
+        else:
+            tokens = idx + [piece.token for piece in written[:-1]]
+            text = "".join(map(Writer(tokenizer).feed, tokens))  # but for a character whose end is to come
 
 
 def main(argv=None):
@@ -155,13 +165,17 @@ def main(argv=None):
 
     from npgpt import folder, sampling
 
-    path = args.model if args.checkpoint in ("best", "last") else args.checkpoint
-    is_last = args.checkpoint == "last" and folder.checkpoints(path)
-    model = open_model(folder.newest(path) if is_last else path)
+    path = args.model
+    if args.checkpoint == "last" and folder.checkpoints(path):
+        path = folder.newest(path)
+    elif args.checkpoint not in ("best", "last"):
+        inside = Path(path, args.checkpoint)
+        path = inside if inside.exists() else args.checkpoint
+    model = open_model(path)
     tokenizer = model.tokenizer
 
     def write(idx):
-        rngs = [np.random.default_rng([args.seed, SAMPLE, n]) for n in range(args.num_samples)]
+        rngs = (np.random.default_rng([args.seed, SAMPLE, n]) for n in range(args.num_samples))
         return sampling.write(
             model, tokenizer, idx, rngs, args.max_new_tokens, args.controls, args.stop, args.logprobs, args.int8,
             args.threads,

@@ -12,6 +12,7 @@ and the token is drawn from the softmax of what is left.
 """
 
 import codecs
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -101,6 +102,9 @@ class Generation:
     ):  # fmt: skip
         if not len(idx):
             raise ValueError("generate: the prompt must have one token at least")
+        kind = np.asarray(idx).dtype
+        if kind.kind not in "iu":
+            raise ValueError(f"generate: the prompt must be integers, got dtype {kind}")
         self.model, self.controls, self.rngs = model, controls or Controls(), rngs
         self.logprobs, self.length = logprobs, length or math.inf
         self.block_size = model.config.block_size
@@ -121,9 +125,11 @@ class Generation:
         return [self.texts[i][start + self.cached :] for i in self.alive]
 
     def _logits(self, contexts):
-        """(texts alive, V): what the next tokens are chosen from."""
-        if self.decoder is None:
-            return self._forward()
+        """(texts alive, V): what the next tokens are chosen from, which `logits` keeps."""
+        self.logits = self._forward() if self.decoder is None else self._decode(contexts)
+        return self.logits
+
+    def _decode(self, contexts):
         alive, position, n = self.alive, self.cached, len(contexts[0])
         if n == 1:  # what was chosen last
             tokens = [context[0] for context in contexts]
@@ -199,6 +205,7 @@ class Generation:
             self.drawn[i] = [token]
         if not self.logprobs:
             return None
+        logits = self.logits  # with those that are never chosen: the model gives them a share all the same
         z = logits - logits.max(axis=1, keepdims=True)
         found = z[np.arange(len(z)), tokens] - np.log(np.exp(z, dtype=np.float64).sum(axis=1))
         return found.tolist()
@@ -220,13 +227,15 @@ class Writer:
 
     tokenizer  gives the bytes of a token
     stops      the text ends before the first of these strings that is complete; `stopped` tells whether it has
+    before     tokens of the text that is gone on with, which may end within a character
     """
 
-    def __init__(self, tokenizer, stops=()):
+    def __init__(self, tokenizer, stops=(), before=()):
         self.tokenizer, self.stops = tokenizer, stops
         self.text, self.stopped = "", False  # what was shown
         self._held = ""  # what may be the beginning of a stop string
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._decoder.decode(b"".join(map(tokenizer.bytes_of, before)))
 
     def feed(self, token):
         """The text that can be shown now that this token has come; it may be empty."""
@@ -272,15 +281,17 @@ def write(
 ):  # fmt: skip
     """Texts that continue a list of tokens: yields, for each of rngs, an iterator of Pieces.
 
+    rngs       iterable of Generators, which are asked for when their texts begin: of many texts, not all are in memory
+
     They grow side by side and are given one after the other.  What a text says does not depend on the others.
     """
-    for first in range(0, len(rngs), SIDE_BY_SIDE):
-        group = rngs[first : first + SIDE_BY_SIDE]
+    rngs = iter(rngs)
+    while group := list(itertools.islice(rngs, SIDE_BY_SIDE)):
         length = len(idx) + max_new_tokens
         generation = Generation(
             model, idx, group, controls, length, logprobs, vocab_size=tokenizer.vocab_size, int8=int8, threads=threads
         )
-        writers = [Writer(tokenizer, stops) for _ in group]
+        writers = [Writer(tokenizer, stops, idx) for _ in group]
         waiting = [[] for _ in group]  # what has been written, and not been asked for
         for i in range(len(group)):
             yield _pieces(i, generation, length, writers, waiting)

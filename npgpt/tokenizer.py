@@ -141,16 +141,19 @@ class BPETokenizer(_Tokenizer):
         for part in _byte_level(state.get("pre_tokenizer")):
             part["add_prefix_space"] = False
         self.json = json.dumps(state, ensure_ascii=False, separators=(",", ":"))
-        try:
-            self._tokenizer = package.Tokenizer.from_str(self.json)
-        except Exception as error:  # the package raises nothing more special
-            raise ValueError(" ".join(str(error).split())) from None
         self._bytes = {token: _bytes_of(word) for word, token in state["model"]["vocab"].items()}
         self._bytes.update((added["id"], added["content"].encode("utf-8")) for added in state["added_tokens"])
         self.vocab_size = max(self._bytes) + 1
+        try:
+            self._tokenizer = package.Tokenizer.from_str(self.json)
+            gives_back = self.decode(self.encode(PROBE)) == PROBE
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the package raises nothing more special; its panics are not even an Exception
+            raise ValueError(" ".join(str(error).split())) from None
         if len(json.dumps(self.json)) > MAX_JSON:
             raise ValueError(f"its {self.vocab_size:,} tokens are too many to keep in a checkpoint")
-        if self.decode(self.encode(PROBE)) != PROBE:
+        if not gives_back:
             raise ValueError("what it decodes is not what it encoded")
 
     @classmethod
@@ -318,8 +321,8 @@ def _byte_level(state):
     if not isinstance(state, dict):
         return []
     if state.get("type") == "Sequence":
-        parts = [*(state.get("pretokenizers") or []), *(state.get("decoders") or [])]
-        return [found for part in parts for found in _byte_level(part)]
+        lists = [state.get("pretokenizers"), state.get("decoders")]
+        return [found for parts in lists if isinstance(parts, list) for part in parts for found in _byte_level(part)]
     return [state] if state.get("type") == "ByteLevel" else []
 
 
@@ -332,6 +335,9 @@ def _checked(text):
     model = state.get("model") if isinstance(state, dict) else None
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not _byte_level(state.get("decoder")):
         raise ValueError("it is not a byte-level BPE, such as GPT-2's")
+    # of other families; where one of them is damaged, the package writes a Rust backtrace to standard error
+    if model.get("continuing_subword_prefix") or "Precompiled" in json.dumps(state.get("normalizer")):
+        raise ValueError("a byte-level BPE has neither continuing_subword_prefix nor a Precompiled normalizer")
     vocab, added = model.get("vocab"), state.setdefault("added_tokens", [])
     numbers = list(vocab.values()) if isinstance(vocab, dict) else [None]
     if isinstance(added, list) and all(isinstance(one, dict) and isinstance(one.get("content"), str) for one in added):

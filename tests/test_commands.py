@@ -11,11 +11,12 @@ import sys
 import numpy as np
 import pytest
 
-from npgpt import sample, train
-from npgpt.config import PRESETS, TrainConfig
+from npgpt import plot, sample, sampling, train
+from npgpt.config import PRESETS, GPTConfig, TrainConfig
 from npgpt.errors import NpgptError, UsageError
 from npgpt.folder import RunFolder
 from npgpt.model import GPT
+from npgpt.tokenizer import ByteTokenizer
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
 SHAPE = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 8 --batch-size 4"
@@ -149,6 +150,7 @@ def test_help_needs_neither_numpy_nor_numba():
         ("--tokenizer bye", "one of char, byte, bpe, or a file; there is no file 'bye'. Did you mean byte?"),
         ("--vocab-size 300", "vocab_size is for --tokenizer bpe; with char the tokens are what they are"),
         ("--tokenizer bpe --vocab-size 256", "vocab_size must be at least 257"),
+        ("--tokenizer bpe --vocab-size 99999999999999999999999", "vocab_size must be at most 1000000"),
         ("--seed -3", "seed must be at least 0"),
         ("--bach-size 3", "unknown argument --bach-size; did you mean --batch-size?"),
         ("--bias=maybe", "expected True or False"),
@@ -165,6 +167,11 @@ def test_wrong_flags_are_one_line(args, words):
     with pytest.raises(UsageError) as error:
         parsed(args.split())
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_behind_two_dashes_a_name_stays_as_it_is():
+    with pytest.raises(NpgptError, match="--no_such is not a run folder"):
+        plot.main(["--", "--no_such"])
 
 
 @pytest.mark.parametrize(
@@ -334,6 +341,12 @@ def test_an_ascii_console_does_not_end_a_run(folder):
     assert (code, err) == (0, "")
 
 
+@pytest.mark.parametrize("module, flag", [("train", "--data"), ("sample", "--prompt-file"), ("gradcheck", None)])
+def test_kernels_that_there_are_not_are_one_line(folder, module, flag):
+    code, _, err = command(module, *([flag, folder / "text.txt"] if flag else []), NPGPT_KERNELS="foo")
+    assert (code, err) == (2, f"python -m npgpt.{module}: NPGPT_KERNELS must be 'numba' or 'numpy', got 'foo'\n")
+
+
 # ---- sample
 
 
@@ -377,6 +390,21 @@ def test_sampling_mistakes_are_one_line(folder, args, words):
     with pytest.raises(UsageError) as error:
         sample.main(["--out-dir", str(folder / "run"), *args.split()])
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "stream, flags, words",
+    [
+        ("stdin", "--prompt-file -", "--prompt-file - needs standard input, which is closed"),
+        ("stdin", "--interactive", "--interactive needs standard input"),
+        ("stdout", "--interactive", "--interactive needs standard input, output"),
+        ("stderr", "--interactive", "--interactive needs standard input, output and error"),
+    ],
+)
+def test_a_closed_stream_is_one_line(folder, monkeypatch, stream, flags, words):
+    monkeypatch.setattr(sys, stream, None)
+    with pytest.raises(UsageError, match=words):
+        sample.main(["--out-dir", str(folder / "run"), *flags.split()])
 
 
 def test_a_wrong_control_is_exit_code_2(folder):
@@ -500,6 +528,24 @@ def test_prompts_one_after_the_other(folder, sampled, monkeypatch, capsys):
     assert asked(folder, monkeypatch, capsys, "")[0] == "> \n"
 
 
+def test_an_empty_line_goes_on_with_the_tokens_of_the_last_text(monkeypatch, capsys):
+    tokenizer, model = ByteTokenizer(), GPT(GPTConfig(vocab_size=256, block_size=8, n_layer=1, n_head=1, n_embd=4))
+    given, answers = [], [b"\xc3", b"\xa9!", b"?"]
+
+    def write(idx):
+        answer = answers[len(given)]
+        given.append(bytes(idx))
+        chosen = iter(answer)
+        monkeypatch.setattr(sampling, "choose", lambda *_: [next(chosen)])
+        return sampling.write(model, tokenizer, idx, [np.random.default_rng(0)], len(answer))
+
+    monkeypatch.setattr(sampling.Generation, "_steps_ahead", lambda *_: 0)  # all tokens are chosen by choose()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a\n\n\n"))
+    sample.interact(write, tokenizer)
+    assert given == [b"a", b"a\xc3", b"a\xc3\xa9!"]
+    assert capsys.readouterr().out == "> a\ufffd\n> aé!\n> aé!?\n> \n"
+
+
 def test_prompts_through_a_pipe(folder):
     done = subprocess.run(
         [sys.executable, "-m", "npgpt.sample", "--out-dir", str(folder / "run"), "--interactive",
@@ -524,6 +570,25 @@ def test_a_model_may_be_a_run_a_checkpoint_or_a_hugging_face_folder(folder, tmp_
         assert sample.main(["--model", str(path), "--prompt", "to be", "--max-new-tokens", "40"]) == 0
         texts.add(capsys.readouterr().out)
     assert len(texts) == 1
+
+
+def test_a_checkpoint_is_looked_for_in_the_run_folder_first(folder, sampled, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "iter-00000002.safetensors"
+    text = sampled("--checkpoint", name)
+    assert sampled("--checkpoint", folder / "run" / name) == text
+    with pytest.raises(NpgptError, match="there is no iter-00000003"):
+        sampled("--checkpoint", "iter-00000003.safetensors")
+    write(tmp_path, name, b"")
+    assert sampled("--checkpoint", name) == text
+    assert sample.main(["--checkpoint", str(folder / "run" / name)]) == 0  # without a run folder
+
+
+@pytest.mark.parametrize("name", ["lock", "metrics.jsonl"])
+def test_another_file_of_a_run_is_no_checkpoint_that_others_come_before(folder, name):
+    with pytest.raises(NpgptError, match="not a good checkpoint") as error:
+        sample.main(["--model", str(folder / "run" / name)])
+    assert "The one before it" not in str(error.value)
 
 
 def test_no_checkpoint_or_a_damaged_one(folder):

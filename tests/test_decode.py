@@ -123,7 +123,8 @@ def test_a_row_has_the_same_bits_whatever_is_computed_beside_it_and_by_any_numbe
 
 
 @kernels_only
-def test_the_kernel_draws_what_is_chosen_step_by_step_outside_of_it():
+@pytest.mark.parametrize("temperature", [0.7, 1e-309])  # the latter's reciprocal is not finite
+def test_the_kernel_draws_what_is_chosen_step_by_step_outside_of_it(temperature):
     model, steps = model_of(SHAPES[0], dtype=np.float32), 5
     uniforms = np.random.default_rng(3).random((steps, 3))
     for threads in (1, 2, 3):
@@ -131,10 +132,10 @@ def test_the_kernel_draws_what_is_chosen_step_by_step_outside_of_it():
         for decoder in (ahead, plain):
             decoder.read([5, 1, 2], 3)  # this stream is at another position
         tokens, streams, positions = [7, 8, 9], [0, 2, 3], [0, 0, 3]
-        drawn = ahead.draw(tokens, streams, positions, uniforms, 0.7, 40)
+        drawn = ahead.draw(tokens, streams, positions, uniforms, temperature, 40)
         for step in range(steps):
             logits = plain(tokens, streams, positions, 3)[:, :40]
-            tokens = choose(probabilities(logits, [[]] * 3, Controls(temperature=0.7)), uniforms[step])
+            tokens = choose(probabilities(logits, [[]] * 3, Controls(temperature=temperature)), uniforms[step])
             assert drawn[step].tolist() == tokens
             positions = [position + 1 for position in positions]
         assert np.array_equal(ahead.keys, plain.keys) and np.array_equal(ahead.values, plain.values)

@@ -20,7 +20,7 @@ from npgpt import checkpoint, folder, hub, sample
 from npgpt.config import GPTConfig, TrainConfig
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.model import GPT
-from npgpt.tokenizer import ByteTokenizer, CharTokenizer
+from npgpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 from npgpt.trainer import Evaluation, Trainer
 
 CONFIG = GPTConfig(vocab_size=13, block_size=7, n_layer=2, n_head=3, n_embd=15, bias=True)
@@ -446,6 +446,29 @@ def test_a_tokenizer_that_has_files_of_its_own_writes_them(tmp_path):
     settings = json.loads((tmp_path / "config.json").read_text())
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert settings["bos_token_id"] == settings["eos_token_id"] == 12 and "npgpt" not in settings
+
+
+@pytest.mark.parametrize("tokenizer", [None, ByteTokenizer()], ids=["none", "byte"])
+def test_the_tokenizer_of_an_earlier_export_is_set_aside(tmp_path, tokenizer):
+    pytest.importorskip("tokenizers")
+    model = random_gpt(dataclasses.replace(CONFIG, vocab_size=300))
+    model.tokenizer = BPETokenizer.learn(["the cat the cat "], 300)
+    model.save_pretrained(tmp_path)
+    earlier = (tmp_path / "tokenizer.json").read_bytes()
+    model.tokenizer = tokenizer
+    model.save_pretrained(tmp_path)
+    names = ["config.json", "model.safetensors", "tokenizer.json.set-aside"]
+    assert sorted(os.listdir(tmp_path)) == names and (tmp_path / names[2]).read_bytes() == earlier
+    assert type(GPT.from_pretrained(tmp_path).tokenizer) is type(tokenizer)
+
+
+def test_a_damaged_tokenizer_json_is_named(tmp_path):
+    pytest.importorskip("tokenizers")
+    state = json.loads(BPETokenizer.learn(["the cat the cat "], 260).json)
+    state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": 5}
+    (make(tmp_path) / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
+    text = refused(tmp_path)
+    assert f"{tmp_path / 'tokenizer.json'} cannot be used" in text and "config.json" not in text
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):

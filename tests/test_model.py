@@ -133,6 +133,17 @@ def test_wrong_configurations_are_refused():
             GPTConfig(**wrong)
 
 
+def test_a_context_can_be_shortened_only():
+    model = GPT(CONFIG)
+    for block_size, error in ((10, ValueError), (0, UsageError)):
+        with pytest.raises(error, match="block_size"):
+            model.crop_block_size(block_size)
+        assert model.config == CONFIG and model.transformer.wpe.weight.shape == (9, 24)
+    model.crop_block_size(9)
+    model.crop_block_size(4)
+    assert model.config.block_size == 4 == len(model.transformer.wpe.weight.data)
+
+
 def test_wrong_inputs_are_refused():
     model = GPT(CONFIG)
     for idx, words in (

@@ -255,12 +255,31 @@ def test_log_probabilities_are_the_models_own():
     assert Generation(model, [3, 1], rngs(1, 2)).step()[1] == [None, None]
 
 
+def test_log_probabilities_are_the_losses_of_training_where_the_tokenizer_has_fewer_tokens():
+    model = lively()
+    for cache in (True, False):
+        generation = Generation(model, [1], rngs(1), logprobs=True, cache=cache, vocab_size=4)
+        for _ in range(5):
+            idx = np.array(generation.texts)
+            (token,), (logprob,) = generation.step()
+            targets = np.full(idx.shape, -1)
+            targets[0, -1] = token
+            assert abs(logprob + model(idx, targets)[1].item()) < 1e-5
+
+
 def test_tokens_without_a_text_are_never_chosen():
     model = lively()
     generation = Generation(model, [1], rngs(1), Controls(temperature=50.0), vocab_size=4)
     for _ in range(100):
         generation.step()
     assert set(generation.texts[0]) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_prompt_is_integers(cache):
+    with pytest.raises(ValueError, match="generate: the prompt must be integers, got dtype float64"):
+        next(lively().generate([3.7], 3, cache=cache))
+    assert list(lively().generate(np.array([3, 1], np.uint16), 3)) == list(lively().generate([3, 1], 3))
 
 
 def test_a_prompt_needs_a_token():
@@ -332,3 +351,6 @@ def test_write_gives_texts_one_after_the_other():
     # each is an iterator that may be left before its end
     first_pieces = [next(iter(pieces)).token for pieces in write(model, tokenizer, [0], rngs(*range(n)), 20)]
     assert first_pieces == [pieces[0].token for pieces in whole]
+    # of any number of them
+    endless = (np.random.default_rng(seed) for seed in itertools.count())
+    assert list(next(write(model, tokenizer, [0], endless, 20))) == whole[0]

@@ -260,6 +260,11 @@ def test_files_that_are_no_tokenizer_are_one_line(gpt2, tmp_path):
         (changed(gpt2, pre_tokenizer=None), "what it decodes is not what it encoded"),
         (changed(gpt2, normalizer={"type": "Lowercase"}), "what it decodes is not what it encoded"),
         (changed(gpt2, model={**model, "continuing_subword_prefix": "x"}), "cannot be used"),
+        # what the package panics at, or would
+        (changed(gpt2, model={**model, "continuing_subword_prefix": "##"}), "neither continuing_subword_prefix nor"),
+        (changed(gpt2, normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "nor a Precompiled"),
+        (changed(gpt2, pre_tokenizer={"type": "FixedLength", "length": 0}), "cannot be used"),
+        (changed(gpt2, pre_tokenizer={"type": "Sequence", "pretokenizers": 5}), "cannot be used"),
     ):
         (tmp_path / "x.json").write_text(text, encoding="latin-1" if text == "\xff" else "utf-8")
         with pytest.raises(UsageError, match=words) as error:

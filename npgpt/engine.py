@@ -234,7 +234,7 @@ class Tensor:
         self._parents = ()
         self._backward = None
         self._handed_out = None  # the array that new_grad() last gave out
-        self._grad_is_ours = False  # whether self.grad may be changed in place
+        self._grad_is_ours = False  # whether this walk may change self.grad in place
         self._keeps_grad = False
 
     shape = property(lambda self: self.data.shape)
@@ -309,12 +309,12 @@ class Tensor:
         """Add the gradient of this tensor with respect to every tensor it was computed from to their `.grad`.
 
         grad: the gradient of this tensor itself (shape of the tensor); 1 by default, for a single number.
-        The graph is used up; a second call raises RuntimeError.
+        The graph is used up; a second call raises RuntimeError, and so does a call on what was computed from a part of
+        it, before any gradient is added.  Where an op's backward fails, leaves may have got a share of their gradients:
+        set them to None before the next backward().
         """
         if not self.requires_grad:
             raise RuntimeError("backward: this tensor does not depend on any tensor with requires_grad=True")
-        if self._backward is _used_up:
-            _used_up(None)
         if grad is None:
             if self.data.size != 1:
                 raise ValueError(f"backward: for a tensor of shape {self.shape}, give its gradient: backward(grad)")
@@ -324,6 +324,13 @@ class Tensor:
             if grad.shape != self.data.shape:
                 raise ValueError(f"backward: grad must have shape {self.shape}, got {grad.shape}")
         order = _topological_order(self)
+        for node in order:
+            if node._backward is _used_up:
+                _used_up(None)
+            # forget what a walk that failed has left; what a leaf holds may be the user's array by now
+            node._handed_out, node._grad_is_ours = None, node.grad is node.grad_buffer
+            if node._backward is not None:
+                node.grad = None
         self._add_grad(grad)
         while order:
             node = order.pop()  # reversed order: every tensor before the tensors it was computed from

@@ -229,6 +229,55 @@ def test_a_backward_that_failed_does_not_disturb_the_next_one(rng):
     assert w.new_grad() is w.grad_buffer  # the next gradient is made where it is to lie
 
 
+def failing(x, times=1):
+    """y = 2 x, whose backward runs out of memory `times` times."""
+    failures = iter(range(times))
+
+    def backward(dy):
+        for _ in failures:
+            x.new_grad()
+            raise MemoryError
+        return (dy * 2,)
+
+    return record(x.data * 2, (x,), backward)
+
+
+def test_a_backward_that_failed_can_be_made_again(rng):
+    x = leaf(rng, 2)
+    y = failing(x)
+    with pytest.raises(MemoryError):
+        y.backward(np.ones(2))
+    y.backward(np.ones(2))
+    np.testing.assert_array_equal(x.grad, [2, 2])
+
+
+def test_a_backward_that_failed_leaves_nothing_in_what_it_did_not_pass(rng):
+    x = leaf(rng, 2)
+    h = x * 3
+    with pytest.raises(MemoryError):
+        (failing(h) + h).backward(np.ones(2))
+    x.grad = None
+    (h * 1).backward(np.ones(2))
+    np.testing.assert_array_equal(x.grad, [3, 3])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_place_that_was_handed_out_in_vain_is_still_the_gradients(rng, frozen):
+    """The op that asked for it failed, or nobody wanted the gradient: the next op adds in place."""
+    wte, wpe = leaf(rng, 3, 4), Tensor(np.zeros((2, 4)))
+    wte.grad_buffer = np.full((3, 4), np.nan)
+    if frozen:
+        wte.requires_grad = False
+        linear(leaf(rng, 2, 4), wte).backward(np.ones((2, 3)))
+        wte.requires_grad = True
+    else:
+        with pytest.raises(MemoryError):
+            failing(wte).backward(np.ones((3, 4)))
+    embedding(np.array([[1, 1]]), wte, wpe).backward(np.ones((1, 2, 4)))
+    assert wte.grad is wte.grad_buffer
+    np.testing.assert_array_equal(wte.grad[:, 0], [0, 2, 0])
+
+
 def test_none_is_no_gradient_and_tensors_without_requires_grad_get_none(rng):
     x, c = leaf(rng, 3), Tensor(rng.normal(size=3))
     y = record(x.data * c.data, (x, c), lambda dy: (None, dy * x.data))
@@ -287,6 +336,19 @@ def test_a_gradient_that_the_user_put_there_is_added_to(rng):
     x.grad = given.copy()
     (x * 2).backward(dy)
     np.testing.assert_allclose(x.grad, given + 2 * dy)
+
+
+@pytest.mark.parametrize("with_buffer", [False, True])
+def test_an_array_that_the_user_put_there_is_not_changed(rng, with_buffer):
+    """Nor after a backward, whose gradient was the engine's own and could be added to in place."""
+    x, given = leaf(rng, 3), np.full(3, 10.0)
+    if with_buffer:
+        x.grad_buffer = np.full(3, np.nan)
+    (x * 1).backward(np.ones(3))
+    x.grad = given
+    (x * 2).backward(np.ones(3))
+    np.testing.assert_array_equal(given, 10)
+    np.testing.assert_array_equal(x.grad, 12)
 
 
 OPS = {  # op's name -> how its gradient is made, in the engine's terms
@@ -402,6 +464,16 @@ def test_a_shared_part_of_the_graph_is_used_up_too(rng):
     first.backward()
     with pytest.raises(RuntimeError, match="used up"):
         second.backward()
+
+
+def test_a_graph_with_a_used_up_part_adds_no_gradient_at_all(rng):
+    x = leaf(rng, 3)
+    a = x * 2
+    (a * 3).sum().backward()
+    x.grad = None
+    with pytest.raises(RuntimeError, match="used up"):
+        (a * 5 + x).sum().backward()
+    assert x.grad is None and a.grad is None
 
 
 def test_intermediate_gradients_are_let_go_unless_retained(rng):

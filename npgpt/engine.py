@@ -16,6 +16,9 @@ What the engine promises:
   y = a + b both gradients *are* the gradient of y; adding to one of them in place would corrupt the other;
 - as the walk passes a tensor, its graph is let go, so that memory is free for the next step of the walk;
 - inside `reuse_buffers(pool)`, arrays from `empty` come from memory that earlier arrays no longer use.
+
+What it asks in return: between forward and backward nobody changes the `.data` of a tensor, or the tokens of a batch,
+since a backward reads what its forward read.
 """
 
 import contextlib

@@ -491,6 +491,28 @@ def test_retain_grad_after_more_ops_gives_the_sum_of_all_uses(rng):
     np.testing.assert_allclose(a.grad, dy * (np.exp(2 * x.data) + 5))
 
 
+CHOICES = {  # what is computed from x (2, 3) and an array or list, which is then filled with 0
+    "getitem": (lambda x, i: x[i], np.array([1, 1])),
+    "getitem, within a tuple": (lambda x, i: x[:, i], np.array([0, 2])),
+    "getitem, a list": (lambda x, i: x[i], [1, 1]),
+    "where": (lambda x, i: primitives.where(i, x, 0.0), np.array([True, False, True])),
+    "transpose": (lambda x, i: x.transpose(i), [1, 0]),
+}
+
+
+@pytest.mark.parametrize("op, choice", CHOICES.values(), ids=CHOICES)
+def test_indices_and_conditions_may_change_before_the_backward(rng, op, choice):
+    x, grads = leaf(rng, 2, 3), []
+    for change in (False, True):
+        y = op(x, choice)
+        if change:
+            choice[:] = [0] * len(choice)
+        y.backward(np.arange(1.0, y.size + 1).reshape(y.shape))
+        grads.append(x.grad)
+        x.grad = None
+    np.testing.assert_array_equal(*grads)
+
+
 def test_backward_lets_go_of_every_array_of_the_graph(rng):
     x = leaf(rng, 3)
     a = x * 2

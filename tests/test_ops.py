@@ -431,6 +431,21 @@ def test_the_slope_of_relu_at_zero_is_zero():
     np.testing.assert_array_equal(x.grad, [0, 0, 0, 3])
 
 
+@pytest.mark.parametrize("exponent, slopes", [(0, [0, 0]), (0.0, [0, 0]), (1, [1, 1]), (2, [0, 4]), (-1, [-1, -0.25])])
+def test_the_slope_of_a_power(exponent, slopes):
+    x = Tensor(np.array([0.0 if exponent >= 0 else 1.0, 2.0]), requires_grad=True)
+    (x**exponent).sum().backward()
+    np.testing.assert_array_equal(x.grad, slopes)
+
+
+@pytest.mark.parametrize("exponent", [2, 2.0, np.float64(2), np.array(2.0), np.int8(2)])
+def test_an_exponent_leaves_the_dtype_alone(exponent):
+    x = Tensor(np.ones(3, np.float32), requires_grad=True)
+    y = x**exponent
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == np.float32
+
+
 def test_equal_maxima_share_the_gradient():
     x = Tensor(np.array([[3.0, 1, 3, 3], [2, 5, 4, 5]]), requires_grad=True)
     x.max(axis=1).backward(np.array([6.0, 4.0]))
@@ -575,6 +590,8 @@ MISTAKES = [
     (lambda: tensor(3) @ tensor(3, 4), ValueError, r"two or more dimensions, got shapes \(3,\) and \(3, 4\)"),
     (lambda: tensor(3, 4) @ tensor(4), ValueError, r"two or more dimensions, got shapes \(3, 4\) and \(4,\)"),
     (lambda: tensor(3) ** tensor(3), TypeError, "pow: the exponent must be a number"),
+    (lambda: tensor(2) ** np.ones((2, 2)), TypeError, "pow: the exponent must be a number"),
+    (lambda: tensor(2) ** [1, 2], TypeError, "pow: the exponent must be a number"),
     (lambda: primitives.where([True], 1.0, 2.0), TypeError, "where: at least one of the two values must be a Tensor"),
 ]
 

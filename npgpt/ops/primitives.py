@@ -82,10 +82,17 @@ def neg(a):
 
 def pow(a, exponent):
     """a ** exponent, for an exponent that is a plain number."""
-    if isinstance(exponent, Tensor):
+    if isinstance(exponent, (np.generic, np.ndarray)) and exponent.ndim == 0:
+        exponent = exponent.item()  # NumPy's would change the dtype
+    if not isinstance(exponent, (int, float)):
         raise TypeError("pow: the exponent must be a number; for a Tensor exponent write exp(log(a) * exponent)")
-    exponent = exponent.item() if isinstance(exponent, np.generic) else exponent  # NumPy's would change the dtype
-    return record(a.data**exponent, (a,), lambda dy: (dy * exponent * a.data ** (exponent - 1),))
+
+    def backward(dy):
+        if exponent == 0:  # the slope is 0, also where a is 0 and a^-1 infinite
+            return (0 * dy,)
+        return (dy * exponent * a.data ** (exponent - 1),)
+
+    return record(a.data**exponent, (a,), backward)
 
 
 def matmul(a, b):

@@ -229,7 +229,7 @@ class Tensor:
         if data.dtype not in FLOATS:
             if data.dtype.kind not in "biuf":
                 raise TypeError(f"Tensor: data must be numbers, got dtype {data.dtype}")
-            data = data.astype(np.float32)
+            data = data.astype(np.float64 if data.dtype.kind == "f" and data.itemsize >= 8 else np.float32)
         self.data = data
         self.requires_grad = requires_grad
         self.grad = None
@@ -247,6 +247,9 @@ class Tensor:
 
     def __len__(self):
         return len(self.data)
+
+    def __array__(self, *args, **options):
+        raise TypeError("a Tensor is not an array: use its .data")  # NumPy would make a list of lists of it
 
     def __repr__(self):
         return f"Tensor({self.data!r}, requires_grad={self.requires_grad})"

@@ -811,6 +811,9 @@ def test_the_largest_seed_works():
         (np.ones(2, np.uint8), np.float32),
         ([True, False], np.float32),
         (np.ones(2, np.float16), np.float32),
+        (np.ones(2, ">f4"), np.float32),
+        (np.ones(2, ">f8"), np.float64),
+        (np.ones(2, np.longdouble), np.float64),
     ],
 )
 def test_a_tensor_is_float32_unless_it_is_float64(data, dtype):
@@ -859,6 +862,15 @@ MISTAKES = [
     (lambda: Tensor(Tensor(1.0)), TypeError, "Tensor: data is a Tensor already"),
     (lambda: Tensor(["a"]), TypeError, "Tensor: data must be numbers, got dtype <U1"),
     (lambda: Tensor([1j]), TypeError, "Tensor: data must be numbers, got dtype complex128"),
+    (lambda: Tensor([Tensor(1.0)]), TypeError, "a Tensor is not an array"),
+    (
+        lambda: Tensor([1.0], requires_grad=True).backward(Tensor([1.0])),
+        TypeError,
+        r"a Tensor is not an array: use its \.data",
+    ),
+    (lambda: primitives.where(Tensor([1.0]), Tensor([1.0]), 0.0), TypeError, r"not an array: use its \.data"),
+    (lambda: embedding(Tensor([[1]]), Tensor([[1.0]]), Tensor([[1.0]])), TypeError, r"an array: use its \.data"),
+    (lambda: Tensor([1.0])[Tensor([0])], TypeError, r"array: use its \.data"),
     (lambda: Tensor([1.0]).backward(), RuntimeError, "does not depend on any tensor with requires_grad=True"),
     (
         lambda: Tensor([1.0, 2.0], requires_grad=True).backward(),

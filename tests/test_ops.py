@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import npgpt.optim  # noqa: F401  (its pairs, too, are to be found in jit.PAIRS)
-from npgpt import Tensor, jit, random_stream
+from npgpt import GPT, GPTConfig, Tensor, jit, random_stream
 from npgpt.ops import primitives
 from npgpt.ops.attention import QUERY_BLOCK, attention_forward_ref, causal_attention
 from npgpt.ops.cross_entropy import cross_entropy, cross_entropy_forward_ref
@@ -378,6 +378,15 @@ def test_ops_over_the_last_axis_take_any_number_of_axes(shape):
         y.backward(dy)
         y_flat.backward(dy.reshape(y_flat.shape))
         np.testing.assert_allclose(tensor.grad.reshape(rows, 5), flat.grad)
+
+
+@pytest.mark.parametrize("p_drop", [0.0, 0.5])
+def test_an_empty_batch_has_logits_of_no_sequence_and_gradients_of_zero(p_drop):
+    model = GPT(GPTConfig(vocab_size=5, block_size=4, n_layer=1, n_head=2, n_embd=4, dropout=p_drop))
+    logits, _ = model(np.zeros((0, 3), int))
+    assert logits.shape == (0, 3, 5)
+    logits.backward(np.zeros((0, 3, 5)))
+    assert not any(parameter.grad.any() for parameter in model.parameters())
 
 
 def test_ops_take_inputs_and_gradients_that_are_not_contiguous():

@@ -16,6 +16,9 @@ What the engine promises:
   y = a + b both gradients *are* the gradient of y; adding to one of them in place would corrupt the other;
 - as the walk passes a tensor, its graph is let go, so that memory is free for the next step of the walk;
 - inside `reuse_buffers(pool)`, arrays from `empty` come from memory that earlier arrays no longer use.
+
+What it asks in return: between forward and backward nobody changes the `.data` of a tensor, or the tokens of a batch,
+since a backward reads what its forward read.
 """
 
 import contextlib
@@ -226,7 +229,7 @@ class Tensor:
         if data.dtype not in FLOATS:
             if data.dtype.kind not in "biuf":
                 raise TypeError(f"Tensor: data must be numbers, got dtype {data.dtype}")
-            data = data.astype(np.float32)
+            data = data.astype(np.float64 if data.dtype.kind == "f" and data.itemsize >= 8 else np.float32)
         self.data = data
         self.requires_grad = requires_grad
         self.grad = None
@@ -234,7 +237,7 @@ class Tensor:
         self._parents = ()
         self._backward = None
         self._handed_out = None  # the array that new_grad() last gave out
-        self._grad_is_ours = False  # whether self.grad may be changed in place
+        self._grad_is_ours = False  # whether this walk may change self.grad in place
         self._keeps_grad = False
 
     shape = property(lambda self: self.data.shape)
@@ -244,6 +247,9 @@ class Tensor:
 
     def __len__(self):
         return len(self.data)
+
+    def __array__(self, *args, **options):
+        raise TypeError("a Tensor is not an array: use its .data")  # NumPy would make a list of lists of it
 
     def __repr__(self):
         return f"Tensor({self.data!r}, requires_grad={self.requires_grad})"
@@ -309,12 +315,12 @@ class Tensor:
         """Add the gradient of this tensor with respect to every tensor it was computed from to their `.grad`.
 
         grad: the gradient of this tensor itself (shape of the tensor); 1 by default, for a single number.
-        The graph is used up; a second call raises RuntimeError.
+        The graph is used up; a second call raises RuntimeError, and so does a call on what was computed from a part of
+        it, before any gradient is added.  Where an op's backward fails, leaves may have got a share of their gradients:
+        set them to None before the next backward().
         """
         if not self.requires_grad:
             raise RuntimeError("backward: this tensor does not depend on any tensor with requires_grad=True")
-        if self._backward is _used_up:
-            _used_up(None)
         if grad is None:
             if self.data.size != 1:
                 raise ValueError(f"backward: for a tensor of shape {self.shape}, give its gradient: backward(grad)")
@@ -324,6 +330,13 @@ class Tensor:
             if grad.shape != self.data.shape:
                 raise ValueError(f"backward: grad must have shape {self.shape}, got {grad.shape}")
         order = _topological_order(self)
+        for node in order:
+            if node._backward is _used_up:
+                _used_up(None)
+            # forget what a walk that failed has left; what a leaf holds may be the user's array by now
+            node._handed_out, node._grad_is_ours = None, node.grad is node.grad_buffer
+            if node._backward is not None:
+                node.grad = None
         self._add_grad(grad)
         while order:
             node = order.pop()  # reversed order: every tensor before the tensors it was computed from

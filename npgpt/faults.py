@@ -713,7 +713,7 @@ FAULTS = [
     Fault(
         "dropout: the same mask in every worker",
         "npgpt/ops/dropout.py",
-        "    first_row = batch_offset * (len(rows) // x.shape[0])\n",
+        "    first_row = batch_offset * (len(rows) // max(1, x.shape[0]))\n",
         "    first_row = 0\n",
         "A sequence's mask must not depend on how the batch is split over workers.",
     ),

@@ -132,8 +132,10 @@ class AdamW:
     def update(self, grads, lr, scale=1.0, part=slice(None)):
         """Update the weights in `part` (a slice of the flat arrays) with grads * scale.
 
-        The caller counts `step` up before the first part of an update.
+        The caller counts `step` up before the first part of an update.  Raises ValueError if it is still 0.
         """
+        if self.step == 0:
+            raise ValueError("update: step is 0; count it up before the first part of an update")
         start, stop, _ = part.indices(len(self.m))
         cut = min(max(self.flat.n_decay, start), stop)
         for a, b, weight_decay in ((start, cut, self.weight_decay), (cut, stop, 0.0)):

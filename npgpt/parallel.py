@@ -163,6 +163,9 @@ class DataParallel:
              rounding for any number
     blas     BLAS threads of each worker's matrix products
     world    the ranks whose gradients are added up, a World
+
+    The other workers' models are copies, with the settings that `model` has now: only train() switches all of them, a
+    later model.set_dropout() is seen by the first worker alone.
     """
 
     def __init__(self, model, workers=1, blas=1, world=ALONE):

@@ -229,6 +229,55 @@ def test_a_backward_that_failed_does_not_disturb_the_next_one(rng):
     assert w.new_grad() is w.grad_buffer  # the next gradient is made where it is to lie
 
 
+def failing(x, times=1):
+    """y = 2 x, whose backward runs out of memory `times` times."""
+    failures = iter(range(times))
+
+    def backward(dy):
+        for _ in failures:
+            x.new_grad()
+            raise MemoryError
+        return (dy * 2,)
+
+    return record(x.data * 2, (x,), backward)
+
+
+def test_a_backward_that_failed_can_be_made_again(rng):
+    x = leaf(rng, 2)
+    y = failing(x)
+    with pytest.raises(MemoryError):
+        y.backward(np.ones(2))
+    y.backward(np.ones(2))
+    np.testing.assert_array_equal(x.grad, [2, 2])
+
+
+def test_a_backward_that_failed_leaves_nothing_in_what_it_did_not_pass(rng):
+    x = leaf(rng, 2)
+    h = x * 3
+    with pytest.raises(MemoryError):
+        (failing(h) + h).backward(np.ones(2))
+    x.grad = None
+    (h * 1).backward(np.ones(2))
+    np.testing.assert_array_equal(x.grad, [3, 3])
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_place_that_was_handed_out_in_vain_is_still_the_gradients(rng, frozen):
+    """The op that asked for it failed, or nobody wanted the gradient: the next op adds in place."""
+    wte, wpe = leaf(rng, 3, 4), Tensor(np.zeros((2, 4)))
+    wte.grad_buffer = np.full((3, 4), np.nan)
+    if frozen:
+        wte.requires_grad = False
+        linear(leaf(rng, 2, 4), wte).backward(np.ones((2, 3)))
+        wte.requires_grad = True
+    else:
+        with pytest.raises(MemoryError):
+            failing(wte).backward(np.ones((3, 4)))
+    embedding(np.array([[1, 1]]), wte, wpe).backward(np.ones((1, 2, 4)))
+    assert wte.grad is wte.grad_buffer
+    np.testing.assert_array_equal(wte.grad[:, 0], [0, 2, 0])
+
+
 def test_none_is_no_gradient_and_tensors_without_requires_grad_get_none(rng):
     x, c = leaf(rng, 3), Tensor(rng.normal(size=3))
     y = record(x.data * c.data, (x, c), lambda dy: (None, dy * x.data))
@@ -287,6 +336,19 @@ def test_a_gradient_that_the_user_put_there_is_added_to(rng):
     x.grad = given.copy()
     (x * 2).backward(dy)
     np.testing.assert_allclose(x.grad, given + 2 * dy)
+
+
+@pytest.mark.parametrize("with_buffer", [False, True])
+def test_an_array_that_the_user_put_there_is_not_changed(rng, with_buffer):
+    """Nor after a backward, whose gradient was the engine's own and could be added to in place."""
+    x, given = leaf(rng, 3), np.full(3, 10.0)
+    if with_buffer:
+        x.grad_buffer = np.full(3, np.nan)
+    (x * 1).backward(np.ones(3))
+    x.grad = given
+    (x * 2).backward(np.ones(3))
+    np.testing.assert_array_equal(given, 10)
+    np.testing.assert_array_equal(x.grad, 12)
 
 
 OPS = {  # op's name -> how its gradient is made, in the engine's terms
@@ -404,6 +466,16 @@ def test_a_shared_part_of_the_graph_is_used_up_too(rng):
         second.backward()
 
 
+def test_a_graph_with_a_used_up_part_adds_no_gradient_at_all(rng):
+    x = leaf(rng, 3)
+    a = x * 2
+    (a * 3).sum().backward()
+    x.grad = None
+    with pytest.raises(RuntimeError, match="used up"):
+        (a * 5 + x).sum().backward()
+    assert x.grad is None and a.grad is None
+
+
 def test_intermediate_gradients_are_let_go_unless_retained(rng):
     x = leaf(rng, 3)
     a, b = x * 2, (x * 3).retain_grad()
@@ -417,6 +489,28 @@ def test_retain_grad_after_more_ops_gives_the_sum_of_all_uses(rng):
     a = (x * 2).retain_grad()
     (a.exp() + a * 5).backward(dy)
     np.testing.assert_allclose(a.grad, dy * (np.exp(2 * x.data) + 5))
+
+
+CHOICES = {  # what is computed from x (2, 3) and an array or list, which is then filled with 0
+    "getitem": (lambda x, i: x[i], np.array([1, 1])),
+    "getitem, within a tuple": (lambda x, i: x[:, i], np.array([0, 2])),
+    "getitem, a list": (lambda x, i: x[i], [1, 1]),
+    "where": (lambda x, i: primitives.where(i, x, 0.0), np.array([True, False, True])),
+    "transpose": (lambda x, i: x.transpose(i), [1, 0]),
+}
+
+
+@pytest.mark.parametrize("op, choice", CHOICES.values(), ids=CHOICES)
+def test_indices_and_conditions_may_change_before_the_backward(rng, op, choice):
+    x, grads = leaf(rng, 2, 3), []
+    for change in (False, True):
+        y = op(x, choice)
+        if change:
+            choice[:] = [0] * len(choice)
+        y.backward(np.arange(1.0, y.size + 1).reshape(y.shape))
+        grads.append(x.grad)
+        x.grad = None
+    np.testing.assert_array_equal(*grads)
 
 
 def test_backward_lets_go_of_every_array_of_the_graph(rng):
@@ -717,6 +811,9 @@ def test_the_largest_seed_works():
         (np.ones(2, np.uint8), np.float32),
         ([True, False], np.float32),
         (np.ones(2, np.float16), np.float32),
+        (np.ones(2, ">f4"), np.float32),
+        (np.ones(2, ">f8"), np.float64),
+        (np.ones(2, np.longdouble), np.float64),
     ],
 )
 def test_a_tensor_is_float32_unless_it_is_float64(data, dtype):
@@ -765,6 +862,15 @@ MISTAKES = [
     (lambda: Tensor(Tensor(1.0)), TypeError, "Tensor: data is a Tensor already"),
     (lambda: Tensor(["a"]), TypeError, "Tensor: data must be numbers, got dtype <U1"),
     (lambda: Tensor([1j]), TypeError, "Tensor: data must be numbers, got dtype complex128"),
+    (lambda: Tensor([Tensor(1.0)]), TypeError, "a Tensor is not an array"),
+    (
+        lambda: Tensor([1.0], requires_grad=True).backward(Tensor([1.0])),
+        TypeError,
+        r"a Tensor is not an array: use its \.data",
+    ),
+    (lambda: primitives.where(Tensor([1.0]), Tensor([1.0]), 0.0), TypeError, r"not an array: use its \.data"),
+    (lambda: embedding(Tensor([[1]]), Tensor([[1.0]]), Tensor([[1.0]])), TypeError, r"an array: use its \.data"),
+    (lambda: Tensor([1.0])[Tensor([0])], TypeError, r"array: use its \.data"),
     (lambda: Tensor([1.0]).backward(), RuntimeError, "does not depend on any tensor with requires_grad=True"),
     (
         lambda: Tensor([1.0, 2.0], requires_grad=True).backward(),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import npgpt.optim  # noqa: F401  (its pairs, too, are to be found in jit.PAIRS)
-from npgpt import Tensor, jit, random_stream
+from npgpt import GPT, GPTConfig, Tensor, jit, random_stream
 from npgpt.ops import primitives
 from npgpt.ops.attention import QUERY_BLOCK, attention_forward_ref, causal_attention
 from npgpt.ops.cross_entropy import cross_entropy, cross_entropy_forward_ref
@@ -380,6 +380,15 @@ def test_ops_over_the_last_axis_take_any_number_of_axes(shape):
         np.testing.assert_allclose(tensor.grad.reshape(rows, 5), flat.grad)
 
 
+@pytest.mark.parametrize("p_drop", [0.0, 0.5])
+def test_an_empty_batch_has_logits_of_no_sequence_and_gradients_of_zero(p_drop):
+    model = GPT(GPTConfig(vocab_size=5, block_size=4, n_layer=1, n_head=2, n_embd=4, dropout=p_drop))
+    logits, _ = model(np.zeros((0, 3), int))
+    assert logits.shape == (0, 3, 5)
+    logits.backward(np.zeros((0, 3, 5)))
+    assert not any(parameter.grad.any() for parameter in model.parameters())
+
+
 def test_ops_take_inputs_and_gradients_that_are_not_contiguous():
     """Both reach the kernels as rows: a transposed input, a broadcast (read-only) and a transposed gradient."""
     new = New(np.float64)
@@ -429,6 +438,21 @@ def test_the_slope_of_relu_at_zero_is_zero():
     x = Tensor(np.array([-1.0, -0.0, 0.0, 2.0]), requires_grad=True)
     x.relu().backward(np.full(4, 3.0))
     np.testing.assert_array_equal(x.grad, [0, 0, 0, 3])
+
+
+@pytest.mark.parametrize("exponent, slopes", [(0, [0, 0]), (0.0, [0, 0]), (1, [1, 1]), (2, [0, 4]), (-1, [-1, -0.25])])
+def test_the_slope_of_a_power(exponent, slopes):
+    x = Tensor(np.array([0.0 if exponent >= 0 else 1.0, 2.0]), requires_grad=True)
+    (x**exponent).sum().backward()
+    np.testing.assert_array_equal(x.grad, slopes)
+
+
+@pytest.mark.parametrize("exponent", [2, 2.0, np.float64(2), np.array(2.0), np.int8(2)])
+def test_an_exponent_leaves_the_dtype_alone(exponent):
+    x = Tensor(np.ones(3, np.float32), requires_grad=True)
+    y = x**exponent
+    y.sum().backward()
+    assert y.dtype == x.grad.dtype == np.float32
 
 
 def test_equal_maxima_share_the_gradient():
@@ -575,6 +599,8 @@ MISTAKES = [
     (lambda: tensor(3) @ tensor(3, 4), ValueError, r"two or more dimensions, got shapes \(3,\) and \(3, 4\)"),
     (lambda: tensor(3, 4) @ tensor(4), ValueError, r"two or more dimensions, got shapes \(3, 4\) and \(4,\)"),
     (lambda: tensor(3) ** tensor(3), TypeError, "pow: the exponent must be a number"),
+    (lambda: tensor(2) ** np.ones((2, 2)), TypeError, "pow: the exponent must be a number"),
+    (lambda: tensor(2) ** [1, 2], TypeError, "pow: the exponent must be a number"),
     (lambda: primitives.where([True], 1.0, 2.0), TypeError, "where: at least one of the two values must be a Tensor"),
 ]
 

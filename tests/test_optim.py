@@ -158,6 +158,15 @@ def test_the_first_step_has_the_length_of_the_learning_rate_whatever_the_gradien
     np.testing.assert_allclose(flat.weights, before - 0.01 * np.sign(gradients), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("make_optimizer", [AdamW, lambda flat: Muon(flat, rate=5.0)], ids=["AdamW", "Muon"])
+def test_an_update_whose_step_was_not_counted_changes_nothing(make_optimizer):
+    flat = FlatParameters(small_gpt())
+    before = flat.weights.copy()
+    with pytest.raises(ValueError, match="step is 0; count it up"):
+        make_optimizer(flat).update(np.ones_like(flat.weights), 1e-3)
+    np.testing.assert_array_equal(flat.weights, before)
+
+
 def test_a_weight_without_gradient_only_decays():
     flat = FlatParameters(small_gpt())
     flat.weights[...] = 1

@@ -164,7 +164,7 @@ def drop(row, n, p_drop, key, number):
 def forward_heads(y, lse, qkv, v, k_t, s, p_drop, key, batch_offset):
     """y (B, T, n_head, hs), lse (B, n_head, T), qkv (B, T, 3, n_head, hs).
 
-    Scratch: v (T, hs), k_t (hs, width), s (ROWS, width), with T rounded up to LANES as width.
+    Scratch: v (T, hs), k_t (hs, width), s (ROWS, width + PAD), with T rounded up to LANES as width.
     """
     B, T, _, H, hs = qkv.shape
     scale = s.dtype.type(1 / math.sqrt(hs))

@@ -93,7 +93,8 @@ def cross_entropy(logits, targets, ignore_index=-1):
     """Mean over the targets of -log softmax(logits)[target], in nats.
 
     logits (..., V), targets (...) integers -> a single number.  Targets equal to ignore_index (a negative number) do
-    not count.  Raises ValueError for other shapes, for targets outside 0 .. V - 1, and if all are ignored.
+    not count.  int64 targets are not copied, and the backward reads them again, without a check: they must not change
+    before it.  Raises ValueError for other shapes, for targets outside 0 .. V - 1, and if all are ignored.
     """
     V = logits.shape[-1]
     if np.shape(targets) != logits.shape[:-1]:

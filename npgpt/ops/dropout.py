@@ -86,7 +86,7 @@ def dropout(x, p):
         return x
     key, batch_offset = next_random_key()
     rows = as_rows(x.data)  # (N, C)
-    first_row = batch_offset * (len(rows) // x.shape[0])
+    first_row = batch_offset * (len(rows) // max(1, x.shape[0]))
     y = empty(rows.shape, x.dtype)
     dropout_rows(y, rows, key, first_row, p)
 

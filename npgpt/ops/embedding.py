@@ -90,7 +90,8 @@ def check_indices(op, name, indices, size, ignore_index=None):
 def embedding(idx, wte, wpe):
     """Embed a batch of token sequences.
 
-    idx (B, T) integers, wte (V, C), wpe (block_size, C), of one dtype -> (B, T, C).
+    idx (B, T) integers, wte (V, C), wpe (block_size, C), of one dtype -> (B, T, C).  int64 idx are not copied, and the
+    backward reads them again, without a check: they must not change before it.
     Raises ValueError for T > block_size and for tokens outside 0 .. V - 1.
     """
     idx = check_indices("embedding", "idx", idx, wte.shape[0])

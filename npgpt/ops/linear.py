@@ -107,4 +107,5 @@ def linear(x, weight, bias=None):
         linear_backward(dx.reshape(rows.shape), dweight, dbias, as_rows(dy), rows, weight.data)
         return (dx, dweight) if bias is None else (dx, dweight, dbias)
 
-    return record(y.reshape(*x.shape[:-1], -1), (x, weight) if bias is None else (x, weight, bias), backward)
+    y = y.reshape(*x.shape[:-1], weight.shape[0])
+    return record(y, (x, weight) if bias is None else (x, weight, bias), backward)

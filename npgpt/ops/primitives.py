@@ -8,6 +8,8 @@ Broadcasting copies a number to several places, so its gradient is the sum over 
 every axis that was added or stretched.
 """
 
+import copy
+
 import numpy as np
 
 from npgpt.engine import Tensor, empty, record
@@ -80,10 +82,17 @@ def neg(a):
 
 def pow(a, exponent):
     """a ** exponent, for an exponent that is a plain number."""
-    if isinstance(exponent, Tensor):
+    if isinstance(exponent, (np.generic, np.ndarray)) and exponent.ndim == 0:
+        exponent = exponent.item()  # NumPy's would change the dtype
+    if not isinstance(exponent, (int, float)):
         raise TypeError("pow: the exponent must be a number; for a Tensor exponent write exp(log(a) * exponent)")
-    exponent = exponent.item() if isinstance(exponent, np.generic) else exponent  # NumPy's would change the dtype
-    return record(a.data**exponent, (a,), lambda dy: (dy * exponent * a.data ** (exponent - 1),))
+
+    def backward(dy):
+        if exponent == 0:  # the slope is 0, also where a is 0 and a^-1 infinite
+            return (0 * dy,)
+        return (dy * exponent * a.data ** (exponent - 1),)
+
+    return record(a.data**exponent, (a,), backward)
 
 
 def matmul(a, b):
@@ -162,7 +171,7 @@ def reshape(a, *shape):
 def transpose(a, *axes):
     """The axes in another order; reversed if none are given."""
     axes = axes[0] if len(axes) == 1 and isinstance(axes[0], (tuple, list)) else axes
-    axes = axes or tuple(reversed(range(a.ndim)))
+    axes = tuple(axes) or tuple(reversed(range(a.ndim)))
     return record(a.data.transpose(axes), (a,), lambda dy: (dy.transpose(np.argsort([i % a.ndim for i in axes])),))
 
 
@@ -174,12 +183,13 @@ def getitem(a, index):
         np.add.at(da, index, dy)  # not da[index] += dy, which keeps one of several contributions to an element
         return (da,)
 
-    return record(a.data[index], (a,), backward)
+    y, index = a.data[index], copy.deepcopy(index)  # the caller may change its arrays before the backward
+    return record(y, (a,), backward)
 
 
 def where(condition, a, b):
     """a where the condition (a boolean array) holds, b elsewhere."""
-    condition = np.asarray(condition, bool)
+    condition = np.array(condition, bool)  # a copy: the caller may change its array before the backward
     if not isinstance(a, Tensor) and not isinstance(b, Tensor):
         raise TypeError("where: at least one of the two values must be a Tensor")
     a, b = _pair(a, b)

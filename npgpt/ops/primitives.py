@@ -89,7 +89,7 @@ def pow(a, exponent):
 
     def backward(dy):
         if exponent == 0:  # the slope is 0, also where a is 0 and a^-1 infinite
-            return (0 * dy,)
+            return (np.zeros_like(dy),)
         return (dy * exponent * a.data ** (exponent - 1),)
 
     return record(a.data**exponent, (a,), backward)

@@ -326,6 +326,14 @@ FAULTS = [
         "A buffer that is used again holds the figures of the last step.",
         kernel=True,
     ),
+    Fault(
+        "layernorm kernel: the bias's sum starts from what the buffer held",
+        "npgpt/ops/layernorm.py",
+        "    dbias[:] = 0\n",
+        "",
+        "A buffer that is used again holds the figures of the last step.",
+        kernel=True,
+    ),
     # ----------------------------------------------------------------------------------------------------------------
     # linear.py
     Fault(
@@ -624,6 +632,14 @@ FAULTS = [
         " * two_k * (one + a3 * z * z)\n",
         " * two_k\n",
         "u = k (z + a z^3) has the derivative k (1 + 3 a z^2); near 0 it is nearly k.",
+        kernel=True,
+    ),
+    Fault(
+        "mlp kernel: the first bias's sum starts from what the buffer held",
+        "npgpt/ops/mlp.py",
+        "    dbias[:] = 0\n",
+        "",
+        "A buffer that is used again holds the figures of the last step.",
         kernel=True,
     ),
     Fault(

@@ -106,6 +106,15 @@ def run(path, **variables):
     )
 
 
+def test_the_first_examples_suggestion_to_try_works(tmp_path):
+    name = "01_chain_rule.py"
+    source = (EXAMPLES / name).read_text(encoding="utf-8")
+    assert "let `small` return d * d" in source and source.count("return d * e") == 1
+    (tmp_path / name).write_text(source.replace("return d * e", "return d * d"), encoding="utf-8")
+    done = run(tmp_path / name)
+    assert done.returncode == 0 and "WRONG" not in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_runs_and_its_checks_hold(name):
     done = run(EXAMPLES / name)

@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from npgpt import Tensor, random_stream
-from npgpt.engine import record
+from npgpt import Tensor, engine, random_stream
+from npgpt.engine import NAN_FILL, record
 from npgpt.gradcheck import BOUND, GradcheckError, cases, gradcheck, main, numeric_grad, relative_error
 from npgpt.ops import layernorm as layernorm_file
 from npgpt.ops.dropout import dropout
@@ -146,6 +146,20 @@ def test_an_error_that_a_sum_would_hide_is_caught():
     x.grad = None
     softmax(x, True).sum().backward()
     np.testing.assert_allclose(x.grad, 0, atol=1e-15)
+
+
+def test_a_gradient_that_starts_from_what_its_buffer_held_is_caught():
+    def double(x):
+        def backward(dy):
+            dx = x.new_grad()
+            dx += 2 * dy
+            return (dx,)
+
+        return record(x.data * 2, (x,), backward)
+
+    with pytest.raises(GradcheckError, match=r"backward gives nan"):
+        gradcheck(double, inputs((3, 4)))
+    assert engine.NAN_FILL == NAN_FILL
 
 
 # --------------------------------------------------------------------------------------------------------------------

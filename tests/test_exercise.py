@@ -613,6 +613,20 @@ def test_an_answer_shows_the_line_and_why(n, capsys):
     assert shown & (set(source.splitlines()) ^ set(wrong.splitlines()))
 
 
+def test_the_readme_gives_the_commands_that_a_bug_prints_and_they_show_something(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(exercise.os, "name", "posix")  # the README says beside them how Windows has them
+    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    (number, commands), *_ = re.findall(r"`python -m npgpt\.exercise bug (\d+)`.*?```\n(.*?)```", readme, re.DOTALL)
+    assert main(["bug", number]) == 0
+    printed = re.findall(r"^  (\w.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert printed[:3] == commands.splitlines() and commands.count("NPGPT_KERNELS=numpy ") == 2
+    folder = tmp_path / f"bug-{number}"
+    assert command("npgpt.gradcheck", "mlp", cwd=folder)[0] == 1
+    lines = [command("npgpt.exercise", "train", cwd=cwd)[1].splitlines()[1] for cwd in (folder, PACKAGE.parent)]
+    assert lines[0] != lines[1]
+
+
 def test_bug_without_a_number_says_how_many_there_are(capsys):
     assert main(["bug"]) == 0
     assert f"there are {len(BUGS)} bugs" in capsys.readouterr().out

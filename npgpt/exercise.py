@@ -323,12 +323,13 @@ def check(op, answer):
     arguments = case.arguments()
     results = answer.results(op, arguments)
     right = True
-    for name, array in results.items():
-        if array is None:
+    verdicts = case.compare({name: array for name, array in results.items() if array is not None})
+    for name in results:
+        if name not in verdicts:
             print(f"  {name:<8} blank  {answer.still_blank('see ') or 'it is None'}")
             right = False
             continue
-        for verdict in case.compare(name, array):
+        for verdict in verdicts[name]:
             words = f"WRONG  {verdict.wrong}" if verdict.wrong else f"ok     {verdict.error:.0e}"
             print(f"  {verdict.name:<8} {words}" + (f"\n           hint: {verdict.hint}" if verdict.hint else ""))
             right = right and not verdict.wrong

@@ -239,8 +239,8 @@ FAULTS = [
     Fault(
         "embedding: of a repeated token one gradient counts",
         "npgpt/ops/embedding.py",
-        "    np.add.at(dwte, idx, dy)",
-        "    dwte[idx] += dy",
+        "    np.add.at(dwte, idx, dy)  # not dwte[idx] += dy: a token that occurs twice would count once\n",
+        "    dwte[idx] += dy\n",
         "A token that occurs twice in the batch used the same row twice; both gradients belong to it.",
     ),
     Fault(
@@ -511,6 +511,14 @@ FAULTS = [
         "drop(row, t + 1, p_drop, key, ((batch_offset + b) * H + h) * T + t)",
         "drop(row, t + 1, p_drop, key, (batch_offset * H + h) * T + t)",
         "A row of the mask is known by its sequence in the whole batch.",
+        kernel=True,
+    ),
+    Fault(
+        "attention kernel: the backward numbers the mask's rows from the first of this worker",
+        "npgpt/ops/attention.py",
+        "                        number = ((batch_offset + b) * H + h) * T + t\n",
+        "                        number = (b * H + h) * T + t\n",
+        "The backward must drop what the forward dropped; a row is known by its sequence in the whole batch.",
         kernel=True,
     ),
     # ----------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import numpy as np
 from npgpt import engine
 from npgpt.engine import Tensor, no_grad, random_stream
 from npgpt.errors import NpgptError, run_command
+from npgpt.jit import KERNELS
 
 BOUND = 1e-6  # worst relative error that passes
 STEP = 5e-4  # h, for entries of size 1
@@ -54,10 +55,12 @@ def numeric_grad(f, x, dy):
         value = x.data[i]
         h = STEP * max(1.0, abs(value))
         sums = {}
-        for k in POINTS:
-            x.data[i] = value + k * h
-            sums[k] = float((dy * f()).sum())
-        x.data[i] = value
+        try:
+            for k in POINTS:
+                x.data[i] = value + k * h
+                sums[k] = float((dy * f()).sum())
+        finally:
+            x.data[i] = value
         grad[i] = slope(sums, h)
     return grad
 
@@ -78,7 +81,7 @@ def gradcheck(f, inputs, names=None, bound=BOUND, seed=0):
     bound   the worst relative error that passes
 
     Returns [(name, worst relative error)].  Raises GradcheckError with the worst entry, its analytic and its numeric
-    value; TypeError for inputs that are not float64, in which differences would drown.
+    value; TypeError for inputs that are not float64, in which differences would drown; ValueError for an empty one.
     """
     results = []
     for name, error, index, analytic, numeric in _compare(f, inputs, names, seed):
@@ -97,6 +100,8 @@ def _compare(f, inputs, names, seed):
     for name, x in zip(names, inputs, strict=True):
         if x.dtype != np.float64:
             raise TypeError(f"gradcheck: {name} is {x.dtype}; finite differences need float64")
+        if x.data.size == 0:
+            raise ValueError(f"gradcheck: {name} is empty, of shape {x.shape}")
         if x.requires_grad:
             x.grad = None
 
@@ -181,6 +186,7 @@ def cases(seed=0):
     yield "causal attention", lambda qkv: causal_attention(qkv, 2), [new(2, 5, 18)], ["qkv"]
     yield "causal attention, T = 1", lambda qkv: causal_attention(qkv, 3), [new(2, 1, 9)], ["qkv"]
     yield "causal attention, dropout", lambda qkv: causal_attention(qkv, 3, 0.3), [new(2, 5, 9)], ["qkv"]
+    yield "causal attention, later rows", later_rows(lambda qkv: causal_attention(qkv, 3, 0.3)), [new(2, 5, 9)], ["qkv"]
     yield "causal attention, 2 blocks", lambda qkv: causal_attention(qkv, 1), [new(1, 130, 3)], ["qkv"]
     names = ["x", "c_fc.weight", "c_fc.bias", "c_proj.weight", "c_proj.bias"]
     yield "mlp", mlp, [new(2, 3, 5), new(11, 5), new(11), new(5, 11), new(5)], names
@@ -192,10 +198,23 @@ def cases(seed=0):
     )
     targets = np.array([[1, 0, -1], [3, -1, 4]])
     yield "cross-entropy", lambda logits: cross_entropy(logits, targets), [new(2, 3, 5)], ["logits"]
+    others = np.array([[1, 0, -3], [3, -3, 4]])
+    yield "cross-entropy, ignoring -3", lambda logits: cross_entropy(logits, others, -3), [new(2, 3, 5)], ["logits"]
     yield "dropout", lambda x: dropout(x, 0.4), [new(2, 3, 7)], ["x"]
+    yield "dropout, later rows", later_rows(lambda x: dropout(x, 0.4)), [new(2, 3, 7)], ["x"]
     for bias, p_drop in ((True, 0.0), (False, 0.2)):
         title = f"GPT, {'biases' if bias else 'no bias'}{', dropout' if p_drop else ''}"
         yield (title, *gpt_case(rng, bias=bias, dropout=p_drop))
+
+
+def later_rows(f):
+    """f as a worker computes it whose sequences come after five others of the batch: dropout counts from there."""
+
+    def of_the_batch(*inputs):
+        with random_stream(1, batch_offset=5):
+            return f(*inputs)
+
+    return of_the_batch
 
 
 def gpt_case(rng, **options):
@@ -226,6 +245,8 @@ def main(argv=None):
         titles = ", ".join(dict.fromkeys(case[0] for case in cases()))
         print(f"python -m npgpt.gradcheck: nothing matches {' '.join(only)!r}; there are: {titles}", file=sys.stderr)
         return 2
+    what = "Numba kernels" if KERNELS == "numba" else "NumPy references (NPGPT_KERNELS=numpy)"
+    print(f"The gradients of the {what} against finite differences:")
     print(f"{'op':<28} {'input':<42} {'worst relative error':>20}  verdict")
     wrong = []
     worst = 0.0

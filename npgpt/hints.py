@@ -45,29 +45,37 @@ INPUTS = {
         "x": new(4, 5), "w_fc": new(11, 5), "b_fc": new(11), "w_proj": new(7, 11), "b_proj": new(7),
     },
     "cross-entropy": lambda new: {
-        "logits": new(7, 6), "targets": np.array([1, 0, -1, 3, -1, 4, 3]), "ignore_index": -1, "count": 5,
+        "logits": new(7, 6), "targets": np.array([1, 0, -3, 3, -3, 4, 3]), "ignore_index": -3, "count": 5,
     },
     "dropout": lambda new: {"x": new(4, 7), "key": np.uint32(9), "first_row": 3, "p": 0.4},
 }  # fmt: skip
 
-# op -> numbers that are easily forgotten as a factor, or taken for one: lengths of axes, and others
+# op -> numbers that are easily forgotten as a factor, or taken for one: lengths of axes over which the op sums, and
+# others, with the line of the forward that has them if it is another than the one that LINES has for the result
 LENGTHS = {
     "embedding": lambda idx, wte, **_: dict(zip("BTVC", (*idx.shape, *wte.shape), strict=True)),
     "layernorm": lambda x, **_: dict(zip("NC", x.shape, strict=True)),
     "linear": lambda x, weight, **_: dict(zip("NIO", (*x.shape, len(weight)), strict=True)),
-    "attention": lambda qkv, **_: dict(zip("BT", qkv.shape, strict=False)),
+    "attention": lambda **_: {},
     "mlp": lambda x, w_fc, **_: dict(zip("NCF", (*x.shape, len(w_fc)), strict=True)),
     "cross-entropy": lambda logits, **_: dict(zip("NV", logits.shape, strict=True)),
     "dropout": lambda x, **_: dict(zip("NC", x.shape, strict=True)),
 }
 FACTORS = {
     "attention": lambda qkv, n_head, p_drop, **_: {
-        "sqrt(hs)": math.sqrt(qkv.shape[2] // 3 // n_head), "hs": qkv.shape[2] // 3 // n_head, "1 - p_drop": 1 - p_drop,
+        "sqrt(hs)": (math.sqrt(qkv.shape[2] // 3 // n_head), None),
+        "hs": (qkv.shape[2] // 3 // n_head, None),
+        "1 - p_drop": (1 - p_drop, "a = p * _dropout_scale(p, p_drop, key, batch_offset)"),
     },
     "cross-entropy": lambda logits, count, dloss, **_: {
-        "count": count, "dloss": dloss, "count / dloss": count / dloss, "count / N": count / len(logits),
+        "count": (count, None),
+        "dloss": (dloss, None),
+        "count / dloss": (count / dloss, None),
+        "count / N": (count / len(logits), None),
     },
-    "dropout": lambda p, **_: {"1 - p": 1 - p, "(1 - p)^2": (1 - p) ** 2, "(1 - p) / p": (1 - p) / p},
+    "dropout": lambda p, **_: {
+        "1 - p": (1 - p, None), "(1 - p)^2": ((1 - p) ** 2, None), "(1 - p) / p": ((1 - p) / p, None),
+    },
 }  # fmt: skip
 
 # op -> result -> the line of the forward that is undone there
@@ -98,6 +106,12 @@ LINES = {
     },
     "cross-entropy": {"dlogits": "return losses.sum() / count, lse"},
     "dropout": {"dx": "return np.where(mask, x * x.dtype.type(1 / (1 - p)), x.dtype.type(0))"},
+}
+
+# op -> (results that come through one and the same intermediate gradient, the line of the forward that it undoes)
+SHARED = {
+    "attention": (("dq", "dk"), "p = e / total"),
+    "mlp": (("dx", "dw_fc", "db_fc"), "return 0.5 * z * (1 + np.tanh(K * (z + A * z**3)))"),
 }
 
 # op -> where a gradient must be 0
@@ -155,27 +169,45 @@ class Case:
             return [(name, array)]
         return list(zip(("dq", "dk", "dv"), split_heads(array, self.values["n_head"]), strict=True))
 
-    def compare(self, name, got):
-        """A Verdict for each part of the result `name`."""
-        if np.iscomplexobj(got):
-            yield Verdict(name, math.inf, "it is complex, and a gradient is real")
-            return
-        for part, array in self._parts(name, got):
-            right = self.parts.get(part, self.right[name])
-            if array.shape != right.shape:
-                wrong = f"its shape is {array.shape}, it must be {right.shape}"
-                yield Verdict(part, math.inf, wrong, _hint(self, part, array, right))
+    def compare(self, results):
+        """{name: a Verdict for each part of the result} of what a backward returns, {name: array}."""
+        verdicts = {name: [] for name in results}
+        self.got = {}
+        for name, array in results.items():
+            if np.iscomplexobj(array):
+                verdicts[name].append(Verdict(name, math.inf, "it is complex, and a gradient is real"))
                 continue
-            errors = relative_error(array, right)
-            errors = np.where(np.isnan(errors), np.inf, errors)
-            worst = np.unravel_index(errors.argmax(), errors.shape)
-            error, index = float(errors[worst]), list(map(int, worst))
-            if error <= BOUND:
-                yield Verdict(part, error)
-                continue
-            where = f"worst at {index}: yours {array[worst]:.6g}, finite differences {right[worst]:.6g}"
-            where += f"; {(errors > BOUND).sum()} of {right.size} entries are wrong"
-            yield Verdict(part, error, where, _hint(self, part, array, right))
+            parts = dict(self._parts(name, array))
+            self.got.update(parts)
+            verdicts[name] += [Verdict(part, *self._fault(part, name, got)) for part, got in parts.items()]
+        by_part = {verdict.name: verdict for verdicts_of in verdicts.values() for verdict in verdicts_of}
+        for part in self.got:
+            verdict, right = by_part[part], self.parts.get(part, self.right.get(part))
+            if verdict.wrong:
+                verdict.kind, verdict.line = _mistake(self, part, self.got[part], right)
+        names, line = SHARED.get(self.op, ((), None))
+        through = [by_part.get(part) for part in names]
+        if all(through) and len({(verdict.kind, verdict.line) for verdict in through}) == 1 and not through[0].line:
+            for verdict in through:
+                verdict.line = line
+        for verdict in by_part.values():
+            if verdict.kind and not verdict.line:
+                verdict.line = LINES[self.op][verdict.name]
+        return verdicts
+
+    def _fault(self, part, name, got):
+        """(the worst relative error, what is wrong if something is) of a part of the result `name`."""
+        right = self.parts.get(part, self.right[name])
+        if got.shape != right.shape:
+            return math.inf, f"its shape is {got.shape}, it must be {right.shape}"
+        errors = relative_error(got, right)
+        errors = np.where(np.isnan(errors), np.inf, errors)
+        worst = np.unravel_index(errors.argmax(), errors.shape)
+        error, index = float(errors[worst]), list(map(int, worst))
+        if error <= BOUND:
+            return error, ""
+        where = f"worst at {index}: yours {got[worst]:.6g}, finite differences {right[worst]:.6g}"
+        return error, f"{where}; {(errors > BOUND).sum()} of {right.size} entries are wrong"
 
 
 @dataclass
@@ -183,7 +215,14 @@ class Verdict:
     name: str  # of a result, or of a part of it
     error: float  # the worst relative one
     wrong: str = ""  # what is wrong, if something is
-    hint: str = ""
+    kind: str = ""  # what kind of mistake that is
+    line: str | None = None  # the line of the forward that it has to do with
+
+    @property
+    def hint(self):
+        if not self.kind:
+            return ""
+        return f"{self.kind}{'' if self.kind.endswith('?') else '.'} Look at the forward's line:  {self.line}"
 
 
 def _same(a, b):
@@ -201,11 +240,6 @@ def ratio(got, wrong):
     c = float((got * wrong).sum() / (wrong * wrong).sum())
     close = np.abs(got - c * wrong).max() <= CLOSE * abs(c) * np.abs(wrong).max()
     return c if c and close else None
-
-
-def _hint(case, name, got, right):
-    words, line = _mistake(case, name, got, right)
-    return f"{words}. Look at the forward's line:  {line or LINES[case.op][name]}"
 
 
 def _mistake(case, name, got, right):
@@ -226,6 +260,10 @@ def _mistake(case, name, got, right):
     c = ratio(got, right)
     if c is not None:
         return _factor(case, c)
+    for other, array in case.parts.items():
+        mine = case.parts.get(name, right)
+        if other != name and _near(case.got[name], array) and other in case.got and _near(case.got[other], mine):
+            return f"wrong place: this is {other}, and what stands there is {name}", None
     wrong, zero = _wrong_and_zero(got, right)
     if not (wrong & ~zero).any():
         return f"wrong mask: it must be 0 {ZEROS.get(case.op, 'there')}", None
@@ -286,10 +324,10 @@ def _factor(case, c):
             return f"{sign}mean instead of sum: every entry is 1/{length} of what is right, and {name} = {length}", None
         if _is(c, length):
             return f"{sign}sum instead of mean: every entry is {length} times too large, and {name} = {length}", None
-    for name, factor in case.factors.items():
+    for name, (factor, line) in case.factors.items():
         for value, called in ((factor, name), (1 / factor, f"1 / ({name})" if " " in name else f"1 / {name}")):
             if _is(c, abs(value)):
-                return f"{sign}constant factor: every entry is {c:.4g} times what it must be, which is {called}", None
+                return f"{sign}constant factor: every entry is {c:.4g} times what it must be, which is {called}", line
     return f"{sign}constant factor: every entry is {c:.4g} times what it must be", None
 
 
@@ -302,9 +340,8 @@ def _near(a, b):
 
 
 def _wrong_and_zero(got, right):
-    """Where got is wrong, and where it should be 0."""
-    large = np.abs(right).max()
-    return np.abs(got - right) > CLOSE * large, np.abs(right) <= CLOSE * CLOSE * large
+    """Where got is wrong, by the rule of gradcheck, and where it should be 0."""
+    return relative_error(got, right) > BOUND, np.abs(right) <= CLOSE * CLOSE * np.abs(right).max()
 
 
 def _where(got, right):
@@ -322,7 +359,7 @@ def _where(got, right):
             places = np.flatnonzero(wrong.any(axis=axis))
             if 2 * len(places) <= wrong.shape[1 - axis]:
                 return f"wrong in the {per}s {', '.join(map(str, places))} only: what is special there?", None
-    return "none of the usual mistakes: undo the forward line by line, and compare each intermediate gradient", None
+    return "none of the usual mistakes: undo the forward line by line, from its last line back to this one", None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -478,6 +515,8 @@ def cross_entropy_mistakes(dloss, logits, targets, lse, ignore_index, count):
     yield "dlogits", "wrong value: logits where probabilities belong", valid * (logits - y) * scale, z_line
     last = y.copy()
     last[~valid[:, 0], ignore_index] = 1
+    lse_line = "lse = m + np.log(np.exp(logits - m[:, None]).sum(axis=1))"
+    yield "dlogits", "wrong value: a probability is exp(logit - lse)", valid * (np.exp(logits) - y) * scale, lse_line
     for taken in (y, last):
         yield "dlogits", ignored, (p - taken) * scale, "rows = np.flatnonzero(valid)"
     yield "dlogits", f"missing term (the target's), and {ignored}", p * scale, z_line
@@ -510,5 +549,8 @@ def of_exception(error, text):
     if isinstance(error, ValueError) and "matmul" in text:
         return "transpose: the inner axes of a matrix product must be the same; write it down with indices"
     if isinstance(error, ValueError) and "broadcast" in text:
-        return "missing sum: an axis that the forward broadcast is summed over on the way back"
+        return (
+            "missing sum, or missing axis: over what the forward broadcast, the backward sums; and what has one number "
+            "for each row needs an axis of length 1 beside the rows: keepdims=True, or [:, None]"
+        )
     return ""

@@ -86,7 +86,8 @@ def test_levels_give_less_and_less_away_and_hints_quote_the_forward(op):
     assert "_ref(" not in "".join(line for line in text.splitlines() if line.startswith("def "))
     case = hints.Case(op, *exercise.shipped(EXERCISES[op])[1:], EXERCISES[op].results)
     mistakes = list(hints.MISTAKES[op](*case.arguments()))
-    lines = {*hints.LINES[op].values(), *(line for *_, line in mistakes if line)}
+    lines = {*hints.LINES[op].values(), *(line for *_, line in mistakes if line), *hints.SHARED.get(op, ())[1:]}
+    lines |= {line for _, line in case.factors.values() if line}
     assert all(line in text for line in lines), lines
     assert {*hints.LINES[op]} >= {*case.parts, *EXERCISES[op].results}
     for result, words, wrong, _ in mistakes:  # each is a mistake, of the right shape
@@ -130,6 +131,11 @@ WRONG = [
     ("embedding", "np.add.at(dwte, idx, dy)", "np.add.at(dwte, idx, dy); dwte[2] = 1", "dwte wrong mask occur"),
     ("cross-entropy", "    dlogits[rows, targets[rows]] -= 1\n", "", "dlogits missing term"),
     ("cross-entropy", "    dlogits[~valid] = 0\n", "", "dlogits wrong mask ignored"),
+    ("cross-entropy", "np.exp(logits - lse[:, None])", "np.exp(logits)", "dlogits wrong value lse = m + np.log"),
+    (
+        "cross-entropy", "lse[:, None])\n    valid = targets != ignore_index",
+        "lse[:, None])\n    valid = targets != -1", "dlogits wrong mask ignored",
+    ),
     ("cross-entropy", "dloss / count", "dloss / len(logits)", "dlogits constant factor count / N"),
     ("cross-entropy", "dloss / count", "dloss", "dlogits constant factor count"),
     ("cross-entropy", "dloss / count", "1 / count", "dlogits constant factor 1 / dloss"),
@@ -147,6 +153,9 @@ WRONG = [
     ("mlp", "+ 0.5 * z * (1 - t**2) * K * (1 + 3 * A * z**2)", "", "db_fc missing term second"),
     ("mlp", " * K * (1 + 3 * A * z**2)", "", "dx missing factor inside of tanh"),
     ("mlp", "(1 + 3 * A * z**2)", "1", "dx missing factor cube"),
+    ("mlp", "dact * gelu_slope(pre)", "-dact * gelu_slope(pre)", "dx sign np.tanh(K"),
+    ("mlp", "dact * gelu_slope(pre)", "dact * gelu_slope(pre) * pre**2", "dw_fc none of the usual np.tanh(K"),
+    ("mlp", "return dx, dw_fc, db_fc,", "return dx, -dw_fc, db_fc,", "dw_fc sign pre = linear_forward"),
     ("mlp", "return dx, dw_fc, db_fc,", "return dx, dw_fc.T, db_fc,", "dw_fc transposed"),
     ("mlp", "return dx, dw_fc, db_fc,", "return dx, dw_fc, dpre,", f"db_fc {SUM} 0 (length 4)"),
     ("layernorm", "(g - g_mean - xhat", "(g - xhat", "dx missing term mean = x.mean"),
@@ -162,8 +171,12 @@ WRONG = [
     ("layernorm", "(dy * xhat).sum(axis=0)", "(dy * xhat).mean(axis=0)", "dweight mean instead of sum"),
     ("layernorm", "(dy * xhat).sum(axis=0)", "(dy * xhat).sum(axis=1)", "dweight wrong axis N"),
     ("layernorm", "dbias = dy.sum(axis=0)", "dbias = (dy * xhat).sum(axis=0)", "dbias a factor too many"),
-    ("layernorm", "return dx, dweight, dbias", "return dx, dbias, dweight", "dweight missing factor"),
+    ("layernorm", "(dy * xhat).sum(axis=0)", "dy.sum(axis=0)", "dweight missing factor"),
+    ("layernorm", "return dx, dweight, dbias", "return dx, dbias, dweight", "dweight wrong place: this is dbias"),
+    ("layernorm", "g.mean(axis=1, keepdims=True)", "g.mean(axis=1)", "ValueError keepdims=True [:, None]"),
     ("attention", "dp - (dp * p).sum(axis=-1, keepdims=True)", "dp", "dq missing term probabilities"),
+    ("attention", "ds = p * (dp", "ds = -p * (dp", "dq sign p = e / total"),
+    ("attention", "ds = p * (dp", "ds = 2 * p * (dp", "dk factor: every entry is 2 times what it must be."),
     ("attention", "dq = ds @ k / math.sqrt(q.shape[-1])", "dq = ds @ k", "dq constant factor sqrt(hs)"),
     ("attention", "dq = ds @ k / math.sqrt(q.shape[-1])", "dq = ds @ k / q.shape[-1]", "dq factor 1 / sqrt(hs)"),
     ("attention", "dp = da * drop", "dp = da", "dk wrong mask dropout"),

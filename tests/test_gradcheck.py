@@ -162,6 +162,31 @@ def test_a_gradient_that_starts_from_what_its_buffer_held_is_caught():
     assert engine.NAN_FILL == NAN_FILL
 
 
+def test_an_input_is_as_it_was_when_the_function_fails_at_a_shifted_point():
+    calls = []
+
+    def fails_later(x):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError("no")
+        return x * 2
+
+    x = Tensor(np.array([1.0, 2.0]), requires_grad=True)
+    with pytest.raises(OSError):
+        gradcheck(fails_later, [x])
+    assert x.data.tolist() == [1, 2]
+
+
+def test_an_empty_input_is_named():
+    with pytest.raises(ValueError, match=r"^gradcheck: b is empty, of shape \(0, 2\)$"):
+        gradcheck(lambda a, b: a.sum() + b.sum(), [*inputs((2,)), *inputs((0, 2))], ["a", "b"])
+
+
+def test_masks_of_later_rows_are_checked():
+    titles = [case[0] for case in cases()]
+    assert {"causal attention, later rows", "dropout, later rows"} <= {*titles}
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Right gradients
 

@@ -11,8 +11,8 @@ everything that the factor took part in.  x_ni took part in y_no for every o; w_
     dw_oi = sum_n dy_no x_ni          dw = dy^T x
     db_o  = sum_n dy_no
 
-The shapes alone leave no other way to write the products: (N, O) (O, I) -> (N, I), and (O, N) (N, I) -> (O, I).
-Two thirds of a GPT's training time are spent in these two products, one third in the forward's.
+Where N, O and I differ, the shapes alone leave no other way to write the products: (N, O) (O, I) -> (N, I), and
+(O, N) (N, I) -> (O, I).  They are two thirds of a linear layer's multiplications in training, the forward's one third.
 """
 
 import numpy as np

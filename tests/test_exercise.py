@@ -301,6 +301,12 @@ def test_complex_gradients_are_wrong_even_if_their_imaginary_part_is_0(check):
     assert code == 1 and "linear_backward: in a GPT dx is complex" in out
 
 
+@pytest.mark.filterwarnings("error")
+def test_what_is_infinite_is_a_wrong_answer_without_a_warning(check):
+    code, out = check(with_mistake("linear", "dx = dy @ weight", "dx = np.full(x.shape, np.inf)"))
+    assert code == 1 and "hint: not finite" in out and out.count(" ok ") == 2
+
+
 def test_none_in_a_gpt_only_is_called_none(check):
     code, out = check(with_mistake("linear", "    return dx,", "    if len(x) > 4:\n        return\n    return dx,"))
     assert code == 1 and "linear_backward: in a GPT it returns None for dx\n" in out

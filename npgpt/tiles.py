@@ -20,6 +20,8 @@ memory, row by row, and each sum is a dot product along a row (`dots`).
 
 from npgpt.jit import KERNELS, helper
 
+LINE = 64  # bytes of a line of the cache
+
 if KERNELS == "numba":
     import llvmlite.binding
     from llvmlite import ir
@@ -108,6 +110,25 @@ if KERNELS == "numba":
             step *= 2
         first = ir.Constant(ir.VectorType(ir.IntType(32), n), list(range(n)))
         return builder.shuffle_vector(vectors[0], vectors[0], first)
+
+    def _prefetch(builder, pointer):
+        """Have the line of the cache that a pointer to bytes points into fetched; what it points to need not exist."""
+        kinds = [pointer.type] + [ir.IntType(32)] * 3
+        name = "llvm.prefetch.p0"
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), kinds), name)
+        how = [ir.Constant(ir.IntType(32), number) for number in (0, 3, 1)]  # to read, to keep near, data
+        builder.call(function, [pointer, *how])
+
+    @intrinsic
+    def _fetch(typingctx, x, row, column):
+        """Have the line of the cache with x[row, column] fetched."""
+
+        def codegen(context, builder, signature, args):
+            array = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0])
+            _prefetch(builder, _place(builder, array, *args[1:], ir.IntType(8)))
+            return context.get_dummy_value()
+
+        return types.void(x, types.intp, types.intp), codegen
 
     AHEAD = 16384  # bytes that `dots` is ahead of itself, at least, in what it has fetched from memory
 
@@ -201,10 +222,6 @@ if KERNELS == "numba":
                 tile = builder.mul(K, _number(n * w_itemsize))
                 ahead = builder.mul(tile, builder.add(builder.udiv(_number(AHEAD), tile), _number(1)))
                 byte = ir.IntType(8).as_pointer()
-                kinds = [byte] + [ir.IntType(32)] * 3
-                name = "llvm.prefetch.p0"
-                prefetch = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), kinds), name)
-                how = [ir.Constant(ir.IntType(32), number) for number in (0, 3, 1)]  # to read, to keep near, data
                 totals = [cgutils.alloca_once(builder, vector) for _ in range(m * n)]
                 for total in totals:
                     builder.store(ir.Constant(vector, [0.0] * lanes), total)
@@ -215,7 +232,7 @@ if KERNELS == "numba":
                     factors = [_load(builder, pointer, itemsize, mask) for pointer in pointers]
                     for b in range(n):
                         pointer = _place(builder, w_array, w_rows[b], k, ir.VectorType(weight, lanes))
-                        builder.call(prefetch, [builder.gep(builder.bitcast(pointer, byte), [ahead]), *how])
+                        _prefetch(builder, builder.gep(builder.bitcast(pointer, byte), [ahead]))
                         weights = _load(builder, pointer, w_itemsize, mask)
                         if isinstance(weight, ir.IntType):
                             wide = ir.VectorType(ir.IntType(32), lanes)
@@ -285,7 +302,7 @@ else:
     def _tile(out, a, b, i, j, add):
         raise TypeError("npgpt.tiles: tiles exist inside kernels only")
 
-    _one_row = _four_rows = _tile
+    _one_row = _four_rows = _fetch = _tile
 
 
 @helper
@@ -299,6 +316,17 @@ def product(out, a, b, add):
     for j in range(0, out.shape[1], width):
         for i in range(0, out.shape[0], ROWS):
             _tile(out, a, b, i, j, add)
+
+
+@helper
+def fetch(x):
+    """Inside a kernel: x (M, N), with a contiguous last axis, will be read or written soon; it changes nothing.
+
+    Rows that lie far apart are not what the processor fetches from memory unasked.
+    """
+    for i in range(x.shape[0]):
+        for j in range(0, x.shape[1], LINE // x.itemsize):
+            _fetch(x, i, j)
 
 
 @helper

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from npgpt import jit
-from npgpt.tiles import ROWS, dots, product
+from npgpt.tiles import ROWS, dots, fetch, product
 
 pytestmark = pytest.mark.skipif(jit.KERNELS == "numpy", reason="tiles exist inside kernels only")
 
@@ -14,6 +14,11 @@ SIZES = [1, 3, 8, 9, 31, 32, 33, 65]  # on both sides of ROWS and of one and two
 @jit.kernel
 def run_product(out, a, b, add):
     product(out, a, b, add)
+
+
+@jit.kernel
+def run_fetch(x):
+    fetch(x)
 
 
 @jit.kernel
@@ -95,3 +100,12 @@ def test_dots_are_numpys_and_touch_nothing_else(kind, add):
                     np.testing.assert_allclose(out[:, first:last], expected, rtol=0, atol=room)
                     out[:, first:last] = 7
                     assert (whole == 7).all(), (M, K, first, last)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_fetch_changes_nothing(dtype):
+    x = np.random.default_rng(0).normal(size=(5, 3, 70)).astype(dtype)
+    before = x.copy()
+    for part in (x[0], x[:, 1], x[:, 1, 3:5], x[:0, 0], x[:, 0, :0], np.zeros((0, 0), dtype)):
+        run_fetch(part)
+    np.testing.assert_array_equal(x, before)

@@ -31,7 +31,7 @@ import numpy as np
 from npgpt.engine import as_rows, empty, next_random_key, record
 from npgpt.jit import exp, helper, keeps, kernel, largest, replaces, row_key
 from npgpt.ops.dropout import check_p, dropout_mask_ref
-from npgpt.tiles import ROWS, product
+from npgpt.tiles import ROWS, fetch, product
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reference
@@ -151,6 +151,15 @@ def transpose(out, x):
 
 
 @helper
+def fetch_head(x, n, t0, t1):
+    """Have the rows t0:t1 of head n of x (B, T, parts, n_head, hs) fetched: n runs over all heads of all sequences."""
+    b, h = n // x.shape[3], n % x.shape[3]
+    if b < x.shape[0]:
+        for part in range(x.shape[2]):
+            fetch(x[b, t0:t1, part, h])
+
+
+@helper
 def drop(row, n, p_drop, key, number):
     """Dropout for the first n weights of a row; `number` is that of the row in the mask."""
     bits = row_key(key, np.uint64(number))
@@ -162,7 +171,7 @@ def drop(row, n, p_drop, key, number):
 
 @kernel
 def forward_heads(y, lse, qkv, v, k_t, s, p_drop, key, batch_offset):
-    """y (B, T, n_head, hs), lse (B, n_head, T), qkv (B, T, 3, n_head, hs).
+    """y (B, T, 1, n_head, hs), lse (B, n_head, T), qkv (B, T, 3, n_head, hs).
 
     Scratch: v (T, hs), k_t (hs, width), s (ROWS, width + PAD), with T rounded up to LANES as width.
     """
@@ -170,11 +179,13 @@ def forward_heads(y, lse, qkv, v, k_t, s, p_drop, key, batch_offset):
     scale = s.dtype.type(1 / math.sqrt(hs))
     for b in range(B):
         for h in range(H):
-            q, y_head = qkv[b, :, 0, h], y[b, :, h]
+            q, y_head = qkv[b, :, 0, h], y[b, :, 0, h]
             transpose(k_t, qkv[b, :, 1, h])
             copy(v, qkv[b, :, 2, h])
             for t0 in range(0, T, ROWS):
                 t1 = min(t0 + ROWS, T)
+                fetch_head(qkv, b * H + h + 1, t0, t1)  # while this head is computed, the next one comes
+                fetch_head(y, b * H + h, t0, t1)
                 # s = scale * q @ k.T
                 product(s[: t1 - t0, : round_up(t1, COLUMNS)], q[t0:t1], k_t, False)
                 # p = softmax(s), for all of these queries line by line: nothing then waits for the line before it
@@ -202,7 +213,7 @@ def forward_heads(y, lse, qkv, v, k_t, s, p_drop, key, batch_offset):
 
 @kernel
 def backward_heads(dqkv, dy, qkv, lse, q, k, dy_head, dk, dv, k_t, v_t, a, grad, p_drop, key, batch_offset):
-    """dqkv, qkv (B, T, 3, n_head, hs), dy (B, T, n_head, hs), lse (B, n_head, T).
+    """dqkv, qkv (B, T, 3, n_head, hs), dy (B, T, 1, n_head, hs), lse (B, n_head, T).
 
     Scratch: q, k, dy_head, dk, dv (T, hs); k_t, v_t (hs, width); a, grad (QUERY_BLOCK or T, width + PAD); with T
     rounded up to LANES as width.
@@ -214,7 +225,7 @@ def backward_heads(dqkv, dy, qkv, lse, q, k, dy_head, dk, dv, k_t, v_t, a, grad,
             dq = dqkv[b, :, 0, h]
             copy(q, qkv[b, :, 0, h])
             copy(k, qkv[b, :, 1, h])
-            copy(dy_head, dy[b, :, h])
+            copy(dy_head, dy[b, :, 0, h])
             transpose(k_t, k)
             transpose(v_t, qkv[b, :, 2, h])
             # the last block of queries comes first: it sees all keys, so it writes dk and dv, and the others add
@@ -223,6 +234,9 @@ def backward_heads(dqkv, dy, qkv, lse, q, k, dy_head, dk, dv, k_t, v_t, a, grad,
                 for t0 in range(start, end, ROWS):
                     t1 = min(t0 + ROWS, end)
                     rows, columns = slice(t0 - start, t1 - start), round_up(t1, COLUMNS)
+                    fetch_head(qkv, b * H + h + 1, t0, t1)  # while this head is computed, the next one comes
+                    fetch_head(dy, b * H + h + 1, t0, t1)
+                    fetch_head(dqkv, b * H + h, t0, t1)
                     product(a[rows, :columns], q[t0:t1], k_t, False)
                     for t in range(t0, t1):
                         row, row_lse, stop = a[t - start], lse[b, h, t], round_up(t + 1, LANES)
@@ -263,7 +277,7 @@ def attention_forward(y, lse, qkv, n_head, p_drop, key, batch_offset):
     B, T, C3 = qkv.shape
     hs = C3 // 3 // n_head
     (v,), (k_t,), s = _scratch(1, 1, ROWS, T, hs, qkv.dtype)
-    y, qkv = y.reshape(B, T, n_head, hs), qkv.reshape(B, T, 3, n_head, hs)
+    y, qkv = y.reshape(B, T, 1, n_head, hs), qkv.reshape(B, T, 3, n_head, hs)
     forward_heads(y, lse, qkv, v, k_t, s, p_drop, key, batch_offset)
 
 
@@ -273,7 +287,8 @@ def attention_backward(dqkv, dy, qkv, lse, n_head, p_drop, key, batch_offset):
     hs = C3 // 3 // n_head
     n = min(T, QUERY_BLOCK)
     rows, (k_t, v_t), scores = _scratch(5, 2, 2 * n, T, hs, qkv.dtype)
-    dy, qkv, dqkv = dy.reshape(B, T, n_head, hs), qkv.reshape(B, T, 3, n_head, hs), dqkv.reshape(B, T, 3, n_head, hs)
+    qkv, dqkv = qkv.reshape(B, T, 3, n_head, hs), dqkv.reshape(B, T, 3, n_head, hs)
+    dy = dy.reshape(B, T, 1, n_head, hs)
     backward_heads(
         dqkv, dy, qkv, lse, *rows, k_t, v_t, scores[:n], scores[n:], p_drop, key, batch_offset,
     )  # fmt: skip

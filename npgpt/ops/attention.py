@@ -133,15 +133,6 @@ def round_up(n, step):
 
 
 @helper
-def copy(out, x):
-    """out = x, both (T, hs): rows that lie far apart in memory fall onto the same few lines of the cache."""
-    T, hs = x.shape
-    for t in range(T):
-        for j in range(hs):
-            out[t, j] = x[t, j]
-
-
-@helper
 def transpose(out, x):
     """out (hs, T or more) = x (T, hs) transposed."""
     T, hs = x.shape
@@ -170,18 +161,17 @@ def drop(row, n, p_drop, key, number):
 
 
 @kernel
-def forward_heads(y, lse, qkv, v, k_t, s, p_drop, key, batch_offset):
+def forward_heads(y, lse, qkv, k_t, s, p_drop, key, batch_offset):
     """y (B, T, 1, n_head, hs), lse (B, n_head, T), qkv (B, T, 3, n_head, hs).
 
-    Scratch: v (T, hs), k_t (hs, width), s (ROWS, width + PAD), with T rounded up to LANES as width.
+    Scratch: k_t (hs, width), s (ROWS, width + PAD), with T rounded up to LANES as width.
     """
     B, T, _, H, hs = qkv.shape
     scale = s.dtype.type(1 / math.sqrt(hs))
     for b in range(B):
         for h in range(H):
-            q, y_head = qkv[b, :, 0, h], y[b, :, 0, h]
-            transpose(k_t, qkv[b, :, 1, h])
-            copy(v, qkv[b, :, 2, h])
+            q, k, v, y_head = qkv[b, :, 0, h], qkv[b, :, 1, h], qkv[b, :, 2, h], y[b, :, 0, h]
+            transpose(k_t, k)
             for t0 in range(0, T, ROWS):
                 t1 = min(t0 + ROWS, T)
                 fetch_head(qkv, b * H + h + 1, t0, t1)  # while this head is computed, the next one comes
@@ -212,22 +202,19 @@ def forward_heads(y, lse, qkv, v, k_t, s, p_drop, key, batch_offset):
 
 
 @kernel
-def backward_heads(dqkv, dy, qkv, lse, q, k, dy_head, dk, dv, k_t, v_t, a, grad, p_drop, key, batch_offset):
+def backward_heads(dqkv, dy, qkv, lse, k_t, v_t, a, grad, p_drop, key, batch_offset):
     """dqkv, qkv (B, T, 3, n_head, hs), dy (B, T, 1, n_head, hs), lse (B, n_head, T).
 
-    Scratch: q, k, dy_head, dk, dv (T, hs); k_t, v_t (hs, width); a, grad (QUERY_BLOCK or T, width + PAD); with T
-    rounded up to LANES as width.
+    Scratch: k_t, v_t (hs, width); a, grad (QUERY_BLOCK or T, width + PAD); with T rounded up to LANES as width.
     """
     B, T, _, H, hs = qkv.shape
     scale = a.dtype.type(1 / math.sqrt(hs))
     for b in range(B):
         for h in range(H):
-            dq = dqkv[b, :, 0, h]
-            copy(q, qkv[b, :, 0, h])
-            copy(k, qkv[b, :, 1, h])
-            copy(dy_head, dy[b, :, 0, h])
+            q, k, v, dy_head = qkv[b, :, 0, h], qkv[b, :, 1, h], qkv[b, :, 2, h], dy[b, :, 0, h]
+            dq, dk, dv = dqkv[b, :, 0, h], dqkv[b, :, 1, h], dqkv[b, :, 2, h]
             transpose(k_t, k)
-            transpose(v_t, qkv[b, :, 2, h])
+            transpose(v_t, v)
             # the last block of queries comes first: it sees all keys, so it writes dk and dv, and the others add
             for start in range((T - 1) // QUERY_BLOCK * QUERY_BLOCK, -1, -QUERY_BLOCK):
                 end = min(start + QUERY_BLOCK, T)
@@ -268,17 +255,15 @@ def backward_heads(dqkv, dy, qkv, lse, q, k, dy_head, dk, dv, k_t, v_t, a, grad,
                     rows = slice(t0 - start, end - start)
                     product(dv[j0:j1], a[rows, j0:j1].T, dy_head[t0:end], end < T)
                     product(dk[j0:j1], grad[rows, j0:j1].T, q[t0:end], end < T)
-            copy(dqkv[b, :, 1, h], dk)
-            copy(dqkv[b, :, 2, h], dv)
 
 
 @replaces(attention_forward_ref, flops=lambda y, *_: 2 * y.size * (y.shape[1] + 1))
 def attention_forward(y, lse, qkv, n_head, p_drop, key, batch_offset):
     B, T, C3 = qkv.shape
     hs = C3 // 3 // n_head
-    (v,), (k_t,), s = _scratch(1, 1, ROWS, T, hs, qkv.dtype)
+    (k_t,), s = _scratch(1, ROWS, T, hs, qkv.dtype)
     y, qkv = y.reshape(B, T, 1, n_head, hs), qkv.reshape(B, T, 3, n_head, hs)
-    forward_heads(y, lse, qkv, v, k_t, s, p_drop, key, batch_offset)
+    forward_heads(y, lse, qkv, k_t, s, p_drop, key, batch_offset)
 
 
 @replaces(attention_backward_ref, flops=lambda dqkv, dy, *_: 4 * dy.size * (dy.shape[1] + 1))
@@ -286,19 +271,16 @@ def attention_backward(dqkv, dy, qkv, lse, n_head, p_drop, key, batch_offset):
     B, T, C3 = qkv.shape
     hs = C3 // 3 // n_head
     n = min(T, QUERY_BLOCK)
-    rows, (k_t, v_t), scores = _scratch(5, 2, 2 * n, T, hs, qkv.dtype)
+    (k_t, v_t), scores = _scratch(2, 2 * n, T, hs, qkv.dtype)
     qkv, dqkv = qkv.reshape(B, T, 3, n_head, hs), dqkv.reshape(B, T, 3, n_head, hs)
     dy = dy.reshape(B, T, 1, n_head, hs)
-    backward_heads(
-        dqkv, dy, qkv, lse, *rows, k_t, v_t, scores[:n], scores[n:], p_drop, key, batch_offset,
-    )  # fmt: skip
+    backward_heads(dqkv, dy, qkv, lse, k_t, v_t, scores[:n], scores[n:], p_drop, key, batch_offset)
 
 
-def _scratch(n_heads, n_transposed, n_rows, T, hs, dtype):
-    """The scratch arrays of the two kernels: heads, transposed heads, rows of scores."""
+def _scratch(n_heads, n_rows, T, hs, dtype):
+    """The scratch arrays of the two kernels: transposed heads, rows of scores."""
     width = -(-T // LANES) * LANES
-    shapes = (n_heads, T, hs), (n_transposed, hs, width), (n_rows, width + PAD)
-    return (empty(shape, dtype) for shape in shapes)
+    return empty((n_heads, hs, width), dtype), empty((n_rows, width + PAD), dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -85,6 +85,12 @@ if KERNELS == "numba":
         full_name = f"llvm.masked.{name}.v{kind.count}{letter}{8 * itemsize}.p0"
         return builder.call(cgutils.get_or_insert_function(builder.module, function, full_name), arguments)
 
+    def _pick(builder, a, b, lane_of):
+        """The vector whose lane i is lane lane_of(i) of a, or lane lane_of(i) - lanes of b if that is not below 0."""
+        lanes = a.type.count
+        chosen = [lane_of(lane) for lane in range(lanes)]
+        return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), lanes), chosen))
+
     def _sum_each(builder, vectors):
         """The sums of the lanes of n vectors, as a vector of n lanes; n, a power of 2, is not above the lanes.
 
@@ -92,14 +98,10 @@ if KERNELS == "numba":
         """
         lanes, n, step = vectors[0].type.count, len(vectors), 1
 
-        def pick(a, b, lane_of):
-            chosen = [lane_of(lane) for lane in range(lanes)]
-            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), lanes), chosen))
-
         def add(a, b, step):
             # lanes with bit `step` take from b, the others from a; each adds the lane that differs in this bit
-            here = pick(a, b, lambda lane: lane + lanes if lane & step else lane)
-            other = pick(a, b, lambda lane: (lane ^ step) + lanes if lane & step else lane ^ step)
+            here = _pick(builder, a, b, lambda lane: lane + lanes if lane & step else lane)
+            other = _pick(builder, a, b, lambda lane: (lane ^ step) + lanes if lane & step else lane ^ step)
             return builder.fadd(here, other)
 
         while step < lanes:
@@ -129,6 +131,66 @@ if KERNELS == "numba":
             return context.get_dummy_value()
 
         return types.void(x, types.intp, types.intp), codegen
+
+    @intrinsic
+    def _turn(typingctx, out, x, i, j):
+        """out[j:j+n, i:i+n] = x[i:i+n, j:j+n].T, where n numbers fill a vector; the last row stands for those beyond.
+
+        What lies beyond the edges of x or out is neither read nor written.
+        """
+        if not (out.dtype == x.dtype and out.ndim == x.ndim == 2):
+            return None
+
+        def codegen(context, builder, signature, args):
+            real = context.get_value_type(x.dtype)
+            itemsize = context.get_abi_sizeof(real)
+            lanes = VECTOR // itemsize
+            vector = ir.VectorType(real, lanes)
+            out_array, x_array = (
+                cgutils.create_struct_proxy(kind)(context, builder, value=value)
+                for kind, value in zip(signature.args[:2], args[:2], strict=True)
+            )
+            i_value, j_value = args[2:]
+            M, N = cgutils.unpack_tuple(builder, x_array.shape)
+            _, columns = cgutils.unpack_tuple(builder, out_array.shape)
+            last = builder.sub(M, _number(1))
+
+            def exchange(a, b, step):
+                """Rows a and b, `step` apart: of a the lanes with bit `step` change places with those of b without."""
+                upper = _pick(builder, a, b, lambda lane: (lane ^ step) + lanes if lane & step else lane)
+                lower = _pick(builder, a, b, lambda lane: lane + lanes if lane & step else lane ^ step)
+                return upper, lower
+
+            def body(read, write):
+                vectors = []
+                for r in range(lanes):
+                    row = _not_beyond(builder, builder.add(i_value, _number(r)), last)
+                    vectors.append(_load(builder, _place(builder, x_array, row, j_value, vector), itemsize, read))
+                # the corners off the diagonal change places: of blocks of 2 by 2, then of those of 4 by 4, ...
+                step = 1
+                while step < lanes:
+                    for r in range(lanes):
+                        if not r & step:
+                            vectors[r], vectors[r + step] = exchange(vectors[r], vectors[r + step], step)
+                    step *= 2
+                for r in range(lanes):
+                    row = builder.add(j_value, _number(r))
+                    with builder.if_then(builder.icmp_signed("<", row, N)):
+                        _store(builder, vectors[r], _place(builder, out_array, row, i_value, vector), itemsize, write)
+
+            n = _number(lanes)
+            is_whole = builder.and_(
+                builder.icmp_signed("<=", builder.add(j_value, n), N),
+                builder.icmp_signed("<=", builder.add(i_value, n), columns),
+            )
+            with builder.if_else(is_whole, likely=True) as (whole, edge):
+                with whole:
+                    body(None, None)
+                with edge:
+                    body(_below(builder, j_value, N, lanes), _below(builder, i_value, columns, lanes))
+            return context.get_dummy_value()
+
+        return types.void(out, x, types.intp, types.intp), codegen
 
     AHEAD = 16384  # bytes that `dots` is ahead of itself, at least, in what it has fetched from memory
 
@@ -302,7 +364,7 @@ else:
     def _tile(out, a, b, i, j, add):
         raise TypeError("npgpt.tiles: tiles exist inside kernels only")
 
-    _one_row = _four_rows = _fetch = _tile
+    _one_row = _four_rows = _fetch = _turn = _tile
 
 
 @helper
@@ -316,6 +378,18 @@ def product(out, a, b, add):
     for j in range(0, out.shape[1], width):
         for i in range(0, out.shape[0], ROWS):
             _tile(out, a, b, i, j, add)
+
+
+@helper
+def transpose(out, x):
+    """Inside a kernel: out[:, :M] = x.T for x (M, N), of one dtype; the last axes contiguous.
+
+    out (N, M or more): columns beyond M may get copies of the last one.
+    """
+    n = VECTOR // x.itemsize
+    for i in range(0, x.shape[0], n):
+        for j in range(0, x.shape[1], n):
+            _turn(out, x, i, j)
 
 
 @helper

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from npgpt import jit
-from npgpt.tiles import ROWS, dots, fetch, product
+from npgpt.tiles import ROWS, dots, fetch, product, transpose
 
 pytestmark = pytest.mark.skipif(jit.KERNELS == "numpy", reason="tiles exist inside kernels only")
 
@@ -14,6 +14,11 @@ SIZES = [1, 3, 8, 9, 31, 32, 33, 65]  # on both sides of ROWS and of one and two
 @jit.kernel
 def run_product(out, a, b, add):
     product(out, a, b, add)
+
+
+@jit.kernel
+def run_transpose(out, x):
+    transpose(out, x)
 
 
 @jit.kernel
@@ -109,3 +114,20 @@ def test_fetch_changes_nothing(dtype):
     for part in (x[0], x[:, 1], x[:, 1, 3:5], x[:0, 0], x[:, 0, :0], np.zeros((0, 0), dtype)):
         run_fetch(part)
     np.testing.assert_array_equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_transpose_is_numpys_and_touches_nothing_else(dtype):
+    rng = np.random.default_rng(0)
+    for M in SIZES:
+        for N in SIZES:
+            for more in (0, 1, 40):
+                out, whole = inside((N, M + more), dtype)
+                x, x_whole = inside((M, N), dtype)
+                x_whole[...] = np.nan  # what lies beyond the edges shows if it is read
+                x[...] = rng.normal(size=x.shape)
+                run_transpose(out, x)
+                np.testing.assert_array_equal(out[:, :M], x.T)
+                assert ((out[:, M:] == 7) | (out[:, M:] == x.T[:, -1:])).all()
+                out[...] = 7
+                assert (whole == 7).all()

@@ -31,7 +31,7 @@ import numpy as np
 from npgpt.engine import as_rows, empty, next_random_key, record
 from npgpt.jit import exp, helper, keeps, kernel, largest, replaces, row_key
 from npgpt.ops.dropout import check_p, dropout_mask_ref
-from npgpt.tiles import ROWS, fetch, product
+from npgpt.tiles import ROWS, fetch, product, transpose
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reference
@@ -130,15 +130,6 @@ PAD = 16  # without it, rows of scores would lie a power of two apart, and fall 
 @helper
 def round_up(n, step):
     return (n + step - 1) // step * step
-
-
-@helper
-def transpose(out, x):
-    """out (hs, T or more) = x (T, hs) transposed."""
-    T, hs = x.shape
-    for t in range(T):
-        for j in range(hs):
-            out[j, t] = x[t, j]
 
 
 @helper

@@ -122,8 +122,7 @@ def attention_backward_ref(dy, qkv, lse, n_head, p_drop, key, batch_offset):
 # nothing: the rest of a loop that is not a multiple would go a number at a time.
 
 QUERY_BLOCK = 128  # queries whose scores the backward holds together
-LANES = 64
-COLUMNS = 32  # scores are computed up to a multiple of this; it divides LANES
+LANES = 32
 PAD = 16  # without it, rows of scores would lie a power of two apart, and fall onto the same few lines of the cache
 
 
@@ -168,7 +167,7 @@ def forward_heads(y, lse, qkv, k_t, s, p_drop, key, batch_offset):
                 fetch_head(qkv, b * H + h + 1, t0, t1)  # while this head is computed, the next one comes
                 fetch_head(y, b * H + h, t0, t1)
                 # s = scale * q @ k.T
-                product(s[: t1 - t0, : round_up(t1, COLUMNS)], q[t0:t1], k_t, False)
+                product(s[: t1 - t0, : round_up(t1, LANES)], q[t0:t1], k_t, False)
                 # p = softmax(s), for all of these queries line by line: nothing then waits for the line before it
                 for t in range(t0, t1):
                     row, stop = s[t - t0], round_up(t + 1, LANES)
@@ -211,7 +210,7 @@ def backward_heads(dqkv, dy, qkv, lse, k_t, v_t, a, grad, p_drop, key, batch_off
                 end = min(start + QUERY_BLOCK, T)
                 for t0 in range(start, end, ROWS):
                     t1 = min(t0 + ROWS, end)
-                    rows, columns = slice(t0 - start, t1 - start), round_up(t1, COLUMNS)
+                    rows, columns = slice(t0 - start, t1 - start), round_up(t1, LANES)
                     fetch_head(qkv, b * H + h + 1, t0, t1)  # while this head is computed, the next one comes
                     fetch_head(dy, b * H + h + 1, t0, t1)
                     fetch_head(dqkv, b * H + h, t0, t1)

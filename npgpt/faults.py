@@ -428,8 +428,8 @@ FAULTS = [
     Fault(
         "attention kernel: backward mask one short",
         "npgpt/ops/attention.py",
-        "                        row[t + 1 : stop] = -np.inf\n                        for j in range(stop):\n",
-        "                        row[t:stop] = -np.inf\n                        for j in range(stop):\n",
+        "exp(row[j] * scale - row_lse) if j <= t else zero",
+        "exp(row[j] * scale - row_lse) if j < t else zero",
         "Position t sees itself, too.",
         kernel=True,
     ),

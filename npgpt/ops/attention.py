@@ -198,7 +198,7 @@ def backward_heads(dqkv, dy, qkv, lse, k_t, v_t, a, grad, p_drop, key, batch_off
     Scratch: k_t, v_t (hs, width); a, grad (QUERY_BLOCK or T, width + PAD); with T rounded up to LANES as width.
     """
     B, T, _, H, hs = qkv.shape
-    scale = a.dtype.type(1 / math.sqrt(hs))
+    scale, zero = a.dtype.type(1 / math.sqrt(hs)), a.dtype.type(0)
     for b in range(B):
         for h in range(H):
             q, k, v, dy_head = qkv[b, :, 0, h], qkv[b, :, 1, h], qkv[b, :, 2, h], dy[b, :, 0, h]
@@ -217,24 +217,22 @@ def backward_heads(dqkv, dy, qkv, lse, k_t, v_t, a, grad, p_drop, key, batch_off
                     product(a[rows, :columns], q[t0:t1], k_t, False)
                     for t in range(t0, t1):
                         row, row_lse, stop = a[t - start], lse[b, h, t], round_up(t + 1, LANES)
-                        row[t + 1 : stop] = -np.inf
                         for j in range(stop):
-                            row[j] = exp(row[j] * scale - row_lse)  # p again
+                            row[j] = exp(row[j] * scale - row_lse) if j <= t else zero  # p again
                     # y = a @ v
                     product(grad[rows, :columns], dy_head[t0:t1], v_t, False)  # da
                     for t in range(t0, t1):
                         row, row_grad, stop = a[t - start], grad[t - start], round_up(t + 1, LANES)
-                        row_grad[t + 1 : stop] = 0
                         # a = dropout(p)
                         number = ((batch_offset + b) * H + h) * T + t
                         if p_drop > 0:
                             drop(row_grad, t + 1, p_drop, key, number)  # dp
                         # p = softmax(s)
-                        total = a.dtype.type(0)
+                        total = zero
                         for j in range(stop):
-                            total += row_grad[j] * row[j]
+                            total += row_grad[j] * row[j] if j <= t else zero
                         for j in range(stop):
-                            row_grad[j] = row[j] * (row_grad[j] - total) * scale  # scale * ds
+                            row_grad[j] = row[j] * (row_grad[j] - total) * scale if j <= t else zero  # scale * ds
                         if p_drop > 0:
                             drop(row, t + 1, p_drop, key, number)  # a again
                     # s = scale * q @ k.T

@@ -214,7 +214,7 @@ class Tensor:
     requires_grad  whether a gradient is wanted for it, or for something it was computed from
 
     The operators (+ - * / @ ** [] and the methods exp, log, tanh, relu, sum, mean, max, reshape, transpose) are
-    defined in npgpt/ops/primitives.py, which `import npgpt` brings along.
+    defined in npgpt/ops/primitives.py, which `npgpt.Tensor` brings along.
     """
 
     __slots__ = (
@@ -352,6 +352,8 @@ class Tensor:
             node._parents, node._backward = (), _used_up
             if not node._keeps_grad:
                 node.grad = None
+            elif not node._grad_is_ours:
+                node.grad = node.grad.copy()  # others may have been handed the same array
             del node, dy, grads, parent, parent_grad  # nothing here may keep a buffer from being used again
 
 

@@ -428,8 +428,8 @@ FAULTS = [
     Fault(
         "attention kernel: backward mask one short",
         "npgpt/ops/attention.py",
-        "exp(row[j] * scale - row_lse) if j <= t else zero",
-        "exp(row[j] * scale - row_lse) if j < t else zero",
+        "exp(row[j] - row_lse) if j <= t else zero",
+        "exp(row[j] - row_lse) if j < t else zero",
         "Position t sees itself, too.",
         kernel=True,
     ),
@@ -452,8 +452,8 @@ FAULTS = [
     Fault(
         "attention kernel: p again without the scale",
         "npgpt/ops/attention.py",
-        "exp(row[j] * scale - row_lse)",
-        "exp(row[j] - row_lse)",
+        "            scaled_transpose(k_t, k, scale)\n            transpose(v_t, v)\n",
+        "            transpose(k_t, k)\n            transpose(v_t, v)\n",
         "lse was taken of the scaled scores.",
         kernel=True,
     ),

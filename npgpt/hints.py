@@ -63,8 +63,8 @@ LENGTHS = {
 }
 FACTORS = {
     "attention": lambda qkv, n_head, p_drop, **_: {
-        "sqrt(hs)": (math.sqrt(qkv.shape[2] // 3 // n_head), None),
-        "hs": (qkv.shape[2] // 3 // n_head, None),
+        "sqrt(hs)": (math.sqrt(qkv.shape[2] // 3 // n_head), "s = q @ k.swapaxes(-1, -2) / math.sqrt(hs)"),
+        "hs": (qkv.shape[2] // 3 // n_head, "s = q @ k.swapaxes(-1, -2) / math.sqrt(hs)"),
         "1 - p_drop": (1 - p_drop, "a = p * _dropout_scale(p, p_drop, key, batch_offset)"),
     },
     "cross-entropy": lambda logits, count, dloss, **_: {
@@ -146,6 +146,7 @@ class Case:
         self.so_far = {name: rng.normal(size=inputs[name[1:]].shape) for name in results if name in parameters}
         self.values = {**inputs, **self.so_far, upstream: dy if dy.ndim else float(dy)}
         self.values.update(zip([name for name in parameters if name not in self.values], kept, strict=True))
+        self.many = dy.shape[:-1]  # the axes along which a bias, say, is used many times
         self.right = {}
         for name in results:
             inputs[name[1:]] = (x := Tensor(inputs[name[1:]])).data
@@ -282,6 +283,9 @@ def _mistake(case, name, got, right):
 
 
 def _shape_mistake(case, name, got, right):
+    for other, array in case.parts.items():
+        if other != name and _near(got, array):
+            return f"wrong place: this is {other}; mind the order of the results", None
     if got.size == right.size and ratio(got.reshape(right.shape), right) is not None:
         return "right numbers with another shape: an axis of length 1 too many or too few (keepdims?)", None
     if got.shape == right.shape[::-1]:
@@ -290,7 +294,8 @@ def _shape_mistake(case, name, got, right):
     if got.ndim > right.ndim:
         for axes in _axes_left_over(got.shape, right.shape):
             total = got.sum(axis=axes)
-            if ratio(total, right) is not None or right.ndim == 1:
+            many = right.ndim == 1 and all(got.shape[axis] in case.many for axis in axes)
+            if ratio(total, right) is not None or many:
                 names = " and ".join(f"{axis} (length {got.shape[axis]})" for axis in axes)
                 words = f"missing sum over the broadcast axis {names}: the forward used one number many times"
                 if not _near(total, right):
@@ -317,18 +322,24 @@ def _factor(case, c):
         return "rounding: it is nearly right; is something float32 on the way?", None
     if _is(c, -1):
         return "sign: every entry has the wrong one", None
+    for sign, factor in (("", c), ("sign, and ", -c)):
+        times = f"{sign}constant factor: every entry is {_digits(factor)} times what it must be"
+        for name, n in case.lengths.items():
+            if _is(factor, 1 / n):
+                return f"{sign}mean instead of sum: every entry is 1/{n} of what is right, and {name} = {n}", None
+            if _is(factor, n):
+                return f"{sign}sum instead of mean: every entry is {n} times too large, and {name} = {n}", None
+        for name, (value, line) in case.factors.items():
+            for power, called in ((value, name), (1 / value, f"1 / ({name})" if " " in name else f"1 / {name}")):
+                if _is(factor, power):
+                    return f"{times}, which is {called}", line
     sign = "sign, and " if c < 0 else ""
-    c = abs(c)
-    for name, length in case.lengths.items():
-        if _is(c, 1 / length):
-            return f"{sign}mean instead of sum: every entry is 1/{length} of what is right, and {name} = {length}", None
-        if _is(c, length):
-            return f"{sign}sum instead of mean: every entry is {length} times too large, and {name} = {length}", None
-    for name, (factor, line) in case.factors.items():
-        for value, called in ((factor, name), (1 / factor, f"1 / ({name})" if " " in name else f"1 / {name}")):
-            if _is(c, abs(value)):
-                return f"{sign}constant factor: every entry is {c:.4g} times what it must be, which is {called}", line
-    return f"{sign}constant factor: every entry is {c:.4g} times what it must be", None
+    return f"{sign}constant factor: every entry is {_digits(abs(c))} times what it must be", None
+
+
+def _digits(c):
+    """A number in as few digits as tell it from 1."""
+    return next(text for digits in (4, 6, 8, 10) if (text := f"{c:.{digits}g}").strip("-") != "1" or digits == 10)
 
 
 def _is(c, value):
@@ -463,6 +474,7 @@ def attention_mistakes(dy, qkv, lse, n_head, p_drop, key, batch_offset):
         yield "dq", words, ds @ k * scale, line
         yield "dk", words, ds.swapaxes(-1, -2) @ q * scale, line
     ds = softmax(p, dp)
+    ds = ds * scale
     turned = "transposed: not a row of the matrix but a column goes into"
     yield "dq", f"{turned} it, or the other way round", ds.swapaxes(-1, -2) @ k, None
     yield "dk", f"{turned} a key's gradient: all queries that looked at it", ds @ q, None
@@ -523,14 +535,15 @@ def cross_entropy_mistakes(dloss, logits, targets, lse, ignore_index, count):
 
 
 def dropout_mistakes(dy, key, first_row, p):
-    mask = dropout_mask_ref(key, first_row, dy.shape, p)
+    mask, scale = dropout_mask_ref(key, first_row, dy.shape, p), 1 / (1 - p)
     line = "mask = dropout_mask_ref(key, first_row, x.shape, p)"
     yield "dx", "missing mask, and missing factor: what was dropped did not reach the output", dy, line
-    yield "dx", "wrong mask: it is turned round, what was dropped gets a gradient", dy * ~mask, line
+    yield "dx", "wrong mask: it is turned round, what was dropped gets a gradient", dy * ~mask * scale, line
     for first, words in ((0, "its rows are numbered from first_row on"), (first_row + 1, "its first row is first_row")):
         yield "dx", f"wrong mask: {words}", dropout_ref(dy, key, first, p), line
-    yield "dx", "wrong mask: that of another probability", dy * dropout_mask_ref(key, first_row, dy.shape, 1 - p), line
-    yield "dx", "missing factor: the mask alone, where dy belongs too", mask.astype(float), None
+    other = dropout_mask_ref(key, first_row, dy.shape, 1 - p)
+    yield "dx", "wrong mask: that of another probability", dy * other * scale, line
+    yield "dx", "missing factor: the mask alone, where dy belongs too", mask * scale, None
 
 
 MISTAKES = {

@@ -177,6 +177,32 @@ def test_an_input_is_as_it_was_when_the_function_fails_at_a_shifted_point():
     assert x.data.tolist() == [1, 2]
 
 
+@pytest.mark.parametrize("name", ["dy", "a"])
+def test_a_backward_that_changes_what_others_need_is_refused(name):
+    def f(a):
+        def backward(dy):
+            array = {"dy": dy, "a": a.data}[name]
+            array *= 2
+            return (dy * 2 * a.data / (2 if name == "a" else 1),)
+
+        return record(a.data**2, (a,), backward)
+
+    with pytest.raises(GradcheckError, match=f"gradcheck: the backward changes {name} in place"):
+        gradcheck(f, inputs((3,)), ["a"])
+
+
+def test_a_large_number_beside_a_small_one_does_not_swallow_it():
+    x = Tensor(np.array([1e6, 1.0]), requires_grad=True)
+    gradcheck(lambda a: a * a, [x])
+
+
+def test_a_tensor_has_its_operators_once_gradcheck_is_there():
+    code = "from npgpt.gradcheck import gradcheck; from npgpt.engine import Tensor; import numpy as np\n"
+    code += "gradcheck(lambda a: a * a, [Tensor(np.ones(2), requires_grad=True)])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_empty_input_is_named():
     with pytest.raises(ValueError, match=r"^gradcheck: b is empty, of shape \(0, 2\)$"):
         gradcheck(lambda a, b: a.sum() + b.sum(), [*inputs((2,)), *inputs((0, 2))], ["a", "b"])

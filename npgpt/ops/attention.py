@@ -132,6 +132,20 @@ def round_up(n, step):
 
 
 @helper
+def scaled_transpose(k_t, k, scale):
+    """k_t[:, :T] = scale * k.T, for k (T, hs).
+
+    The keys are scaled, not the scores: forward and backward then agree on s to the last bit, and e^(s - lse) is 1 for
+    a score that is alone, however large it is.
+    """
+    transpose(k_t, k)
+    T, hs = k.shape
+    for i in range(hs):
+        for t in range(T):
+            k_t[i, t] *= scale
+
+
+@helper
 def fetch_head(x, n, t0, t1):
     """Have the rows t0:t1 of head n of x (B, T, parts, n_head, hs) fetched: n runs over all heads of all sequences."""
     b, h = n // x.shape[3], n % x.shape[3]
@@ -161,12 +175,12 @@ def forward_heads(y, lse, qkv, k_t, s, p_drop, key, batch_offset):
     for b in range(B):
         for h in range(H):
             q, k, v, y_head = qkv[b, :, 0, h], qkv[b, :, 1, h], qkv[b, :, 2, h], y[b, :, 0, h]
-            transpose(k_t, k)
+            scaled_transpose(k_t, k, scale)
             for t0 in range(0, T, ROWS):
                 t1 = min(t0 + ROWS, T)
                 fetch_head(qkv, b * H + h + 1, t0, t1)  # while this head is computed, the next one comes
                 fetch_head(y, b * H + h, t0, t1)
-                # s = scale * q @ k.T
+                # s = q @ (scale * k).T
                 product(s[: t1 - t0, : round_up(t1, LANES)], q[t0:t1], k_t, False)
                 # p = softmax(s), for all of these queries line by line: nothing then waits for the line before it
                 for t in range(t0, t1):
@@ -177,13 +191,13 @@ def forward_heads(y, lse, qkv, k_t, s, p_drop, key, batch_offset):
                     row, m, stop = s[t - t0], lse[b, h, t], round_up(t + 1, LANES)
                     total = s.dtype.type(0)
                     for j in range(stop):
-                        e = exp((row[j] - m) * scale)
+                        e = exp(row[j] - m)
                         row[j] = e
                         total += e
                     inverse = s.dtype.type(1) / total
                     for j in range(stop):
                         row[j] *= inverse
-                    lse[b, h, t] = m * scale + np.log(total)
+                    lse[b, h, t] = m + np.log(total)
                     # a = dropout(p)
                     if p_drop > 0:
                         drop(row, t + 1, p_drop, key, ((batch_offset + b) * H + h) * T + t)
@@ -203,7 +217,7 @@ def backward_heads(dqkv, dy, qkv, lse, k_t, v_t, a, grad, p_drop, key, batch_off
         for h in range(H):
             q, k, v, dy_head = qkv[b, :, 0, h], qkv[b, :, 1, h], qkv[b, :, 2, h], dy[b, :, 0, h]
             dq, dk, dv = dqkv[b, :, 0, h], dqkv[b, :, 1, h], dqkv[b, :, 2, h]
-            transpose(k_t, k)
+            scaled_transpose(k_t, k, scale)
             transpose(v_t, v)
             # the last block of queries comes first: it sees all keys, so it writes dk and dv, and the others add
             for start in range((T - 1) // QUERY_BLOCK * QUERY_BLOCK, -1, -QUERY_BLOCK):
@@ -218,7 +232,7 @@ def backward_heads(dqkv, dy, qkv, lse, k_t, v_t, a, grad, p_drop, key, batch_off
                     for t in range(t0, t1):
                         row, row_lse, stop = a[t - start], lse[b, h, t], round_up(t + 1, LANES)
                         for j in range(stop):
-                            row[j] = exp(row[j] * scale - row_lse) if j <= t else zero  # p again
+                            row[j] = exp(row[j] - row_lse) if j <= t else zero  # p again
                     # y = a @ v
                     product(grad[rows, :columns], dy_head[t0:t1], v_t, False)  # da
                     for t in range(t0, t1):

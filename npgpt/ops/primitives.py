@@ -18,7 +18,10 @@ from npgpt.engine import Tensor, empty, record
 def _as_tensor(x, like):
     if isinstance(x, Tensor):
         return x
-    return Tensor(np.asarray(x, like.dtype))
+    x = np.asarray(x)
+    if x.dtype.kind not in "biuf":
+        raise TypeError(f"a Tensor's partner must be a number or an array of numbers, got dtype {x.dtype}")
+    return Tensor(x.astype(like.dtype))
 
 
 def _pair(a, b):

@@ -119,7 +119,7 @@ class TrainConfig:
 
     seed: int = _setting(1337, "what every random choice is made from", low=0, high=2**32 - 1)
     workers: int | None = _setting(None, "threads that share each batch; by default chosen for this machine", low=1)
-    blas_threads: int | None = _setting(None, "threads of each matrix product; by default chosen too", low=1)
+    blas_threads: int | None = _setting(None, "threads of each matrix product; by default chosen too", low=1, high=4096)
 
     def __post_init__(self):
         check_ranges(self)

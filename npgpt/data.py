@@ -134,7 +134,8 @@ def _files(path, what):
         runs = {p.parent for p in files if p.name == folder.LOCK and folder.is_run(p.parent)}
         files = [p for p in files if runs.isdisjoint(p.parents)]
         if not files:
-            raise UsageError(f"{what}: the folder {path} has no files" + " but those of a training" * bool(runs))
+            where = " outside of run folders, whose files are left out; name the text itself" * bool(runs)
+            raise UsageError(f"{what}: the folder {path} has no files{where}")
         return files
     if not path.exists():
         raise UsageError(f"{what}: there is no file {path}; --data takes pydoc, shakespeare, text files and folders")

@@ -13,6 +13,7 @@
     141  whoever read the output stopped reading (as in `... | head`)
 """
 
+import contextlib
 import errno
 import os
 import re
@@ -81,19 +82,24 @@ def run_command(name, main):
         sys.exit(main())
     except NpgptError as error:
         if str(error):
-            print(f"{name}: {error}", file=sys.stderr)
+            _complain(f"{name}: {error}")
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        print(f"\n{name}: stopped", file=sys.stderr)
+        _complain(f"\n{name}: stopped")
         sys.exit(130)
     except BrokenPipeError:
         _forget_output()
         sys.exit(141)
     except OSError as error:  # a name that is too long, an output on a full disk
         place = "" if error.filename is None else f": {str(error.filename)[:60]}"
-        print(f"{name}: {error.strerror or error}{place}", file=sys.stderr)
+        _complain(f"{name}: {error.strerror or error}{place}")
         _forget_output()
         sys.exit(2 if error.errno == errno.ENAMETOOLONG else 3)
+
+
+def _complain(text):
+    with contextlib.suppress(OSError):  # behind standard error, too, there may be a full disk
+        print(text, file=sys.stderr, flush=True)
 
 
 def _forget_output():

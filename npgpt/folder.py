@@ -182,16 +182,26 @@ class RunFolder:
         old_tokens = (path for path in self.path.glob("tokens-*.bin") if path.name != tokens)
         self._remove([*checkpoints(self.path), self.path / "metrics.jsonl", *old_tokens])
 
-    def forget_after(self, iteration):
-        """Set aside the checkpoints beyond `iteration`, and the log: a run that is resumed from there makes its own."""
-        later = [path for path in checkpoints(self.path) if int(_NAME.fullmatch(path.name)[1]) > iteration]
+    def forget_after(self, iteration, opened=None):
+        """Set aside the checkpoints beyond `iteration`, and the log: a run that is resumed from there makes its own.
+
+        opened: the checkpoint that it goes on from; another one of the same iteration is set aside, too.
+        Raises CheckpointError if the log cannot be copied.
+        """
+        numbers = {path: int(_NAME.fullmatch(path.name)[1]) for path in checkpoints(self.path)}
+        is_its_own = opened is not None and opened.name in {path.name for path in numbers}
+        later = [path for path, n in numbers.items() if n > iteration or (n == iteration and opened and not is_its_own)]
         log = self.path / "metrics.jsonl"
-        with contextlib.suppress(OSError):
-            if later and log.exists():
-                shutil.copyfile(log, _aside(log))
+        if later and log.exists():
+            copy = free_name(log)
+            try:
+                shutil.copyfile(log, copy)
+            except OSError as error:
+                self._remove([copy])
+                raise CheckpointError(f"cannot copy {log} to {copy}: {error.strerror}; nothing was changed") from None
         for path in later:
             with contextlib.suppress(OSError):
-                os.replace(path, _aside(path))
+                os.replace(path, free_name(path))
 
     def save(self, iteration, arrays, state, keep):
         """Write a checkpoint; then remove all but the newest `keep` and the best.
@@ -261,7 +271,7 @@ class RunFolder:
         self._pending = b""
 
 
-def _aside(path):
+def free_name(path):
     """A name for what is set aside that nothing has yet."""
     names = itertools.chain([".set-aside"], (f".set-aside-{n}" for n in itertools.count(2)))
     return next(aside for name in names if not (aside := path.with_name(path.name + name)).exists())
@@ -289,7 +299,7 @@ def tokens_file(path, name):
 def _row_before(line, iteration):
     try:
         return json.loads(line)["iter"] < iteration
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

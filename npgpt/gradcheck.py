@@ -17,10 +17,9 @@ import sys
 
 import numpy as np
 
-from npgpt import Tensor, engine
-from npgpt.engine import no_grad, random_stream
+from npgpt import engine
+from npgpt.engine import Tensor, no_grad, random_stream
 from npgpt.errors import NpgptError, run_command
-from npgpt.jit import KERNELS
 
 BOUND = 1e-6  # worst relative error that passes
 STEP = 5e-4  # h, for entries of size 1
@@ -97,6 +96,8 @@ def gradcheck(f, inputs, names=None, bound=BOUND, seed=0):
 
 def _compare(f, inputs, names, seed):
     """(name, worst relative error, its index, analytic, numeric) for each input that requires a gradient."""
+    import npgpt.ops.primitives  # noqa: F401  (f may use a Tensor's operators, which they are)
+
     names = names or [f"input {i}" for i in range(len(inputs))]
     for name, x in zip(names, inputs, strict=True):
         if x.dtype != np.float64:
@@ -245,6 +246,8 @@ def main(argv=None):
     )
     parser.add_argument("only", nargs="*", help="check only titles that contain one of these words")
     only = parser.parse_args(argv).only
+    from npgpt.jit import KERNELS
+
     chosen = [case for case in cases() if not only or any(word.lower() in case[0].lower() for word in only)]
     if not chosen:
         titles = ", ".join(dict.fromkeys(case[0] for case in cases()))

@@ -362,15 +362,15 @@ def save(model, path):
     # last: a new folder without it is not taken for a whole one
     checkpoint.replace(path / CONFIG, [json.dumps(settings, indent=2).encode("ascii") + b"\n"])
     if not hasattr(tokenizer, "save"):
-        _set_aside(path / BPE_FILES[0])
+        for name in (*BPE_FILES, "merges.txt"):
+            _set_aside(path / name)
 
 
 def _set_aside(path):
     """Rename another model's tokenizer, which would be taken for this one's; it may be all that there is of it."""
     try:
-        os.replace(path, path.with_name(path.name + ".set-aside"))
-    except FileNotFoundError:
-        pass
+        if path.exists():
+            os.replace(path, folder.free_name(path))
     except OSError as error:
         raise CheckpointError(f"cannot rename {path}: {error.strerror}") from None
 

@@ -87,7 +87,7 @@ class GPT(Module):
 
         path  a folder, which is made if need be; files of these names are replaced, each of them whole or not at all
 
-        The `tokenizer` is written too; a tokenizer.json that is not its own gets the name tokenizer.json.set-aside.
+        The `tokenizer` is written too; files of one that is not its own get names that end in .set-aside.
         Raises CheckpointError.
         """
         hub.save(self, path)

@@ -85,8 +85,8 @@ def blas_threads(n):
         return
     setter, getter = functions
     before = getter()
-    setter(n)
     try:
+        setter(n)
         yield
     finally:
         setter(before)

@@ -43,6 +43,8 @@ def parse(argv):
     alone = args.prompt is None and args.prompt_file is None and not args.json
     all_open = None not in (sys.stdin, sys.stdout, sys.stderr)
     for name, holds, words in (
+        ("model", args.model != "", "names nothing"),
+        ("checkpoint", args.checkpoint != "", "names nothing"),
         ("prompt", args.prompt != "", "must have one character at least"),
         ("prompt-file", args.prompt_file is None or args.prompt is None, "and --prompt: give one of them"),
         ("prompt-file", args.prompt_file != "-" or sys.stdin is not None, "- needs standard input, which is closed"),

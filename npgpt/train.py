@@ -86,6 +86,9 @@ def parse(argv):
         given["data"] = tuple(given["data"])
     if rest["resume"] == "":
         raise UsageError("--resume names no file")
+    for flag, value in (("out-dir", given.get("out_dir")), ("init-from", given.get("init_from")), ("preset", name)):
+        if value == "":
+            raise UsageError(f"--{flag} names nothing")
     if rest["resume"] and rest["overwrite"]:
         raise UsageError("give --resume or --overwrite, not both")
     settings = {**(preset(name) if name else {}), **given}

@@ -27,7 +27,7 @@ from npgpt.audit import BOUND, Audit, Auditor
 from npgpt.config import BPE_VOCAB_SIZE, DROPOUT, SAMPLE, TrainConfig, check_tokenizer
 from npgpt.data import PIECE, Blocks, Corpus, EvaluationBlocks, TokenFiles, map_tokens, open_data, repeated_lines, split
 from npgpt.engine import NotFinite, finite_checks, random_stream
-from npgpt.errors import CheckpointError, DivergedError, GradientError, StoppedError, UsageError, quoted
+from npgpt.errors import BusyError, CheckpointError, DivergedError, GradientError, StoppedError, UsageError, quoted
 from npgpt.model import GPT
 from npgpt.optim import AdamW, Muon, clip_scale, cosine_lr
 from npgpt.parallel import DataParallel, blas_threads, choose_threads, cpu_name, sgemm_peak
@@ -126,26 +126,29 @@ class Trainer:
 
         Raises CheckpointError if there is no good checkpoint, and UsageError if data or changes do not fit it.
         """
-        path, reader = Path(path), None
+        path, reader, there = Path(path), None, ()
         with contextlib.ExitStack() as stack:
 
             def begin():
-                nonlocal reader
+                nonlocal reader, there
                 if path.suffix == ".safetensors" and not path.exists():
                     raise CheckpointError(f"there is no checkpoint {path}")
                 found, out_dir = (path, path.parent) if path.is_file() else (folder.newest(path), path)
                 asked = Path((changes or {}).get("out_dir", out_dir))
-                if asked.resolve() != out_dir.resolve():
+                if os.path.realpath(asked) != os.path.realpath(out_dir):
                     raise UsageError(
                         f"--resume {path} goes on with the run in {out_dir}, and --out-dir names {asked}; for a run "
                         f"there, copy the checkpoint to it first, or begin one by --init-from"
                     )
+                there = folder.checkpoints(out_dir)
                 reader, state = stack.enter_context(folder.opened(found))
                 _config_of(state, path)
                 return state, str(out_dir)
 
             state, out_dir = world.first(begin)
-            return cls._resume(path, Path(out_dir), reader, state, changes, profile, force, stop, world)
+            trainer = cls._resume(path, Path(out_dir), reader, state, changes, profile, force, stop, world)
+            trainer.there = there
+            return trainer
 
     @classmethod
     def _resume(cls, path, out_dir, reader, state, changes, profile, force, stop, world):
@@ -158,6 +161,7 @@ class Trainer:
         trainer.config = world.agree(lambda: dataclasses.replace(before, **{**changes, "out_dir": str(out_dir)}))
         trainer.profile, trainer.force, trainer.world = profile, force, world
         trainer.out_dir, trainer.overwrite = out_dir, False
+        trainer.opened = None if reader is None else Path(reader.path)
         world.agree(lambda: _check_fixed(before, trainer.config))
         trainer._prepare(stop, state)
         trainer._restore(reader, state, before, path)
@@ -545,7 +549,14 @@ class Trainer:
                 folder.refuse_earlier_run(self.out_dir)  # it may have come while the lock was another's
             self.folder.clear(self.tokens_file)
         else:
-            self.folder.forget_after(self.iter)
+            # before this run had the lock, another may have gone on
+            if self.there is not None and not {*folder.checkpoints(self.out_dir)} <= {*self.there}:
+                raise BusyError(
+                    f"another training has just saved a checkpoint to {self.out_dir}: nothing was changed; give the "
+                    f"same command again to go on from there"
+                )
+            self.there = None
+            self.folder.forget_after(self.iter, self.opened)
         self.folder.open_log(self.iter)
 
     def _save_aside(self):

@@ -161,6 +161,9 @@ def test_help_needs_neither_numpy_nor_numba():
         ("--max-iters 1" + 400 * "0", "max_iters must be at most 1,000,000,000,000,000, got a number of 401 digits"),
         ("--epochs 1e308", "epochs must be at most"),
         ("--resume=", "--resume names no file"),
+        ("--out-dir=", "--out-dir names nothing"),
+        ("--init-from=", "--init-from names nothing"),
+        ("--preset=", "--preset names nothing"),
     ],
 )
 def test_wrong_flags_are_one_line(args, words):
@@ -196,7 +199,7 @@ def test_behind_two_dashes_a_name_stays_as_it_is():
         (lambda f: ["--data", tokens(f, [1, 2]), "--tokenizer", "byte"], 2, "block_size = 64 needs 65"),
         (lambda f: ["--preset", "no"], 2, "unknown preset"),
         (lambda f: ["--data", ""], 2, "data: a file has no name"),
-        (lambda f: ["--data", f / "run"], 2, "has no files but those of a training"),
+        (lambda f: ["--data", f / "run"], 2, "has no files outside of run folders, whose files are left out"),
         (lambda f: ["--data", d := write(f / "both", "a", b"text").parent, "--out-dir", d], 2, "is --data as well"),
         (lambda f: ["--data", f / "text.txt", "--out-dir", write(f / "hub", "config.json", b"").parent], 2, "hide"),
     ],
@@ -289,6 +292,13 @@ def test_a_full_disk_for_what_is_printed_does_not_end_a_training(folder, tmp_pat
         done = subprocess.run(args, stdout=full, stderr=subprocess.PIPE, env={**os.environ, "NPGPT_KERNELS": "numpy"})
     assert (done.returncode, done.stderr) == (0, b"")
     assert (tmp_path / "run" / "iter-00000004.safetensors").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_full_disk_for_what_is_complained_of_changes_no_exit_code(folder):
+    args = [sys.executable, "-m", "npgpt.train", "--data", folder / "there-is-none.txt"]
+    with open("/dev/full", "w") as full:
+        assert subprocess.run(args, stdout=full, stderr=full).returncode == 2
 
 
 def test_resume_goes_on_with_what_was_begun_and_says_what_is_new(folder):

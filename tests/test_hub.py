@@ -455,10 +455,14 @@ def test_the_tokenizer_of_an_earlier_export_is_set_aside(tmp_path, tokenizer):
     model.tokenizer = BPETokenizer.learn(["the cat the cat "], 300)
     model.save_pretrained(tmp_path)
     earlier = (tmp_path / "tokenizer.json").read_bytes()
+    for name in ("tokenizer.json.set-aside", "vocab.json", "merges.txt"):
+        (tmp_path / name).write_text(name, encoding="utf-8")
     model.tokenizer = tokenizer
     model.save_pretrained(tmp_path)
-    names = ["config.json", "model.safetensors", "tokenizer.json.set-aside"]
-    assert sorted(os.listdir(tmp_path)) == names and (tmp_path / names[2]).read_bytes() == earlier
+    names = ["tokenizer.json.set-aside", "tokenizer.json.set-aside-2", "vocab.json.set-aside", "merges.txt.set-aside"]
+    assert sorted(os.listdir(tmp_path)) == sorted(["config.json", "model.safetensors", *names])
+    texts = [(tmp_path / name).read_bytes() for name in names]
+    assert texts == [b"tokenizer.json.set-aside", earlier, b"vocab.json", b"merges.txt"]
     assert type(GPT.from_pretrained(tmp_path).tokenizer) is type(tokenizer)
 
 

@@ -311,14 +311,50 @@ def test_what_a_run_leaves_behind_is_set_aside_each_time(config):
     assert [(run / f"metrics.jsonl{name}").read_bytes() for name in (".set-aside", ".set-aside-2")] == logs
 
 
-def test_a_damaged_row_of_the_log_costs_no_other(interrupted):
+def test_a_checkpoint_that_came_before_the_lock_is_not_set_aside(config):
+    list(Trainer(config).run())
+    first, second = (Trainer.resume(config.out_dir, {"max_iters": END + n}) for n in (3, 5))
+    list(first.run())
+    before = {path.name: path.read_bytes() for path in Path(config.out_dir).iterdir()}
+    with pytest.raises(BusyError, match="another training has just saved a checkpoint"):
+        list(second.run())
+    assert {path.name: path.read_bytes() for path in Path(config.out_dir).iterdir()} == before
+    list(Trainer.resume(config.out_dir, {"max_iters": END + 5}).run())
+
+
+def test_a_log_that_cannot_be_set_aside_is_not_cut(config, monkeypatch):
+    list(Trainer(config).run())
+    run = Path(config.out_dir)
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+
+    def full(source, target):
+        Path(target).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder.shutil, "copyfile", full)
+    with pytest.raises(CheckpointError, match=r"cannot copy .*: No space left on device; nothing was changed"):
+        list(Trainer.resume(run / "iter-00000004.safetensors").run())
+    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_another_branchs_checkpoint_of_the_same_iteration_is_set_aside(config):
+    list(Trainer(config).run())
+    run = Path(config.out_dir)
+    list(Trainer.resume(run / "iter-00000004.safetensors", {"learning_rate": 0.05}).run())
+    branch = (run / "iter-00000008.safetensors").read_bytes()
+    list(Trainer.resume(run / "iter-00000008.safetensors.set-aside").run())
+    assert (run / "iter-00000008.safetensors.set-aside-2").read_bytes() == branch
+
+
+@pytest.mark.parametrize("garbage", [b"garbage\n", 10**5 * b"[" + b"\n"], ids=["garbage", "deep"])
+def test_a_damaged_row_of_the_log_costs_no_other(interrupted, garbage):
     path = Path(interrupted.out_dir) / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([lines[0], b"garbage\n", *lines[2:]]) + b'{"iter": 1, "tr')
+    path.write_bytes(b"".join([lines[0], garbage, *lines[2:]]) + b'{"iter": 1, "tr')
     again = Trainer.resume(interrupted.out_dir)
     list(again.run())
     after = path.read_bytes().splitlines(keepends=True)
-    assert after[: len(lines)] == [lines[0], b"garbage\n", *lines[2:]] and len(after) > len(lines)
+    assert after[: len(lines)] == [lines[0], garbage, *lines[2:]] and len(after) > len(lines)
     assert json.loads(after[-1])["iter"] == END
 
 

@@ -311,21 +311,26 @@ def test_what_a_run_leaves_behind_is_set_aside_each_time(config):
     assert [(run / f"metrics.jsonl{name}").read_bytes() for name in (".set-aside", ".set-aside-2")] == logs
 
 
+def contents(config):
+    """What is in the files of a run folder; its lock says who came last."""
+    return {path.name: path.read_bytes() for path in Path(config.out_dir).iterdir() if path.name != folder.LOCK}
+
+
 def test_a_checkpoint_that_came_before_the_lock_is_not_set_aside(config):
     list(Trainer(config).run())
     first, second = (Trainer.resume(config.out_dir, {"max_iters": END + n}) for n in (3, 5))
     list(first.run())
-    before = {path.name: path.read_bytes() for path in Path(config.out_dir).iterdir()}
+    before = contents(config)
     with pytest.raises(BusyError, match="another training has just saved a checkpoint"):
         list(second.run())
-    assert {path.name: path.read_bytes() for path in Path(config.out_dir).iterdir()} == before
+    assert contents(config) == before
     list(Trainer.resume(config.out_dir, {"max_iters": END + 5}).run())
 
 
 def test_a_log_that_cannot_be_set_aside_is_not_cut(config, monkeypatch):
     list(Trainer(config).run())
     run = Path(config.out_dir)
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    before = contents(config)
 
     def full(source, target):
         Path(target).write_bytes(b"half")
@@ -334,7 +339,7 @@ def test_a_log_that_cannot_be_set_aside_is_not_cut(config, monkeypatch):
     monkeypatch.setattr(folder.shutil, "copyfile", full)
     with pytest.raises(CheckpointError, match=r"cannot copy .*: No space left on device; nothing was changed"):
         list(Trainer.resume(run / "iter-00000004.safetensors").run())
-    assert {path.name: path.read_bytes() for path in run.iterdir()} == before
+    assert contents(config) == before
 
 
 def test_another_branchs_checkpoint_of_the_same_iteration_is_set_aside(config):

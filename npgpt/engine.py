@@ -352,8 +352,6 @@ class Tensor:
             node._parents, node._backward = (), _used_up
             if not node._keeps_grad:
                 node.grad = None
-            elif not node._grad_is_ours:
-                node.grad = node.grad.copy()  # others may have been handed the same array
             del node, dy, grads, parent, parent_grad  # nothing here may keep a buffer from being used again
 
 

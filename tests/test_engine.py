@@ -946,17 +946,6 @@ def test_an_observer_sees_every_tensor_with_its_parents_and_may_change_it(rng):
         np.testing.assert_allclose((a * b).data - c.data, [1, 0, 0], atol=1e-15)
 
 
-def test_retained_gradients_are_arrays_of_their_own(rng):
-    a, seed = leaf(rng, 2), np.ones(2)
-    b, c = (a * 2).retain_grad(), (a * 3).retain_grad()
-    total = (b + c).retain_grad()
-    total.backward(seed)
-    for grad in (b.grad, c.grad, total.grad):
-        np.testing.assert_array_equal(grad, [1, 1])
-        grad[:] = 99
-    np.testing.assert_array_equal(seed, [1, 1])
-
-
 @pytest.mark.parametrize("partner", [None, "2", [None, 1], np.array([1 + 2j, 3])])
 def test_what_is_no_number_is_no_partner_of_a_tensor(rng, partner):
     with pytest.raises(TypeError, match="a Tensor's partner must be a number or an array of numbers, got dtype"):

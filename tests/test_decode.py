@@ -292,7 +292,8 @@ def test_a_thread_that_begins_after_an_interrupt_touches_nothing(monkeypatch):
 def test_a_thread_that_cannot_begin_holds_up_nobody(monkeypatch):
     decoder = Decoder(model_of(SHAPES[0]), threads=3)
     expected = decoder([3], [0], [0], 1).copy()
-    time.sleep(0.1)  # the others have gone to sleep
+    while decoder._crew._at_work:  # until the others have gone to sleep
+        time.sleep(0.001)
     run = Decoder._run
 
     def failing(self, rank, ranks, seen):

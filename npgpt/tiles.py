@@ -37,6 +37,21 @@ if KERNELS == "numba":
     def _number(n):
         return ir.Constant(ir.IntType(64), n)
 
+    def _arrays(context, builder, signature, args):
+        """The arrays among an intrinsic's arguments, with their fields, and the other arguments."""
+        n = sum(isinstance(kind, types.Array) for kind in signature.args)
+        arrays = [
+            cgutils.create_struct_proxy(kind)(context, builder, value=value)
+            for kind, value in zip(signature.args[:n], args[:n], strict=True)
+        ]
+        return arrays, args[n:]
+
+    def _vector_of(context, kind):
+        """(bytes of a number, numbers in a vector, the vector) for arrays of this kind."""
+        real = context.get_value_type(kind.dtype)
+        itemsize = context.get_abi_sizeof(real)
+        return itemsize, VECTOR // itemsize, ir.VectorType(real, VECTOR // itemsize)
+
     def _place(builder, array, row, column, kind):
         """Pointer to array[row, column], as a pointer to `kind`."""
         strides = cgutils.unpack_tuple(builder, array.strides)
@@ -126,8 +141,8 @@ if KERNELS == "numba":
         """Have the line of the cache with x[row, column] fetched."""
 
         def codegen(context, builder, signature, args):
-            array = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0])
-            _prefetch(builder, _place(builder, array, *args[1:], ir.IntType(8)))
+            (array,), place = _arrays(context, builder, signature, args)
+            _prefetch(builder, _place(builder, array, *place, ir.IntType(8)))
             return context.get_dummy_value()
 
         return types.void(x, types.intp, types.intp), codegen
@@ -142,15 +157,8 @@ if KERNELS == "numba":
             return None
 
         def codegen(context, builder, signature, args):
-            real = context.get_value_type(x.dtype)
-            itemsize = context.get_abi_sizeof(real)
-            lanes = VECTOR // itemsize
-            vector = ir.VectorType(real, lanes)
-            out_array, x_array = (
-                cgutils.create_struct_proxy(kind)(context, builder, value=value)
-                for kind, value in zip(signature.args[:2], args[:2], strict=True)
-            )
-            i_value, j_value = args[2:]
+            itemsize, lanes, vector = _vector_of(context, x)
+            (out_array, x_array), (i_value, j_value) = _arrays(context, builder, signature, args)
             M, N = cgutils.unpack_tuple(builder, x_array.shape)
             _, columns = cgutils.unpack_tuple(builder, out_array.shape)
             last = builder.sub(M, _number(1))
@@ -204,15 +212,8 @@ if KERNELS == "numba":
             return None
 
         def codegen(context, builder, signature, args):
-            real = context.get_value_type(out.dtype)
-            itemsize = context.get_abi_sizeof(real)
-            lanes = VECTOR // itemsize
-            vector = ir.VectorType(real, lanes)
-            out_array, a_array, b_array = (
-                cgutils.create_struct_proxy(kind)(context, builder, value=value)
-                for kind, value in zip(signature.args[:3], args[:3], strict=True)
-            )
-            i_value, j_value, add_value = args[3:]
+            itemsize, lanes, vector = _vector_of(context, out)
+            (out_array, a_array, b_array), (i_value, j_value, add_value) = _arrays(context, builder, signature, args)
             M, N = cgutils.unpack_tuple(builder, out_array.shape)
             _, K = cgutils.unpack_tuple(builder, a_array.shape)
             # rows beyond the last one are the last one again: the same sums go to the same place twice
@@ -231,7 +232,7 @@ if KERNELS == "numba":
                         pointer = _place(builder, b_array, loop.index, columns[v], vector)
                         factors.append(_load(builder, pointer, itemsize, masks[v]))
                     for r in range(ROWS):
-                        number = builder.load(_place(builder, a_array, rows[r], loop.index, real))
+                        number = builder.load(_place(builder, a_array, rows[r], loop.index, vector.element))
                         copies = _splat(builder, number, lanes)
                         for v in range(2):
                             product = builder.fmul(copies, factors[v], flags=("contract",))
@@ -266,15 +267,11 @@ if KERNELS == "numba":
                 return None
 
             def codegen(context, builder, signature, args):
-                real, weight = context.get_value_type(x.dtype), context.get_value_type(w.dtype)
-                itemsize, w_itemsize = context.get_abi_sizeof(real), context.get_abi_sizeof(weight)
-                lanes = VECTOR // itemsize
-                vector = ir.VectorType(real, lanes)
-                out_array, x_array, w_array, scale_array, bias_array = (
-                    cgutils.create_struct_proxy(kind)(context, builder, value=value)
-                    for kind, value in zip(signature.args[:5], args[:5], strict=True)
-                )
-                i_value, j_value, last_value, add_value = args[5:]
+                itemsize, lanes, vector = _vector_of(context, x)
+                weight = context.get_value_type(w.dtype)
+                w_itemsize = context.get_abi_sizeof(weight)
+                arrays, (i_value, j_value, last_value, add_value) = _arrays(context, builder, signature, args)
+                out_array, x_array, w_array, scale_array, bias_array = arrays
                 M, K = cgutils.unpack_tuple(builder, x_array.shape)
                 # rows beyond the last one are the last one again: the same sums go to the same place twice
                 last_x, last_w = builder.sub(M, _number(1)), builder.sub(last_value, _number(1))
@@ -338,7 +335,7 @@ if KERNELS == "numba":
                     """Pointer to the numbers of a vector that belong to these columns."""
 
                     def pointer_of(column, pointer):
-                        start = builder.bitcast(array.data, real.as_pointer())
+                        start = builder.bitcast(array.data, vector.element.as_pointer())
                         return builder.bitcast(builder.gep(start, [column]), pointer.type)
 
                     return pointer_of

@@ -50,6 +50,12 @@ INPUTS = {
     "dropout": lambda new: {"x": new(4, 7), "key": np.uint32(9), "first_row": 3, "p": 0.4},
 }  # fmt: skip
 
+# lines of forwards that are undone in several places
+SCORES_LINE = "s = q @ k.swapaxes(-1, -2) / math.sqrt(hs)"
+SOFTMAX_LINE = "p = e / total"
+DROP_LINE = "a = p * _dropout_scale(p, p_drop, key, batch_offset)"
+GELU_LINE = "return 0.5 * z * (1 + np.tanh(K * (z + A * z**3)))"
+
 # op -> numbers that are easily forgotten as a factor, or taken for one: lengths of axes over which the op sums, and
 # others, with the line of the forward that has them if it is another than the one that LINES has for the result
 LENGTHS = {
@@ -63,9 +69,9 @@ LENGTHS = {
 }
 FACTORS = {
     "attention": lambda qkv, n_head, p_drop, **_: {
-        "sqrt(hs)": (math.sqrt(qkv.shape[2] // 3 // n_head), "s = q @ k.swapaxes(-1, -2) / math.sqrt(hs)"),
-        "hs": (qkv.shape[2] // 3 // n_head, "s = q @ k.swapaxes(-1, -2) / math.sqrt(hs)"),
-        "1 - p_drop": (1 - p_drop, "a = p * _dropout_scale(p, p_drop, key, batch_offset)"),
+        "sqrt(hs)": (math.sqrt(qkv.shape[2] // 3 // n_head), SCORES_LINE),
+        "hs": (qkv.shape[2] // 3 // n_head, SCORES_LINE),
+        "1 - p_drop": (1 - p_drop, DROP_LINE),
     },
     "cross-entropy": lambda logits, count, dloss, **_: {
         "count": (count, None),
@@ -93,8 +99,8 @@ LINES = {
     },
     "attention": {
         "dqkv": "return y.transpose(0, 2, 1, 3).reshape(B, T, H * hs), lse",
-        "dq": "s = q @ k.swapaxes(-1, -2) / math.sqrt(hs)",
-        "dk": "s = q @ k.swapaxes(-1, -2) / math.sqrt(hs)",
+        "dq": SCORES_LINE,
+        "dk": SCORES_LINE,
         "dv": "y = a @ v",
     },
     "mlp": {
@@ -110,8 +116,8 @@ LINES = {
 
 # op -> (results that come through one and the same intermediate gradient, the line of the forward that it undoes)
 SHARED = {
-    "attention": (("dq", "dk"), "p = e / total"),
-    "mlp": (("dx", "dw_fc", "db_fc"), "return 0.5 * z * (1 + np.tanh(K * (z + A * z**3)))"),
+    "attention": (("dq", "dk"), SOFTMAX_LINE),
+    "mlp": (("dx", "dw_fc", "db_fc"), GELU_LINE),
 }
 
 # op -> where a gradient must be 0
@@ -457,24 +463,22 @@ def attention_mistakes(dy, qkv, lse, n_head, p_drop, key, batch_offset):
     def softmax(p, dp, weights=None, axis=-1):
         return p * (dp - (dp * (p if weights is None else weights)).sum(axis=axis, keepdims=True))
 
-    softmax_line, drop_line = "p = e / total", "a = p * _dropout_scale(p, p_drop, key, batch_offset)"
     mask_line = "return np.where(future, -np.inf, s).astype(q.dtype)"
     for words, ds, line in (
-        ("missing term: the probabilities of a row sum to 1, so one score changes all of them", p * dp, softmax_line),
-        ("missing line: the softmax has not been undone", dp, softmax_line),
-        ("wrong mask: the weights that dropout dropped did not reach the output", softmax(p, da), drop_line),
-        ("wrong value: the softmax made p; a came after it", softmax(a, dp), softmax_line),
-        ("wrong value: the softmax made p; a came after it", softmax(p, dp, a), softmax_line),
-        ("wrong value: the softmax made p; a came after it", softmax(a, dp, p), softmax_line),
-        ("wrong value: the sum in the softmax's gradient has another factor", softmax(p, dp, 1.0), softmax_line),
-        ("wrong axis: a softmax goes over the keys of a query", softmax(p, dp, axis=-2), softmax_line),
-        ("sign of the sum in the softmax's gradient", p * (dp + (dp * p).sum(-1, keepdims=True)), softmax_line),
+        ("missing term: the probabilities of a row sum to 1, so one score changes all of them", p * dp, SOFTMAX_LINE),
+        ("missing line: the softmax has not been undone", dp, SOFTMAX_LINE),
+        ("wrong mask: the weights that dropout dropped did not reach the output", softmax(p, da), DROP_LINE),
+        ("wrong value: the softmax made p; a came after it", softmax(a, dp), SOFTMAX_LINE),
+        ("wrong value: the softmax made p; a came after it", softmax(p, dp, a), SOFTMAX_LINE),
+        ("wrong value: the softmax made p; a came after it", softmax(a, dp, p), SOFTMAX_LINE),
+        ("wrong value: the sum in the softmax's gradient has another factor", softmax(p, dp, 1.0), SOFTMAX_LINE),
+        ("wrong axis: a softmax goes over the keys of a query", softmax(p, dp, axis=-2), SOFTMAX_LINE),
+        ("sign of the sum in the softmax's gradient", p * (dp + (dp * p).sum(-1, keepdims=True)), SOFTMAX_LINE),
         ("wrong mask: a query does not see positions of the future", softmax(p_all, dp), mask_line),
     ):
         yield "dq", words, ds @ k * scale, line
         yield "dk", words, ds.swapaxes(-1, -2) @ q * scale, line
-    ds = softmax(p, dp)
-    ds = ds * scale
+    ds = softmax(p, dp) * scale
     turned = "transposed: not a row of the matrix but a column goes into"
     yield "dq", f"{turned} it, or the other way round", ds.swapaxes(-1, -2) @ k, None
     yield "dk", f"{turned} a key's gradient: all queries that looked at it", ds @ q, None
@@ -483,7 +487,7 @@ def attention_mistakes(dy, qkv, lse, n_head, p_drop, key, batch_offset):
     yield "dq", "wrong value: of a product, each factor's gradient has the other factor", ds @ q, None
     yield "dk", "wrong value: of a product, each factor's gradient has the other factor", ds.swapaxes(-1, -2) @ k, None
     yield "dv", f"{turned} a value's gradient: all queries that looked at it", a @ dy, None
-    yield "dv", "wrong value: v was multiplied with the weights after dropout", p.swapaxes(-1, -2) @ dy, drop_line
+    yield "dv", "wrong value: v was multiplied with the weights after dropout", p.swapaxes(-1, -2) @ dy, DROP_LINE
     yield "dv", "wrong value: v was multiplied with the weights a, not with ds", ds.swapaxes(-1, -2) @ dy, None
     future = (p_all * drop).swapaxes(-1, -2) @ dy
     yield "dv", "wrong mask: a query does not see positions of the future", future, mask_line
@@ -492,7 +496,6 @@ def attention_mistakes(dy, qkv, lse, n_head, p_drop, key, batch_offset):
 
 def mlp_mistakes(dy, x, w_fc, w_proj, pre):
     act, t = gelu_ref(pre), np.tanh(K * (pre + A * pre**3))
-    gelu_line = "return 0.5 * z * (1 + np.tanh(K * (z + A * z**3)))"
     yield "dw_proj", "wrong value: the second layer was given what came out of the GELU", dy.T @ pre, None
     yield "dw_proj", "wrong value: act is what was multiplied, not its slope", dy.T @ gelu_slope_ref(pre), None
     first, second = 0.5 * (1 + t), 0.5 * pre * (1 - t**2)
@@ -508,9 +511,9 @@ def mlp_mistakes(dy, x, w_fc, w_proj, pre):
         ("missing line: the gradient has not passed the GELU", np.ones_like(pre)),
     ):
         dpre = dy @ w_proj * slope
-        yield "dx", words, dpre @ w_fc, gelu_line
-        yield "dw_fc", words, dpre.T @ x, gelu_line
-        yield "db_fc", words, dpre.sum(axis=0), gelu_line
+        yield "dx", words, dpre @ w_fc, GELU_LINE
+        yield "dw_fc", words, dpre.T @ x, GELU_LINE
+        yield "db_fc", words, dpre.sum(axis=0), GELU_LINE
     yield from _one_row(db_fc=dy @ w_proj * gelu_slope_ref(pre), db_proj=dy)
 
 

@@ -206,6 +206,12 @@ def zeros(shape, dtype):
 # The graph
 
 
+def check_numbers(array, words):
+    """Raise TypeError, with these words, if an array does not consist of real numbers."""
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{words}, got dtype {array.dtype}")
+
+
 class Tensor:
     """A float32 or float64 array that can be differentiated through.
 
@@ -227,8 +233,7 @@ class Tensor:
             raise TypeError("Tensor: data is a Tensor already; use it as it is, or its .data")
         data = np.asarray(data)
         if data.dtype not in FLOATS:
-            if data.dtype.kind not in "biuf":
-                raise TypeError(f"Tensor: data must be numbers, got dtype {data.dtype}")
+            check_numbers(data, "Tensor: data must be numbers")
             data = data.astype(np.float64 if data.dtype.kind == "f" and data.itemsize >= 8 else np.float32)
         self.data = data
         self.requires_grad = requires_grad

@@ -12,15 +12,14 @@ import copy
 
 import numpy as np
 
-from npgpt.engine import Tensor, empty, record
+from npgpt.engine import Tensor, check_numbers, empty, record
 
 
 def _as_tensor(x, like):
     if isinstance(x, Tensor):
         return x
     x = np.asarray(x)
-    if x.dtype.kind not in "biuf":
-        raise TypeError(f"a Tensor's partner must be a number or an array of numbers, got dtype {x.dtype}")
+    check_numbers(x, "a Tensor's partner must be a number or an array of numbers")
     return Tensor(x.astype(like.dtype))
 
 

@@ -84,11 +84,9 @@ def parse(argv):
         raise UsageError("give --epochs or --max-iters, not both")
     if "data" in given:
         given["data"] = tuple(given["data"])
-    if rest["resume"] == "":
-        raise UsageError("--resume names no file")
-    for flag, value in (("out-dir", given.get("out_dir")), ("init-from", given.get("init_from")), ("preset", name)):
+    for flag, value in {**rest, **given, "preset": name}.items():
         if value == "":
-            raise UsageError(f"--{flag} names nothing")
+            raise UsageError(f"--{flag.replace('_', '-')} names nothing")
     if rest["resume"] and rest["overwrite"]:
         raise UsageError("give --resume or --overwrite, not both")
     settings = {**(preset(name) if name else {}), **given}

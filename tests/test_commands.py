@@ -160,7 +160,7 @@ def test_help_needs_neither_numpy_nor_numba():
         ("--data", "expected at least one argument"),
         ("--max-iters 1" + 400 * "0", "max_iters must be at most 1,000,000,000,000,000, got a number of 401 digits"),
         ("--epochs 1e308", "epochs must be at most"),
-        ("--resume=", "--resume names no file"),
+        ("--resume=", "--resume names nothing"),
         ("--out-dir=", "--out-dir names nothing"),
         ("--init-from=", "--init-from names nothing"),
         ("--preset=", "--preset names nothing"),

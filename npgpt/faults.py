@@ -1234,8 +1234,8 @@ FAULTS = [
     Fault(
         "sampling: tokens without a text are drawn",
         "npgpt/sampling.py",
-        "logits = self._logits(contexts)[:, : self.vocab_size]",
-        "logits = self._logits(contexts)",
+        "probabilities(logits[:, : self.vocab_size],",
+        "probabilities(logits,",
         "Tokens beyond those of the tokenizer stand for nothing that could be shown.",
     ),
     Fault(

@@ -125,11 +125,9 @@ class Generation:
         return [self.texts[i][start + self.cached :] for i in self.alive]
 
     def _logits(self, contexts):
-        """(texts alive, V): what the next tokens are chosen from, which `logits` keeps."""
-        self.logits = self._forward() if self.decoder is None else self._decode(contexts)
-        return self.logits
-
-    def _decode(self, contexts):
+        """(texts alive, V): the model's scores of the next tokens."""
+        if self.decoder is None:
+            return self._forward()
         alive, position, n = self.alive, self.cached, len(contexts[0])
         if n == 1:  # what was chosen last
             tokens = [context[0] for context in contexts]
@@ -198,14 +196,14 @@ class Generation:
 
     def _choose(self, contexts):
         """Draw one token of each text, with all controls -> the log-probabilities, or None."""
-        logits = self._logits(contexts)[:, : self.vocab_size]
-        p = probabilities(logits, [self.texts[i] for i in self.alive], self.controls)
+        logits = self._logits(contexts)
+        p = probabilities(logits[:, : self.vocab_size], [self.texts[i] for i in self.alive], self.controls)
         tokens = choose(p, [self.rngs[i].random() for i in self.alive])
         for i, token in zip(self.alive, tokens, strict=True):
             self.drawn[i] = [token]
         if not self.logprobs:
             return None
-        logits = self.logits  # with those that are never chosen: the model gives them a share all the same
+        # with the tokens that are never chosen: the model gives them a share all the same
         z = logits - logits.max(axis=1, keepdims=True)
         found = z[np.arange(len(z)), tokens] - np.log(np.exp(z, dtype=np.float64).sum(axis=1))
         return found.tolist()

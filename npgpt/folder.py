@@ -182,15 +182,14 @@ class RunFolder:
         old_tokens = (path for path in self.path.glob("tokens-*.bin") if path.name != tokens)
         self._remove([*checkpoints(self.path), self.path / "metrics.jsonl", *old_tokens])
 
-    def forget_after(self, iteration, opened=None):
+    def forget_after(self, iteration, opened):
         """Set aside the checkpoints beyond `iteration`, and the log: a run that is resumed from there makes its own.
 
         opened: the checkpoint that it goes on from; another one of the same iteration is set aside, too.
         Raises CheckpointError if the log cannot be copied.
         """
-        numbers = {path: int(_NAME.fullmatch(path.name)[1]) for path in checkpoints(self.path)}
-        is_its_own = opened is not None and opened.name in {path.name for path in numbers}
-        later = [path for path, n in numbers.items() if n > iteration or (n == iteration and opened and not is_its_own)]
+        numbers = [(int(_NAME.fullmatch(path.name)[1]), path) for path in checkpoints(self.path)]
+        later = [path for n, path in numbers if n > iteration or (n == iteration and path.name != opened.name)]
         log = self.path / "metrics.jsonl"
         if later and log.exists():
             copy = free_name(log)
@@ -220,9 +219,17 @@ class RunFolder:
         Returns its path, which begins with `name`; tokens_file finds it.
         """
         temporary = self.path / f"{name}.bin.{os.getpid()}{checkpoint.TEMPORARY}"
+        digest = hashlib.sha256()
+
+        def hashed():
+            for part in parts:
+                if len(part):
+                    digest.update(part)
+                    yield memoryview(part).cast("B")
+
         try:
-            checkpoint.write(temporary, (memoryview(part).cast("B") for part in parts if len(part)))
-            path = _tokens_path(self.path, name, temporary)
+            checkpoint.write(temporary, hashed())
+            path = _tokens_path(self.path, name, digest)
             os.replace(temporary, path)
             checkpoint.flush_folder(self.path)
             return path
@@ -277,23 +284,24 @@ def free_name(path):
     return next(aside for name in names if not (aside := path.with_name(path.name + name)).exists())
 
 
-def _tokens_path(folder, name, file):
-    """What a file of tokens must be named in a folder: after what is in it.  Raises OSError."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as tokens:
-        while part := tokens.read(checkpoint.CHUNK):
-            digest.update(part)
+def _tokens_path(folder, name, digest):
+    """What a file of tokens must be named in a folder: after what is in it."""
     return Path(folder) / f"{name}-{digest.hexdigest()[:16]}.bin"
 
 
 def tokens_file(path, name):
     """The path of a folder's token file that begins with `name`, if it is whole, or None.  Raises CheckpointError."""
     for found in Path(path).glob(f"{name}-*.bin"):
+        digest = hashlib.sha256()
         try:
-            if found == _tokens_path(path, name, found):
-                return found
+            with open(found, "rb") as tokens:
+                while part := tokens.read(checkpoint.CHUNK):
+                    digest.update(part)
         except OSError as error:
             raise CheckpointError(f"cannot read {found}: {error.strerror}") from None
+        if found == _tokens_path(path, name, digest):
+            return found
+    return None
 
 
 def _row_before(line, iteration):

@@ -126,11 +126,12 @@ class Trainer:
 
         Raises CheckpointError if there is no good checkpoint, and UsageError if data or changes do not fit it.
         """
-        path, reader, there = Path(path), None, ()
+        path = Path(path)
+        found, reader, there = None, None, ()
         with contextlib.ExitStack() as stack:
 
             def begin():
-                nonlocal reader, there
+                nonlocal found, reader, there
                 if path.suffix == ".safetensors" and not path.exists():
                     raise CheckpointError(f"there is no checkpoint {path}")
                 found, out_dir = (path, path.parent) if path.is_file() else (folder.newest(path), path)
@@ -147,7 +148,7 @@ class Trainer:
 
             state, out_dir = world.first(begin)
             trainer = cls._resume(path, Path(out_dir), reader, state, changes, profile, force, stop, world)
-            trainer.there = there
+            trainer.opened, trainer.there = found, there
             return trainer
 
     @classmethod
@@ -161,7 +162,6 @@ class Trainer:
         trainer.config = world.agree(lambda: dataclasses.replace(before, **{**changes, "out_dir": str(out_dir)}))
         trainer.profile, trainer.force, trainer.world = profile, force, world
         trainer.out_dir, trainer.overwrite = out_dir, False
-        trainer.opened = None if reader is None else Path(reader.path)
         world.agree(lambda: _check_fixed(before, trainer.config))
         trainer._prepare(stop, state)
         trainer._restore(reader, state, before, path)

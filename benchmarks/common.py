@@ -54,17 +54,18 @@ def peak_memory():
 
 
 def machine(packages):
-    """The processor's name and the versions of what ran on it."""
-    from npgpt.parallel import cpu_name
+    """The processor's name, what it is to NumPy's BLAS, and the versions of what ran on it."""
+    from npgpt.parallel import blas_kernels, cpu_name
 
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    return {"cpu": cpu_name(), "versions": versions}
+    return {"cpu": cpu_name(), "blas_kernels": blas_kernels(), "versions": versions}
 
 
 def machine_line(found, cores):
     """The first line of a report; found: what machine() returned."""
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    return f"machine   {found['cpu']}, {cores} cores; {versions}"
+    blas = f", BLAS kernels for {found['blas_kernels']}" if found["blas_kernels"] else ""
+    return f"machine   {found['cpu']}, {cores} cores{blas}; {versions}"
 
 
 def positive(text):

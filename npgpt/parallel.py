@@ -36,13 +36,13 @@ from npgpt.ranks import ALONE
 # --------------------------------------------------------------------------------------------------------------------
 # BLAS threads
 
-# what the libraries that NumPy is built with call their setters and getters
-_SETTERS = (
-    ("scipy_openblas_set_num_threads64_", "scipy_openblas_get_num_threads64_"),
-    ("scipy_openblas_set_num_threads", "scipy_openblas_get_num_threads"),
-    ("openblas_set_num_threads64_", "openblas_get_num_threads64_"),
-    ("openblas_set_num_threads", "openblas_get_num_threads"),
-    ("MKL_Set_Num_Threads", "MKL_Get_Max_Threads"),
+# what the libraries that NumPy is built with call what sets their number of threads, and tells it, and their kernels
+_NAMES = (
+    ("scipy_openblas_set_num_threads64_", "scipy_openblas_get_num_threads64_", "scipy_openblas_get_corename64_"),
+    ("scipy_openblas_set_num_threads", "scipy_openblas_get_num_threads", "scipy_openblas_get_corename"),
+    ("openblas_set_num_threads64_", "openblas_get_num_threads64_", "openblas_get_corename64_"),
+    ("openblas_set_num_threads", "openblas_get_num_threads", "openblas_get_corename"),
+    ("MKL_Set_Num_Threads", "MKL_Get_Max_Threads", None),
 )
 
 
@@ -60,13 +60,13 @@ def _blas_libraries():
 
 @functools.cache
 def _blas_functions():
-    """(set, get) of the number of threads of NumPy's BLAS, or None where it is not one we know."""
+    """The functions of NumPy's BLAS that _NAMES lists, or None where it is not one we know."""
     for path in _blas_libraries():
         with contextlib.suppress(OSError):
             library = ctypes.CDLL(path)
-            for setter, getter in _SETTERS:
+            for setter, getter, kernels in _NAMES:
                 if hasattr(library, setter):
-                    return getattr(library, setter), getattr(library, getter)
+                    return getattr(library, setter), getattr(library, getter), getattr(library, kernels or "", None)
     return None
 
 
@@ -76,6 +76,19 @@ def get_blas_threads():
     return None if functions is None else int(functions[1]())
 
 
+def blas_kernels():
+    """The processor whose kernels OpenBLAS uses on this one, by its name for it, or None for another BLAS.
+
+    It picks them when NumPy is loaded, unless the user names some in OPENBLAS_CORETYPE.  Those of "Haswell" use AVX2,
+    those of "SkylakeX" AVX-512, which can be twice as fast.
+    """
+    functions = _blas_functions()
+    if functions is None or functions[2] is None:
+        return None
+    functions[2].restype = ctypes.c_char_p
+    return functions[2]().decode("ascii", "replace")
+
+
 @contextlib.contextmanager
 def blas_threads(n):
     """Within this context a matrix product uses n threads.  Where that cannot be set, nothing happens."""
@@ -83,7 +96,7 @@ def blas_threads(n):
     if functions is None:
         yield
         return
-    setter, getter = functions
+    setter, getter, _ = functions
     before = getter()
     try:
         setter(n)

@@ -115,13 +115,14 @@ def describe(trainer):
     if trainer.n_characters is not None:
         length = f"{trainer.n_bytes:,} bytes of UTF-8, {trainer.n_characters:,} characters, "
     kernels = f"numba {jit.numba.__version__}" if jit.KERNELS == "numba" else "NumPy references instead of kernels"
+    blas = parallel.blas_kernels()
     ranks = [f"ranks   | {world.size}, {world.local_size} of them on this machine; workers and memory are each one's"]
     return "\n".join(
         (
             f"npgpt   | version {__version__}, numpy {np.__version__}, {kernels}",
             f"device  | {parallel.cpu_name()}, {parallel.cores()} cores: "
             f"{trainer.workers} workers x {trainer.blas_threads} BLAS threads, "
-            f"sgemm {trainer.sgemm_peak / 1e9:,.0f} GFLOP/s",
+            f"sgemm {trainer.sgemm_peak / 1e9:,.0f} GFLOP/s{f' by kernels for {blas}' if blas else ''}",
             *(ranks if world.size > 1 else ()),
             f"data    | {' '.join(config.data)}: {length}{trainer.tokenizer.vocab_size:,} different tokens",
             *(f"        | {line}" for line in examine(trainer)),

@@ -30,7 +30,7 @@ from npgpt.engine import NotFinite, finite_checks, random_stream
 from npgpt.errors import BusyError, CheckpointError, DivergedError, GradientError, StoppedError, UsageError, quoted
 from npgpt.model import GPT
 from npgpt.optim import AdamW, Muon, clip_scale, cosine_lr
-from npgpt.parallel import DataParallel, blas_threads, choose_threads, cpu_name, sgemm_peak
+from npgpt.parallel import DataParallel, blas_kernels, blas_threads, choose_threads, cpu_name, sgemm_peak
 from npgpt.profiler import profiling
 from npgpt.ranks import ALONE, share
 from npgpt.sampling import Writer, unprompted
@@ -326,6 +326,7 @@ class Trainer:
             "processor": cpu_name(),
             "workers": self.workers,
             "blas_threads": self.blas_threads,
+            "blas_kernels": blas_kernels(),
         }
 
     def _versions(self):
@@ -363,7 +364,7 @@ class Trainer:
             self.optimizer.step, self.skipped = int(state["optimizer_step"]), int(state["skipped"])
             self.best_loss = math.inf if state["best_loss"] is None else float(state["best_loss"])
             self.best_iter, self.elapsed = int(state["best_iter"]), float(state["elapsed_s"])
-            environment = {"ranks": 1, **state["environment"]}
+            environment = {"ranks": 1, "blas_kernels": blas_kernels(), **state["environment"]}  # if it does not say
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: the state of the run is not complete ({error})") from None
         for name, value in self.environment.items():

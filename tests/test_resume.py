@@ -243,9 +243,12 @@ def test_what_may_change_is_said_and_logged(interrupted):
 
 
 def test_other_surroundings_are_said(interrupted, monkeypatch):
+    was = trainer.blas_kernels()
+    monkeypatch.setattr(trainer, "blas_kernels", lambda: "Other")
     again = Trainer.resume(interrupted.out_dir, {"workers": 1})
     texts = [event.text for event in again.run() if isinstance(event, Notice)]
-    assert "workers was 2 and is 1: the run goes on, but not with the same bits" in texts
+    for name, before, now in (("workers", 2, 1), ("blas_kernels", was, "Other")):
+        assert f"{name} was {before} and is {now}: the run goes on, but not with the same bits" in texts
 
 
 @pytest.mark.parametrize(

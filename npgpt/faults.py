@@ -888,9 +888,9 @@ FAULTS = [
     Fault(
         "muon kernel: the symmetric half is left as it was",
         "npgpt/optim.py",
-        "                out[n, i, j] = out[n, j, i]\n",
-        "                out[n, i, j] = out[n, i, j]\n",
-        "Only the lower half was computed.",
+        "                transpose(out[n, :i, i:end], out[n, i:end, :i])\n",
+        "                pass\n",
+        "Only the blocks on the diagonal and below were computed.",
         kernel=True,
     ),
     Fault(

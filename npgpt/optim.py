@@ -11,7 +11,7 @@ import numpy as np
 from npgpt.engine import BufferPool, empty, reuse_buffers
 from npgpt.jit import kernel, replaces
 from npgpt.profiler import measured
-from npgpt.tiles import product
+from npgpt.tiles import product, transpose
 
 ALIGN = 16  # parameters start at multiples of this many elements (64 bytes in float32)
 
@@ -192,9 +192,8 @@ def symmetric_product(out, a, b):
         for i in range(0, m, 32):
             end = min(i + 32, m)
             product(out[n, i:end, :end], a[n, i:end], b[n], False)
-        for i in range(m):
-            for j in range(i + 1, m):
-                out[n, i, j] = out[n, j, i]
+            if i > 0:  # what lies above the diagonal block is what lies to the left of it
+                transpose(out[n, :i, i:end], out[n, i:end, :i])
 
 
 def newton_schulz_ref(square, gram):

@@ -894,6 +894,14 @@ FAULTS = [
         kernel=True,
     ),
     Fault(
+        "muon kernel: nearly symmetric only",
+        "npgpt/optim.py",
+        "                    out[n, row, column] = out[n, column, row]\n",
+        "                    pass\n",
+        "The two halves of a diagonal block were rounded differently, and the iteration makes the difference larger.",
+        kernel=True,
+    ),
+    Fault(
         "muon: a tall matrix by its rows",
         "npgpt/optim.py",
         "np.matmul(*((q, x) if rows == m else (x, q)), out",

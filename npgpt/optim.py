@@ -192,8 +192,14 @@ def symmetric_product(out, a, b):
         for i in range(0, m, 32):
             end = min(i + 32, m)
             product(out[n, i:end, :end], a[n, i:end], b[n], False)
-            if i > 0:  # what lies above the diagonal block is what lies to the left of it
+        # the rest is a mirror image, to the last bit: the iteration would make a difference larger
+        for i in range(0, m, 16):
+            end = min(i + 16, m)
+            if i > 0:
                 transpose(out[n, :i, i:end], out[n, i:end, :i])
+            for row in range(i, end):
+                for column in range(row + 1, end):
+                    out[n, row, column] = out[n, column, row]
 
 
 def newton_schulz_ref(square, gram):

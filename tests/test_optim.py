@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from npgpt import GPT, AdamW, GPTConfig, Tensor
+from npgpt.jit import KERNELS
 from npgpt.nn import Linear, Module
 from npgpt.optim import ALIGN, FlatParameters, Muon, clip_scale, cosine_lr, inverse_root, sum_of_squares
+from npgpt.optim import symmetric_product as product
 
 
 def small_gpt(seed=1, dtype=np.float64):
@@ -268,6 +270,17 @@ def test_orthogonalize_keeps_the_directions_and_levels_their_lengths(shape, dtyp
     assert np.abs(lengths - diagonal[:, :, None] * np.eye(shape[1])).max() < 1e-3
     well = s > 0.05 * np.linalg.norm(x, axis=(1, 2))[:, None]
     assert (diagonal[well] > 0.65).all() and (diagonal < 1.25).all() and (diagonal > 0).all()
+
+
+@pytest.mark.skipif(KERNELS != "numba", reason="the reference computes both halves")
+@pytest.mark.parametrize("m", [1, 16, 33, 70])
+def test_symmetric_products_are_symmetric_to_the_last_bit(m):
+    x = np.random.default_rng(m).normal(size=(2, m, m)).astype(np.float32)
+    a = x + x.swapaxes(1, 2)
+    b = a @ a
+    out = np.empty_like(a)
+    product(out, a, (b + b.swapaxes(1, 2)) / 2)
+    np.testing.assert_array_equal(out, out.swapaxes(1, 2))
 
 
 def test_muon_takes_orthogonal_steps_on_hidden_matrices_and_adamws_on_the_rest():

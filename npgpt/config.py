@@ -171,7 +171,7 @@ PRESETS = {
         dict(
             data=("shakespeare",), n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0,
             max_iters=440, optimizer="muon", learning_rate=5e-3, muon_learning_rate=0.04, muon_momentum=0.85,
-            min_lr=4e-4, warmup_iters=10, beta2=0.99, weight_decay=0.0, eval_interval=215, eval_iters=20,
+            min_lr=4e-4, warmup_iters=10, beta2=0.99, weight_decay=0.0, eval_interval=220, eval_iters=20,
         ),
     ),
     "gpt2": (

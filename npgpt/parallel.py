@@ -66,7 +66,8 @@ def _blas_functions():
             library = ctypes.CDLL(path)
             for setter, getter, kernels in _NAMES:
                 if hasattr(library, setter):
-                    return getattr(library, setter), getattr(library, getter), getattr(library, kernels or "", None)
+                    named = kernels and getattr(library, kernels, None)
+                    return getattr(library, setter), getattr(library, getter), named
     return None
 
 

@@ -328,8 +328,12 @@ def _factor(case, c):
         return "rounding: it is nearly right; is something float32 on the way?", None
     if _is(c, -1):
         return "sign: every entry has the wrong one", None
-    for sign, factor in (("", c), ("sign, and ", -c)):
-        times = f"{sign}constant factor: every entry is {_digits(factor)} times what it must be"
+
+    def times(sign, factor):
+        return f"{sign}constant factor: every entry is {_digits(factor)} times what it must be"
+
+    ways = ("", c), ("sign, and ", -c)
+    for sign, factor in ways:
         for name, n in case.lengths.items():
             if _is(factor, 1 / n):
                 return f"{sign}mean instead of sum: every entry is 1/{n} of what is right, and {name} = {n}", None
@@ -338,9 +342,8 @@ def _factor(case, c):
         for name, (value, line) in case.factors.items():
             for power, called in ((value, name), (1 / value, f"1 / ({name})" if " " in name else f"1 / {name}")):
                 if _is(factor, power):
-                    return f"{times}, which is {called}", line
-    sign = "sign, and " if c < 0 else ""
-    return f"{sign}constant factor: every entry is {_digits(abs(c))} times what it must be", None
+                    return f"{times(sign, factor)}, which is {called}", line
+    return times(*ways[c < 0]), None  # the one whose factor is positive
 
 
 def _digits(c):

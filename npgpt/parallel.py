@@ -67,6 +67,8 @@ def _blas_functions():
             for setter, getter, kernels in _NAMES:
                 if hasattr(library, setter):
                     named = kernels and getattr(library, kernels, None)
+                    if named is not None:
+                        named.restype = ctypes.c_char_p
                     return getattr(library, setter), getattr(library, getter), named
     return None
 
@@ -86,7 +88,6 @@ def blas_kernels():
     functions = _blas_functions()
     if functions is None or functions[2] is None:
         return None
-    functions[2].restype = ctypes.c_char_p
     return functions[2]().decode("ascii", "replace")
 
 

@@ -204,7 +204,8 @@ def scaled(which, factor):
     def change(function):
         def changed(*args):
             function(*args)
-            args[which][...] *= factor
+            if args[which] is not None:  # the output layer has no bias
+                args[which][...] *= factor
 
         return changed
 

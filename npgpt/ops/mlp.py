@@ -117,7 +117,8 @@ def mlp_forward(y, pre, x, w_fc, b_fc, w_proj, b_proj):
     np.matmul(x, w_fc.T, out=pre)
     bias_gelu_forward(act, pre, b_fc)
     np.matmul(act, w_proj.T, out=y)
-    add_bias(y, b_proj)
+    if b_proj is not None:
+        add_bias(y, b_proj)
 
 
 @replaces(mlp_backward_ref, flops=lambda dx, dw_fc, db_fc, dw_proj, *_: 4 * len(dx) * (dw_fc.size + dw_proj.size))
@@ -125,7 +126,8 @@ def mlp_backward(dx, dw_fc, db_fc, dw_proj, db_proj, dy, x, w_fc, w_proj, pre):
     grad, act = empty((2, *pre.shape), pre.dtype)  # each (N, F)
     # y = act @ w_proj.T + b_proj
     np.matmul(dy, w_proj, out=grad)  # dact
-    sum_rows(db_proj, dy)
+    if db_proj is not None:
+        sum_rows(db_proj, dy)
     # act = gelu(pre)
     gelu_backward(grad, act, db_fc, pre)  # grad: dpre
     np.matmul(dy.T, act, out=dw_proj)
@@ -151,7 +153,7 @@ def mlp(x, w_fc, b_fc, w_proj, b_proj):
     rows = as_rows(x.data)  # (N, C)
     N, F, C_out = len(rows), w_fc.shape[0], w_proj.shape[0]
     b_fc_data = np.zeros(F, x.dtype) if b_fc is None else b_fc.data
-    b_proj_data = np.zeros(C_out, x.dtype) if b_fc is None else b_proj.data
+    b_proj_data = None if b_fc is None else b_proj.data
     y, pre = empty((N, C_out), x.dtype), empty((N, F), x.dtype)
     mlp_forward(y, pre, rows, w_fc.data, b_fc_data, w_proj.data, b_proj_data)
     parents = (x, w_fc, w_proj) if b_fc is None else (x, w_fc, b_fc, w_proj, b_proj)
@@ -159,7 +161,7 @@ def mlp(x, w_fc, b_fc, w_proj, b_proj):
     def backward(dy):
         dx, dw_fc, dw_proj = x.new_grad(), w_fc.new_grad(), w_proj.new_grad()
         db_fc = empty((F,), x.dtype) if b_fc is None else b_fc.new_grad()
-        db_proj = empty((C_out,), x.dtype) if b_fc is None else b_proj.new_grad()
+        db_proj = None if b_fc is None else b_proj.new_grad()
         mlp_backward(
             dx.reshape(rows.shape), dw_fc, db_fc, dw_proj, db_proj,
             as_rows(dy), rows, w_fc.data, w_proj.data, pre,

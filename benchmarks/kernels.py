@@ -44,6 +44,9 @@ class Cases:
     def tokens(self, *shape):
         return self.rng.integers(0, self.V, shape)
 
+    def matmul(self):
+        return self.new(self.N, self.C), self.new(4 * self.C, self.C).T
+
     def embedding_forward(self):
         idx = self.tokens(self.B, self.T)
         return idx, self.new(self.V, self.C), self.new(self.T, self.C)
@@ -170,9 +173,9 @@ def main(argv=None):
 
     import npgpt.model
     import npgpt.optim  # noqa: F401  (both for their pairs)
+    from npgpt.blas import blas_threads, sgemm_peak
     from npgpt.engine import BufferPool, reuse_buffers
-    from npgpt.jit import KERNELS, PAIRS
-    from npgpt.parallel import blas_threads, cores, sgemm_peak
+    from npgpt.jit import KERNELS, PAIRS, cores
 
     if KERNELS != "numba":
         raise UsageError("with NPGPT_KERNELS=numpy there is nothing to measure: the references are all that runs")

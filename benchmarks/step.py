@@ -157,7 +157,7 @@ def check_losses(sides, tolerance=TOLERANCE):
 
 def measure(options):
     """Run the benchmark; returns everything that is printed, as a dict for JSON."""
-    from npgpt.parallel import blas_threads, sgemm_peak
+    from npgpt.blas import blas_threads, sgemm_peak
 
     workload = WORKLOADS[options.workload]
     sides = [Stepper("npgpt", npgpt_side, options)]
@@ -236,7 +236,7 @@ def main(argv=None):
     if options.peer != "none" and importlib.util.find_spec("torch") is None:
         raise UsageError("PyTorch is not installed: pip install torch, or measure npgpt alone with --peer none")
 
-    from npgpt.parallel import cores
+    from npgpt.jit import cores
 
     options.cores = cores()
     result = measure(options)

@@ -16,10 +16,10 @@ import numpy as np
 from checks import check, difference, finish
 
 from npgpt import GPT, AdamW, GPTConfig, Tensor, no_grad
+from npgpt.blas import blas_threads
 from npgpt.data import load_text
 from npgpt.gradcheck import numeric_grad
 from npgpt.optim import FlatParameters, clip_scale
-from npgpt.parallel import blas_threads
 from npgpt.tokenizer import CharTokenizer
 
 # Text to tokens: the language reference that comes with Python.  Its last tenth is held back.

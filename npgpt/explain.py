@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from npgpt import checkpoint
+from npgpt.blas import blas_threads
 from npgpt.command import Parser, add_model, open_model, show_all
 from npgpt.config import SAMPLE
 from npgpt.engine import no_grad, observed
@@ -34,7 +35,6 @@ from npgpt.jit import PAIRS
 from npgpt.model import GPT
 from npgpt.ops.attention import attention_weights_ref
 from npgpt.ops.cross_entropy import cross_entropy_forward_ref
-from npgpt.parallel import blas_threads
 from npgpt.sampling import unprompted
 
 PROG = "python -m npgpt.explain"

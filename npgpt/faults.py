@@ -353,7 +353,7 @@ FAULTS = [
     Fault(
         "linear kernel: the weight's gradient is transposed",
         "npgpt/ops/linear.py",
-        "    np.matmul(dy.T, x, out=dweight)\n",
+        "    matmul(dweight, dy.T, x)\n",
         "    dweight[...] = (x.T @ dy).reshape(dweight.shape)\n",
         "x^T dy is the transpose of what is wanted; reshaping it makes the shapes agree, and the figures no righter.",
         kernel=True,
@@ -653,8 +653,8 @@ FAULTS = [
     Fault(
         "mlp kernel: second weight from the value before the activation",
         "npgpt/ops/mlp.py",
-        "    np.matmul(dy.T, act, out=dw_proj)\n",
-        "    np.matmul(dy.T, pre, out=dw_proj)\n",
+        "    matmul(dw_proj, dy.T, act)\n",
+        "    matmul(dw_proj, dy.T, pre)\n",
         "The second layer multiplied what came out of the GELU.",
         kernel=True,
     ),
@@ -904,8 +904,8 @@ FAULTS = [
     Fault(
         "muon: a tall matrix by its rows",
         "npgpt/optim.py",
-        "np.matmul(*((q, x) if rows == m else (x, q)), out",
-        "np.matmul(*((q, x) if rows == m else (x, q @ q)), out",
+        "matmul(step, *((q, x) if rows == m else (x, q)))",
+        "matmul(step, *((q, x) if rows == m else (x, q @ q)))",
         "One factor (x^T x)^(-1/2) makes the columns orthonormal.",
     ),
     # ----------------------------------------------------------------------------------------------------------------

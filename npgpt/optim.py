@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 
+from npgpt.blas import matmul
 from npgpt.engine import BufferPool, empty, reuse_buffers
 from npgpt.jit import kernel, replaces
 from npgpt.profiler import measured
@@ -288,7 +289,8 @@ class Muon(AdamW):
             g /= norms[-1] ** 2  # as if x had been divided by its norm: then no singular value is larger than 1
         for q, norm, (weights, _, x) in zip(inverse_root(gram), norms, members, strict=True):
             rows, columns = x.shape
-            step = np.matmul(*((q, x) if rows == m else (x, q)), out=empty(x.shape, x.dtype))
+            step = empty(x.shape, x.dtype)
+            matmul(step, *((q, x) if rows == m else (x, q)))
             step *= lr * self.rate * math.sqrt(max(1, rows / columns)) / norm
             if self.weight_decay:
                 weights *= 1 - lr * self.weight_decay

@@ -1,4 +1,4 @@
-"""Threads: how many matrix products use, and a batch split over workers that share one set of weights.
+"""Threads: a batch split over workers that share one set of weights.
 
 NumPy's matrix product and the compiled kernels release Python's global lock, so threads run side by side.  Each worker
 takes a share of the batch through a model of its own, whose weights are views of the same memory and whose gradients
@@ -14,17 +14,14 @@ gradients of the last ones are on their way to other machines.
 """
 
 import contextlib
-import ctypes
-import functools
 import itertools
 import os
 import platform
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 
+from npgpt.blas import blas_threads
 from npgpt.crew import Crew
 from npgpt.engine import BufferPool, no_grad, random_stream, record, reuse_buffers
 from npgpt.gradcheck import replaced
@@ -34,78 +31,7 @@ from npgpt.optim import FlatParameters, sum_of_squares
 from npgpt.ranks import ALONE
 
 # --------------------------------------------------------------------------------------------------------------------
-# BLAS threads
-
-# what the libraries that NumPy is built with call what sets their number of threads, and tells it, and their kernels
-_NAMES = (
-    ("scipy_openblas_set_num_threads64_", "scipy_openblas_get_num_threads64_", "scipy_openblas_get_corename64_"),
-    ("scipy_openblas_set_num_threads", "scipy_openblas_get_num_threads", "scipy_openblas_get_corename"),
-    ("openblas_set_num_threads64_", "openblas_get_num_threads64_", "openblas_get_corename64_"),
-    ("openblas_set_num_threads", "openblas_get_num_threads", "openblas_get_corename"),
-    ("MKL_Set_Num_Threads", "MKL_Get_Max_Threads", None),
-)
-
-
-def _blas_libraries():
-    """Paths of the BLAS libraries that this process has loaded, or may have loaded, for NumPy."""
-    numpy_folder = Path(np.__file__).parent
-    for folder in (numpy_folder.parent / "numpy.libs", numpy_folder / ".dylibs"):
-        if folder.is_dir():
-            yield from sorted(str(path) for path in folder.iterdir() if "openblas" in path.name)
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):
-            mapped = {line.split(maxsplit=5)[-1].strip() for line in Path("/proc/self/maps").read_text().splitlines()}
-            yield from sorted(p for p in mapped if "blas" in os.path.basename(p) or "mkl_rt" in os.path.basename(p))
-
-
-@functools.cache
-def _blas_functions():
-    """The functions of NumPy's BLAS that _NAMES lists, or None where it is not one we know."""
-    for path in _blas_libraries():
-        with contextlib.suppress(OSError):
-            library = ctypes.CDLL(path)
-            for setter, getter, kernels in _NAMES:
-                if hasattr(library, setter):
-                    named = kernels and getattr(library, kernels, None)
-                    if named is not None:
-                        named.restype = ctypes.c_char_p
-                    return getattr(library, setter), getattr(library, getter), named
-    return None
-
-
-def get_blas_threads():
-    """Threads that a matrix product uses, or None where that is not known."""
-    functions = _blas_functions()
-    return None if functions is None else int(functions[1]())
-
-
-def blas_kernels():
-    """The processor whose kernels OpenBLAS uses on this one, by its name for it, or None for another BLAS.
-
-    It picks them when NumPy is loaded, unless the user names some in OPENBLAS_CORETYPE.  Those of "Haswell" use AVX2,
-    those of "SkylakeX" AVX-512, which can be twice as fast.
-    """
-    functions = _blas_functions()
-    if functions is None or functions[2] is None:
-        return None
-    return functions[2]().decode("ascii", "replace")
-
-
-@contextlib.contextmanager
-def blas_threads(n):
-    """Within this context a matrix product uses n threads.  Where that cannot be set, nothing happens."""
-    functions = _blas_functions()
-    if functions is None:
-        yield
-        return
-    setter, getter, _ = functions
-    before = getter()
-    try:
-        setter(n)
-        yield
-    finally:
-        setter(before)
-
+# How many
 
 def cpu_name():
     """What the processor calls itself."""
@@ -114,24 +40,6 @@ def cpu_name():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def sgemm_peak(seconds=0.25, n=1536):
-    """(FLOP/s, cores busy with it) of products of two (n, n) float32 matrices: the best of those done in `seconds`.
-
-    With the BLAS threads that are set.  It is the roof over every training step: there is next to nothing in one but
-    matrix products.
-    """
-    a = np.ones((n, n), np.float32)
-    out = np.empty_like(a)
-    runs, end = [], time.perf_counter() + seconds
-    np.matmul(a[:128], a, out=out[:128])  # wakes the threads
-    while not runs or time.perf_counter() < end:
-        start, start_cpu = time.perf_counter(), time.process_time()
-        np.matmul(a, a, out=out)
-        took = time.perf_counter() - start
-        runs.append((2 * n**3 / took, (time.process_time() - start_cpu) / took))
-    return max(runs)
 
 
 TOKENS_PER_WORKER = 256

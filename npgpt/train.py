@@ -109,13 +109,14 @@ def describe(trainer):
     import numpy as np
 
     from npgpt import jit, parallel
+    from npgpt.blas import blas_kernels
 
     config, model, world = trainer.config, trainer.model.config, trainer.world
     length = ""
     if trainer.n_characters is not None:
         length = f"{trainer.n_bytes:,} bytes of UTF-8, {trainer.n_characters:,} characters, "
     kernels = f"numba {jit.numba.__version__}" if jit.KERNELS == "numba" else "NumPy references instead of kernels"
-    blas = parallel.blas_kernels()
+    blas = blas_kernels()
     ranks = [f"ranks   | {world.size}, {world.local_size} of them on this machine; workers and memory are each one's"]
     return "\n".join(
         (

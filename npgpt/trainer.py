@@ -24,13 +24,14 @@ import numpy as np
 
 from npgpt import __version__, checkpoint, folder, hub, jit, memory
 from npgpt.audit import BOUND, Audit, Auditor
+from npgpt.blas import blas_kernels, blas_threads, sgemm_peak
 from npgpt.config import BPE_VOCAB_SIZE, DROPOUT, SAMPLE, TrainConfig, check_tokenizer
 from npgpt.data import PIECE, Blocks, Corpus, EvaluationBlocks, TokenFiles, map_tokens, open_data, repeated_lines, split
 from npgpt.engine import NotFinite, finite_checks, random_stream
 from npgpt.errors import BusyError, CheckpointError, DivergedError, GradientError, StoppedError, UsageError, quoted
 from npgpt.model import GPT
 from npgpt.optim import AdamW, Muon, clip_scale, cosine_lr
-from npgpt.parallel import DataParallel, blas_kernels, blas_threads, choose_threads, cpu_name, sgemm_peak
+from npgpt.parallel import DataParallel, choose_threads, cpu_name
 from npgpt.profiler import profiling
 from npgpt.ranks import ALONE, share
 from npgpt.sampling import Writer, unprompted

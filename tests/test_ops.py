@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import npgpt.optim  # noqa: F401  (its pairs, too, are to be found in jit.PAIRS)
-from npgpt import GPT, GPTConfig, Tensor, jit, random_stream
+from npgpt import GPT, GPTConfig, Tensor, blas, jit, random_stream
+from npgpt.blas import DEPTH, SMALL
 from npgpt.ops import primitives
 from npgpt.ops.attention import QUERY_BLOCK, attention_forward_ref, causal_attention
 from npgpt.ops.cross_entropy import cross_entropy, cross_entropy_forward_ref
@@ -17,6 +18,7 @@ from npgpt.ops.embedding import embedding
 from npgpt.ops.layernorm import layernorm, layernorm_forward_ref
 from npgpt.ops.linear import linear
 from npgpt.ops.mlp import gelu_ref, mlp, mlp_forward_ref
+from npgpt.tiles import VECTOR
 
 KEY = np.uint32(0xC0FFEE)
 DTYPES = [np.float32, np.float64]
@@ -119,6 +121,15 @@ def nesterov_case(new, n, mu):
     return new(n), new(n), 0.3, mu
 
 
+def matmul_case(new, M, K, N, a_lies, b_lies):
+    return as_it_lies(new(M, K), a_lies), as_it_lies(new(K, N), b_lies)
+
+
+def as_it_lies(x, how):
+    """The same numbers with rows in a row, with columns in a row ("F"), or with gaps in between."""
+    return np.repeat(x, 2, axis=1)[:, ::2] if how == "gaps" else np.array(x, order=how)
+
+
 def adamw_case(new, n, weight_decay, step):
     p, m, v, g = new(n), new(n), new(n) ** 2, new(n)
     return p, m, v, g, 0.3, 1e-2, 0.9, 0.95, 1e-8, weight_decay, step
@@ -144,7 +155,20 @@ ATTENTIONS = [  # B, T, n_head, hs, p_drop, batch_offset
 ]
 DROPOUTS = [(1, 1, 0.5, 0), (1, 7, 0.1, 3), (5, 1, 0.9, 0), (6, 33, 0.25, 2**32 - 3), (4, 8, 0.5, 2**40 + 1)]
 
+MATMULS = [
+    (1, 1, 1, "C", "C"),
+    (9, 5, 33, "C", "C"),
+    (7, DEPTH + 3, 31, "C", "F"),
+    (33, 2 * DEPTH + 1, 49, "F", "C"),
+    (8, 40, 32, "F", "F"),
+    (5, 40, 20, "gaps", "gaps"),
+    (2, SMALL // 64, 40, "F", "C"),  # so large that it is BLAS's
+    (50, 65, SMALL // 64, "C", "F"),
+    (400, 65, SMALL // 64, "C", "F"),
+]
+
 CASES = {
+    "matmul": (matmul_case, MATMULS),
     "embedding_forward": (embedding_forward_case, EMBEDDINGS),
     "embedding_backward": (embedding_backward_case, EMBEDDINGS),
     "layernorm_forward": (layernorm_forward_case, LAYERNORMS),
@@ -167,7 +191,7 @@ CASES = {
 
 
 def copies(args):
-    return [arg.copy() if isinstance(arg, np.ndarray) else arg for arg in args]
+    return [arg.copy(order="K") if isinstance(arg, np.ndarray) else arg for arg in args]
 
 
 def run_reference(name, args):
@@ -200,6 +224,30 @@ def assert_pair_agrees(name, args, bound):
         assert error <= bound * largest, f"{name}: output {i} is off by {error:.1e}, its largest entry is {largest:.1e}"
 
 
+@pytest.mark.skipif(jit.KERNELS == "numpy" or VECTOR < 64, reason="tiles are for kernels, and for AVX-512")
+def test_small_products_are_made_by_tiles_where_blas_has_one_thread(monkeypatch):
+    made = []
+    monkeypatch.setattr(blas, "multiply", lambda *args: made.append(args))
+
+    def by_tiles(M, K, N, threads, how="C"):
+        made.clear()
+        with blas.blas_threads(threads):
+            blas.matmul(np.zeros((M, N)), np.zeros((M, K)), as_it_lies(np.zeros((K, N)), how))
+        return bool(made)
+
+    assert by_tiles(384, 128, 256, 1) and by_tiles(384, 128, 256, 1, "F")
+    assert by_tiles(256, 384, 128, 1)  # the gradient of these weights
+    assert not by_tiles(384, 128, 256, 2)  # whose threads would share this one
+    assert by_tiles(16, 32, 128, 2)  # but not this
+    assert not by_tiles(384, 256, 256, 1) and not by_tiles(9, 5, 33, 1, "gaps")
+
+
+def test_a_product_of_nothing_is_zero():
+    out = np.full((3, 4), np.nan)
+    blas.matmul(out, np.ones((3, 0)), np.ones((0, 4)))
+    assert (out == 0).all()
+
+
 def test_every_pair_has_a_case():
     assert set(jit.PAIRS) == set(CASES), "a kernel without a case here, or a case without a kernel"
 
@@ -224,7 +272,7 @@ def test_nan_in_gives_nan_out_in_the_same_places(name, dtype):
     make, many = CASES[name]
     args = copies(make(New(dtype), *many[3 if len(many) > 3 else 1]))
     poisoned = next(arg for arg in args if isinstance(arg, np.ndarray) and arg.dtype == dtype)
-    poisoned.reshape(-1)[-1] = np.nan
+    poisoned[(-1,) * poisoned.ndim] = np.nan
     if name == "symmetric_product":  # of which only half is computed: the result must be symmetric
         args[1][-1, -1, -1] = np.nan
     if name == "dropout_rows":  # what is dropped is gone, NaN or not; the last element of this mask is kept

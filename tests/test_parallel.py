@@ -13,8 +13,9 @@ import pytest
 from test_crew import begins_late
 
 from npgpt import GPT, AdamW, DataParallel, GPTConfig, jit, no_grad, parallel, random_stream
+from npgpt.blas import blas_kernels, blas_threads, get_blas_threads
 from npgpt.optim import Muon, clip_scale
-from npgpt.parallel import blas_kernels, blas_threads, choose_threads, get_blas_threads
+from npgpt.parallel import choose_threads
 
 
 def small_gpt(dropout=0.0, dtype=np.float32):
@@ -329,7 +330,7 @@ def test_the_workers_products_use_their_number_of_blas_threads(workers):
 def test_the_blas_kernels_are_those_that_openblas_was_told_to_use():
     if blas_kernels() is None or platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("NumPy's BLAS is not an OpenBLAS for this kind of processor")
-    code = "from npgpt.parallel import blas_kernels; print(blas_kernels())"
+    code = "from npgpt.blas import blas_kernels; print(blas_kernels())"
     for wanted in ("Nehalem", "Sandybridge"):
         environment = {**os.environ, "OPENBLAS_CORETYPE": wanted}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -337,7 +338,7 @@ def test_the_blas_kernels_are_those_that_openblas_was_told_to_use():
 
 
 def test_an_unknown_blas_is_left_alone(monkeypatch):
-    monkeypatch.setattr(parallel, "_blas_functions", lambda: None)
+    monkeypatch.setattr("npgpt.blas._blas_functions", lambda: None)
     assert get_blas_threads() is blas_kernels() is None
     with blas_threads(3):
         pass

@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from runs import MPIEXEC, ROOT, TEXT, metrics, mpiexec, run, variant
 
-from npgpt import folder, parallel, ranks
+from npgpt import blas, folder, parallel, ranks
 from npgpt.config import TrainConfig
 from npgpt.errors import BusyError, DivergedError, GradientError, NpgptError, StoppedError, UsageError
 from npgpt.folder import RunFolder
@@ -136,7 +136,7 @@ def on_threads(size, work, machines=1):
             board.barrier.abort()
             results[rank] = error
 
-    with parallel.blas_threads(parallel.get_blas_threads() or 1):
+    with blas.blas_threads(blas.get_blas_threads() or 1):
         threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
         for thread in threads:
             thread.start()

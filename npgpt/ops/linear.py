@@ -15,8 +15,8 @@ Where N, O and I differ, the shapes alone leave no other way to write the produc
 (O, N) (N, I) -> (O, I).  They are two thirds of a linear layer's multiplications in training, the forward's one third.
 """
 
-import numpy as np
 
+from npgpt.blas import matmul
 from npgpt.engine import as_rows, empty, record
 from npgpt.jit import kernel, replaces
 
@@ -40,7 +40,7 @@ def linear_backward_ref(dy, x, weight):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Kernels.  The products are BLAS calls (np.matmul releases the GIL); what lies between them is compiled.
+# Kernels.  The products are BLAS calls, or tiles of our own (npgpt/blas.py); what lies between them is compiled.
 
 
 @kernel
@@ -62,7 +62,7 @@ def sum_rows(total, x):
 
 @replaces(linear_forward_ref, flops=lambda y, x, weight, bias: 2 * x.size * len(weight))
 def linear_forward(y, x, weight, bias):
-    np.matmul(x, weight.T, out=y)
+    matmul(y, x, weight.T)
     if bias is not None:
         add_bias(y, bias)
 
@@ -70,8 +70,8 @@ def linear_forward(y, x, weight, bias):
 @replaces(linear_backward_ref, flops=lambda dx, dweight, dbias, dy, x, weight: 4 * x.size * len(weight))
 def linear_backward(dx, dweight, dbias, dy, x, weight):
     # y = x @ weight.T + bias
-    np.matmul(dy, weight, out=dx)
-    np.matmul(dy.T, x, out=dweight)
+    matmul(dx, dy, weight)
+    matmul(dweight, dy.T, x)
     if dbias is not None:
         sum_rows(dbias, dy)
 

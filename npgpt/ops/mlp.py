@@ -30,6 +30,7 @@ import math
 
 import numpy as np
 
+from npgpt.blas import matmul
 from npgpt.engine import as_rows, empty, record
 from npgpt.jit import exp, kernel, replaces
 from npgpt.ops.linear import (
@@ -114,9 +115,9 @@ def gelu_backward(grad, act, dbias, pre):
 @replaces(mlp_forward_ref, flops=lambda y, pre, x, *_: 2 * pre.size * (x.shape[1] + y.shape[1]))
 def mlp_forward(y, pre, x, w_fc, b_fc, w_proj, b_proj):
     act = empty(pre.shape, pre.dtype)
-    np.matmul(x, w_fc.T, out=pre)
+    matmul(pre, x, w_fc.T)
     bias_gelu_forward(act, pre, b_fc)
-    np.matmul(act, w_proj.T, out=y)
+    matmul(y, act, w_proj.T)
     if b_proj is not None:
         add_bias(y, b_proj)
 
@@ -125,15 +126,15 @@ def mlp_forward(y, pre, x, w_fc, b_fc, w_proj, b_proj):
 def mlp_backward(dx, dw_fc, db_fc, dw_proj, db_proj, dy, x, w_fc, w_proj, pre):
     grad, act = empty((2, *pre.shape), pre.dtype)  # each (N, F)
     # y = act @ w_proj.T + b_proj
-    np.matmul(dy, w_proj, out=grad)  # dact
+    matmul(grad, dy, w_proj)  # dact
     if db_proj is not None:
         sum_rows(db_proj, dy)
     # act = gelu(pre)
     gelu_backward(grad, act, db_fc, pre)  # grad: dpre
-    np.matmul(dy.T, act, out=dw_proj)
+    matmul(dw_proj, dy.T, act)
     # pre = x @ w_fc.T + b_fc
-    np.matmul(grad, w_fc, out=dx)
-    np.matmul(grad.T, x, out=dw_fc)
+    matmul(dx, grad, w_fc)
+    matmul(dw_fc, grad.T, x)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -34,6 +34,23 @@ class Crew:
         finally:
             self._at_work.remove(me)
 
+    def each(self, work, n):
+        """[work(0), ..., work(n - 1)]: number 0 runs in this thread, the others in the crew's, if it has as many.
+
+        When this returns, or raises what one of them or an interrupt has raised, none of them runs any more.
+        """
+        try:
+            futures = [self.submit(work, rank) for rank in range(1, n)]
+            try:
+                first = work(0)
+            finally:
+                for future in futures:
+                    future.exception()
+            return [first, *(future.result() for future in futures)]
+        except BaseException:  # an interrupt may have come before all futures were known, or awaited
+            self.call_off()
+            raise
+
     def call_off(self):
         """When this returns, nothing of what was submitted runs, or ever will; what has begun is waited for.
 

@@ -108,17 +108,7 @@ class DataParallel:
     def each(self, work, n=None):
         """[work(0), ..., work(n - 1)], by default one per worker, each in a thread; number 0 runs in this one."""
         with blas_threads(self.blas):
-            try:
-                futures = [self._crew.submit(work, rank) for rank in range(1, n or len(self.replicas))]
-                try:
-                    first = work(0)
-                finally:
-                    for future in futures:
-                        future.exception()
-                return [first, *(future.result() for future in futures)]
-            except BaseException:  # an interrupt may have come before all futures were known, or awaited
-                self._crew.call_off()
-                raise
+            return self._crew.each(work, n or len(self.replicas))
 
     def _shares(self, n):
         """How n sequences are cut: (start, stop) for each worker; they differ by one at most."""

@@ -51,7 +51,7 @@ ONLY = {
     "jit": {"errors", "profiler"},
     "crew": {"stop"},
     "tiles": {"jit"},
-    "blas": {"engine", "jit", "tiles"},
+    "blas": {"crew", "engine", "jit", "tiles"},
     "ops": {"blas", "engine", "jit", "tiles", "ops"},
     "decode": {"crew", "jit", "tiles", "ops"},
     "sampling": {"config", "engine", "errors", "jit", "decode"},

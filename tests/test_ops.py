@@ -1,5 +1,6 @@
 """The hand-written ops: kernel against reference, edges of shape and value, error messages, dropout masks, exp."""
 
+import contextlib
 import importlib
 import inspect
 import re
@@ -9,7 +10,7 @@ import pytest
 
 import npgpt.optim  # noqa: F401  (its pairs, too, are to be found in jit.PAIRS)
 from npgpt import GPT, GPTConfig, Tensor, blas, jit, random_stream
-from npgpt.blas import DEPTH, SMALL
+from npgpt.blas import DEPTH, HEIGHT
 from npgpt.ops import primitives
 from npgpt.ops.attention import QUERY_BLOCK, attention_forward_ref, causal_attention
 from npgpt.ops.cross_entropy import cross_entropy, cross_entropy_forward_ref
@@ -160,11 +161,11 @@ MATMULS = [
     (9, 5, 33, "C", "C"),
     (7, DEPTH + 3, 31, "C", "F"),
     (33, 2 * DEPTH + 1, 49, "F", "C"),
-    (8, 40, 32, "F", "F"),
+    (8, 40, 64, "F", "F"),
     (5, 40, 20, "gaps", "gaps"),
-    (2, SMALL // 64, 40, "F", "C"),  # so large that it is BLAS's
-    (50, 65, SMALL // 64, "C", "F"),
-    (400, 65, SMALL // 64, "C", "F"),
+    (HEIGHT + 9, 33, 50, "C", "F"),
+    (2 * HEIGHT + 1, 3, 32, "F", "C"),
+    (HEIGHT + 1, DEPTH + 1, 70, "F", "F"),  # no longer tiny
 ]
 
 CASES = {
@@ -225,21 +226,37 @@ def assert_pair_agrees(name, args, bound):
 
 
 @pytest.mark.skipif(jit.KERNELS == "numpy" or VECTOR < 64, reason="tiles are for kernels, and for AVX-512")
-def test_small_products_are_made_by_tiles_where_blas_has_one_thread(monkeypatch):
+def test_products_that_are_made_by_tiles(monkeypatch):
     made = []
-    monkeypatch.setattr(blas, "multiply", lambda *args: made.append(args))
+    monkeypatch.setattr(blas, "multiply", lambda out, *args: made.append(args[-2:]))
 
     def by_tiles(M, K, N, threads, how="C"):
         made.clear()
-        with blas.blas_threads(threads):
+        with contextlib.nullcontext() if threads is None else blas.blas_threads(threads):
             blas.matmul(np.zeros((M, N)), np.zeros((M, K)), as_it_lies(np.zeros((K, N)), how))
-        return bool(made)
+        return made
 
-    assert by_tiles(384, 128, 256, 1) and by_tiles(384, 128, 256, 1, "F")
-    assert by_tiles(256, 384, 128, 1)  # the gradient of these weights
-    assert not by_tiles(384, 128, 256, 2)  # whose threads would share this one
-    assert by_tiles(16, 32, 128, 2)  # but not this
-    assert not by_tiles(384, 256, 256, 1) and not by_tiles(9, 5, 33, 1, "gaps")
+    assert by_tiles(384, 128, 256, 1) == by_tiles(384, 128, 256, 1, "F") == [(0, 256)]
+    assert by_tiles(16, 32, 128, 2) == by_tiles(16, 32, 128, None) == [(0, 128)]  # too small to be shared
+    assert not by_tiles(384, 128, 256, None) and not by_tiles(9, 5, 33, 1, "gaps")
+    monkeypatch.setattr(blas, "blas_kernels", lambda: "SkylakeX")
+    assert not by_tiles(384, 128, 256, 2)  # BLAS shares it out
+    monkeypatch.setattr(blas, "blas_kernels", lambda: "Zen")
+    assert sorted(by_tiles(384, 128, 257, 3)) == [(0, 85), (85, 171), (171, 257)]  # but not to all of the processor
+
+
+@pytest.mark.skipif(jit.KERNELS == "numpy" or VECTOR < 64, reason="tiles are for kernels, and for AVX-512")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_products_that_threads_share(monkeypatch, dtype, threads):
+    monkeypatch.setattr(blas, "blas_kernels", lambda: "Zen")
+    for sizes in MATMULS:
+        a, b = matmul_case(New(dtype), *sizes)
+        out = np.full((len(a), b.shape[1]), np.nan, dtype)
+        monkeypatch.setattr(blas, "TINY", 0)
+        with blas.blas_threads(threads):
+            blas.matmul(out, a, b)
+        np.testing.assert_allclose(out, a @ b, rtol=0, atol=BOUND[dtype] * np.abs(a @ b).max())
 
 
 def test_a_product_of_nothing_is_zero():

@@ -81,7 +81,7 @@ def blas_kernels():
 
 @contextlib.contextmanager
 def blas_threads(n):
-    """Within this context a matrix product uses n threads.  A BLAS that cannot be told so goes on with its own."""
+    """Within this context a matrix product uses n threads.  A BLAS that we cannot tell so goes on as it did."""
     global _threads
     functions = _blas_functions()
     before, told = get_blas_threads(), _threads
@@ -99,8 +99,8 @@ def blas_threads(n):
 def sgemm_peak(seconds=0.25, n=1536):
     """(FLOP/s, cores busy with it) of products of two (n, n) float32 matrices: the best of those done in `seconds`.
 
-    With the BLAS threads that are set.  It is the roof over a training step, in which there is next to nothing but
-    matrix products.  (Where BLAS leaves AVX-512 unused and `matmul` does not, a small model goes through it.)
+    By BLAS, with the threads that are set.  It is the roof over a training step, in which there is next to nothing but
+    matrix products; where BLAS leaves AVX-512 unused, and `matmul` does not, a step goes through it.
     """
     a = np.ones((n, n), np.float32)
     out = np.empty_like(a)

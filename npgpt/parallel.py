@@ -33,6 +33,7 @@ from npgpt.ranks import ALONE
 # --------------------------------------------------------------------------------------------------------------------
 # How many
 
+
 def cpu_name():
     """What the processor calls itself."""
     with contextlib.suppress(OSError):  # Linux; elsewhere there is no such file

@@ -1,4 +1,4 @@
-"""Matrix products that are too small for BLAS, inside kernels.
+"""Matrix products inside kernels: small ones as they are, and the blocks of large ones (npgpt/blas.py).
 
 BLAS is made for large matrices.  The products of attention are (T, hs) times (hs, T) for one head of one sequence: of
 its peak BLAS reaches there a half, and it has no word for "only the keys that the causal mask leaves".

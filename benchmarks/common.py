@@ -56,7 +56,7 @@ def peak_memory():
 def machine(packages):
     """The processor's name, what it is to NumPy's BLAS, and the versions of what ran on it."""
     from npgpt.blas import blas_kernels
-    from npgpt.parallel import cpu_name
+    from npgpt.machine import cpu_name
 
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     return {"cpu": cpu_name(), "blas_kernels": blas_kernels(), "versions": versions}

@@ -241,7 +241,7 @@ def adding_seconds(n=2**24, repeats=9):
 
 def sums_table(sizes):
     """Measure and print the sums over ranks, beside the model that is fitted to them; returns gamma."""
-    from npgpt.jit import cores
+    from npgpt.machine import cores
 
     gamma = adding_seconds()
     sides = {ranks: Ranks(f"sum over {ranks} ranks", ranks, "sums") for ranks in RANKS}
@@ -294,7 +294,7 @@ def main(argv=None):
         serve_ranks(*options.serve)
         return 0
 
-    from npgpt.jit import cores
+    from npgpt.machine import cores
 
     launcher()  # what is missing shows at once
     print(machine_line(machine(["numpy", "numba", "mpi4py"]), cores()))

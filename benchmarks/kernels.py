@@ -175,7 +175,8 @@ def main(argv=None):
     import npgpt.optim  # noqa: F401  (both for their pairs)
     from npgpt.blas import blas_threads, sgemm_peak
     from npgpt.engine import BufferPool, reuse_buffers
-    from npgpt.jit import KERNELS, PAIRS, cores
+    from npgpt.jit import KERNELS, PAIRS
+    from npgpt.machine import cores
 
     if KERNELS != "numba":
         raise UsageError("with NPGPT_KERNELS=numpy there is nothing to measure: the references are all that runs")

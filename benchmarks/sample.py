@@ -260,7 +260,7 @@ def main(argv=None):
         if importlib.util.find_spec(EXTRA[peer]) is None:
             raise UsageError(f"{peer} is not installed: pip install {EXTRA[peer]}, or measure npgpt alone with --peer")
 
-    from npgpt.jit import cores
+    from npgpt.machine import cores
 
     print(machine_line(machine(["numpy", "numba", *options.peer]), cores()), flush=True)
     report(options, *measure(options, cores()))

@@ -33,7 +33,7 @@ SECONDS, STEPS = 2, 3  # a configuration is timed for so many of each, at least
 def run(workload, threads, quick):
     """In the process that is measured: (median seconds of a step, peak bytes of memory, sgemm FLOP/s, busy)."""
     from npgpt.blas import blas_threads, sgemm_peak
-    from npgpt.jit import cores
+    from npgpt.machine import cores
 
     batches, seconds = itertools.cycle(workload.batches()), []
     with npgpt_side(workload, threads) as (step, _):
@@ -94,7 +94,7 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that this runs")
     options = parser.parse_args(argv)
 
-    from npgpt.jit import cores
+    from npgpt.machine import cores
 
     print(machine_line(machine(["numpy", "numba"]), cores()))
     tiny = make_workload(**{key: TINY[key] for key in "LCBT"})

@@ -72,7 +72,7 @@ def main(argv=None):
     parser.add_argument("--repeats", type=positive, default=5, help="rounds (%(default)s)")
     options = parser.parse_args(argv)
 
-    from npgpt.jit import cores
+    from npgpt.machine import cores
 
     print(machine_line(machine(["numpy", "numba"]), cores()), flush=True)
     measured = {}

@@ -236,7 +236,7 @@ def main(argv=None):
     if options.peer != "none" and importlib.util.find_spec("torch") is None:
         raise UsageError("PyTorch is not installed: pip install torch, or measure npgpt alone with --peer none")
 
-    from npgpt.jit import cores
+    from npgpt.machine import cores
 
     options.cores = cores()
     result = measure(options)

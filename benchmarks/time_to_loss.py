@@ -41,7 +41,7 @@ def main(argv=None):
     parser.add_argument("--max-iters", type=int, help="instead of the presets' own, to try this out")
     options = parser.parse_args(argv)
 
-    from npgpt.jit import cores
+    from npgpt.machine import cores
 
     print(machine_line(machine(["numpy", "numba"]), cores()), flush=True)
     configs = {}

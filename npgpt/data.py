@@ -23,7 +23,7 @@ import numpy as np
 from npgpt import folder
 from npgpt.config import ORDER
 from npgpt.errors import CheckpointError, StoppedError, UsageError
-from npgpt.jit import cache_folder
+from npgpt.machine import cache_folder
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"

@@ -32,7 +32,8 @@ import os
 import numpy as np
 
 from npgpt.crew import Crew
-from npgpt.jit import KERNELS, SLEEPS, array_at, claim, cores, count_up, exp, helper, kernel, largest, meet, next_job
+from npgpt.jit import KERNELS, SLEEPS, array_at, claim, count_up, exp, helper, kernel, largest, meet, next_job
+from npgpt.machine import cores
 from npgpt.ops.layernorm import EPS, layernorm_forward_ref
 from npgpt.ops.linear import linear_forward_ref
 from npgpt.ops.mlp import A, K, gelu_ref

@@ -23,12 +23,12 @@ What makes the kernels fast (measured in benchmarks/kernels.py):
 import hashlib
 import inspect
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 
 from npgpt.errors import UsageError
+from npgpt.machine import cache_folder
 from npgpt.profiler import measured
 
 KERNELS = os.environ.get("NPGPT_KERNELS", "numba")
@@ -85,17 +85,6 @@ def replaces(reference, flops=None, nbytes=None):
     return tie
 
 
-def cache_folder():
-    """The per-user folder for compiled kernels and downloaded corpora, by the platform's custom."""
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/AppData/Local")
-    elif sys.platform == "darwin":
-        base = os.path.expanduser("~/Library/Caches")
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "npgpt"
-
-
 def _sources_hash():
     """Changes with the files whose helpers are compiled into kernels of other files."""
     files = Path(__file__), Path(__file__).with_name("tiles.py")
@@ -121,18 +110,6 @@ def _kernel_cache():
         return folder
     except OSError:
         return None
-
-
-def core_ids():
-    """The set of the cores' numbers that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
-
-
-def cores():
-    """How many cores this process may use."""
-    return len(core_ids())
 
 
 def exp(x):

@@ -16,8 +16,6 @@ gradients of the last ones are on their way to other machines.
 import contextlib
 import itertools
 import os
-import platform
-from pathlib import Path
 
 import numpy as np
 
@@ -25,23 +23,13 @@ from npgpt.blas import blas_threads
 from npgpt.crew import Crew
 from npgpt.engine import BufferPool, no_grad, random_stream, record, reuse_buffers
 from npgpt.gradcheck import replaced
-from npgpt.jit import cores
+from npgpt.machine import cores
 from npgpt.model import GPT
 from npgpt.optim import FlatParameters, sum_of_squares
 from npgpt.ranks import ALONE
 
 # --------------------------------------------------------------------------------------------------------------------
 # How many
-
-
-def cpu_name():
-    """What the processor calls itself."""
-    with contextlib.suppress(OSError):  # Linux; elsewhere there is no such file
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
 
 TOKENS_PER_WORKER = 256
 

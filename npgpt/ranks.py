@@ -21,6 +21,7 @@ import zlib
 from array import array as numbers_of
 
 from npgpt.errors import NpgptError, UsageError
+from npgpt.machine import core_ids
 from npgpt.profiler import measured
 from npgpt.stop import SIGNALS, StopNow
 
@@ -77,7 +78,7 @@ class World:
 
     @property
     def cores(self):
-        return len(_core_ids())
+        return len(core_ids())
 
     def agree(self, work):
         """work() on every rank; its result.  If it raises an NpgptError on one, all raise an NpgptError."""
@@ -130,7 +131,7 @@ class MPIWorld(World):
         # backward, and a sum that is waited for is three to eight times faster than one that is begun.
         self.between_machines = local.size < self.size
         # whether mpiexec gave each rank cores of its own or all of them the same, each has its part of all of them
-        self._cores = max(1, len(set().union(*local.allgather(_core_ids()))) // local.size)
+        self._cores = max(1, len(set().union(*local.allgather(core_ids()))) // local.size)
         local.Free()
 
     @property
@@ -228,12 +229,6 @@ class MPIWorld(World):
 
 def _pieces(array):
     return (array[start : start + PIECE] for start in range(0, len(array), PIECE))
-
-
-def _core_ids():
-    from npgpt.jit import core_ids  # not above: without mpiexec --help is shown before NumPy and Numba are loaded
-
-    return core_ids()
 
 
 @contextlib.contextmanager

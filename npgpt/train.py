@@ -108,7 +108,7 @@ def describe(trainer):
     """What will be trained, on what, with what: a few lines for the start of a run."""
     import numpy as np
 
-    from npgpt import jit, parallel
+    from npgpt import jit, machine
     from npgpt.blas import blas_kernels
 
     config, model, world = trainer.config, trainer.model.config, trainer.world
@@ -121,7 +121,7 @@ def describe(trainer):
     return "\n".join(
         (
             f"npgpt   | version {__version__}, numpy {np.__version__}, {kernels}",
-            f"device  | {parallel.cpu_name()}, {parallel.cores()} cores: "
+            f"device  | {machine.cpu_name()}, {machine.cores()} cores: "
             f"{trainer.workers} workers x {trainer.blas_threads} BLAS threads, "
             f"sgemm {trainer.sgemm_peak / 1e9:,.0f} GFLOP/s{f' by kernels for {blas}' if blas else ''}",
             *(ranks if world.size > 1 else ()),

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from npgpt import __version__, checkpoint, folder, hub, jit, memory
+from npgpt import __version__, checkpoint, folder, hub, jit, machine, memory
 from npgpt.audit import BOUND, Audit, Auditor
 from npgpt.blas import blas_kernels, blas_threads, sgemm_peak
 from npgpt.config import BPE_VOCAB_SIZE, DROPOUT, SAMPLE, TrainConfig, check_tokenizer
@@ -31,7 +31,7 @@ from npgpt.engine import NotFinite, finite_checks, random_stream
 from npgpt.errors import BusyError, CheckpointError, DivergedError, GradientError, StoppedError, UsageError, quoted
 from npgpt.model import GPT
 from npgpt.optim import AdamW, Muon, clip_scale, cosine_lr
-from npgpt.parallel import DataParallel, choose_threads, cpu_name
+from npgpt.parallel import DataParallel, choose_threads
 from npgpt.profiler import profiling
 from npgpt.ranks import ALONE, share
 from npgpt.sampling import Writer, unprompted
@@ -309,7 +309,7 @@ class Trainer:
         parts = self._memory(most_tokens)
         del parts[memory.MAPPED]
         others = memory.KERNELS + sum(size for words, size in parts.items() if words != memory.AUDIT)
-        needed, there_is = memory.total(parts) + (self.world.local_size - 1) * others, memory.available()
+        needed, there_is = memory.total(parts) + (self.world.local_size - 1) * others, machine.available()
         if there_is is not None and needed > there_is and not self.force:
             most = sorted(parts.items(), key=lambda part: -part[1])[:3]
             raise UsageError(
@@ -324,7 +324,7 @@ class Trainer:
         return {
             "ranks": self.world.size,
             **self._versions(),
-            "processor": cpu_name(),
+            "processor": machine.cpu_name(),
             "workers": self.workers,
             "blas_threads": self.blas_threads,
             "blas_kernels": blas_kernels(),

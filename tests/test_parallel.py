@@ -397,10 +397,6 @@ def test_workers_that_cannot_be_used_leave_their_cores_to_blas(machine):
     assert choose_threads(1, 64, workers=4) == (1, 8)
 
 
-def test_cores_is_a_positive_number():
-    assert parallel.cores() >= 1
-
-
 @pytest.mark.skipif(jit.KERNELS == "numpy", reason="the references return fresh arrays")
 @pytest.mark.parametrize(
     "make_optimizer, bound", [(AdamW, 64 * 1024), (lambda flat: Muon(flat, rate=5.0), 96 * 1024)], ids=["AdamW", "Muon"]

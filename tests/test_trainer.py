@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from runs import TEXT, metrics, run, variant
 
-from npgpt import checkpoint, folder, memory
+from npgpt import checkpoint, folder, machine, memory
 from npgpt import tokenizer as tokenizers
 from npgpt.config import TrainConfig
 from npgpt.errors import BusyError, CheckpointError, DivergedError, StoppedError, UsageError
@@ -345,9 +345,9 @@ def test_tokens_do_not_count_when_the_memory_is_too_small(config, monkeypatch):
     parts = memory.parts(*asked)
     needed, mapped = memory.total(parts), parts[memory.MAPPED]
     assert mapped == 2 * n
-    monkeypatch.setattr(memory, "available", lambda: needed - mapped)
+    monkeypatch.setattr(machine, "available", lambda: needed - mapped)
     trainer._check_memory(n)
-    monkeypatch.setattr(memory, "available", lambda: needed - mapped - 1)
+    monkeypatch.setattr(machine, "available", lambda: needed - mapped - 1)
     with pytest.raises(UsageError, match="GB of memory"):
         trainer._check_memory(n)
 

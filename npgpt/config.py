@@ -108,6 +108,9 @@ class TrainConfig:
     eval_interval: int = _setting(400, "updates between evaluations", low=1)
     patience: int | None = _setting(None, "stop after so many evaluations without a new best", low=1)
     keep: int = _setting(2, "checkpoints kept, the newest ones; the best is kept besides", low=1)
+    save_minutes: float = _setting(
+        10.0, "minutes between saves of the whole state, beside those at evaluations (0: none)", low=0, high=1e6
+    )
     eval_iters: int = _setting(20, "validation batches per evaluation", low=1)
     log_interval: int = _setting(50, "updates between progress lines", low=1)
     gradcheck_every: int = _setting(

@@ -1,6 +1,7 @@
 """A run folder: its lock, its checkpoints, its log, its tokens.
 
-    iter-00000500.safetensors     checkpoints, named after the updates that they have behind them
+    iter-00000500.safetensors     checkpoints, named after the updates that they have behind them; made at evaluations,
+                                  when a run is stopped, and by the clock, of which only the newest is kept
     metrics.jsonl                 the log: one JSON object a line
     tokens-01234567-89abcdef.bin  the corpus as tokens, named after hashes of text and tokenizer, and of what is in it
     lock                          held by the training that writes here, as long as its process lives
@@ -57,13 +58,18 @@ def best(path):
 
     Raises CheckpointError if there is none.
     """
-    losses = {}
+    losses = {found: state.get("val_loss") for found, state in _states(path).items()}
+    losses = {found: loss for found, loss in losses.items() if isinstance(loss, float)}
+    return min(losses, key=losses.get) if losses else newest(path)
+
+
+def _states(path):
+    """What each of a folder's checkpoints says about its training: path -> dict, the newest first, no damaged ones."""
+    states = {}
     for found in checkpoints(path):
         with contextlib.suppress(CheckpointError):
-            loss = read_state(checkpoint.load_metadata(found), found).get("val_loss")
-            if isinstance(loss, float):
-                losses[found] = loss
-    return min(losses, key=losses.get) if losses else newest(path)
+            states[found] = read_state(checkpoint.load_metadata(found), found)
+    return states
 
 
 def read_state(metadata, path):
@@ -205,13 +211,15 @@ class RunFolder:
     def save(self, iteration, arrays, state, keep):
         """Write a checkpoint; then remove all but the newest `keep` and the best.
 
+        Those whose state has a true "by_clock" do not count: of them only this one stays, if it is one.
         Raises CheckpointError; then nothing was removed, and the file that had this name is as it was.
         """
         path = self.path / f"iter-{iteration:08d}.safetensors"
+        self._flush_log()
         checkpoint.save(path, arrays, {"format": "npgpt", "npgpt": json.dumps(state)})
-        found = checkpoints(self.path)
-        spare = best(self.path)
-        self._remove(p for p in found[keep:] if p not in (spare, path))
+        by_clock = {found for found, state in _states(self.path).items() if state.get("by_clock")}
+        counted = [found for found in checkpoints(self.path) if found not in by_clock]
+        self._remove({*by_clock, *counted[keep:]} - {best(self.path), path})
 
     def write_tokens(self, name, parts):
         """Write a token file, all of it or nothing; parts: iterable of arrays.  Raises CheckpointError.
@@ -276,6 +284,14 @@ class RunFolder:
             raise CheckpointError(f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}") from None
         self._good += len(self._pending)
         self._pending = b""
+
+    def _flush_log(self):
+        """Have the log on the disk, as a run that goes on from a checkpoint needs the rows before it."""
+        if self._log is not None:
+            try:
+                os.fsync(self._log)
+            except OSError as error:
+                raise CheckpointError(f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}") from None
 
 
 def free_name(path):

@@ -39,6 +39,7 @@ from npgpt.stop import SIGNALS, Stop, StopNow, held
 from npgpt.tokenizer import BPE_FILES, BPETokenizer, ByteTokenizer, CharTokenizer, find_bpe, from_dict, name_of
 
 MOST_SKIPPED = 5  # updates in a row that may be skipped because something was not finite
+SAVE_SHARE = 0.01  # of the time that saves by the clock may take
 SEEN_WITHIN = 20  # seconds in which a file that one machine has written shows on the others that share the folder
 
 # settings without which a run would not be the same run any more
@@ -241,6 +242,9 @@ class Trainer:
         self.resumed_from = None  # the iteration of the checkpoint that this run goes on from
         self.notices = []  # what run() has to say first
         self.saved_iter, self.unsaved = None, None  # of the last checkpoint, and why it could not be written
+        self.next_save = math.inf  # what the clock of rank 0, which writes, shows when it saves between evaluations
+        self.save_is_due = False  # whether that was so at the last update
+        self._said_slow = False  # whether it was said that saves come less often than they should
         self._aside = None  # (process that saves, iteration), if there is one
 
     def _memory(self, n_tokens):
@@ -428,7 +432,8 @@ class Trainer:
             loss += self.parallel.forward_backward(
                 x[mine], y[mine], seed, weight=1 / n, offset=mine.start, last=i == self.micro_steps[-1]
             ) / n  # fmt: skip
-        loss, squares = self.world.sum(stop, loss, self.parallel.gather_grads())
+        loss, squares, due = self.world.sum(stop, loss, self.parallel.gather_grads(), clock() >= self.next_save)
+        self.save_is_due = due > 0
         norm, lr = math.sqrt(squares), self.learning_rate(self.iter)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         n_skipped = self.skipped + 1 if skipped else 0
@@ -609,6 +614,7 @@ class Trainer:
         if self.resumed_from is not None and self.changes:
             yield from self._log({"iter": self.iter, "changed": self.changes})
         self.began, logged = clock() - self.elapsed, clock()
+        yield from self._set_next_save(0)
         logged_iter, steady = self.iter, None
         while True:
             evaluation = None
@@ -654,6 +660,11 @@ class Trainer:
             if n % config.log_interval == 0:
                 logged, logged_iter = now, self.iter
                 yield progress
+            if self.save_is_due:
+                started = clock()
+                self.world.first(self._check_weights)
+                yield from self._save(None, by_clock=True)
+                logged += clock() - started  # no training either
 
     def _check_saved(self):
         if self.unsaved is not None:
@@ -710,11 +721,25 @@ class Trainer:
         if not all(np.isfinite(values).all() for _, values in self._arrays()):
             raise self._diverged("weights are not finite: no checkpoint is written of them")
 
-    def _save(self, val_loss):
+    def _set_next_save(self, took):
+        """When the clock saves next.  Yields a Notice if a save, which took so many seconds, comes later than asked."""
+        if self.folder is None or not self.config.save_minutes:
+            return
+        asked, least = 60 * self.config.save_minutes, took / SAVE_SHARE
+        self.next_save = clock() + max(asked, least)
+        if least > asked and not self._said_slow:
+            self._said_slow = True
+            yield Notice(
+                f"a save takes {took:.3g} s: between evaluations one comes every {least / 60:.3g} minutes, not every "
+                f"{self.config.save_minutes:g}, so that saves take no more than {SAVE_SHARE:.0%} of the time"
+            )
+
+    def _save(self, val_loss, by_clock=False):
         """Write a checkpoint of the weights after `iter` updates, unless there is one.  Yields a Notice if it fails."""
         self._wait_for_aside()
         if self.folder is None or (self.saved_iter == self.iter and val_loss is None):
             return
+        started = clock()
         flat, arrays = self.parallel.flat, {}
         for prefix, values in self._arrays():
             for name, view in flat.views(values):
@@ -724,6 +749,7 @@ class Trainer:
             "optimizer_step": self.optimizer.step,
             "skipped": self.skipped,
             "val_loss": val_loss,
+            "by_clock": by_clock,
             "best_loss": None if math.isinf(self.best_loss) else self.best_loss,
             "best_iter": self.best_iter,
             "elapsed_s": clock() - self.began,
@@ -739,7 +765,8 @@ class Trainer:
             self.saved_iter, self.unsaved = self.iter, None
         except CheckpointError as error:
             self.unsaved = error
-            yield Notice(f"{error}; the training goes on, and tries again at the next evaluation")
+            yield Notice(f"{error}; the training goes on, and tries again at the next save")
+        yield from self._set_next_save(clock() - started)
 
 
 class _LogError(CheckpointError):

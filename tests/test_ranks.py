@@ -330,6 +330,32 @@ def test_threads_that_drift_apart_are_brought_together_and_it_is_said(config):
     assert len(notices) == 1 and "weights were no longer the same" in notices[0]
 
 
+def test_the_first_threads_clock_decides_when_all_save(config, monkeypatch):
+    first = {}
+
+    def clock():  # of each thread: the first one's shows a minute an update, the others' are far ahead
+        trainer = first.get(threading.get_ident())
+        return 1e9 if trainer is None else trainer.iter * 60.0
+
+    monkeypatch.setattr("npgpt.trainer.clock", clock)
+
+    def work(world):
+        trainer = Trainer(variant(config, eval_interval=100, save_minutes=3.0), world=world)
+        if world.rank == 0:
+            first[threading.get_ident()] = trainer
+        due = []
+        for event in trainer.run():
+            if isinstance(event, Progress):
+                due.append(trainer.save_is_due)
+                if world.rank == 0 and trainer.iter == 7:
+                    assert [path.name for path in folder.checkpoints(config.out_dir)] == [
+                        f"iter-{n:08d}.safetensors" for n in (4, 0)
+                    ]
+        return due
+
+    assert on_threads(2, work) == [[False, False, False, True, False, False, False]] * 2
+
+
 def test_threads_are_audited_and_a_wrong_sum_is_found(config, monkeypatch):
     config = variant(config, gradcheck_every=4, max_iters=2, eval_interval=2)
     found = on_threads(2, lambda world: run(config, world=world))

@@ -119,6 +119,51 @@ def _wait_for_evaluations(process, n):
     raise Failed(f"it ended with {process.wait()}: {process.stderr.read()}")
 
 
+def clock(place, short):
+    """kill -9 at random moments of a run with one evaluation: what is lost is no more than what the clock allows."""
+    text, run, rng, kills = corpus(place), place / "run", random.Random(3), 3 if short else 20
+    minutes = 0.05 if short else 0.1
+    common = [
+        "--data", text, *SMALL, "--n-embd", 64, "--batch-size", 16, "--dropout", 0.1, "--log-interval", 1000,
+        "--decay-lr", False, "--eval-interval", 10**6, "--save-minutes", minutes,
+    ]  # fmt: skip
+    most, iterations, begun, lost = 60 * minutes, [], False, []
+    for _ in range(kills):
+        process = train(*common, "--out-dir", run, *["--resume"] * begun, "--max-iters", 10**6)
+        process.stdout.readline()  # it has begun, or is about to
+        time.sleep(rng.uniform(most, 3 * most) + (0 if begun else 2))
+        process.kill()
+        _, err = process.communicate()
+        expect("a save takes" not in err, f"this disk is too slow for saves every {most:g} s: {err}")
+        _, state = folder.load(folder.newest(run))  # raises if it is not good
+        rows = _rows_at_kill(run)
+        since = [seconds for iteration, seconds in rows if iteration >= state["iter"]]
+        lost.append(max(since, default=state["elapsed_s"]) - state["elapsed_s"])
+        expect(len(folder.checkpoints(run)) <= 3, f"{folder.checkpoints(run)}")  # of a moment between save and removal
+        iterations.append(state["iter"])
+        begun = True
+    expect(max(lost) < most + 0.5, f"{max(lost):.2f} s were lost")
+    end = iterations[-1] + 50
+    for path, how in ((run, ["--resume"]), (place / "whole", [])):
+        process = train(*common, "--out-dir", path, *how, "--max-iters", end)
+        expect(process.communicate() and process.returncode == 0, f"{path} did not end well")
+    (arrays, rows, *best), (other, whole, *its_best) = result(run), result(place / "whole")
+    rows = [row for row in rows if "changed" not in row]  # --max-iters is another
+    expect([row["iter"] for row in rows] == [*range(end + 1)], "a row of the log is missing, or there twice")
+    expect(rows == whole and arrays == other and best == its_best, "not the same as the run that nobody disturbed")
+    return (
+        f"{kills} kills, {len(set(iterations))} different saves: at most {max(lost):.2f} s were lost with saves every "
+        f"{most:g} s; {end:,} iterations, the same bits and rows as the run that nobody disturbed"
+    )
+
+
+def _rows_at_kill(run):
+    """(iteration, elapsed seconds) of each whole row of a log."""
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return [(row["iter"], row["elapsed_s"]) for row in rows if "elapsed_s" in row]
+
+
 class FaultyOs:
     """The os module, with the call number `at` of those that do I/O failing, once or from there on."""
 
@@ -147,16 +192,16 @@ def io(place, short):
     """Every I/O call of a save fails in turn: the checkpoint before it stays good, and nothing is left lying about."""
     arrays = {"w": np.arange(300_000, dtype=np.float32)}
     count = 0
-    for number in (errno.ENOSPC, errno.EIO):
+    for number, by_clock in itertools.product((errno.ENOSPC, errno.EIO), (False, True)):
         for for_ever in (False, True):
             at = 1
             while True:
                 run = folder.RunFolder(place / "run")
-                run.save(1, arrays, {"iter": 1, "val_loss": 2.0}, keep=2)
+                run.save(1, arrays, {"iter": 1, "val_loss": None if by_clock else 2.0, "by_clock": by_clock}, keep=2)
                 faulty = FaultyOs(at, number, for_ever)
                 checkpoint.os = faulty
                 try:
-                    checkpoint.save(place / "run" / "iter-00000002.safetensors", arrays, {"npgpt": '{"iter": 2}'})
+                    run.save(2, arrays, {"iter": 2, "val_loss": None, "by_clock": by_clock}, keep=2)
                     failed = False
                 except CheckpointError:
                     failed = True
@@ -166,7 +211,8 @@ def io(place, short):
                 left = [path.name for path in (place / "run").iterdir() if path.name.endswith(checkpoint.TEMPORARY)]
                 expect(for_ever or not left, f"left lying about by a save that failed once: {left}")
                 expect(state["iter"] in (1, 2), "another checkpoint than the two that were written")
-                _, state = folder.load(place / "run" / "iter-00000001.safetensors")
+                if failed or not by_clock:
+                    _, state = folder.load(place / "run" / "iter-00000001.safetensors")
                 run.close()
                 run = folder.RunFolder(place / "run")  # clears away what could not be cleared away on a broken disk
                 left = [path.name for path in (place / "run").iterdir() if path.name.endswith(checkpoint.TEMPORARY)]
@@ -177,7 +223,10 @@ def io(place, short):
                 if not failed and faulty.calls < at:
                     break  # there are not so many calls
                 at += 1
-    return f"{count} failing calls, each once and for ever, ENOSPC and EIO: the checkpoint before was good each time"
+    return (
+        f"{count} failing calls of saves at evaluations and by the clock, each once and for ever, ENOSPC and EIO: the "
+        f"checkpoint before was good each time"
+    )
 
 
 def fuzz(place, short):
@@ -657,7 +706,7 @@ def _leave_ranks(place, common):
 
 
 PARTS = {
-    "kill": kill, "io": io, "fuzz": fuzz, "signals": signals, "locks": locks, "inputs": inputs,
+    "kill": kill, "clock": clock, "io": io, "fuzz": fuzz, "signals": signals, "locks": locks, "inputs": inputs,
     "memory": memory_estimate, "corpus": large_corpus, "ranks": ranks,
 }  # fmt: skip
 

@@ -8,6 +8,15 @@
     *.set-aside                   what was there beyond the checkpoint that a run went on from
 
 The hashes in the names of token files are twice as long.
+
+FORMAT is the number of what a training writes about itself into a checkpoint, its state (Trainer._save), and of the
+names of arrays and files beside it.  A file without a number has format 1.  What may change within a format:
+
+- the state gets a new key, which a file may lack: who reads it says what holds then (as a run is not "by_clock");
+- a run gets a new setting (npgpt/config.py), whose default does what was done before there was one.
+
+Whatever else changes, such as the meaning of a key or of an array, is a new format.  Every version reads each format
+that was ever written, or says in one line which version does; tests/data/ has a run folder of each.
 """
 
 import contextlib
@@ -25,6 +34,7 @@ from pathlib import Path
 from npgpt import checkpoint
 from npgpt.errors import BusyError, CheckpointError, UsageError, quoted
 
+FORMAT = 1
 LOCK = "lock"
 _NAME = re.compile(r"iter-(\d{8,})\.safetensors")
 
@@ -80,7 +90,19 @@ def read_state(metadata, path):
         state = None
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} was not written by npgpt.train")
+    if state.get("format", 1) != FORMAT:
+        raise CheckpointError(
+            f"{path} has format {state['format']}, and this version reads format {FORMAT}; "
+            f"{writer_of(state)} wrote it: use that version"
+        )
     return state
+
+
+def writer_of(state):
+    """Words for the version that wrote a state."""
+    environment = state.get("environment")
+    version = environment.get("npgpt") if isinstance(environment, dict) else None
+    return f"npgpt {version}" if isinstance(version, str) else "another npgpt"
 
 
 @contextlib.contextmanager

@@ -745,6 +745,7 @@ class Trainer:
             for name, view in flat.views(values):
                 arrays[prefix + name] = view
         state = {
+            "format": folder.FORMAT,
             "iter": self.iter,
             "optimizer_step": self.optimizer.step,
             "skipped": self.skipped,
@@ -875,6 +876,12 @@ def _config_of(state, path):
     """The TrainConfig that a checkpoint's run was made with."""
     try:
         settings = dict(state["train"])
+        unknown = sorted({*settings} - {f.name for f in dataclasses.fields(TrainConfig)})
+        if unknown:
+            raise CheckpointError(
+                f"{path}: its run has the setting {unknown[0]}, which npgpt {__version__} does not know; "
+                f"{folder.writer_of(state)} wrote it: use that version"
+            )
         return TrainConfig(**{**settings, "data": tuple(settings["data"])})
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise CheckpointError(f"{path} was not written by npgpt.train, or is damaged ({error})") from None

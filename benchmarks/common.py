@@ -1,13 +1,18 @@
-"""What the benchmarks share: processes, the machine's name, a process's peak memory."""
+"""What the benchmarks share: processes, the machine's name, a process's peak memory, the files of a git revision."""
 
 import contextlib
+import io
 import multiprocessing
 import platform
+import subprocess
+import tempfile
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
-from npgpt.errors import NpgptError
+from npgpt.errors import NpgptError, UsageError
 
+ROOT = Path(__file__).resolve().parent.parent
 PAUSE = 0.1  # seconds; a BLAS or OpenMP thread spins for some 30 ms before it sleeps
 
 
@@ -67,6 +72,22 @@ def machine_line(found, cores):
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     blas = f", BLAS kernels for {found['blas_kernels']}" if found["blas_kernels"] else ""
     return f"machine   {found['cpu']}, {cores} cores{blas}; {versions}"
+
+
+@contextlib.contextmanager
+def checked_out(rev):
+    """A temporary folder with the files of a git revision of this checkout, in which nothing is changed."""
+    command = ["git", "archive", "--format=zip", "--", rev]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True)
+    except FileNotFoundError:
+        raise UsageError(f"{rev} cannot be checked out: git is not installed") from None
+    if done.returncode:
+        reason = done.stderr.decode(errors="replace").splitlines()[:1] or ["git failed"]
+        raise UsageError(f"{rev} cannot be checked out in {ROOT}: {reason[0]}")
+    with tempfile.TemporaryDirectory(prefix="npgpt-") as folder:
+        zipfile.ZipFile(io.BytesIO(done.stdout)).extractall(folder)
+        yield Path(folder)
 
 
 def positive(text):

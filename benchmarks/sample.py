@@ -7,16 +7,22 @@
 Each side lives in a process of its own, and they write in turn.  Before anything is timed, all must continue a prompt
 in the same way, with the same weights and the likeliest token each time; if they do not, the exit code is 1.  The time
 is that of everything from one token to the next: temperature 1, the token drawn from all that there are.
+
+    python -m benchmarks.sample --workload gpt2 --against 508dc90
+
+compares the working tree with a revision of npgpt: see benchmarks/against.py.
 """
 
 import argparse
 import importlib.util
+import re
 import signal
 import statistics
 import time
 
 import numpy as np
 
+from benchmarks import against
 from benchmarks.common import PAUSE, BenchmarkError, Process, machine, machine_line, peak_memory, positive
 from benchmarks.workloads import WORKLOADS, initial_weights
 from npgpt.errors import UsageError, run_command
@@ -25,6 +31,7 @@ PROMPT = 8  # tokens
 CHECKED = 16  # tokens that all sides must choose alike
 TOKENS = {"cpu": 1000, "baby": 400, "long": 200, "gpt2": 48}  # of each stream and round
 SCORED = 8192  # tokens on which the losses with and without int8 are compared
+ROUNDS = 5
 EXTRA = {"torch": "torch", "transformers": "transformers"}
 
 
@@ -194,6 +201,7 @@ def report(options, n, seconds, nbytes, bandwidth, memory):
     print(f"writing   {n} tokens after {PROMPT}, {B} text{'s' * (B > 1)} at once; {options.rounds} rounds in turn")
     print(f"memory    {bandwidth / 1e9:.1f} GB/s read by all cores, the best of this run")
     print(f"check     all sides but int8 choose the same {CHECKED} tokens\n")
+    # compare() reads the rows of other revisions: the first two columns and the memory must stay as they are
     head = f"{'tokens/s':>9} {'ms a token':>11} {'GB/s':>6} {'of memory':>10} {'npgpt is':>9} {'peak memory':>12}"
     print(f"{'':<14} {head}")
     ours = statistics.median(seconds["npgpt"])
@@ -240,18 +248,48 @@ def quality(path, source):
     print(f"float32 {losses[False]:.5f}\nint8    {losses[True]:.5f}  ({losses[True] - losses[False]:+.5f})")
 
 
+def read_table(output, streams):
+    """{side: (seconds of a token, bytes of memory)} from the rows of npgpt in what report() printed."""
+    figures = {}
+    for name, rate, ms, memory in re.findall(r"^(npgpt(?: int8)?) +([\d,]+) +([\d.]+) .* ([\d,]+) MB", output, re.M):
+        rate, ms, memory = (float(number.replace(",", "")) for number in (rate, ms, memory))
+        # tokens/s has no decimals, ms a token has three: the one with more digits is read
+        figures[name] = streams / rate if rate > 1000 * ms else ms / 1000, memory * 1e6
+    if list(figures) != ["npgpt", "npgpt int8"]:
+        raise BenchmarkError("benchmarks.sample printed a table that cannot be read")
+    return figures
+
+
+def compare(options):
+    """The working tree beside another revision.  508dc90 knows these flags and prints such a table already."""
+    command = f"benchmarks.sample --workload {options.workload} --streams {options.streams} --rounds {ROUNDS}".split()
+    if options.tokens:
+        command += ["--tokens", str(options.tokens)]
+
+    def read(output):
+        return read_table(output, options.streams), False  # whether the cores were busy, it does not tell
+
+    return against.compare(options.against, [*command, "--peer"], read, options.rounds)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sample", description=__doc__.split("\n")[0])
     parser.add_argument("--workload", choices=WORKLOADS, default="cpu")
     parser.add_argument("--streams", type=positive, default=1, help="texts written at once (%(default)s)")
-    parser.add_argument("--peer", choices=EXTRA, nargs="*", default=["torch"], help="sides to compare with")
-    parser.add_argument("--rounds", type=positive, default=5, help="rounds of each side, in turn (%(default)s)")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--peer", choices=EXTRA, nargs="*", default=["torch"], help="sides to compare with")
+    other.add_argument("--against", metavar="REV", help="compare npgpt with itself at this git revision")
+    rounds = f"rounds of each side, in turn ({ROUNDS}; with --against as many as are needed)"
+    parser.add_argument("--rounds", type=positive, help=rounds)
     parser.add_argument("--tokens", type=positive, help="tokens of each text in a round (default: seconds' worth)")
-    parser.add_argument("--model", help="instead: compare the losses of this model with and without int8")
+    other.add_argument("--model", help="instead: compare the losses of this model with and without int8")
     parser.add_argument("--data", default="pydoc", help="text for --model (%(default)s)")
     options = parser.parse_args(argv)
     if options.model:
         quality(options.model, options.data)
+        return 0
+    if options.against:
+        against.report(compare(options), "ms a token")
         return 0
     n, T = options.tokens or TOKENS[options.workload], WORKLOADS[options.workload].config.block_size
     if "transformers" in options.peer and PROMPT + n > T:
@@ -262,6 +300,7 @@ def main(argv=None):
 
     from npgpt.machine import cores
 
+    options.rounds = options.rounds or ROUNDS
     print(machine_line(machine(["numpy", "numba", *options.peer]), cores()), flush=True)
     report(options, *measure(options, cores()))
     return 0

@@ -5,6 +5,10 @@
 Each side lives in a process of its own, so that its memory is its own and its threads disturb nobody: while one side
 runs a round of steps, the other is blocked in a read from its pipe.  Before anything is timed, both must find the same
 losses from the same weights and batches, over a few whole updates; if they do not, the exit code is 1.
+
+    python -m benchmarks.step --workload cpu --against 508dc90
+
+compares the working tree with a revision of npgpt: see benchmarks/against.py.
 """
 
 import argparse
@@ -15,11 +19,13 @@ import json
 import math
 import signal
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks import against
 from benchmarks.common import PAUSE, BenchmarkError, Process, machine, machine_line, peak_memory, positive
 from benchmarks.workloads import WORKLOADS, initial_weights
 from npgpt.errors import UsageError, run_command
@@ -29,6 +35,7 @@ from npgpt.stop import Stop
 LEARNING_RATE, BETAS, WEIGHT_DECAY, GRAD_CLIP = 1e-3, (0.9, 0.99), 0.1, 1.0
 CHECKED = 3  # steps whose losses must agree
 TOLERANCE = 1e-4  # how far, relative: the two sides round differently
+ROUNDS = 5
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -156,7 +163,10 @@ def check_losses(sides, tolerance=TOLERANCE):
 
 
 def measure(options):
-    """Run the benchmark; returns everything that is printed, as a dict for JSON."""
+    """Run the benchmark; returns everything that is printed, as a dict for JSON.
+
+    compare() reads the figures of other revisions: what it takes from this dict must stay in it.
+    """
     from npgpt.blas import blas_threads, sgemm_peak
 
     workload = WORKLOADS[options.workload]
@@ -200,11 +210,16 @@ def measure(options):
     return result
 
 
+def rounds_while_busy(result):
+    """How many rounds had cores that another program was on: sgemm did not get all of them right after it."""
+    return sum(cores < 0.85 * result["cores"] for cores in result["sgemm_cores"])
+
+
 def report(result):
     print(machine_line(result, result["cores"]))
     print(f"workload  {result['workload']}: {result['shape']}")
     print(f"sgemm     {result['sgemm_flops_per_second'] / 1e9:.0f} GFLOP/s, the best of this run")
-    busy = sum(cores < 0.85 * result["cores"] for cores in result["sgemm_cores"])
+    busy = rounds_while_busy(result)
     if busy:
         print(f"BUSY      other programs were on the cores after {busy} of {len(result['sgemm_cores'])} rounds")
     for name, side in result["sides"].items():
@@ -223,24 +238,49 @@ def report(result):
         print(f"(rounds: {rounds[0]:.2f} to {rounds[-1]:.2f})")
 
 
+def compare(options):
+    """The working tree beside another revision.  508dc90 knows these flags and writes these figures already."""
+    command = f"benchmarks.step --workload {options.workload} --peer none --rounds 1".split()
+    for flag in ("steps", "workers", "blas_threads"):
+        if value := getattr(options, flag):
+            command += [f"--{flag.replace('_', '-')}", str(value)]
+    with tempfile.TemporaryDirectory(prefix="npgpt-") as folder:
+        file = Path(folder, "figures.json")
+
+        def read(_):
+            found = json.loads(file.read_text())
+            side = found["sides"]["npgpt"]
+            return {"npgpt": (side["seconds"], side["peak_memory"])}, rounds_while_busy(found) > 0
+
+        return against.compare(options.against, [*command, "--json", str(file)], read, options.rounds)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.split("\n")[0])
     parser.add_argument("--workload", choices=WORKLOADS, default="cpu")
-    parser.add_argument("--peer", choices=("torch", "torch-compile", "none"), default="torch")
-    parser.add_argument("--rounds", type=positive, default=5, help="rounds of each side, in turn (%(default)s)")
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument("--peer", choices=("torch", "torch-compile", "none"), default="torch")
+    other.add_argument("--against", metavar="REV", help="compare npgpt with itself at this git revision")
+    rounds = f"rounds of each side, in turn ({ROUNDS}; with --against as many as are needed)"
+    parser.add_argument("--rounds", type=positive, help=rounds)
     parser.add_argument("--steps", type=positive, help="steps in a round (default: a second's or more)")
     parser.add_argument("--workers", type=positive, help="npgpt's worker threads (default: chosen)")
     parser.add_argument("--blas-threads", type=positive, help="BLAS threads of each (default: chosen)")
     parser.add_argument("--json", metavar="FILE", help="write all figures to a file too")
     options = parser.parse_args(argv)
-    if options.peer != "none" and importlib.util.find_spec("torch") is None:
+    if not options.against and options.peer != "none" and importlib.util.find_spec("torch") is None:
         raise UsageError("PyTorch is not installed: pip install torch, or measure npgpt alone with --peer none")
 
     from npgpt.machine import cores
 
     options.cores = cores()
-    result = measure(options)
-    report(result)
+    if options.against:
+        result = compare(options)
+        against.report(result, "ms a step")
+    else:
+        options.rounds = options.rounds or ROUNDS
+        result = measure(options)
+        report(result)
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -19,6 +19,7 @@ import numpy as np
 from npgpt.crew import Crew
 from npgpt.engine import empty
 from npgpt.jit import helper, kernel, replaces
+from npgpt.machine import processors
 from npgpt.tiles import VECTOR, product, transpose
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -81,14 +82,17 @@ def blas_kernels():
 
 @contextlib.contextmanager
 def blas_threads(n):
-    """Within this context a matrix product uses n threads.  A BLAS that we cannot tell so goes on as it did."""
+    """Within this context a matrix product uses n threads, at most one for each processor.
+
+    A BLAS that we cannot tell so goes on as it did.
+    """
     global _threads
     functions = _blas_functions()
     before, told = get_blas_threads(), _threads
     try:
         _threads = n
         if functions is not None:
-            functions[0](n)
+            functions[0](min(n, processors()))
         yield
     finally:
         _threads = told
@@ -203,5 +207,5 @@ _helpers = _Helpers()
 def _crew(threads):
     wanted = os.getpid(), threads  # no thread lives on in a process that was forked
     if _helpers.wanted != wanted:
-        _helpers.wanted, _helpers.crew = wanted, Crew(threads - 1, "npgpt-product")
+        _helpers.wanted, _helpers.crew = wanted, Crew(min(threads, processors()) - 1, "npgpt-product")
     return _helpers.crew

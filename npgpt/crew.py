@@ -17,6 +17,7 @@ class Crew:
     """As many threads, for one caller.  They begin when they are first needed."""
 
     def __init__(self, threads, name):
+        self.threads = threads
         self._new_pool = lambda: ThreadPoolExecutor(max(1, threads), name)
         self._pool, self._at_work = self._new_pool(), set()
 
@@ -37,19 +38,28 @@ class Crew:
     def each(self, work, n):
         """[work(0), ..., work(n - 1)]: number 0 runs in this thread, the others in the crew's, if it has as many.
 
+        If it has not, each thread, this one too, takes another number when it is done: so they must not wait for each
+        other.  Where one raises an exception the others run all the same, and that of the lowest number is raised then.
+
         When this returns, or raises what one of them or an interrupt has raised, none of them runs any more.
         """
+        results, errors, left = [None] * n, {}, list(range(n - 1, 0, -1))
         try:
-            futures = [self.submit(work, rank) for rank in range(1, n)]
-            try:
-                first = work(0)
-            finally:
-                for future in futures:
-                    future.exception()
-            return [first, *(future.result() for future in futures)]
+            futures = [
+                self.submit(_take_turns, left, work, results, errors) for _ in range(min(self.threads, n - 1))
+            ]
+            _take_turns([0], work, results, errors)
+            if n - 1 > self.threads:
+                _take_turns(left, work, results, errors)
+            for future in futures:
+                future.result()
         except BaseException:  # an interrupt may have come before all futures were known, or awaited
+            left.clear()
             self.call_off()
             raise
+        if errors:
+            raise errors[min(errors)]
+        return results
 
     def call_off(self):
         """When this returns, nothing of what was submitted runs, or ever will; what has begun is waited for.
@@ -65,3 +75,16 @@ class Crew:
     def close(self):
         """End the threads, when they are done with what was submitted."""
         self._pool.shutdown()
+
+
+def _take_turns(left, work, results, errors):
+    """Take a number from the end of a list, which other threads do too, and call work with it, until none is left."""
+    while True:
+        try:
+            number = left.pop()
+        except IndexError:
+            return
+        try:
+            results[number] = work(number)
+        except Exception as error:
+            errors[number] = error

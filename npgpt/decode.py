@@ -33,7 +33,7 @@ import numpy as np
 
 from npgpt.crew import Crew
 from npgpt.jit import KERNELS, SLEEPS, array_at, claim, count_up, exp, helper, kernel, largest, meet, next_job
-from npgpt.machine import cores
+from npgpt.machine import cores, processors
 from npgpt.ops.layernorm import EPS, layernorm_forward_ref
 from npgpt.ops.linear import linear_forward_ref
 from npgpt.ops.mlp import A, K, gelu_ref
@@ -337,7 +337,8 @@ class Decoder:
     n_streams  texts side by side
     length     the most positions of a text that will be needed, at most the model's block_size
     int8       whether the matrices are rounded to 8 bits, in a copy; biases, layer norms and wpe stay as they are
-    threads    how many share the work where there is enough of it; by default all cores, up to 16
+    threads    how many share the work where there is enough of it; by default one for each core.  They spin while they
+               wait for each other, so there is at most one for each processor, and 16 in all
 
     The logits of a row are the same bits whatever is computed beside it, and with any number of threads.
     """
@@ -363,7 +364,7 @@ class Decoder:
             for name, scale in scales.items():
                 self.parameters[name] = self.parameters[name] * scale[:, None]
             return
-        self.threads = max(1, min(threads or cores(), MOST_THREADS))
+        self.threads = max(1, min(threads or cores(), processors(), MOST_THREADS))
         blocks = [f"transformer.h.{layer}." for layer in range(L)]
         self._scales = scales  # as the kernel knows only where they lie, they must be kept here
         self._weights = (

@@ -20,15 +20,18 @@ What makes the kernels fast (measured in benchmarks/kernels.py):
 - `exp` is a polynomial in float32, because the one in the C library is called a number at a time.
 """
 
+import contextlib
 import hashlib
 import inspect
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 
 from npgpt.errors import UsageError
 from npgpt.machine import cache_folder
+from npgpt.private import NotPrivate, private_folder
 from npgpt.profiler import measured
 
 KERNELS = os.environ.get("NPGPT_KERNELS", "numba")
@@ -96,20 +99,26 @@ def _kernel_cache():
 
     Numba notices a change in the file that a kernel stands in, but not in this one and in tiles.py: so the folder is
     named after their content.  A kernel may call helpers of its own file and of these two, no others.
+
+    What Numba reads there can run code.  A folder that others could change is not used, and a line says so.
     """
-    if os.environ.get("NUMBA_CACHE_DIR"):
-        base = Path(os.environ["NUMBA_CACHE_DIR"])
-    else:
-        base = cache_folder()
+    base = Path(os.environ.get("NUMBA_CACHE_DIR") or cache_folder())
     try:
-        folder = base / ("kernels-" + _sources_hash())
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = private_folder(base / ("kernels-" + _sources_hash()))
         probe = folder / f"probe-{os.getpid()}"
         probe.touch()
         probe.unlink()
         return folder
+    except NotPrivate as error:
+        with contextlib.suppress(OSError):  # behind standard error there may be a full disk
+            print(
+                f"npgpt: the kernels compile anew in each process, because {error}, "
+                "or set NUMBA_CACHE_DIR to a folder of your own",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
     except OSError:
-        return None
+        pass
+    return None
 
 
 def exp(x):
@@ -190,9 +199,12 @@ if KERNELS == "numba":
         before = numba.config.CACHE_DIR
         numba.config.CACHE_DIR = str(_CACHE)  # read while the function is decorated; a user's own functions keep theirs
         try:
-            return numba.njit(cache=True, **FLAGS)(function)
+            compiled = numba.njit(cache=True, **FLAGS)(function)
         finally:
             numba.config.CACHE_DIR = before
+        if os.path.dirname(compiled.stats.cache_path) != str(_CACHE):  # Numba took a folder that nobody has checked
+            return numba.njit(**FLAGS)(function)
+        return compiled
 
     helper = numba.njit(**FLAGS)  # for scalar functions that are compiled into the kernels that call them
 

@@ -2,16 +2,20 @@
 
 import contextlib
 import ctypes
+import functools
+import math
 import os
 import platform
 import sys
 from pathlib import Path
 
+PROC, SYS = Path("/proc"), Path("/sys")  # where Linux tells what it knows; elsewhere there are no such folders
+
 
 def cpu_name():
     """What the processor calls itself."""
-    with contextlib.suppress(OSError):  # Linux; elsewhere there is no such file
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+    with contextlib.suppress(OSError):
+        for line in (PROC / "cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
@@ -28,22 +32,49 @@ def cache_folder():
     return Path(base) / "npgpt"
 
 
-def core_ids():
-    """The set of the cores' numbers that this process may use."""
+def _processor_ids():
+    """The set of the logical processors' numbers that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return os.sched_getaffinity(0)
     return set(range(os.cpu_count() or 1))
 
 
+def core_ids():
+    """The set of the physical cores that this process may use, each the number of its first hyperthread.
+
+    Elsewhere than on Linux nobody says which hyperthreads share a core: there each of them counts as one.
+    """
+    return set(map(_core_of, _processor_ids()))
+
+
+def _core_of(processor):
+    for name in ("core_cpus_list", "thread_siblings_list"):  # the newer name, the older one
+        with contextlib.suppress(OSError, ValueError):
+            siblings = (SYS / f"devices/system/cpu/cpu{processor}/topology/{name}").read_text()
+            return int(siblings.replace("-", ",").split(",")[0])  # of "0,4", "0-1" or "0-1,8": the first is the lowest
+    return processor
+
+
 def cores():
-    """How many cores this process may use."""
-    return len(core_ids())
+    """How many physical cores this process may keep busy: so many threads are worth their while."""
+    return min(len(core_ids()), quota())
+
+
+def processors():
+    """How many threads of this process can run at a time: more are never started, whatever is asked for."""
+    return min(len(_processor_ids()), quota())
+
+
+@functools.cache  # it is asked for often, and threads that have begun do not follow a change
+def quota():
+    """How many processors' time the container of this process may use: a whole number, or infinity."""
+    return min(_quotas(), default=math.inf)
 
 
 def in_use():
     """Bytes of memory that this process has now; 0 where that cannot be told."""
     with contextlib.suppress(OSError, ValueError, IndexError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int((PROC / "self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 0
 
 
@@ -58,7 +89,7 @@ def available():
 
 def _machine():
     with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in (PROC / "meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024 + in_use()
     if sys.platform == "win32":
@@ -79,18 +110,44 @@ def _machine():
 
 def _container():
     """What the control groups of this process leave to it (cgroup v2, then v1)."""
+    for group in _control_groups("memory"):
+        for limit, usage in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):
+            with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+                left = int((group / f"memory.{limit}").read_text()) - int((group / f"memory.{usage}").read_text())
+                yield left + in_use()
+
+
+def _quotas():
+    """What each control group of this process that has a limit may use of processors' time (cgroup v2, then v1).
+
+    A part of a processor counts as one: with a thread less, nobody would use that part.
+    """
+    for group in _control_groups("cpu"):
+        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+            with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+                quota, period = map(int, " ".join((group / name).read_text() for name in names).split())
+                if quota > 0 < period:  # nor is -1
+                    yield -(-quota // period)
+
+
+def _control_groups(controller):
+    """The folders that may tell the limits of this process's own control group, and of each one above it.
+
+    A container may see its own group as the root, but itself at a path of the host's, which is not there: so the root
+    is always among them.
+    """
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, kinds, path = line.split(":", 2)
-            if kinds == "":
-                base, limit, usage = Path("/sys/fs/cgroup"), "memory.max", "memory.current"
-            elif "memory" in kinds.split(","):
-                base, limit, usage = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes"
+        for line in os.fsdecode((PROC / "self/cgroup").read_bytes()).splitlines():
+            kinds, _, path = line.partition(":")[2].partition(":")
+            if kinds == "":  # version 2
+                roots = {SYS / "fs/cgroup"}
+            elif controller in kinds.split(","):  # version 1: "cpu,cpuacct" is mounted by this name, or each by its own
+                roots = {SYS / "fs/cgroup" / controller, SYS / "fs/cgroup" / kinds}
             else:
                 continue
-            folder = base / path.lstrip("/")
-            for place in (folder, *folder.parents):
-                with contextlib.suppress(OSError, ValueError):  # "max" is no limit
-                    yield int((place / limit).read_text()) - int((place / usage).read_text()) + in_use()
-                if place == base:
-                    break
+            for root in roots:
+                group = root / path.lstrip("/")
+                yield group
+                while group != root:
+                    group = group.parent
+                    yield group

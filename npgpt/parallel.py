@@ -23,7 +23,7 @@ from npgpt.blas import blas_threads
 from npgpt.crew import Crew
 from npgpt.engine import BufferPool, no_grad, random_stream, record, reuse_buffers
 from npgpt.gradcheck import replaced
-from npgpt.machine import cores
+from npgpt.machine import cores, processors
 from npgpt.model import GPT
 from npgpt.optim import FlatParameters, sum_of_squares
 from npgpt.ranks import ALONE
@@ -40,17 +40,20 @@ def choose_threads(batch_size, block_size, workers=None, blas=None, n=None):
     A worker must be worth its own pass over all gradients: one for each 256 tokens, at most one per sequence and core.
     A limit on the BLAS threads that the user has set in the environment is kept.
 
+    More workers than processors take turns.  BLAS threads cannot: of them there are no more than can run at a time, and
+    it is this number that the bits depend on.
+
     n: cores to use; by default all that there are.
     """
-    n = n or cores()
+    n, most = n or cores(), processors()
     if workers is None:
-        workers = max(1, min(n, batch_size, batch_size * block_size // TOKENS_PER_WORKER))
+        workers = max(1, min(n, batch_size, batch_size * block_size // TOKENS_PER_WORKER, most // (blas or 1)))
     workers = min(workers, batch_size)
     if blas is None:
         wanted = [os.environ.get(name, "") for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")]
         limit = next((int(value) for value in wanted if value.isdigit() and int(value) > 0), n)
-        blas = max(1, min(limit, n // workers))
-    return workers, blas
+        blas = min(limit, n // workers)
+    return workers, max(1, min(blas, most // workers))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -71,8 +74,8 @@ class DataParallel:
     """A model whose batches are split over worker threads.
 
     model    a GPT; its parameters are moved into flat storage (`flat`)
-    workers  threads that share each batch; results are the same bits for the same number of workers, and the same to
-             rounding for any number
+    workers  that share each batch, each in a thread, or in turn where there are fewer processors; results are the same
+             bits for the same number of workers, and the same to rounding for any number
     blas     BLAS threads of each worker's matrix products
     world    the ranks whose gradients are added up, a World
 
@@ -87,15 +90,18 @@ class DataParallel:
         for _ in range(1, workers):
             twin = GPT(model.config, seed=None, dtype=self.flat.weights.dtype).train(model.training)
             self.replicas.append(Replica(twin, FlatParameters(twin, share=self.flat)))
-        # adding gradients and updating weights uses no BLAS: there is a thread for each core that the products use
+        # adding gradients and updating weights uses no BLAS: there is a share for each thread that the products use
         size, self.n_threads = len(self.flat.weights), workers * blas
         self.slices = _cut(slice(0, size), self.n_threads)
         self.mine = _cut(slice(0, size), world.size)[world.rank]  # this rank's part of the sum of squares
         self.buckets = self._buckets()
-        self._crew = Crew(self.n_threads - 1, "npgpt-worker")
+        self._crew = Crew(min(self.n_threads, processors()) - 1, "npgpt-worker")
 
     def each(self, work, n=None):
-        """[work(0), ..., work(n - 1)], by default one per worker, each in a thread; number 0 runs in this one."""
+        """[work(0), ..., work(n - 1)], by default one per worker; number 0 runs in this thread, the others in any.
+
+        So work sets itself all that is a thread's own: random_stream, reuse_buffers and the like.
+        """
         with blas_threads(self.blas):
             return self._crew.each(work, n or len(self.replicas))
 
@@ -137,7 +143,7 @@ class DataParallel:
                 loss.backward(weight * share)
                 return share * loss.item()
 
-        sending = self._sending() if last and self.world.between_machines else lambda rank: contextlib.nullcontext()
+        sending = self._sending() if last and self.world.between_machines else contextlib.nullcontext
         return sum(self.each(work))
 
     def gather_grads(self):

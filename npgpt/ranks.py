@@ -21,7 +21,7 @@ import zlib
 from array import array as numbers_of
 
 from npgpt.errors import NpgptError, UsageError
-from npgpt.machine import core_ids
+from npgpt.machine import core_ids, cores, quota
 from npgpt.profiler import measured
 from npgpt.stop import SIGNALS, StopNow
 
@@ -78,7 +78,7 @@ class World:
 
     @property
     def cores(self):
-        return len(core_ids())
+        return cores()
 
     def agree(self, work):
         """work() on every rank; its result.  If it raises an NpgptError on one, all raise an NpgptError."""
@@ -130,8 +130,10 @@ class MPIWorld(World):
         # On one machine the ranks' own cores move the bytes: then there is nothing to gain from sending behind the
         # backward, and a sum that is waited for is three to eight times faster than one that is begun.
         self.between_machines = local.size < self.size
-        # whether mpiexec gave each rank cores of its own or all of them the same, each has its part of all of them
-        self._cores = max(1, len(set().union(*local.allgather(core_ids()))) // local.size)
+        # whether mpiexec gave each rank cores of its own or all of them the same, each has its part of all of them; and
+        # its part of the quota: the ranks of a machine are taken to be in one container
+        their_cores, quotas = zip(*local.allgather((core_ids(), quota())), strict=True)
+        self._cores = max(1, min(len(set().union(*their_cores)), *quotas) // local.size)
         local.Free()
 
     @property

@@ -38,7 +38,7 @@ def parse(argv):
     output.add_argument("--json", action="store_true", help="one JSON object a line for each text")
     output.add_argument("--logprobs", action="store_true", help="show each token with its log-probability, in nats")
     output.add_argument("--int8", action="store_true", help="weights of 8 bits: faster where the model is large")
-    output.add_argument("--threads", type=int, metavar="N", help="cores to use (default: all, for a large model)")
+    output.add_argument("--threads", type=int, metavar="N", help="threads (default: one per core, for a large model)")
     args = parser.parse_args(argv)
     alone = args.prompt is None and args.prompt_file is None and not args.json
     all_open = None not in (sys.stdin, sys.stdout, sys.stderr)

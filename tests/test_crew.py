@@ -36,12 +36,98 @@ def begins_late(monkeypatch):
     return late
 
 
+class Busy:
+    """Work for a number of threads: the first two calls of each wait until all of them have come.
+
+    most  how many were busy at a time; met: the thread of each call
+    """
+
+    def __init__(self, threads):
+        self.all_here, self.lock = threading.Barrier(threads, timeout=10), threading.Lock()
+        self.busy, self.most, self.met = 0, 0, []
+
+    def __call__(self, number):
+        me = threading.current_thread()
+        with self.lock:
+            self.busy += 1
+            self.most = max(self.most, self.busy)
+            self.met.append(me)
+        if self.met.count(me) <= 2:
+            self.all_here.wait()
+        time.sleep(0.001)
+        with self.lock:
+            self.busy -= 1
+        return number
+
+
 def test_work_is_done_in_threads_and_its_results_come_back(crew):
     futures = [crew.submit(lambda a, b: (a + b, threading.current_thread()), i, 1) for i in range(3)]
     assert [future.result()[0] for future in futures] == [1, 2, 3]
     assert threading.current_thread() not in [future.result()[1] for future in futures]
     crew.close()
     assert not any(future.result()[1].is_alive() for future in futures)
+
+
+def test_each_number_has_a_thread_of_its_own_if_there_are_as_many(crew):
+    barrier = threading.Barrier(3, timeout=5)
+
+    def work(number):
+        barrier.wait()
+        return number, threading.current_thread()
+
+    numbers, threads = zip(*crew.each(work, 3), strict=True)
+    assert numbers == (0, 1, 2) and threads[0] is threading.current_thread() and len(set(threads)) == 3
+
+
+@pytest.mark.parametrize("threads", [0, 1, 2])
+def test_more_numbers_than_threads_are_taken_by_all_of_them_in_turn(threads):
+    crew, work = Crew(threads, "few"), Busy(threads + 1)
+    assert crew.each(work, 9) == list(range(9))
+    assert len(work.met) == 9 and len(set(work.met)) == work.most == threads + 1
+    assert threading.current_thread() in work.met
+    crew.close()
+
+
+@pytest.mark.parametrize("threads", [0, 1, 2, 9])
+def test_of_several_errors_the_lowest_numbers_is_raised_when_all_had_their_turn(threads):
+    crew, called = Crew(threads, "failing"), []
+
+    def work(number):
+        called.append(number)
+        time.sleep(0.001)
+        if number in (3, 6, 8):
+            raise ValueError(f"number {number}")
+
+    for _ in range(20):
+        called.clear()
+        with pytest.raises(ValueError, match="number 3"):
+            crew.each(work, 9)
+        assert sorted(called) == list(range(9))
+    assert crew.each(lambda number: number, 9) == list(range(9))
+    crew.close()
+
+
+@pytest.mark.parametrize("turns", [1, 2])  # in number 0, and in one that this thread took over
+def test_after_an_interrupt_no_other_number_begins(crew, turns):
+    begun, ended, here = [], [], []
+
+    def work(number):
+        begun.append(number)
+        if threading.current_thread() is threading.main_thread():
+            here.append(number)
+            if len(here) == turns:
+                raise KeyboardInterrupt
+        else:
+            time.sleep(0.05)
+        ended.append(number)
+
+    with pytest.raises(KeyboardInterrupt):
+        crew.each(work, 9)
+    assert here[0] == 0 and len(here) == turns
+    assert sorted(begun) == sorted([*ended, here[-1]]) and len(begun) <= turns + 2
+    time.sleep(0.1)
+    assert len(begun) <= turns + 2
+    assert crew.each(lambda number: number, 9) == list(range(9))
 
 
 def test_what_has_begun_is_waited_for_and_the_rest_never_begins(crew):

@@ -19,6 +19,13 @@ decode.ONE_CORE = 0  # models are small here: with more threads than one there s
 
 kernels_only = pytest.mark.skipif(jit.KERNELS == "numpy", reason="there are no kernels to be tested")
 
+
+@pytest.fixture(autouse=True)
+def many_processors(monkeypatch):
+    """As many threads as are asked for begin, also where there are few processors."""
+    monkeypatch.setattr(decode, "processors", lambda: 64)
+
+
 SHAPES = [  # L, H, C, V, T: heads of odd sizes, one head, one position, sizes beside those of a tile
     (2, 3, 24, 50, 20),
     (1, 1, 5, 3, 1),
@@ -141,6 +148,24 @@ def test_the_kernel_draws_what_is_chosen_step_by_step_outside_of_it(temperature)
         assert np.array_equal(ahead.keys, plain.keys) and np.array_equal(ahead.values, plain.values)
         with pytest.raises(ValueError, match="5 steps are too many"):
             ahead.draw([1], [0], [16], uniforms[:, :1], 1.0, 40)
+
+
+@kernels_only
+@pytest.mark.parametrize(
+    "asked, cores, processors, expected",
+    [(8, 2, 2, 2), (None, 2, 2, 2), (None, 2, 4, 2), (3, 2, 4, 3), (8, 1, 1, 1), (None, 64, 64, 16), (64, 64, 64, 16)],
+)
+def test_no_more_threads_begin_than_processors_can_run(monkeypatch, asked, cores, processors, expected):
+    def threads():
+        return {thread for thread in threading.enumerate() if thread.name.startswith("npgpt-decoder")}
+
+    monkeypatch.setattr(decode, "cores", lambda: cores)
+    monkeypatch.setattr(decode, "processors", lambda: processors)
+    model, before = model_of(SHAPES[0], dtype=np.float32), threads()
+    decoder, alone = Decoder(model, threads=asked), Decoder(model, threads=1)
+    assert decoder.threads == expected
+    assert np.array_equal(decoder([3], [0], [0], 1), alone([3], [0], [0], 1))
+    assert len(threads() - before) == expected - 1
 
 
 def test_weights_are_read_where_the_model_has_them():

@@ -10,12 +10,13 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from test_crew import begins_late
+from test_crew import Busy, begins_late
 
-from npgpt import GPT, AdamW, DataParallel, GPTConfig, jit, no_grad, parallel, random_stream
+from npgpt import GPT, AdamW, DataParallel, GPTConfig, blas, jit, no_grad, parallel, random_stream
 from npgpt.blas import blas_kernels, blas_threads, get_blas_threads
 from npgpt.optim import Muon, clip_scale
 from npgpt.parallel import choose_threads
+from npgpt.tiles import VECTOR
 
 
 def small_gpt(dropout=0.0, dtype=np.float32):
@@ -33,6 +34,13 @@ def batches(n, batch_size=5, T=7, seed=0):
         yield tokens[:, :-1], tokens[:, 1:]
 
 
+@pytest.fixture(autouse=True)
+def many_processors(monkeypatch):
+    """Workers run side by side, and BLAS threads too, also where there are few processors."""
+    for module in (blas, parallel):
+        monkeypatch.setattr(module, "processors", lambda: 64)
+
+
 @pytest.fixture
 def workers():
     """workers(model, n): a DataParallel that is closed when the test ends."""
@@ -47,9 +55,9 @@ def workers():
         data_parallel.close()
 
 
-def train(data_parallel, steps=50, batch_size=5, n_micro=1):
-    """AdamW steps -> the loss of each."""
-    optimizer = AdamW(data_parallel.flat)
+def train(data_parallel, steps=50, batch_size=5, n_micro=1, make_optimizer=AdamW):
+    """Steps of an optimizer -> the loss of each."""
+    optimizer = make_optimizer(data_parallel.flat)
     losses = []
     data = batches(steps * n_micro, batch_size)
     for step in range(steps):
@@ -193,6 +201,46 @@ def test_buffers_are_found_again_from_step_to_step(workers):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# More workers than processors
+
+
+def threads_of_workers():
+    return {thread for thread in threading.enumerate() if thread.name.startswith("npgpt-worker")}
+
+
+@pytest.mark.parametrize(
+    "make_optimizer, blas_threads", [(AdamW, 1), (lambda flat: Muon(flat, rate=5.0), 1), (AdamW, 2)]
+)
+def test_workers_that_take_turns_give_the_bits_of_workers_side_by_side(
+    workers, monkeypatch, make_optimizer, blas_threads
+):
+    results, before = {}, threads_of_workers()
+    for processors in (64, 2, 1):
+        monkeypatch.setattr(parallel, "processors", lambda n=processors: n)
+        split = workers(small_gpt(0.2), 8, blas_threads)
+        losses = train(split, 20, batch_size=19, n_micro=2, make_optimizer=make_optimizer)
+        after = threads_of_workers()
+        assert len(after - before) <= min(processors, 8 * blas_threads) - 1
+        assert processors != 2 or len(after - before) == 1
+        before, grads = after, gradients(split, next(batches(1, batch_size=19)))
+        split.train(False)
+        validation = split.loss(*next(batches(1, batch_size=13)))
+        results[processors] = [losses, *grads, validation, split.flat.weights.copy()]
+    for found in (results[2], results[1]):
+        for ours, expected in zip(found, results[64], strict=True):
+            np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("processors", [1, 2, 3])
+def test_no_more_workers_are_busy_at_a_time_than_there_are_processors(workers, monkeypatch, processors):
+    monkeypatch.setattr(parallel, "processors", lambda: processors)
+    split, work = workers(small_gpt(), 8), Busy(processors)
+    for _ in range(3):
+        assert split.each(work) == list(range(8))
+    assert work.most == len(set(work.met)) == processors
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 
@@ -319,11 +367,42 @@ def test_blas_threads_are_set_and_set_back():
 
 
 @needs_known_blas
+def test_blas_has_no_more_threads_than_there_are_processors(monkeypatch):
+    monkeypatch.setattr(blas, "processors", lambda: 2)
+    with blas_threads(8):
+        assert get_blas_threads() == 2
+    with blas_threads(1):
+        assert get_blas_threads() == 1
+
+
+@pytest.mark.skipif(jit.KERNELS == "numpy" or VECTOR < 64, reason="tiles are for kernels, and for AVX-512")
+def test_a_product_has_the_same_shares_and_fewer_threads_where_there_are_fewer_processors(monkeypatch):
+    monkeypatch.setattr(blas, "blas_kernels", lambda: "Zen")  # then tiles are quicker, and are shared out
+    a, b = np.random.default_rng(0).standard_normal((2, 300, 300), np.float32)
+    results, threads, multiply = [], set(), blas.multiply
+
+    def seen(*args):
+        threads.add(threading.current_thread())
+        multiply(*args)
+
+    monkeypatch.setattr(blas, "multiply", seen)
+    for processors, least in ((64, 2), (2, 1), (1, 1)):
+        monkeypatch.setattr(blas, "processors", lambda n=processors: n)
+        monkeypatch.setattr(blas, "_helpers", blas._Helpers())
+        threads.clear()
+        with blas_threads(8):
+            results.append(np.empty((300, 300), np.float32))
+            blas.matmul(results[-1], a, b)
+        assert least <= len(threads) <= processors
+    assert np.array_equal(results[1], results[0]) and np.array_equal(results[2], results[0])
+
+
+@needs_known_blas
 def test_the_workers_products_use_their_number_of_blas_threads(workers):
     before = get_blas_threads()
-    for blas in (1, 2):
-        split = workers(small_gpt(), 2, blas)
-        assert split.each(lambda rank: get_blas_threads()) == [blas, blas]
+    for n in (1, 2):
+        split = workers(small_gpt(), 2, n)
+        assert split.each(lambda rank: get_blas_threads()) == [n, n]
         assert get_blas_threads() == before
 
 
@@ -349,10 +428,11 @@ BLAS_VARIABLES = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
 
 @pytest.fixture
 def machine(monkeypatch):
-    """machine(cores=8, OMP_NUM_THREADS="4"): what choose_threads finds."""
+    """machine(cores=8, processors=16, OMP_NUM_THREADS="4"): what choose_threads finds."""
 
-    def pretend(cores, **variables):
+    def pretend(cores, processors=64, **variables):
         monkeypatch.setattr(parallel, "cores", lambda: cores)
+        monkeypatch.setattr(parallel, "processors", lambda: processors)
         for name in BLAS_VARIABLES:
             monkeypatch.delenv(name, raising=False)
         for name, value in variables.items():
@@ -390,6 +470,24 @@ def test_what_the_user_chose_is_kept(machine):
         assert choose_threads(1, 64, blas=4) == (1, 4)
     machine(8, OMP_NUM_THREADS="nonsense", MKL_NUM_THREADS="0")
     assert choose_threads(1, 64) == (1, 8)
+
+
+def test_no_more_threads_are_chosen_than_processors_can_run(machine):
+    """Workers take turns: there may be any number of them.  BLAS threads cannot."""
+    machine(2, processors=2)
+    assert choose_threads(12, 64, workers=8) == (8, 1)
+    assert choose_threads(64, 64, workers=16, blas=4) == (16, 1)
+    assert choose_threads(12, 64, workers=2, blas=2) == (2, 1)
+    assert choose_threads(12, 64, workers=1, blas=8) == choose_threads(12, 64, blas=8) == (1, 2)
+    machine(2, processors=4)  # two hyperthreads of each core are used if they are asked for
+    assert choose_threads(12, 64) == (2, 1)
+    assert choose_threads(12, 64, workers=4) == (4, 1)
+    assert choose_threads(12, 64, workers=2, blas=2) == choose_threads(12, 64, blas=2) == (2, 2)
+    assert choose_threads(12, 64, workers=1) == (1, 2)
+    assert choose_threads(12, 64, workers=1, blas=9) == (1, 4)
+    machine(1, processors=1)
+    assert choose_threads(12, 64) == choose_threads(12, 64, blas=8) == (1, 1)
+    assert choose_threads(12, 64, workers=3, blas=8) == (3, 1)
 
 
 def test_workers_that_cannot_be_used_leave_their_cores_to_blas(machine):

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
@@ -165,6 +166,37 @@ def test_shares_are_equal_and_cover_an_update_once(size, micro_steps, batch_size
 def test_a_share_that_cannot_be_equal_is_refused():
     with pytest.raises(UsageError, match="3 ranks cannot share an update's 8 sequences evenly"):
         share(0, 3, 2, 4)
+
+
+@pytest.mark.parametrize(
+    "cores, quota, size, expected",
+    [
+        ({0, 1, 2, 3}, math.inf, 2, 2),
+        ({0, 1, 2, 3}, math.inf, 3, 1),
+        ({0, 1}, math.inf, 4, 1),
+        ({0, 1, 2, 3}, 3, 1, 3),
+        ({0, 1, 2, 3}, 2, 2, 1),  # a container's ranks share its quota, too
+        ({0, 1, 2, 3}, 9, 2, 2),
+        ({0, 1, 2, 3}, 1, 2, 1),
+    ],
+)
+def test_the_ranks_of_a_machine_share_its_cores_and_its_quota(monkeypatch, cores, quota, size, expected):
+    monkeypatch.setattr(ranks, "core_ids", lambda: cores)
+    monkeypatch.setattr(ranks, "quota", lambda: quota)
+    assert on_threads(size, lambda world: world.cores) == [expected] * size
+
+
+def test_ranks_with_cores_of_their_own_have_as_many_as_ranks_that_share_them(monkeypatch):
+    each = iter([{0, 1}, {2, 3}, {0, 1}, {0, 1}])  # then two ranks that have the same ones
+    monkeypatch.setattr(ranks, "core_ids", lambda: next(each))
+    monkeypatch.setattr(ranks, "quota", lambda: math.inf)
+    assert on_threads(2, lambda world: world.cores) == [2, 2]
+    assert on_threads(2, lambda world: world.cores) == [1, 1]
+
+
+def test_who_is_alone_has_all_cores(monkeypatch):
+    monkeypatch.setattr(ranks, "cores", lambda: 5)
+    assert ALONE.cores == 5
 
 
 @pytest.fixture

@@ -45,11 +45,9 @@ class Crew:
         """
         results, errors, left = [None] * n, {}, list(range(n - 1, 0, -1))
         try:
-            futures = [
-                self.submit(_take_turns, left, work, results, errors) for _ in range(min(self.threads, n - 1))
-            ]
+            futures = [self.submit(_take_turns, left, work, results, errors) for _ in range(min(self.threads, n - 1))]
             _take_turns([0], work, results, errors)
-            if n - 1 > self.threads:
+            if n - 1 > self.threads:  # else number 0 is all that npgpt/profiler.py sees of the work, every time
                 _take_turns(left, work, results, errors)
             for future in futures:
                 future.result()

@@ -79,6 +79,18 @@ def test_each_number_has_a_thread_of_its_own_if_there_are_as_many(crew):
     assert numbers == (0, 1, 2) and threads[0] is threading.current_thread() and len(set(threads)) == 3
 
 
+def test_this_thread_leaves_the_others_to_as_many_threads_even_if_these_begin_late(crew, monkeypatch):
+    run = Crew._run
+
+    def belated(*args):
+        time.sleep(0.02)
+        return run(*args)
+
+    monkeypatch.setattr(Crew, "_run", belated)
+    threads = crew.each(lambda number: threading.current_thread(), 3)
+    assert threads.count(threading.current_thread()) == 1
+
+
 @pytest.mark.parametrize("threads", [0, 1, 2])
 def test_more_numbers_than_threads_are_taken_by_all_of_them_in_turn(threads):
     crew, work = Crew(threads, "few"), Busy(threads + 1)

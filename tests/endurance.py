@@ -128,13 +128,15 @@ def clock(place, short):
         "--decay-lr", False, "--eval-interval", 10**6, "--save-minutes", minutes,
     ]  # fmt: skip
     most, iterations, begun, lost = 60 * minutes, [], False, []
+    allowed = most
     for _ in range(kills):
         process = train(*common, "--out-dir", run, *["--resume"] * begun, "--max-iters", 10**6)
         process.stdout.readline()  # it has begun, or is about to
         time.sleep(rng.uniform(most, 3 * most) + (0 if begun else 2))
         process.kill()
         _, err = process.communicate()
-        expect("a save takes" not in err, f"this disk is too slow for saves every {most:g} s: {err}")
+        for late in re.findall(r"one comes every ([\d.e+-]+) minutes", err):  # on a slow disk: as it was said
+            allowed = max(allowed, 3 * 60 * float(late))
         _, state = folder.load(folder.newest(run))  # raises if it is not good
         rows = _rows_at_kill(run)
         since = [seconds for iteration, seconds in rows if iteration >= state["iter"]]
@@ -142,7 +144,7 @@ def clock(place, short):
         expect(len(folder.checkpoints(run)) <= 3, f"{folder.checkpoints(run)}")  # of a moment between save and removal
         iterations.append(state["iter"])
         begun = True
-    expect(max(lost) < most + 0.5, f"{max(lost):.2f} s were lost")
+    expect(max(lost) < allowed + 0.5, f"{max(lost):.2f} s were lost, {allowed:.2f} are allowed")
     end = iterations[-1] + 50
     for path, how in ((run, ["--resume"]), (place / "whole", [])):
         process = train(*common, "--out-dir", path, *how, "--max-iters", end)

@@ -68,9 +68,14 @@ def best(path):
 
     Raises CheckpointError if there is none.
     """
-    losses = {found: state.get("val_loss") for found, state in _states(path).items()}
+    return _best_of(_states(path)) or newest(path)
+
+
+def _best_of(states):
+    """The checkpoint with the lowest validation loss among the states of some, or None if none has one."""
+    losses = {found: state.get("val_loss") for found, state in states.items()}
     losses = {found: loss for found, loss in losses.items() if isinstance(loss, float)}
-    return min(losses, key=losses.get) if losses else newest(path)
+    return min(losses, key=losses.get) if losses else None
 
 
 def _states(path):
@@ -239,9 +244,10 @@ class RunFolder:
         path = self.path / f"iter-{iteration:08d}.safetensors"
         self._flush_log()
         checkpoint.save(path, arrays, {"format": "npgpt", "npgpt": json.dumps(state)})
-        by_clock = {found for found, state in _states(self.path).items() if state.get("by_clock")}
+        states = _states(self.path)
+        by_clock = {found for found, state in states.items() if state.get("by_clock")}
         counted = [found for found in checkpoints(self.path) if found not in by_clock]
-        self._remove({*by_clock, *counted[keep:]} - {best(self.path), path})
+        self._remove({*by_clock, *counted[keep:]} - {_best_of(states), path})
 
     def write_tokens(self, name, parts):
         """Write a token file, all of it or nothing; parts: iterable of arrays.  Raises CheckpointError.

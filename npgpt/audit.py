@@ -119,6 +119,8 @@ class Auditor:
     """
 
     def __init__(self, parallel, entries):
+        if other := parallel.model.difference():
+            raise ValueError(f"an audit knows GPT(config) only: {other}")
         self.live, self.entries = parallel.flat, entries
         # its workers share one set of weights; each has a model of its own, in which one tensor at a time is another
         shadow = GPT(parallel.model.config, seed=None, dtype=np.float64)
@@ -161,7 +163,7 @@ class Auditor:
                     loss = loss_from(replica, tensor.first_block(len(kept)), kept, *micro_batch)
                     parameter = dict(replica.model.named_parameters())[tensor.name]
                     own = parameter.data.copy()  # other workers go on with the weights as they are
-                    with replaced(parameter, "data", own):
+                    with parameter.elsewhere(own):
                         tensor.measure(own.reshape(-1), loss, stop, 1 / len(micro_batches), longer)
 
             self.shadow.each(work)

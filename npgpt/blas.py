@@ -205,7 +205,6 @@ _helpers = _Helpers()
 
 
 def _crew(threads):
-    wanted = os.getpid(), threads  # no thread lives on in a process that was forked
-    if _helpers.wanted != wanted:
-        _helpers.wanted, _helpers.crew = wanted, Crew(min(threads, processors()) - 1, "npgpt-product")
+    if _helpers.wanted != threads:
+        _helpers.wanted, _helpers.crew = threads, Crew(min(threads, processors()) - 1, "npgpt-product")
     return _helpers.crew

@@ -7,7 +7,9 @@ import dataclasses
 import difflib
 import math
 import os
+import typing
 from dataclasses import dataclass, field
+from types import NoneType
 
 from npgpt.errors import UsageError
 
@@ -188,12 +190,35 @@ PRESETS = {
 }  # fmt: skip
 
 
+_KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
+
+
+def _converted(value, kind, name):
+    """A setting's value as the type that it must have.  NumPy's numbers and paths are fine; raises UsageError."""
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        value = value.item()
+    if kind is tuple:
+        values = value if isinstance(value, (tuple, list)) else [value]  # a text is one source, not one for each letter
+        return tuple(_converted(item, str, name) for item in values)
+    if kind is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if kind is float and type(value) is int:
+        value = float(value) if abs(value) <= MOST else math.inf
+    if type(value) is not kind:
+        raise UsageError(f"{name} must be {_KINDS[kind]}, got {value!r}, of type {type(value).__name__}")
+    return value
+
+
 def check_ranges(config):
-    """Raise UsageError for the first field of a config that is out of its range."""
+    """Give each field of a config its type; raise UsageError for the first that cannot have it, or is out of range."""
+    hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value, limits = getattr(config, f.name), f.metadata
-        if value is None:
+        kinds = typing.get_args(hints[f.name]) or (hints[f.name],)
+        if value is None and NoneType in kinds:
             continue
+        value = _converted(value, kinds[0], f.name)
+        object.__setattr__(config, f.name, value)
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{f.name} must be a finite number, got {value}")
         if limits["choices"] is not None and value not in limits["choices"]:

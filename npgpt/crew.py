@@ -6,6 +6,7 @@ work before it looks whether its job still stands.
 """
 
 import contextlib
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +20,15 @@ class Crew:
     def __init__(self, threads, name):
         self.threads = threads
         self._new_pool = lambda: ThreadPoolExecutor(max(1, threads), name)
-        self._pool, self._at_work = self._new_pool(), set()
+        self._start()
+
+    def _start(self):
+        self._process, self._pool, self._at_work = os.getpid(), self._new_pool(), set()
 
     def submit(self, work, *args):
         """Have a thread call work(*args); returns a Future."""
+        if self._process != os.getpid():  # a fork has none of the threads
+            self._start()
         with held():  # a process that is forked in the pool's `submit` waits for ever for a lock that this thread holds
             return self._pool.submit(self._run, self._pool, work, args)
 

@@ -344,6 +344,8 @@ class Decoder:
     """
 
     def __init__(self, model, n_streams=1, length=None, int8=False, threads=None):
+        if other := model.difference():  # the kernel would read beyond an array, or leave something out
+            raise ValueError(f"Decoder: the model is not GPT(config): {other}")
         config = model.config
         L, H, C, V = config.n_layer, config.n_head, config.n_embd, config.vocab_size
         self.n_head, self.length = H, min(config.block_size, length or config.block_size)

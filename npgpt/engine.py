@@ -23,6 +23,8 @@ since a backward reads what its forward read.
 
 import contextlib
 import ctypes
+import functools
+import inspect
 import math
 import os
 import threading
@@ -42,6 +44,7 @@ NAN_FILL = os.environ.get("NPGPT_NAN_FILL", "0") not in ("", "0")
 
 class _ThreadState(threading.local):
     recording = True
+    drops = True
     checked = None
     observer = None
     pool = None
@@ -53,7 +56,30 @@ class _ThreadState(threading.local):
 _state = _ThreadState()
 
 
-@contextlib.contextmanager
+class _Context(type(contextlib.contextmanager(lambda: (yield))())):
+    """What contextlib.contextmanager makes, but it refuses to decorate a generator or a coroutine.
+
+    The context would be at an end before the first line of these runs.
+    """
+
+    def __call__(self, function):
+        code = inspect.isgeneratorfunction(function), inspect.iscoroutinefunction(function)
+        if any(code) or inspect.isasyncgenfunction(function):
+            raise TypeError(f"{function.__name__} goes on after its call has returned: write `with` within it instead")
+        return super().__call__(function)
+
+
+def context(function):
+    """As contextlib.contextmanager."""
+
+    @functools.wraps(function)
+    def entered(*args, **options):
+        return _Context(function, args, options)
+
+    return entered
+
+
+@context
 def no_grad():
     """Within this context ops record no graph: for evaluation and sampling."""
     before, _state.recording = _state.recording, False
@@ -63,11 +89,25 @@ def no_grad():
         _state.recording = before
 
 
+@context
+def no_dropout():
+    """Within this context modules drop nothing, in this thread, whatever train() has said."""
+    before, _state.drops = _state.drops, False
+    try:
+        yield
+    finally:
+        _state.drops = before
+
+
+def dropout_is_off():
+    return not _state.drops
+
+
 class NotFinite(Exception):
     """What finite_checks found: its text names the op, and the direction."""
 
 
-@contextlib.contextmanager
+@context
 def finite_checks(names):
     """Within this context a result of an op, or a gradient that it makes, that is not finite raises NotFinite.
 
@@ -88,7 +128,7 @@ def _check_finite(arrays, direction, backward, parents):
     raise NotFinite(f"the {direction} of {op}" + (f" with {', '.join(named)}" if named else ""))
 
 
-@contextlib.contextmanager
+@context
 def observed(observer):
     """Within this context observer(out, parents, backward) is called for each Tensor that an op makes, in their order.
 
@@ -101,7 +141,7 @@ def observed(observer):
         _state.observer = before
 
 
-@contextlib.contextmanager
+@context
 def random_stream(seed, batch_offset=0):
     """Within this context dropout draws its masks from `seed` (a uint32), one mask after the other.
 
@@ -176,7 +216,7 @@ def _aligned_block(nbytes, align=64):
     return (ctypes.c_char * nbytes).from_buffer(memory, -memory.ctypes.data % align)
 
 
-@contextlib.contextmanager
+@context
 def reuse_buffers(pool):
     """Within this context `empty` takes its memory from `pool`, a BufferPool kept from step to step."""
     before, _state.pool = _state.pool, pool
@@ -212,6 +252,23 @@ def check_numbers(array, words):
         raise TypeError(f"{words}, got dtype {array.dtype}")
 
 
+def check_dtypes(op, **tensors):
+    """Raise TypeError if the Tensors of an op (or None) do not have one dtype."""
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
+    if len({*dtypes.values()}) > 1:
+        raise TypeError(f"{op}: all must have one dtype, got {', '.join(f'{n} {d}' for n, d in dtypes.items())}")
+
+
+def plain(values, words):
+    """np.asarray(values).  Raises TypeError, with these words, for an array that knows more than its numbers.
+
+    NumPy would forget without a word which entries of a masked array do not count, say.
+    """
+    if isinstance(values, np.ndarray) and type(values) not in (np.ndarray, np.memmap):
+        raise TypeError(f"{words} must be a plain NumPy array, not a {type(values).__name__}; pass np.asarray of it")
+    return np.asarray(values)
+
+
 class Tensor:
     """A float32 or float64 array that can be differentiated through.
 
@@ -225,13 +282,13 @@ class Tensor:
 
     __slots__ = (
         "data", "grad", "requires_grad", "grad_buffer",
-        "_parents", "_backward", "_handed_out", "_grad_is_ours", "_keeps_grad", "__weakref__",
+        "_parents", "_read", "_backward", "_handed_out", "_grad_is_ours", "_keeps_grad", "__weakref__",
     )  # fmt: skip
 
     def __init__(self, data, requires_grad=False):
         if isinstance(data, Tensor):
             raise TypeError("Tensor: data is a Tensor already; use it as it is, or its .data")
-        data = np.asarray(data)
+        data = plain(data, "Tensor: data")
         if data.dtype not in FLOATS:
             check_numbers(data, "Tensor: data must be numbers")
             data = data.astype(np.float64 if data.dtype.kind == "f" and data.itemsize >= 8 else np.float32)
@@ -240,6 +297,7 @@ class Tensor:
         self.grad = None
         self.grad_buffer = None  # where a parameter's gradient is to be written, if its owner has chosen a place
         self._parents = ()
+        self._read = ()  # the parents' data as the forward saw it, if that of a leaf can be replaced
         self._backward = None
         self._handed_out = None  # the array that new_grad() last gave out
         self._grad_is_ours = False  # whether this walk may change self.grad in place
@@ -256,8 +314,41 @@ class Tensor:
     def __array__(self, *args, **options):
         raise TypeError("a Tensor is not an array: use its .data")  # NumPy would make a list of lists of it
 
+    def __array_function__(self, function, types, args, options):
+        raise TypeError(f"numpy.{function.__name__} takes arrays: use the Tensor's .data")  # some would answer wrongly
+
     def __repr__(self):
         return f"Tensor({self.data!r}, requires_grad={self.requires_grad})"
+
+    # Python's own answers for any object would be wrong without a word, so these are NumPy's: comparisons give arrays
+    # of bools, only a single number is true or false.  As a key of a dict, a Tensor stands for itself, not its numbers.
+
+    __hash__ = object.__hash__
+
+    def __bool__(self):
+        return bool(self.data)
+
+    def __float__(self):
+        return float(self.data)
+
+    def __int__(self):
+        return int(self.data)
+
+    def __format__(self, words):
+        return format(self.data.item() if self.data.ndim == 0 else self.data, words) if words else str(self)
+
+    def __contains__(self, value):
+        return bool((self == value).any())
+
+    def __iter__(self):
+        if self.data.ndim == 0:
+            raise TypeError("a Tensor with no dimension has no rows to go through")
+        return (self[i] for i in range(len(self.data)))
+
+    def __reduce_ex__(self, protocol):  # for copy.copy, copy.deepcopy and pickle
+        if self._backward is not None:
+            raise TypeError("a Tensor that was computed cannot be copied: its backward would go to the originals")
+        return _copied, (type(self), self.data, self.requires_grad, self.grad)
 
     def item(self):
         """The value of a tensor with one element, as a Python float."""
@@ -275,6 +366,11 @@ class Tensor:
         adds it in.  Ops that make their gradients with NumPy expressions need not ask: any array may be returned.
         """
         if self.grad is None and self.grad_buffer is not None and self._handed_out is None:
+            if self.grad_buffer.shape != self.data.shape:  # a kernel would write beyond it
+                raise ValueError(
+                    f"backward: the place of this tensor's gradient has shape {self.grad_buffer.shape}, and its data "
+                    f"{self.data.shape}: they belong to an optimizer that was made before"
+                )
             self._handed_out = self.grad_buffer
         else:
             self._handed_out = empty(self.data.shape, self.data.dtype)
@@ -331,7 +427,7 @@ class Tensor:
                 raise ValueError(f"backward: for a tensor of shape {self.shape}, give its gradient: backward(grad)")
             grad = np.ones_like(self.data)
         else:
-            grad = np.asarray(grad, self.data.dtype)
+            grad = plain(grad, "backward: grad").astype(self.data.dtype, copy=False)
             if grad.shape != self.data.shape:
                 raise ValueError(f"backward: grad must have shape {self.shape}, got {grad.shape}")
         order = _topological_order(self)
@@ -343,21 +439,35 @@ class Tensor:
             if node._backward is not None:
                 node.grad = None
         self._add_grad(grad)
+        kept = [node for node in order if node._keeps_grad and node._backward is not None]
         while order:
             node = order.pop()  # reversed order: every tensor before the tensors it was computed from
             if node._backward is None:
                 continue  # a leaf
             dy = node.grad
+            if any(parent.data is not data for parent, data in zip(node._parents, node._read, strict=False)):
+                raise RuntimeError("backward: the .data of a tensor was replaced after the forward that has read it")
             grads = node._backward(dy)
             if _state.checked is not None:
                 _check_finite(grads, "backward", node._backward, node._parents)
             for parent, parent_grad in zip(node._parents, grads, strict=True):
                 if parent_grad is not None and parent.requires_grad:
                     parent._add_grad(parent_grad)
-            node._parents, node._backward = (), _used_up
+            node._parents, node._read, node._backward = (), (), _used_up
             if not node._keeps_grad:
                 node.grad = None
             del node, dy, grads, parent, parent_grad  # nothing here may keep a buffer from being used again
+        for n, node in enumerate(kept):  # whose gradients are the user's from now on: none is part of another
+            if not node._grad_is_ours or any(np.may_share_memory(node.grad, other.grad) for other in kept[:n]):
+                node.grad = node.grad.copy()
+
+
+def _copied(kind, data, requires_grad, grad):
+    """A leaf with arrays of its own."""
+    tensor = kind.__new__(kind)
+    Tensor.__init__(tensor, data.copy(), requires_grad)
+    tensor.grad = None if grad is None else grad.copy()
+    return tensor
 
 
 def _used_up(dy):
@@ -396,6 +506,8 @@ def record(data, parents, backward):
     if _state.recording and any(parent.requires_grad for parent in parents):
         out.requires_grad = True
         out._parents = parents
+        if any(parent._backward is None and parent.grad_buffer is None for parent in parents):  # no home
+            out._read = tuple([parent.data for parent in parents])
         out._backward = backward
     if _state.observer is not None:
         _state.observer(out, parents, backward)

@@ -341,7 +341,12 @@ def _read_json(path):
 
 
 def save(model, path):
-    """Write a GPT as a Hugging Face folder.  Raises CheckpointError; then a file is the old one or the new one."""
+    """Write a GPT as a Hugging Face folder.  Raises CheckpointError; then a file is the old one or the new one.
+
+    Raises ValueError for a model that is not GPT(config) any more, which such a folder cannot tell.
+    """
+    if other := model.difference():
+        raise ValueError(f"save_pretrained: this is no GPT-2 any more: {other}")
     path, tokenizer = Path(path), model.tokenizer
     if folder.checkpoints(path):
         raise CheckpointError(f"{path} holds the checkpoints of a run; name another folder: one would hide the other")

@@ -10,17 +10,31 @@ Each call here is an op in npgpt/ops/ with its derivation, its gradient and its 
 """
 
 import dataclasses
+import itertools
 import math
 
 import numpy as np
 
 from npgpt import hub
-from npgpt.config import INIT, Controls
-from npgpt.nn import MLP, CausalSelfAttention, Dropout, Embedding, LayerNorm, Linear, Module, ModuleDict, Parameter
+from npgpt.config import INIT, SAMPLE, Controls
+from npgpt.nn import (
+    MLP,
+    CausalSelfAttention,
+    Dropout,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Module,
+    ModuleDict,
+    Parameter,
+    difference,
+)  # fmt: skip
 from npgpt.ops import primitives  # noqa: F401  (gives Tensor its operators)
 from npgpt.ops.cross_entropy import cross_entropy
 from npgpt.ops.embedding import embedding
 from npgpt.sampling import Generation
+
+_generations = itertools.count()  # generate() without rng
 
 
 class Block(Module):
@@ -126,12 +140,31 @@ class GPT(Module):
     def forward(self, idx, targets=None):
         """idx (B, T) integers, targets (B, T) integers or None -> logits (B, T, V) and the loss, or None.
 
-        The loss is the mean cross-entropy in nats; targets of -1 do not count.
+        The loss is the mean cross-entropy in nats; targets of -1 do not count.  The caller shifts: the target at a
+        place is the token that follows it, as in model(tokens[:, :-1], tokens[:, 1:]).
         Raises ValueError for T > block_size and for tokens outside 0 .. V - 1.
         """
         logits = self.lm_head(self.features(idx))
         loss = None if targets is None else cross_entropy(logits, targets)
         return logits, loss
+
+    def difference(self):
+        """Words for what makes this model another one than GPT(config), or None if nothing does.
+
+        What knows GPT(config) only asks for it: writing with a cache, Hugging Face's folders, audits.
+        """
+        methods = ("forward", "features")
+        if any(getattr(type(self), name) is not getattr(GPT, name) or name in vars(self) for name in methods):
+            return f"the model is a {type(self).__name__} with a {' or '.join(methods)} of its own"
+        if self.lm_head.weight is not self.transformer.wte.weight:
+            return "lm_head.weight is not transformer.wte.weight"
+        like = GPT(self.config, seed=None, dtype=self.lm_head.weight.dtype)
+        for name, value in vars(self).items():
+            if isinstance(value, (Module, Parameter)):
+                found = difference(value, getattr(like, name, None), name)
+                if found:
+                    return found
+        return None
 
     def num_params(self, non_embedding=True):
         """Number of parameters; as in nanoGPT, the position embedding is left out unless asked for."""
@@ -141,11 +174,19 @@ class GPT(Module):
     def generate(self, idx, max_new_tokens, rng=None, cache=True, **controls):
         """Continue a list of tokens, one token at a time: yields each new one as an int.
 
-        rng        numpy Generator, one number of which is used for each token, some of them ahead
-        cache      whether keys and values are kept from token to token; without it the result is the same, later
+        rng        numpy Generator, one number of which is used for each token, some of them ahead; or a seed.  By
+                   default the number of calls without one before: calls differ, and the same script repeats itself
+        cache      whether keys and values are kept from token to token; without it the result is the same, later.  A
+                   model that is not GPT(config) any more (see `difference`) writes without it
+
+        Weights must stay as they are until all tokens are written.  Where the model has a tokenizer, only its tokens
+        are written.
         controls   those of npgpt.config.Controls: temperature, top_k, top_p, ...
         """
-        rng = rng or np.random.default_rng(0)
-        generation = Generation(self, idx, [rng], Controls(**controls), len(idx) + max_new_tokens, cache=cache)
+        if not isinstance(rng, np.random.Generator):
+            rng = np.random.default_rng([SAMPLE, next(_generations)] if rng is None else rng)
+        vocab_size = None if self.tokenizer is None else self.tokenizer.vocab_size
+        length = len(idx) + max_new_tokens
+        generation = Generation(self, idx, [rng], Controls(**controls), length, cache=cache, vocab_size=vocab_size)
         for _ in range(max_new_tokens):
             yield generation.step()[0][0]

@@ -1,8 +1,11 @@
 """Modules: parameters with names.  A module is an object whose attributes are parameters and other modules."""
 
+import contextlib
+from types import NoneType
+
 import numpy as np
 
-from npgpt.engine import Tensor
+from npgpt.engine import Tensor, dropout_is_off, plain
 from npgpt.ops.attention import causal_attention
 from npgpt.ops.dropout import dropout
 from npgpt.ops.layernorm import layernorm
@@ -11,12 +14,51 @@ from npgpt.ops.mlp import mlp
 
 
 class Parameter(Tensor):
-    """A Tensor that training changes."""
+    """A Tensor that training changes.
+
+    Once an optimizer, workers and checkpoints share its numbers (FlatParameters), it has one home: what is assigned to
+    `data` is written there, and ValueError is raised for an array of another shape or dtype.
+    """
 
     __slots__ = ()
 
     def __init__(self, data):
         super().__init__(data, requires_grad=True)
+
+    @property
+    def data(self):
+        return _data.__get__(self)
+
+    @data.setter
+    def data(self, values):
+        if getattr(self, "grad_buffer", None) is None:
+            _data.__set__(self, values)
+        elif values is not self.data:  # as it is after data -= ...
+            home, values = self.data, plain(values, "Parameter: data")
+            if values.shape != home.shape or values.dtype != home.dtype:
+                raise ValueError(
+                    f"Parameter: data of shape {values.shape}, {values.dtype} does not fit its place in an optimizer, "
+                    f"of shape {home.shape}, {home.dtype}; change the model before the optimizer is made"
+                )
+            home[...] = values
+
+    def move(self, data, grad_buffer):
+        """Have its numbers, and its gradient's, in these arrays from now on."""
+        _data.__set__(self, data)
+        self.grad, self.grad_buffer = None, grad_buffer
+
+    @contextlib.contextmanager
+    def elsewhere(self, data):
+        """Within this context its numbers are those of another array."""
+        before = self.data
+        _data.__set__(self, data)
+        try:
+            yield
+        finally:
+            _data.__set__(self, before)
+
+
+_data = Tensor.data  # the slot that Parameter's property stands before
 
 
 class Module:
@@ -26,6 +68,18 @@ class Module:
     """
 
     training = True
+    drops = property(lambda self: self.training and not dropout_is_off())  # whether dropout acts now
+
+    def __setattr__(self, name, value):
+        """Refuse a Tensor where training would not see it: named_parameters() finds Parameters only."""
+        if isinstance(value, Tensor) and not isinstance(value, Parameter) and value.requires_grad:
+            raise TypeError(f"{type(self).__name__}.{name}: a Tensor that is to be trained must be a Parameter")
+        if isinstance(vars(self).get(name), Parameter) and not isinstance(value, (Parameter, NoneType)):
+            raise TypeError(
+                f"{type(self).__name__}.{name} holds a Parameter: assign a Parameter or None, not a "
+                f"{type(value).__name__}; new numbers are assigned to {name}.data"
+            )
+        super().__setattr__(name, value)
 
     def __call__(self, *args, **options):
         return self.forward(*args, **options)
@@ -77,6 +131,39 @@ class Module:
         return self.train(False)
 
 
+def difference(module, other, name=""):
+    """Words for the first thing that makes a module do another thing than another one, or None.
+
+    Parameters' numbers do not count, nor do attributes that the other one lacks, unless these hold parameters.
+    """
+    if type(module) is not type(other):
+        return f"{name or 'the model'} is a {type(module).__name__}, not a {type(other).__name__}"
+    ours, theirs = vars(module), vars(other)
+    for key in (*theirs, *(key for key in ours if key not in theirs)):
+        value, wanted, place = ours.get(key), theirs.get(key), f"{name}.{key}".lstrip(".")
+        if key == "forward" or (key not in theirs and isinstance(value, (Module, Parameter))):
+            return f"{place} is not its own"
+        if isinstance(wanted, Module):
+            found = difference(value, wanted, place)
+        elif isinstance(wanted, list):
+            same = isinstance(value, list) and len(value) == len(wanted)
+            found = None if same else f"{place} has other modules"
+            for n, pair in enumerate(zip(value, wanted, strict=True) if same else ()):
+                found = found or difference(*pair, f"{place}.{n}")
+        elif isinstance(wanted, Parameter) and isinstance(value, Parameter):
+            same = (value.shape, value.dtype) == (wanted.shape, wanted.dtype)
+            found = None if same else f"{place} is {value.dtype} of shape {value.shape}, not of {wanted.shape}"
+        elif isinstance(wanted, Parameter) or isinstance(value, Parameter):
+            found = f"{place} is missing" if value is None else f"{place} is not its own"
+        elif key in ("n_head", "p", "p_drop"):
+            found = None if value == wanted else f"{place} is {value}, not {wanted}"
+        else:
+            found = None
+        if found:
+            return found
+    return None
+
+
 class ModuleDict(Module):
     """A module that is nothing but its named submodules."""
 
@@ -114,7 +201,7 @@ class Dropout(Module):
         self.p = p
 
     def forward(self, x):
-        return dropout(x, self.p) if self.training else x
+        return dropout(x, self.p) if self.drops else x
 
 
 class CausalSelfAttention(Module):
@@ -126,7 +213,7 @@ class CausalSelfAttention(Module):
         self.resid_dropout = Dropout(dropout)
 
     def forward(self, x):
-        y = causal_attention(self.c_attn(x), self.n_head, self.p_drop if self.training else 0.0)
+        y = causal_attention(self.c_attn(x), self.n_head, self.p_drop if self.drops else 0.0)
         return self.resid_dropout(self.c_proj(y))
 
 

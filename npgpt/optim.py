@@ -4,6 +4,7 @@ All parameters of a model lie in one flat array, all gradients in another, AdamW
 one pass over four arrays, which worker threads share slice by slice.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -26,9 +27,13 @@ class FlatParameters:
     n_decay           then the embeddings; weight decay applies to all matrices: elements 0 .. n_decay - 1
 
     share: another FlatParameters of an equal model whose weights are used instead of this model's own.
+
+    A parameter with requires_grad = False keeps its place, and its gradient is 0.  Raises ValueError for parameters of
+    several dtypes, or that share memory.  Neither it nor what holds it can be copied or pickled: copy the model.
     """
 
     def __init__(self, model, share=None):
+        self.model = model
         named = sorted(model.named_parameters(), key=lambda item: (item[1].ndim < 2, ".h." not in item[0]))
         self.shapes = {name: parameter.shape for name, parameter in named}
         self.names, self.parameters, self.n_hidden, self.n_decay, size = {}, [], 0, 0, 0
@@ -41,6 +46,16 @@ class FlatParameters:
                 if ".h." in name:
                     self.n_hidden = size
         dtype = named[0][1].dtype
+        for name, parameter in named:
+            if parameter.dtype != dtype:
+                raise ValueError(
+                    f"FlatParameters: {named[0][0]} is {dtype}, and {name} {parameter.dtype}: all must have one dtype"
+                )
+        for (name, one), (other_name, other) in itertools.combinations(named, 2):
+            if np.may_share_memory(one.data, other.data):
+                raise ValueError(
+                    f"FlatParameters: {name} and {other_name} share memory; use one Parameter in both places"
+                )
         self.weights = np.zeros(size, dtype) if share is None else share.weights
         self.grads = np.zeros(size, dtype)
         for parameter, (_, data), (_, grad) in zip(
@@ -48,7 +63,36 @@ class FlatParameters:
         ):
             if share is None:
                 data[...] = parameter.data
-            parameter.data, parameter.grad, parameter.grad_buffer = data, None, grad
+            parameter.move(data, grad)
+        self.places = [parameter.grad_buffer for parameter in self.parameters]
+
+    def __reduce_ex__(self, protocol):  # of its arrays there would be copies, and the parameters would keep theirs
+        raise TypeError("FlatParameters, and an optimizer or DataParallel on them, cannot be copied: copy the model")
+
+    def check(self):
+        """Raise RuntimeError if the model's parameters are others than those that are kept here, or kept elsewhere."""
+        for parameter, place in zip(self.parameters, self.places, strict=True):
+            if parameter.grad_buffer is not place:
+                raise RuntimeError(
+                    "the model's parameters have moved to a later FlatParameters (of a second DataParallel, say): this "
+                    "one would train nothing any more"
+                )
+        now = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        other = {*now} ^ {id(parameter) for parameter in self.parameters}
+        if other:
+            name = next((now[i] for i in other if i in now), None)
+            what = f"{name} is a new Parameter" if name else "a Parameter is gone"
+            raise RuntimeError(f"{what}: the model was changed after its FlatParameters were made; make them anew")
+
+    def trained(self, start, stop):
+        """(start, stop) of each part of an interval of the flat arrays that holds no frozen parameter."""
+        for place, parameter in zip(self.names.values(), self.parameters, strict=True):
+            if not parameter.requires_grad and start < place.stop and place.start < stop:
+                if start < place.start:
+                    yield start, place.start
+                start = place.stop
+        if start < stop:
+            yield start, stop
 
     def views(self, values):
         """(name, its part of a flat array, in the parameter's shape) for each parameter."""
@@ -56,10 +100,16 @@ class FlatParameters:
             yield name, values[place].reshape(self.shapes[name])
 
     def finish_grads(self):
-        """After backward: parameters that the loss did not depend on get a gradient of 0."""
+        """After backward: `grads` is what the parameters' .grad say; it is 0 where there is none, or none is wanted."""
         for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad_buffer[...] = 0
+            grad, place = parameter.grad, parameter.grad_buffer
+            if grad is None or not parameter.requires_grad:
+                place[...] = 0
+            elif grad is not place:  # it was assigned
+                if np.shape(grad) != place.shape:
+                    raise ValueError(f"a Parameter of shape {place.shape} has a .grad of shape {np.shape(grad)}")
+                place[...] = grad
+            parameter.grad = place
 
     def zero_grad(self):
         """Before backward: the next gradients replace the old ones."""
@@ -122,9 +172,20 @@ class AdamW:
     """AdamW over flat storage.
 
     flat: FlatParameters.  `step` counts the updates; m and v are the moments, arrays like flat.weights.
+
+    Frozen parameters (requires_grad = False), and their moments, stay as they are.  Raises ValueError for settings that
+    are out of their range.
     """
 
     def __init__(self, flat, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1):
+        for name, value, holds in (
+            ("beta1", beta1, 0 <= beta1 < 1),
+            ("beta2", beta2, 0 <= beta2 < 1),
+            ("eps", eps, eps > 0),
+            ("weight_decay", weight_decay, 0 <= weight_decay < math.inf),
+        ):
+            if not holds:
+                raise ValueError(f"AdamW: {name} = {value} is out of its range")
         self.flat, self.beta1, self.beta2, self.eps, self.weight_decay = flat, beta1, beta2, eps, weight_decay
         self.m = np.zeros_like(flat.weights)
         self.v = np.zeros_like(flat.weights)
@@ -133,14 +194,20 @@ class AdamW:
     def update(self, grads, lr, scale=1.0, part=slice(None)):
         """Update the weights in `part` (a slice of the flat arrays) with grads * scale.
 
-        The caller counts `step` up before the first part of an update.  Raises ValueError if it is still 0.
+        The caller counts `step` up before the first part of an update.  Raises ValueError if it is still 0, or if there
+        is not one gradient, of the weights' dtype, for each of the flat weights.
         """
         if self.step == 0:
             raise ValueError("update: step is 0; count it up before the first part of an update")
+        if grads.shape != self.m.shape or grads.dtype != self.m.dtype:
+            raise ValueError(
+                f"update: grads must be {self.m.dtype}, of shape {self.m.shape}, got {grads.dtype}, {grads.shape}; a "
+                f"part of them is chosen by `part`"
+            )
         start, stop, _ = part.indices(len(self.m))
         cut = min(max(self.flat.n_decay, start), stop)
-        for a, b, weight_decay in ((start, cut, self.weight_decay), (cut, stop, 0.0)):
-            if a < b:
+        for low, high, weight_decay in ((start, cut, self.weight_decay), (cut, stop, 0.0)):
+            for a, b in self.flat.trained(low, high):
                 adamw(
                     self.flat.weights[a:b], self.m[a:b], self.v[a:b], grads[a:b],
                     scale, lr, self.beta1, self.beta2, self.eps, weight_decay, self.step,
@@ -263,6 +330,8 @@ class Muon(AdamW):
 
     def __init__(self, flat, rate, momentum=0.95, **options):
         super().__init__(flat, **options)
+        if flat.n_hidden == 0:
+            raise ValueError("Muon: no matrix has a name with .h. in it, as those of a GPT's blocks have: take AdamW")
         self.rate, self.momentum = rate, momentum
         self.pools = {}  # first element of a part -> BufferPool of the thread that updates it
 
@@ -271,8 +340,9 @@ class Muon(AdamW):
         start, stop, _ = part.indices(len(self.m))
         super().update(grads, lr, scale, slice(max(start, self.flat.n_hidden), max(stop, self.flat.n_hidden)))
         groups = {}  # length of the shorter side -> [(weights, momentum, gradient)]
-        for name, place in self.flat.names.items():
-            if place.start < self.flat.n_hidden and start <= (place.start + place.stop) // 2 < stop:
+        for (name, place), parameter in zip(self.flat.names.items(), self.flat.parameters, strict=True):
+            is_here = place.start < self.flat.n_hidden and start <= (place.start + place.stop) // 2 < stop
+            if is_here and parameter.requires_grad:
                 for matrices in self._matrices(name, place, grads):
                     groups.setdefault(min(matrices[0].shape), []).append(matrices)
         with reuse_buffers(self.pools.setdefault(start, BufferPool())):

@@ -14,8 +14,10 @@ gradients of the last ones are on their way to other machines.
 """
 
 import contextlib
+import copy
 import itertools
 import os
+from types import NoneType
 
 import numpy as np
 
@@ -24,7 +26,7 @@ from npgpt.crew import Crew
 from npgpt.engine import BufferPool, no_grad, random_stream, record, reuse_buffers
 from npgpt.gradcheck import replaced
 from npgpt.machine import cores, processors
-from npgpt.model import GPT
+from npgpt.nn import Module, Parameter
 from npgpt.optim import FlatParameters, sum_of_squares
 from npgpt.ranks import ALONE
 
@@ -79,8 +81,8 @@ class DataParallel:
     blas     BLAS threads of each worker's matrix products
     world    the ranks whose gradients are added up, a World
 
-    The other workers' models are copies, with the settings that `model` has now: only train() switches all of them, a
-    later model.set_dropout() is seen by the first worker alone.
+    The other workers' models are copies of `model` as it is; where it is changed later, they are made anew at the next
+    zero_grad().  New Parameters are not: RuntimeError is raised at the next update.
     """
 
     def __init__(self, model, workers=1, blas=1, world=ALONE):
@@ -88,8 +90,8 @@ class DataParallel:
         self.flat = FlatParameters(model)
         self.replicas = [Replica(model, self.flat)]
         for _ in range(1, workers):
-            twin = GPT(model.config, seed=None, dtype=self.flat.weights.dtype).train(model.training)
-            self.replicas.append(Replica(twin, FlatParameters(twin, share=self.flat)))
+            self.replicas.append(self._twin())
+        self.settings, self.n_unseeded, self.n_sent = settings(model), 0, 0
         # adding gradients and updating weights uses no BLAS: there is a share for each thread that the products use
         size, self.n_threads = len(self.flat.weights), workers * blas
         self.slices = _cut(slice(0, size), self.n_threads)
@@ -110,24 +112,46 @@ class DataParallel:
         workers = len(self.replicas)
         return [(n * rank // workers, n * (rank + 1) // workers) for rank in range(workers)]
 
+    def _twin(self):
+        """A Replica of the model as it is, over the same weights.  Raises ValueError for what cannot be copied."""
+        if (own := own_forward(self.model)) is not None:
+            raise ValueError(
+                f"workers: {own}.forward was set on this object alone, and would go on calling it; make it a class"
+            )
+        shared = {id(self.model.tokenizer): self.model.tokenizer} if hasattr(self.model, "tokenizer") else {}
+        twin = copy.deepcopy(self.model, shared)
+        return Replica(twin, FlatParameters(twin, share=self.flat))
+
+    def _follow(self):
+        """Have the other workers' models be what the first one is now."""
+        self.flat.check()
+        if self.settings != (now := settings(self.model)):
+            for rank in range(1, len(self.replicas)):
+                self.replicas[rank] = self._twin()
+            self.settings = now
+
     def train(self, mode=True):
         for replica in self.replicas:
             replica.model.train(mode)
+        self.settings = settings(self.model)
 
     def zero_grad(self):
-        """Before an update's first micro-step."""
+        """Before an update's first micro-step.  Raises RuntimeError if the model's parameters are others by now."""
+        self._follow()
         for replica in self.replicas:
             replica.flat.zero_grad()
         self.n_sent = 0  # buckets of this update's gradient that are on their way to the other ranks
 
-    def forward_backward(self, idx, targets, seed=0, weight=1.0, offset=0, last=False):
+    def forward_backward(self, idx, targets, seed=None, weight=1.0, offset=0, last=False):
         """Add the gradients of weight * loss to the workers' gradients, and return the loss (the batch's mean).
 
         idx, targets  (B, T); targets of -1 do not count
-        seed          of this micro-step's dropout masks
+        seed          of this micro-step's dropout masks; by default the number of calls without a seed before this one
         offset        number of the first sequence in the micro-step, if other ranks have the rest
         last          whether it is this rank's last micro-step of the update: then its gradients may be sent
         """
+        if seed is None:
+            seed, self.n_unseeded = self.n_unseeded, self.n_unseeded + 1
         shares = self._shares(len(idx))
         count = _count(targets)
         if count == 0:
@@ -153,6 +177,8 @@ class DataParallel:
         """
         for replica in self.replicas:
             replica.flat.finish_grads()
+        for twin in self.replicas[1:]:
+            twin.flat.zero_grad()  # what they have is added below: once
         if self.world.size == 1:
             return self._sum_of_squares(self.slices, self._add_workers)
         rest = self.buckets[self.n_sent :]
@@ -216,12 +242,15 @@ class DataParallel:
         return context
 
     def update(self, optimizer, lr, scale):
-        """One update of the weights with flat.grads * scale."""
+        """One update of the weights with flat.grads * scale; a .grad that was assigned to a Parameter counts."""
+        self.flat.check()
+        self.flat.finish_grads()
         optimizer.step += 1
         self.each(lambda rank: optimizer.update(self.flat.grads, lr, scale, self.slices[rank]), len(self.slices))
 
     def loss(self, idx, targets):
         """(sum of the loss over the targets that are not -1, number of these), without gradients."""
+        self._follow()
         shares = self._shares(len(idx))
 
         def work(rank):
@@ -239,6 +268,28 @@ class DataParallel:
     def close(self):
         """End the worker threads."""
         self._crew.close()
+
+
+def own_forward(module, name="model"):
+    """The name of the first module with a forward of its own, which its class does not have, or None."""
+    if "forward" in vars(module):
+        return name
+    return next(filter(None, (own_forward(child, f"{name}.{key}") for key, child in module.children())), None)
+
+
+def settings(module):
+    """What a module and those below it do, apart from their parameters' numbers: two are equal if they do the same."""
+    found = [type(module)]
+    for name, value in vars(module).items():
+        if isinstance(value, Parameter):
+            found.append((name, value.requires_grad))
+        elif isinstance(value, Module):
+            found.append((name, settings(value)))
+        elif isinstance(value, list):
+            found.append((name, [settings(item) if isinstance(item, Module) else id(item) for item in value]))
+        else:
+            found.append((name, value if isinstance(value, (int, float, str, NoneType)) else id(value)))
+    return found
 
 
 def _cut(whole, n):

@@ -191,8 +191,12 @@ def _back(f, x, dy, parameter):
 def ways(model, idx, targets, name):
     """All uses of a parameter of a GPT in eval mode, and all ways to each of them: a list of Way.
 
-    name: the parameter's full name.  The gradients that the model holds are forgotten.
+    name: the parameter's full name.  The gradients that the model holds are forgotten.  Raises ValueError for a model
+    that is changed, or drops activations.
     """
+    other = model.difference()
+    if other or (model.training and model.config.dropout):
+        raise ValueError(f"a receipt is of a GPT as its config says, in eval mode: {other or 'it is in train mode'}")
     gpt, idx = model.transformer, np.asarray(idx)
     parameter = dict(model.named_parameters())[name]
     found = []

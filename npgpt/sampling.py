@@ -20,7 +20,7 @@ import numpy as np
 
 from npgpt.config import Controls
 from npgpt.decode import AHEAD, Decoder
-from npgpt.engine import no_grad
+from npgpt.engine import no_dropout, no_grad
 from npgpt.errors import CheckpointError
 from npgpt.jit import KERNELS
 
@@ -91,7 +91,8 @@ class Generation:
     controls   Controls
     length     the most tokens that a text will have, prompt and all, if that is known
     logprobs   whether the tokens' log-probabilities are asked for
-    cache      False: the whole context goes through the model for every token, as in training, with the same result
+    cache      False: the whole context goes through the model for every token, as in training, with the same result.
+               So it is, too, if the model is not GPT(config) any more, which is all that the cache's kernel knows
     vocab_size how many tokens may be chosen: those beyond do not stand for any text
     int8, threads    of the Decoder
     """
@@ -114,7 +115,10 @@ class Generation:
         self.start = max(0, len(idx) - self.block_size)
         self.cached = 0  # positions of each text in the cache
         self.drawn = [[] for _ in rngs]  # tokens of each text that the decoder has drawn ahead
-        self.decoder = Decoder(model, len(rngs), length, int8, threads) if cache else None
+        if int8 and (other := model.difference()):
+            raise ValueError(f"int8 is for a GPT as its config says; {other}")
+        with_cache = cache and model.difference() is None
+        self.decoder = Decoder(model, len(rngs), length, int8, threads) if with_cache else None
 
     def _contexts(self):
         """What the cache does not have yet of each text's context.  To be asked once for each token."""
@@ -143,15 +147,9 @@ class Generation:
         return logits
 
     def _forward(self):
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with no_grad():
-                context = np.array([self.texts[i][self.start :] for i in self.alive])
-                last = self.model.features(context).data[:, -1]  # (B, C)
-        finally:
-            self.model.train(was_training)
-        return last @ self.model.transformer.wte.weight.data.T
+        with no_grad(), no_dropout():
+            logits, _ = self.model(np.array([self.texts[i][self.start :] for i in self.alive]))
+        return logits.data[:, -1]
 
     def _steps_ahead(self, contexts):
         """How many tokens of each text the decoder can draw by itself; 0 if it cannot."""
@@ -176,6 +174,7 @@ class Generation:
             self.drawn[i] = tokens
         self.cached += steps
 
+    @np.errstate(all="ignore")  # the caller's own choice is not for what is meant to happen here
     def step(self):
         """The next token of each text that still grows, and their log-probabilities or None: two lists.
 

@@ -45,6 +45,29 @@ def held():
             warned()
 
 
+@contextlib.contextmanager
+def interrupts_noted(stop):
+    """Within this context Ctrl-C is noted in a Stop, and the second one is a KeyboardInterrupt at once.
+
+    So it is in the main thread, as long as nobody has chosen another handler than Python's own, which is put back.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def note(number, frame):
+        if stop.number is not None:
+            signal.default_int_handler(number, frame)
+        stop.number = number
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def catch_signals():
     """From now on the first of SIGNALS is noted in the Stop that this returns; a second one ends the process.
 

@@ -35,7 +35,7 @@ from npgpt.parallel import DataParallel, choose_threads
 from npgpt.profiler import profiling
 from npgpt.ranks import ALONE, share
 from npgpt.sampling import Writer, unprompted
-from npgpt.stop import SIGNALS, Stop, StopNow, held
+from npgpt.stop import SIGNALS, Stop, StopNow, held, interrupts_noted
 from npgpt.tokenizer import BPE_FILES, BPETokenizer, ByteTokenizer, CharTokenizer, find_bpe, from_dict, name_of
 
 MOST_SKIPPED = 5  # updates in a row that may be skipped because something was not finite
@@ -241,6 +241,8 @@ class Trainer:
         self.elapsed = 0.0  # seconds that run() had taken when it was interrupted
         self.resumed_from = None  # the iteration of the checkpoint that this run goes on from
         self.notices = []  # what run() has to say first
+        self.has_run = self.at_end = False  # whether run() was called before; whether it came to the end
+        self.began = None  # what the clock showed at the run's first update, or would have shown without interruptions
         self.saved_iter, self.unsaved = None, None  # of the last checkpoint, and why it could not be written
         self.next_save = math.inf  # what the clock of rank 0, which writes, shows when it saves between evaluations
         self.save_is_due = False  # whether that was so at the last update
@@ -526,7 +528,29 @@ class Trainer:
         stop: a Stop; when it has a number, the work ends within a micro-step, a checkpoint is written, and StoppedError
         is raised.  Raises DivergedError, GradientError, BusyError, and CheckpointError if at the end the last
         checkpoint or the log could not be written; while it goes on, such a failure is a Notice.
+
+        Called again, it goes on where the loop over it was left, and yields nothing if it had come to the end.  Without
+        a `stop`, Ctrl-C (or a notebook's stop button) does not break an update: a checkpoint is written after it, and
+        KeyboardInterrupt is raised.
         """
+        if self.at_end:
+            return
+        if stop is not Stop:
+            yield from self._run_in_folder(stop)
+            return
+        stop = Stop()
+        with contextlib.closing(self._run_in_folder(stop)) as events:
+            while True:
+                try:
+                    with interrupts_noted(stop):
+                        event = next(events)
+                except StopIteration:
+                    return
+                except StoppedError as stopped:
+                    raise KeyboardInterrupt(str(stopped)) from None
+                yield event
+
+    def _run_in_folder(self, stop):
         self.folder = None
         try:
             self.world.first(self._open_folder)
@@ -545,13 +569,17 @@ class Trainer:
             raise
         finally:
             stop.warned = None
+            self.has_run, self.notices = True, []
+            if self.began is not None:
+                self.elapsed = clock() - self.began
             if self.folder is not None:
+                self.there = folder.checkpoints(self.out_dir)
                 self.folder.close()
 
     def _open_folder(self):
         """Take the run folder into possession, and put away what this run replaces."""
         self.folder = folder.RunFolder(self.out_dir)
-        if self.resumed_from is None:
+        if self.resumed_from is None and not self.has_run:
             if not self.overwrite:
                 folder.refuse_earlier_run(self.out_dir)  # it may have come while the lock was another's
             self.folder.clear(self.tokens_file)
@@ -563,7 +591,8 @@ class Trainer:
                     f"same command again to go on from there"
                 )
             self.there = None
-            self.folder.forget_after(self.iter, self.opened)
+            if not self.has_run:
+                self.folder.forget_after(self.iter, self.opened)
         self.folder.open_log(self.iter)
 
     def _save_aside(self):
@@ -632,6 +661,7 @@ class Trainer:
                     yield from self._log(self._row(evaluation))
                     if out_of_patience:
                         yield Notice(f"no new best in {config.patience} evaluations: the run ends here")
+                    self.at_end = True
                     self.world.first(self._check_saved)
                     return
                 logged, logged_iter = clock(), self.iter

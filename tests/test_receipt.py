@@ -131,7 +131,7 @@ def test_each_position_is_what_is_left_when_the_weight_is_a_constant_at_the_othe
 
     def split(x):
         y = forward(x) * here
-        setattr(module, kind, constant)
+        vars(module)[kind] = constant  # (a module takes no constant in the place of a Parameter)
         y = y + forward(x) * (1 - here)
         setattr(module, kind, parameter)
         return y

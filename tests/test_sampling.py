@@ -280,7 +280,7 @@ def test_tokens_without_a_text_are_never_chosen():
 def test_a_prompt_is_integers(cache):
     with pytest.raises(ValueError, match="generate: the prompt must be integers, got dtype float64"):
         next(lively().generate([3.7], 3, cache=cache))
-    assert list(lively().generate(np.array([3, 1], np.uint16), 3)) == list(lively().generate([3, 1], 3))
+    assert list(lively().generate(np.array([3, 1], np.uint16), 3, 0)) == list(lively().generate([3, 1], 3, 0))
 
 
 def test_a_prompt_needs_a_token():

@@ -32,7 +32,7 @@ two directions changes only the mean and the scale, which the normalisation remo
 
 import numpy as np
 
-from npgpt.engine import as_rows, empty, record
+from npgpt.engine import as_rows, check_dtypes, empty, record
 from npgpt.jit import kernel, replaces
 
 EPS = 1e-5  # as in GPT-2
@@ -124,8 +124,9 @@ def layernorm(x, weight, bias=None, eps=EPS):
     """Normalise the last axis of x to mean 0 and variance 1, then scale by weight and shift by bias.
 
     x (..., C), weight (C,), bias (C,) or None; all of one dtype -> y (..., C).
-    Raises ValueError for other shapes.
+    Raises ValueError for other shapes, TypeError for other dtypes.
     """
+    check_dtypes("layernorm", x=x, weight=weight, bias=bias)
     C = x.shape[-1]
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.shape != (C,):

@@ -17,7 +17,7 @@ Where N, O and I differ, the shapes alone leave no other way to write the produc
 
 
 from npgpt.blas import matmul
-from npgpt.engine import as_rows, empty, record
+from npgpt.engine import as_rows, check_dtypes, empty, record
 from npgpt.jit import kernel, replaces
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -95,8 +95,9 @@ def linear(x, weight, bias=None):
     """y = x @ weight.T + bias over the last axis.
 
     x (..., I), weight (O, I), bias (O,) or None; all of one dtype -> y (..., O).
-    Raises ValueError for other shapes.
+    Raises ValueError for other shapes, TypeError for other dtypes.
     """
+    check_dtypes("linear", x=x, weight=weight, bias=bias)
     check_linear("linear", x.shape[-1], weight, bias)
     rows = as_rows(x.data)  # (N, I)
     y = empty((len(rows), weight.shape[0]), x.dtype)

@@ -31,7 +31,7 @@ import math
 import numpy as np
 
 from npgpt.blas import matmul
-from npgpt.engine import as_rows, empty, record
+from npgpt.engine import as_rows, check_dtypes, empty, record
 from npgpt.jit import exp, kernel, replaces
 from npgpt.ops.linear import (
     add_bias,
@@ -145,8 +145,9 @@ def mlp(x, w_fc, b_fc, w_proj, b_proj):
     """y = gelu(x @ w_fc.T + b_fc) @ w_proj.T + b_proj over the last axis.
 
     x (..., C), w_fc (F, C), b_fc (F,) or None, w_proj (C, F), b_proj (C,) or None; all of one dtype -> y (..., C).
-    Raises ValueError for other shapes.
+    Raises ValueError for other shapes, TypeError for other dtypes.
     """
+    check_dtypes("mlp", x=x, w_fc=w_fc, b_fc=b_fc, w_proj=w_proj, b_proj=b_proj)
     if (b_fc is None) != (b_proj is None):
         raise ValueError("mlp: give both biases or neither")
     check_linear("mlp", x.shape[-1], w_fc, b_fc, ("c_fc.weight", "c_fc.bias"))

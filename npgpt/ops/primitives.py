@@ -1,5 +1,5 @@
-"""The small operations, broadcasting as NumPy does: + - * / @ ** exp log tanh relu sum mean max reshape transpose
-getitem where.
+"""The small operations, broadcasting as NumPy does: + - * / @ ** exp log sqrt tanh relu sum mean max reshape transpose
+getitem concatenate stack where.
 
 Anything can be composed from them, the fused ops of this folder included; tests/test_compositions.py does so and finds
 the same gradients.  Each is one line forward and one line backward; in the comments dy is the gradient of the output.
@@ -9,16 +9,17 @@ every axis that was added or stretched.
 """
 
 import copy
+import operator
 
 import numpy as np
 
-from npgpt.engine import Tensor, check_numbers, empty, record
+from npgpt.engine import Tensor, check_numbers, empty, plain, record
 
 
 def _as_tensor(x, like):
     if isinstance(x, Tensor):
         return x
-    x = np.asarray(x)
+    x = plain(x, "a Tensor's partner")
     check_numbers(x, "a Tensor's partner must be a number or an array of numbers")
     return Tensor(x.astype(like.dtype))
 
@@ -97,11 +98,25 @@ def pow(a, exponent):
     return record(a.data**exponent, (a,), backward)
 
 
+def rpow(a, base):
+    """base ** a, for a base that is a positive number."""
+    if not isinstance(base, (int, float, np.number)) or not base > 0:
+        raise TypeError("pow: the base must be a positive number; for a Tensor base write exp(exponent * log(base))")
+    y, slope = float(base) ** a.data, np.log(float(base)).item()
+    return record(y, (a,), lambda dy: (dy * y * slope,))
+
+
 def matmul(a, b):
-    """a @ b for arrays of two or more dimensions; leading dimensions broadcast."""
+    """a @ b; leading dimensions broadcast.  As in NumPy, a vector a is a row, and a vector b a column."""
     a, b = _pair(a, b)
-    if a.ndim < 2 or b.ndim < 2:
-        raise ValueError(f"matmul: both operands need two or more dimensions, got shapes {a.shape} and {b.shape}")
+    if a.ndim == 0 or b.ndim == 0:
+        raise ValueError(f"matmul: a single number is no matrix: write *; got shapes {a.shape} and {b.shape}")
+    if a.ndim == 1:
+        y = reshape(a, 1, -1) @ b
+        return reshape(y, *y.shape[:-2], *y.shape[-1:]) if b.ndim > 1 else reshape(y, ())
+    if b.ndim == 1:
+        y = a @ reshape(b, -1, 1)
+        return reshape(y, y.shape[:-1])
 
     def backward(dy):
         # y_ij = sum_k a_ik b_kj: whatever multiplied a_ik forward, multiplies dy_ij backward
@@ -121,6 +136,11 @@ def log(a):
     return record(np.log(a.data), (a,), lambda dy: (dy / a.data,))
 
 
+def sqrt(a):
+    y = np.sqrt(a.data)
+    return record(y, (a,), lambda dy: (dy / (2 * y),))
+
+
 def tanh(a):
     y = np.tanh(a.data)
     return record(y, (a,), lambda dy: (dy * (1 - y * y),))
@@ -137,14 +157,14 @@ def _keep_axes(array, axis, shape, keepdims):
     return array if keepdims else np.expand_dims(array, axis)
 
 
-def sum(a, axis=None, keepdims=False):
+def sum(a, axis=None, *, keepdims=False):
     def backward(dy):  # every summand gets the whole gradient
         return (np.broadcast_to(_keep_axes(dy, axis, a.shape, keepdims), a.shape),)
 
     return record(a.data.sum(axis=axis, keepdims=keepdims), (a,), backward)
 
 
-def mean(a, axis=None, keepdims=False):
+def mean(a, axis=None, *, keepdims=False):
     y = a.data.mean(axis=axis, keepdims=keepdims)
     count = a.size // (y.size or 1)
 
@@ -154,7 +174,7 @@ def mean(a, axis=None, keepdims=False):
     return record(y, (a,), backward)
 
 
-def max(a, axis=None, keepdims=False):
+def max(a, axis=None, *, keepdims=False):
     y = a.data.max(axis=axis, keepdims=keepdims)
 
     def backward(dy):  # only the maximum gets a gradient; where several are equal, they share it
@@ -171,7 +191,7 @@ def reshape(a, *shape):
 
 
 def transpose(a, *axes):
-    """The axes in another order; reversed if none are given."""
+    """The axes in another order, as NumPy's transpose takes them (not as PyTorch's); reversed if none are given."""
     axes = axes[0] if len(axes) == 1 and isinstance(axes[0], (tuple, list)) else axes
     axes = tuple(axes) or tuple(reversed(range(a.ndim)))
     return record(a.data.transpose(axes), (a,), lambda dy: (dy.transpose(np.argsort([i % a.ndim for i in axes])),))
@@ -189,9 +209,36 @@ def getitem(a, index):
     return record(y, (a,), backward)
 
 
+def concatenate(tensors, axis=0):
+    """Tensors, of which one is a Tensor at least, one after the other along an axis that they have."""
+    tensors = _alike("concatenate", tensors)
+    y = np.concatenate([x.data for x in tensors], axis)
+    ends = np.cumsum([x.shape[axis] for x in tensors])[:-1]
+    return record(y, tensors, lambda dy: tuple(np.split(dy, ends, axis)))
+
+
+def stack(tensors, axis=0):
+    """Tensors of one shape, of which one is a Tensor at least, side by side along a new axis."""
+    tensors = _alike("stack", tensors)
+    y = np.stack([x.data for x in tensors], axis)
+    return record(y, tensors, lambda dy: tuple(np.moveaxis(dy, axis, 0)))
+
+
+def _alike(name, tensors):
+    """A tuple of Tensors of one dtype: that of the first Tensor."""
+    tensors = tuple(tensors)
+    first = next((x for x in tensors if isinstance(x, Tensor)), None)
+    if first is None:
+        raise TypeError(f"{name}: at least one of them must be a Tensor")
+    tensors = tuple(_as_tensor(x, first) for x in tensors)
+    if len({x.dtype for x in tensors}) > 1:
+        raise TypeError(f"{name}: all must have one dtype, got {', '.join(str(x.dtype) for x in tensors)}")
+    return tensors
+
+
 def where(condition, a, b):
     """a where the condition (a boolean array) holds, b elsewhere."""
-    condition = np.array(condition, bool)  # a copy: the caller may change its array before the backward
+    condition = np.array(plain(condition, "where: the condition"), bool)  # a copy: the caller may change its array
     if not isinstance(a, Tensor) and not isinstance(b, Tensor):
         raise TypeError("where: at least one of the two values must be a Tensor")
     a, b = _pair(a, b)
@@ -202,12 +249,35 @@ def where(condition, a, b):
     return record(np.where(condition, a.data, b.data), (a, b), backward)
 
 
+def _compared(operation):
+    """A comparison: NumPy's array of bools, without a gradient."""
+
+    def compare(a, b):
+        return operation(a.data, b.data if isinstance(b, Tensor) else plain(b, "a Tensor's partner"))
+
+    return compare
+
+
+def _in_place(sign, otherwise):
+    """What a += b is: a leaf would be replaced by a result, and be trained no more; anything else becomes a + b."""
+
+    def change(a, b):
+        if a.requires_grad and a._backward is None:
+            raise TypeError(f"a {sign}= b would put a result in the place of a leaf; write a.data {sign}= ... instead")
+        return otherwise(a, b)
+
+    return change
+
+
 for _name, _operator in {
     "__add__": add, "__radd__": lambda a, b: add(b, a), "__sub__": sub, "__rsub__": lambda a, b: sub(b, a),
     "__mul__": mul, "__rmul__": lambda a, b: mul(b, a), "__truediv__": div, "__rtruediv__": lambda a, b: div(b, a),
-    "__matmul__": matmul, "__rmatmul__": lambda a, b: matmul(b, a), "__neg__": neg, "__pow__": pow,
-    "__getitem__": getitem, "exp": exp, "log": log, "tanh": tanh, "relu": relu, "sum": sum, "mean": mean, "max": max,
-    "reshape": reshape, "transpose": transpose,
+    "__matmul__": matmul, "__rmatmul__": lambda a, b: matmul(b, a), "__neg__": neg, "__pow__": pow, "__rpow__": rpow,
+    "__getitem__": getitem, "exp": exp, "log": log, "sqrt": sqrt, "tanh": tanh, "relu": relu, "sum": sum, "mean": mean,
+    "max": max, "reshape": reshape, "transpose": transpose,
+    **{f"__{name}__": _compared(getattr(operator, name)) for name in ("eq", "ne", "lt", "le", "gt", "ge")},
+    "__iadd__": _in_place("+", add), "__isub__": _in_place("-", sub), "__imul__": _in_place("*", mul),
+    "__itruediv__": _in_place("/", div), "__ipow__": _in_place("**", pow), "__imatmul__": _in_place("@", matmul),
 }.items():  # fmt: skip
     setattr(Tensor, _name, _operator)
 

@@ -119,8 +119,6 @@ class Auditor:
     """
 
     def __init__(self, parallel, entries):
-        if other := parallel.model.difference():
-            raise ValueError(f"an audit knows GPT(config) only: {other}")
         self.live, self.entries = parallel.flat, entries
         # its workers share one set of weights; each has a model of its own, in which one tensor at a time is another
         shadow = GPT(parallel.model.config, seed=None, dtype=np.float64)
@@ -131,13 +129,18 @@ class Auditor:
 
         micro_batches  tuples x, y (B, T) and the seed of the dropout masks
         seed           numbers, from which the directions are drawn
+
+        Frozen parameters have no gradient, and are left out.  Raises ValueError for a model that is not GPT(config).
         """
+        if other := self.live.model.difference():
+            raise ValueError(f"an audit knows GPT(config) only: {other}")
         start, rng = clock(), np.random.default_rng([*seed, AUDIT])
         self.shadow.flat.weights[...] = self.live.weights
-        gradients = dict(self.live.views(self.live.grads))
+        gradients, frozen = dict(self.live.views(self.live.grads)), self.live.frozen
         tensors = [
             Probes(name, gradients[name], weights, self.entries, np.random.default_rng([*seed, AUDIT, i]))
             for i, (name, weights) in enumerate(self.shadow.flat.views(self.shadow.flat.weights))
+            if name not in frozen
         ]
         self._measure(tensors, micro_batches, stop)
         worst_of = tuple(tensor.compare(gradients[tensor.name]) for tensor in tensors)
@@ -232,7 +235,7 @@ def last_digit(logits, targets, rng):
     """
     m = logits.max(axis=-1, keepdims=True)
     lse = m + np.log(np.exp(logits - m).sum(axis=-1, keepdims=True))
-    off = EPS32 / 2 * np.maximum(1, np.abs(lse)) * rng.normal(size=logits.shape[-1])[targets][..., None]
+    off = EPS32 / 2 * np.clip(np.abs(lse), 1, 16) * rng.normal(size=logits.shape[-1])[targets][..., None]
     return np.exp(logits - lse) * (off / targets.size).astype(logits.dtype)
 
 

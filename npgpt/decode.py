@@ -116,6 +116,8 @@ def _norm(y, x, weight, bias, eps):
         rstd = one / np.sqrt(total * inv_C + eps)
         for i in range(C):
             y[r, i] = (x[r, i] - m) * rstd * weight[i]
+        if not total < np.inf:
+            y[r, :] = np.nan
         if len(bias):
             for i in range(C):
                 y[r, i] += bias[i]
@@ -340,7 +342,8 @@ class Decoder:
     threads    how many share the work where there is enough of it; by default one for each core.  They spin while they
                wait for each other, so there is at most one for each processor, and 16 in all
 
-    The logits of a row are the same bits whatever is computed beside it, and with any number of threads.
+    The logits of a row are the same bits whatever is computed beside it, and with any number of threads.  Only one
+    thread at a time may call it.  Raises ValueError for a model that is not GPT(config): see GPT.difference().
     """
 
     def __init__(self, model, n_streams=1, length=None, int8=False, threads=None):

@@ -278,6 +278,9 @@ class Tensor:
 
     The operators (+ - * / @ ** [] and the methods exp, log, tanh, relu, sum, mean, max, reshape, transpose) are
     defined in npgpt/ops/primitives.py, which `npgpt.Tensor` brings along.
+
+    A Tensor belongs to one thread at a time: two backward() that reach the same leaf at once lose part of its gradient.
+    Threads that share weights need Tensors of their own over them, as the workers of DataParallel have.
     """
 
     __slots__ = (

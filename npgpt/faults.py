@@ -188,15 +188,15 @@ FAULTS = [
     Fault(
         "sqrt: without the 2",
         "npgpt/ops/primitives.py",
-        "(dy / (2 * y),)",
-        "(dy / y,)",
+        "dy / (2 * y)",
+        "dy / y",
         "The derivative of the square root of x is 1 / (2 sqrt(x)).",
     ),
     Fault(
         "pow: without the base's logarithm",
         "npgpt/ops/primitives.py",
-        "(dy * y * slope,)",
-        "(dy * y,)",
+        "dy * y * slope",
+        "dy * y",
         "The derivative of b^x is b^x log b: only for b = e is it the function itself.",
     ),
     Fault(
@@ -223,8 +223,8 @@ FAULTS = [
     Fault(
         "tanh: slope from the input",
         "npgpt/ops/primitives.py",
-        "(dy * (1 - y * y),)",
-        "(dy * (1 - a.data * a.data),)",
+        "dy * (1 - y * y)",
+        "dy * (1 - a.data * a.data)",
         "The slope 1 - tanh(x)^2 is made of the output, not of the input.",
     ),
     Fault(
@@ -463,9 +463,17 @@ FAULTS = [
     Fault(
         "attention kernel: backward mask one short",
         "npgpt/ops/attention.py",
-        "exp(row[j] - row_lse) if j <= t else zero",
-        "exp(row[j] - row_lse) if j < t else zero",
+        "exp(row[j] - row_lse) * factor if j <= t else zero",
+        "exp(row[j] - row_lse) * factor if j < t else zero",
         "Position t sees itself, too.",
+        kernel=True,
+    ),
+    Fault(
+        "attention kernel: a large sum's logarithm in float32 only",
+        "npgpt/ops/attention.py",
+        "factor = exp(-rest)",
+        "factor = a.dtype.type(1)",
+        "What rounding takes from the logarithm, every probability would be wrong by.",
         kernel=True,
     ),
     Fault(
@@ -1277,9 +1285,16 @@ FAULTS = [
     Fault(
         "sampling: tokens without a text are drawn",
         "npgpt/sampling.py",
-        "probabilities(logits[:, : self.vocab_size],",
-        "probabilities(logits,",
+        "possible = logits[:, : self.vocab_size]",
+        "possible = logits",
         "Tokens beyond those of the tokenizer stand for nothing that could be shown.",
+    ),
+    Fault(
+        "sampling: numbers between the tokens are drawn",
+        "npgpt/sampling.py",
+        "possible[:, self.holes] = -np.inf",
+        "pass",
+        "A vocabulary may have holes: numbers that are no token.",
     ),
     Fault(
         "sampling: log-probabilities after the temperature",

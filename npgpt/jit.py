@@ -372,6 +372,17 @@ def _largest64(row, n):
     return m
 
 
+@helper
+def in_two(lse, like):
+    """A float64 as the sum of two numbers of the dtype of `like`: the nearest one, and what that leaves over.
+
+    For the logarithm of a sum of e^s: what float32 leaves over of it is the relative error of each e^(s - lse).  Of one
+    below 16 that is less than the error of `exp`, and 0 here.
+    """
+    high = like.dtype.type(lse)
+    return high, like.dtype.type(lse - high) if abs(lse) > 16 else like.dtype.type(0)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Random bits without a state: a dropout mask is a pure function of (key, row, column), so the backward makes it again
 # instead of storing it, and how the batch is split over workers does not change it.

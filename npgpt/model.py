@@ -10,6 +10,7 @@ Each call here is an op in npgpt/ops/ with its derivation, its gradient and its 
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -27,8 +28,8 @@ from npgpt.nn import (
     Module,
     ModuleDict,
     Parameter,
-    difference,
-)  # fmt: skip
+    structure,
+)
 from npgpt.ops import primitives  # noqa: F401  (gives Tensor its operators)
 from npgpt.ops.cross_entropy import cross_entropy
 from npgpt.ops.embedding import embedding
@@ -151,19 +152,17 @@ class GPT(Module):
     def difference(self):
         """Words for what makes this model another one than GPT(config), or None if nothing does.
 
-        What knows GPT(config) only asks for it: writing with a cache, Hugging Face's folders, audits.
+        What knows GPT(config) only asks for it: writing with a cache, checkpoints, Hugging Face's folders, audits.
         """
-        methods = ("forward", "features")
+        methods = ("__call__", "forward", "features")
         if any(getattr(type(self), name) is not getattr(GPT, name) or name in vars(self) for name in methods):
             return f"the model is a {type(self).__name__} with a {' or '.join(methods)} of its own"
-        if self.lm_head.weight is not self.transformer.wte.weight:
-            return "lm_head.weight is not transformer.wte.weight"
-        like = GPT(self.config, seed=None, dtype=self.lm_head.weight.dtype)
-        for name, value in vars(self).items():
-            if isinstance(value, (Module, Parameter)):
-                found = difference(value, getattr(like, name, None), name)
-                if found:
-                    return found
+        ours, theirs = structure(self), _structure_of(self.config, self.transformer.wte.weight.dtype)
+        for place in (*theirs, *ours):
+            if place and ours.get(place) != theirs.get(place):
+                found, wanted = (there.get(place, "missing") for there in (ours, theirs))
+                names = [getattr(what, "__name__", what) for what in (found, wanted)]
+                return f"{place} is {names[0]}" + ("" if wanted == "missing" else f", not {names[1]}")
         return None
 
     def num_params(self, non_embedding=True):
@@ -185,8 +184,12 @@ class GPT(Module):
         """
         if not isinstance(rng, np.random.Generator):
             rng = np.random.default_rng([SAMPLE, next(_generations)] if rng is None else rng)
-        vocab_size = None if self.tokenizer is None else self.tokenizer.vocab_size
-        length = len(idx) + max_new_tokens
-        generation = Generation(self, idx, [rng], Controls(**controls), length, cache=cache, vocab_size=vocab_size)
+        length = np.size(idx) + max_new_tokens
+        generation = Generation(self, idx, [rng], Controls(**controls), length, cache=cache, tokenizer=self.tokenizer)
         for _ in range(max_new_tokens):
             yield generation.step()[0][0]
+
+
+@functools.lru_cache(8)
+def _structure_of(config, dtype):
+    return structure(GPT(config, seed=None, dtype=dtype))

@@ -131,37 +131,27 @@ class Module:
         return self.train(False)
 
 
-def difference(module, other, name=""):
-    """Words for the first thing that makes a module do another thing than another one, or None.
+def structure(module, place="", seen=None):
+    """What a module and those below it compute, apart from their parameters' numbers: a dict, place -> what is there.
 
-    Parameters' numbers do not count, nor do attributes that the other one lacks, unless these hold parameters.
+    Of what an attribute holds, count modules, parameters, and what the layers in this file were told.  seen: id of a
+    Parameter -> the first place that it has.
     """
-    if type(module) is not type(other):
-        return f"{name or 'the model'} is a {type(module).__name__}, not a {type(other).__name__}"
-    ours, theirs = vars(module), vars(other)
-    for key in (*theirs, *(key for key in ours if key not in theirs)):
-        value, wanted, place = ours.get(key), theirs.get(key), f"{name}.{key}".lstrip(".")
-        if key == "forward" or (key not in theirs and isinstance(value, (Module, Parameter))):
-            return f"{place} is not its own"
-        if isinstance(wanted, Module):
-            found = difference(value, wanted, place)
-        elif isinstance(wanted, list):
-            same = isinstance(value, list) and len(value) == len(wanted)
-            found = None if same else f"{place} has other modules"
-            for n, pair in enumerate(zip(value, wanted, strict=True) if same else ()):
-                found = found or difference(*pair, f"{place}.{n}")
-        elif isinstance(wanted, Parameter) and isinstance(value, Parameter):
-            same = (value.shape, value.dtype) == (wanted.shape, wanted.dtype)
-            found = None if same else f"{place} is {value.dtype} of shape {value.shape}, not of {wanted.shape}"
-        elif isinstance(wanted, Parameter) or isinstance(value, Parameter):
-            found = f"{place} is missing" if value is None else f"{place} is not its own"
-        elif key in ("n_head", "p", "p_drop"):
-            found = None if value == wanted else f"{place} is {value}, not {wanted}"
-        else:
-            found = None
-        if found:
-            return found
-    return None
+    found, seen = {place: type(module)}, {} if seen is None else seen
+    for key, value in vars(module).items():
+        at = f"{place}.{key}".lstrip(".")
+        if isinstance(value, Parameter):
+            first = seen.setdefault(id(value), at)
+            found[at] = f"{value.dtype} of shape {value.shape}" if first == at else first
+        elif isinstance(value, Module):
+            found |= structure(value, at, seen)
+        elif isinstance(value, list):
+            found[at] = f"{len(value)} modules"
+            for n, item in enumerate(value):
+                found |= structure(item, f"{at}.{n}", seen) if isinstance(item, Module) else {f"{at}.{n}": type(item)}
+        elif key in ("n_head", "p", "p_drop", "forward"):
+            found[at] = value
+    return found
 
 
 class ModuleDict(Module):

@@ -84,6 +84,12 @@ class FlatParameters:
             what = f"{name} is a new Parameter" if name else "a Parameter is gone"
             raise RuntimeError(f"{what}: the model was changed after its FlatParameters were made; make them anew")
 
+    @property
+    def frozen(self):
+        """Names of the parameters that stay as they are: those with requires_grad = False."""
+        pairs = zip(self.names, self.parameters, strict=True)
+        return [name for name, parameter in pairs if not parameter.requires_grad]
+
     def trained(self, start, stop):
         """(start, stop) of each part of an interval of the flat arrays that holds no frozen parameter."""
         for place, parameter in zip(self.names.values(), self.parameters, strict=True):

@@ -82,6 +82,18 @@ def context_start(n, start, block_size):
     return start if n - start <= block_size else n - max(1, block_size // 2)
 
 
+def _checked_prompt(idx, vocab_size):
+    """A prompt as a list of tokens.  Raises ValueError for what is none."""
+    tokens = np.asarray(idx)
+    if tokens.ndim != 1 or not tokens.size:
+        raise ValueError(f"generate: the prompt must be a list, and have one token at least; got shape {tokens.shape}")
+    if tokens.dtype.kind not in "iu":
+        raise ValueError(f"generate: the prompt must be integers, got dtype {tokens.dtype}")
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise ValueError(f"generate: tokens must be from 0 to {vocab_size - 1}, got {tokens.min()} to {tokens.max()}")
+    return tokens.tolist()
+
+
 class Generation:
     """Texts that grow from one prompt, side by side, a token at a time.
 
@@ -93,23 +105,21 @@ class Generation:
     logprobs   whether the tokens' log-probabilities are asked for
     cache      False: the whole context goes through the model for every token, as in training, with the same result.
                So it is, too, if the model is not GPT(config) any more, which is all that the cache's kernel knows
-    vocab_size how many tokens may be chosen: those beyond do not stand for any text
+    tokenizer  only its tokens are chosen; None: all that the model knows
     int8, threads    of the Decoder
     """
 
     def __init__(
-        self, model, idx, rngs, controls=None, length=None, logprobs=False, cache=True, vocab_size=None, int8=False,
+        self, model, idx, rngs, controls=None, length=None, logprobs=False, cache=True, tokenizer=None, int8=False,
         threads=None,
     ):  # fmt: skip
-        if not len(idx):
-            raise ValueError("generate: the prompt must have one token at least")
-        kind = np.asarray(idx).dtype
-        if kind.kind not in "iu":
-            raise ValueError(f"generate: the prompt must be integers, got dtype {kind}")
+        idx = _checked_prompt(idx, model.config.vocab_size)
         self.model, self.controls, self.rngs = model, controls or Controls(), rngs
         self.logprobs, self.length = logprobs, length or math.inf
         self.block_size = model.config.block_size
-        self.vocab_size = min(vocab_size or model.config.vocab_size, model.config.vocab_size)
+        known, V = tokenizer, model.config.vocab_size
+        self.vocab_size = V if known is None else min(known.vocab_size, V)  # a model may know more tokens
+        self.holes = [] if known is None else [hole for hole in known.holes if hole < self.vocab_size]
         self.texts = [list(idx) for _ in rngs]
         self.alive = list(range(len(rngs)))  # the texts that still grow
         self.start = max(0, len(idx) - self.block_size)
@@ -155,7 +165,9 @@ class Generation:
         """How many tokens of each text the decoder can draw by itself; 0 if it cannot."""
         c = self.controls
         only_temperature = c.top_k is c.top_p is None and not c.min_p and c.repetition_penalty == 1
-        if not only_temperature or self.logprobs or self.decoder is None or KERNELS == "numpy" or len(contexts[0]) > 1:
+        if not only_temperature or self.logprobs or self.holes or self.decoder is None or KERNELS == "numpy":
+            return 0
+        if len(contexts[0]) > 1:
             return 0
         n = len(self.texts[self.alive[0]])
         room = min(self.start + self.block_size + 1, self.length) - n
@@ -196,7 +208,11 @@ class Generation:
     def _choose(self, contexts):
         """Draw one token of each text, with all controls -> the log-probabilities, or None."""
         logits = self._logits(contexts)
-        p = probabilities(logits[:, : self.vocab_size], [self.texts[i] for i in self.alive], self.controls)
+        possible = logits[:, : self.vocab_size]
+        if self.holes:
+            possible = possible.copy()
+            possible[:, self.holes] = -np.inf
+        p = probabilities(possible, [self.texts[i] for i in self.alive], self.controls)
         tokens = choose(p, [self.rngs[i].random() for i in self.alive])
         for i, token in zip(self.alive, tokens, strict=True):
             self.drawn[i] = [token]
@@ -215,8 +231,7 @@ class Generation:
 def unprompted(model, tokenizer, rng, length):
     """The Generation of one text that begins with a line break, or with token 0 where the tokenizer has none."""
     start = int(tokenizer.encode("\n")[0]) if "\n" in getattr(tokenizer, "chars", "\n") else 0
-    # a model may know tokens that the tokenizer does not
-    return Generation(model, [start], [rng], Controls(temperature=0.8), length, vocab_size=tokenizer.vocab_size)
+    return Generation(model, [start], [rng], Controls(temperature=0.8), length, tokenizer=tokenizer)
 
 
 class Writer:
@@ -286,7 +301,7 @@ def write(
     while group := list(itertools.islice(rngs, SIDE_BY_SIDE)):
         length = len(idx) + max_new_tokens
         generation = Generation(
-            model, idx, group, controls, length, logprobs, vocab_size=tokenizer.vocab_size, int8=int8, threads=threads
+            model, idx, group, controls, length, logprobs, tokenizer=tokenizer, int8=int8, threads=threads
         )
         writers = [Writer(tokenizer, stops, idx) for _ in group]
         waiting = [[] for _ in group]  # what has been written, and not been asked for

@@ -3,6 +3,7 @@
 Each tokenizer has
 
     vocab_size                        number of different tokens
+    holes                             numbers below vocab_size that are no token
     encode(text)                      str -> (n,) int64
     encode_pieces(pieces)             the same for a text in pieces: iterator of str -> iterator of (n,) int64
     n_tokens(n_characters, n_bytes)   how many tokens a text of this length has; None if its length does not tell
@@ -29,6 +30,8 @@ def name_of(char):
 
 class _Tokenizer:
     """What all of them have in common."""
+
+    holes = ()
 
     def encode_pieces(self, pieces):
         return map(self.encode, pieces)
@@ -144,6 +147,7 @@ class BPETokenizer(_Tokenizer):
         self._bytes = {token: _bytes_of(word) for word, token in state["model"]["vocab"].items()}
         self._bytes.update((added["id"], added["content"].encode("utf-8")) for added in state["added_tokens"])
         self.vocab_size = max(self._bytes) + 1
+        self.holes = sorted(set(range(self.vocab_size)) - set(self._bytes))
         try:
             self._tokenizer = package.Tokenizer.from_str(self.json)
             gives_back = self.decode(self.encode(PROBE)) == PROBE

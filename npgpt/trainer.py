@@ -372,8 +372,13 @@ class Trainer:
             self.best_loss = math.inf if state["best_loss"] is None else float(state["best_loss"])
             self.best_iter, self.elapsed = int(state["best_iter"]), float(state["elapsed_s"])
             environment = {"ranks": 1, "blas_kernels": blas_kernels(), **state["environment"]}  # if it does not say
+            frozen = [str(name) for name in state.get("frozen", ())]
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: the state of the run is not complete ({error})") from None
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad = name not in frozen
+        if frozen:
+            self.notices.append(f"{', '.join(frozen)} stay as they are (requires_grad is False), as before")
         for name, value in self.environment.items():
             if environment.get(name) != value:
                 self.notices.append(
@@ -529,6 +534,9 @@ class Trainer:
         is raised.  Raises DivergedError, GradientError, BusyError, and CheckpointError if at the end the last
         checkpoint or the log could not be written; while it goes on, such a failure is a Notice.
 
+        Parameters of `model` with requires_grad = False stay as they are, also after a resume.  Raises ValueError for a
+        model that was made another one than its config says, before anything of it is written.
+
         Called again, it goes on where the loop over it was left, and yields nothing if it had come to the end.  Without
         a `stop`, Ctrl-C (or a notebook's stop button) does not break an update: a checkpoint is written after it, and
         KeyboardInterrupt is raised.
@@ -550,8 +558,13 @@ class Trainer:
                     raise KeyboardInterrupt(str(stopped)) from None
                 yield event
 
+    def _check_model(self):
+        if other := self.model.difference():
+            raise ValueError(f"a Trainer's checkpoints hold GPT(config) only: {other}")
+
     def _run_in_folder(self, stop):
         self.folder = None
+        self._check_model()
         try:
             self.world.first(self._open_folder)
             if self.world.size > 1 and isinstance(stop, Stop):
@@ -769,6 +782,7 @@ class Trainer:
         self._wait_for_aside()
         if self.folder is None or (self.saved_iter == self.iter and val_loss is None):
             return
+        self._check_model()
         started = clock()
         flat, arrays = self.parallel.flat, {}
         for prefix, values in self._arrays():
@@ -781,6 +795,7 @@ class Trainer:
             "skipped": self.skipped,
             "val_loss": val_loss,
             "by_clock": by_clock,
+            "frozen": flat.frozen,
             "best_loss": None if math.isinf(self.best_loss) else self.best_loss,
             "best_iter": self.best_iter,
             "elapsed_s": clock() - self.began,

@@ -16,12 +16,13 @@ import pytest
 
 from npgpt import GPT, AdamW, DataParallel, GPTConfig, Tensor, TrainConfig, folder, no_grad, random_stream
 from npgpt.engine import BufferPool, record, reuse_buffers
-from npgpt.errors import UsageError
+from npgpt.errors import CheckpointError, UsageError
 from npgpt.gradcheck import GradcheckError, gradcheck
 from npgpt.nn import Module, Parameter
 from npgpt.ops.linear import linear
 from npgpt.ops.primitives import concatenate, stack, where
 from npgpt.optim import FlatParameters, Muon
+from npgpt.tokenizer import BPETokenizer, ByteTokenizer
 from npgpt.trainer import Progress, Trainer
 
 TOKENS = np.random.default_rng(0).integers(0, 11, (4, 9))
@@ -467,11 +468,22 @@ def heads_turned(model):
     model.transformer.h[0].attn.n_head = 2
 
 
+def shared_block(model):
+    model.transformer.h[1] = model.transformer.h[0]
+
+
+def shared_weight(model):
+    model.transformer.h[1].attn.c_proj.weight = model.transformer.h[0].attn.c_proj.weight
+
+
 def no_change(model):
     pass
 
 
-CHANGES = [no_change, own_mlp, one_more_block, one_block_less, own_head, own_forward, heads_turned]
+CHANGES = [
+    no_change, own_mlp, one_more_block, one_block_less, own_head, own_forward, heads_turned, shared_block,
+    shared_weight,
+]  # fmt: skip
 
 
 def changed(change):
@@ -574,6 +586,41 @@ def test_weights_of_another_shape_dtype_or_place_never_reach_the_kernel():
         list(model.generate([1], 5))
 
 
+def test_weights_that_are_too_large_are_refused_with_and_without_cache():
+    model = gpt()
+    model.transformer.wte.weight.data *= np.float32(1e30)
+    for cache in (True, False):
+        with pytest.raises(CheckpointError, match="not finite"):
+            list(model.generate([1], 3, cache=cache))
+
+
+def test_a_vocabulary_may_have_holes():
+    tokenizer = BPETokenizer.learn(iter(["abc abc"]), 257)
+    state = json.loads(tokenizer.json)
+    state["added_tokens"] = [
+        {"id": 300, "content": "<user>", "special": True, "normalized": False, "single_word": False, "lstrip": False,
+         "rstrip": False}
+    ]  # fmt: skip
+    first = tokenizer.vocab_size
+    assert tokenizer.holes == [] and BPETokenizer(json.dumps(state)).holes == [*range(first, 300)]
+
+
+@pytest.mark.parametrize(
+    "prompt, words",
+    [
+        (np.array([[1, 2, 3]]), r"a list, and have one token at least; got shape \(1, 3\)"),
+        (3, "must be a list"),
+        ([11], "tokens must be from 0 to 10, got 11 to 11"),
+        ([1, -1], "tokens must be from 0 to 10, got -1 to 1"),
+    ],
+)
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_prompt_that_is_none_is_refused_in_a_line(prompt, words, cache):
+    with pytest.raises(ValueError, match=words) as error:
+        list(gpt().generate(prompt, 3, cache=cache))
+    one_line(error)
+
+
 def test_writing_touches_no_mode():
     model = gpt(2, dropout=0.5).train()
     model.transformer.h[0].eval()
@@ -643,6 +690,44 @@ def test_a_loop_that_was_left_goes_on_and_one_that_is_done_is_done(config, tmp_p
     assert list(trainer.run()) == [] and files(config) == (names, rows)
     elapsed = [folder.load(path)[1]["elapsed_s"] for path in reversed(folder.checkpoints(config.out_dir))]
     assert elapsed == sorted(elapsed)
+
+
+@pytest.mark.parametrize("workers, kind", [(1, "muon"), (2, "adamw")])
+def test_what_is_frozen_stays_so_when_a_run_goes_on(config, workers, kind):
+    config = dataclasses.replace(
+        config, workers=workers, optimizer=kind, learning_rate=1e-3, gradcheck_every=3, gradcheck_entries=4
+    )
+    trainer = Trainer(config)
+    frozen = ["transformer.wte.weight", "transformer.h.0.mlp.c_fc.weight", "transformer.ln_f.weight"]
+    for name, p in trainer.model.named_parameters():
+        p.requires_grad = name not in frozen
+    before = {name: p.data.tobytes() for name, p in trainer.model.named_parameters()}
+    for event in trainer.run():
+        if isinstance(event, Progress) and event.iter == 5:
+            break
+    assert sorted(folder.load(folder.newest(config.out_dir))[1]["frozen"]) == sorted(frozen)
+    trainer = Trainer.resume(config.out_dir)
+    assert any(all(words in notice for words in (*frozen, "requires_grad is False")) for notice in trainer.notices)
+    list(trainer.run())
+    after = {name: p.data.tobytes() for name, p in trainer.model.named_parameters()}
+    assert {name for name in before if before[name] == after[name]} == {*frozen}
+
+
+def test_a_trainer_writes_no_checkpoint_of_a_model_that_it_could_not_read_again(config):
+    trainer = Trainer(dataclasses.replace(config, n_layer=2))
+    for event in trainer.run():
+        if isinstance(event, Progress) and event.iter == 1:
+            break
+    before = files(config)
+    n_head = trainer.model.transformer.h[0].attn.n_head
+    trainer.model.transformer.h[0].attn.n_head = 1
+    with pytest.raises(ValueError, match="checkpoints hold GPT") as error:
+        list(trainer.run())
+    one_line(error)
+    assert files(config) == before
+    trainer.model.transformer.h[0].attn.n_head = n_head
+    list(trainer.run())
+    assert trainer.iter == config.max_iters
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is sent with os.kill")
@@ -787,3 +872,19 @@ def test_numpys_error_state_belongs_to_the_caller():
         for cache in (True, False):
             assert len(list(gpt(2).generate([1], 5, temperature=0.01, top_p=0.9, cache=cache))) == 5
         assert np.geterr()["under"] == "raise"
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda a: a.relu(), lambda a: a**2.5, lambda a: 2**a, lambda a: a.sqrt(), lambda a: a.tanh(), lambda a: a * 2,
+        lambda a: 1 - a, lambda a: a.exp(), lambda a: a.log(), lambda a: where(True, a, 0.0), lambda a: a.mean(),
+    ],
+)  # fmt: skip
+def test_a_single_number_keeps_its_dtype_as_arrays_do(f, dtype):
+    for shape in ((), (3,)):
+        a = Tensor(np.full(shape, 0.5, dtype), requires_grad=True)
+        y = f(a)
+        y.backward(np.ones_like(y.data))
+        assert y.dtype == a.grad.dtype == dtype and y.shape == (() if y.ndim == 0 else shape)

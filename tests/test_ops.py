@@ -330,6 +330,25 @@ def test_logits_of_10000(dtype):
     np.testing.assert_allclose(x.grad, expected, atol=1e-3 if dtype == np.float32 else 1e-10)
 
 
+@pytest.mark.parametrize("size", [1, 30, 1e3, 1e5])
+def test_attention_and_cross_entropy_of_large_numbers_are_as_exact_as_of_small_ones(size):
+    """What float32 loses of a large logarithm must not be lost of every e^(s - lse)."""
+    new = New(np.float64)
+    qkv, dy = new(2, 40, 96), new(2, 40, 32)
+    qkv[..., :64] *= np.sqrt(size / 32**0.5)
+    logits, targets = size * new(50, 30), new.integers(30, 50)
+
+    def gradients(dtype):
+        x, z = (Tensor(values.astype(np.float32).astype(dtype), requires_grad=True) for values in (qkv, logits))
+        causal_attention(x, 2).backward(dy.astype(np.float32).astype(dtype))
+        loss = cross_entropy(z, targets)
+        loss.backward()
+        return x.grad, z.grad, loss.data
+
+    for ours, exact, bound in zip(gradients(np.float32), gradients(np.float64), (3e-5, 1e-6, 1e-6), strict=True):
+        assert np.abs(ours - exact).max() <= bound * np.abs(exact).max()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_scores_of_10000_pick_one_value(dtype):
     T, hs = 5, 3
@@ -351,6 +370,16 @@ def test_attention_scores_of_10000_pick_one_value(dtype):
     rounding = 4 * np.finfo(dtype).eps  # not that of the scores: e^(score - lse) is 1 for the winner, to the last bit
     np.testing.assert_allclose(dv, expected, rtol=rounding, atol=rounding)
     np.testing.assert_allclose(np.hstack([dq, dk]), 0, atol=rounding * np.abs(q).max() * np.abs(dy).max())
+
+
+def test_layernorm_of_rows_whose_squares_overflow_is_not_a_number():
+    new = New(np.float32)
+    x, weight, bias = 1e30 * new(3, 7), new(7), new(7)
+    x[1] = new(7)
+    with np.errstate(over="ignore"):
+        results = layernorm(Tensor(x), Tensor(weight), Tensor(bias)).data, layernorm_forward_ref(x, weight, bias, 1e-5)[0]
+    for y in results:
+        assert np.isnan(y).all(axis=1).tolist() == [True, False, True] and np.isfinite(y[1]).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -259,7 +259,7 @@ def test_log_probabilities_are_the_models_own():
 def test_log_probabilities_are_the_losses_of_training_where_the_tokenizer_has_fewer_tokens():
     model = lively()
     for cache in (True, False):
-        generation = Generation(model, [1], rngs(1), logprobs=True, cache=cache, vocab_size=4)
+        generation = Generation(model, [1], rngs(1), logprobs=True, cache=cache, tokenizer=CharTokenizer("abcd"))
         for _ in range(5):
             idx = np.array(generation.texts)
             (token,), (logprob,) = generation.step()
@@ -270,10 +270,24 @@ def test_log_probabilities_are_the_losses_of_training_where_the_tokenizer_has_fe
 
 def test_tokens_without_a_text_are_never_chosen():
     model = lively()
-    generation = Generation(model, [1], rngs(1), Controls(temperature=50.0), vocab_size=4)
+    generation = Generation(model, [1], rngs(1), Controls(temperature=50.0), tokenizer=CharTokenizer("abcd"))
     for _ in range(100):
         generation.step()
     assert set(generation.texts[0]) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("controls", [{}, {"top_k": 3}, {"temperature": 0.0}])
+def test_only_tokens_that_have_a_text_are_written(cache, controls):
+    class Tokenizer(ByteTokenizer):
+        vocab_size, holes = 10, [2, 3, 5]
+
+    model = lively()
+    model.transformer.wte.weight.data[[2, 10]] = 0
+    model.transformer.ln_f.weight.data[:] = -1
+    assert {2, 10} & {*model.generate([1], 60, rng=0, cache=cache, temperature=3.0)}
+    model.tokenizer = Tokenizer()
+    assert not {2, 3, 5, 10} & {*model.generate([1], 60, rng=0, cache=cache, **controls)}
 
 
 @pytest.mark.parametrize("cache", [True, False])

@@ -20,7 +20,8 @@ Backward, undoing one line after the other:
     s = scale q k^T: dq = scale ds k                dk = scale ds^T q
 
 The forward keeps no (T, T) matrix, only the logarithm of each row's sum, lse_t = log sum_j e^s_tj (Dao et al. 2022):
-the backward makes p = e^(s - lse) again.  And both take a few queries at a time, with just the keys that these may see:
+the backward makes p = e^(s - lse) again.  It is kept in float64: what float32 loses of a large lse would be the error
+of p.  And both take a few queries at a time, with just the keys that these may see:
 this is half of the multiplications, and memory that grows with T, not with T^2.
 """
 
@@ -29,7 +30,7 @@ import math
 import numpy as np
 
 from npgpt.engine import as_rows, empty, next_random_key, record
-from npgpt.jit import exp, helper, keeps, kernel, largest, replaces, row_key
+from npgpt.jit import exp, helper, in_two, keeps, kernel, largest, replaces, row_key
 from npgpt.ops.dropout import check_p, dropout_mask_ref
 from npgpt.tiles import ROWS, fetch, product, transpose
 
@@ -59,12 +60,12 @@ def _scores_ref(q, k):
 
 
 def _softmax_ref(s):
-    """s (..., T) -> p = softmax(s), and of each row lse, the logarithm of the sum of e^s (...)."""
+    """s (..., T) -> p = softmax(s), and of each row lse, the logarithm of the sum of e^s (...), float64."""
     m = s.max(axis=-1, keepdims=True)
     e = np.exp(s - m)
     total = e.sum(axis=-1, keepdims=True)
     p = e / total
-    lse = (m + np.log(total))[..., 0]
+    lse = (m + np.log(total, dtype=np.float64))[..., 0]
     return p, lse
 
 
@@ -76,7 +77,7 @@ def _dropout_scale_ref(like, p_drop, key, batch_offset):
 
 
 def attention_forward_ref(qkv, n_head, p_drop, key, batch_offset):
-    """qkv (B, T, 3C) -> y (B, T, C), lse (B, n_head, T)."""
+    """qkv (B, T, 3C) -> y (B, T, C), lse (B, n_head, T) in float64."""
     q, k, v = split_heads(qkv, n_head)
     s = _scores_ref(q, k)
     p, lse = _softmax_ref(s)
@@ -97,7 +98,7 @@ def attention_backward_ref(dy, qkv, lse, n_head, p_drop, key, batch_offset):
     """dy (B, T, C), and the forward's arrays -> dqkv (B, T, 3C)."""
     q, k, v = split_heads(qkv, n_head)
     dy = merged_heads(dy, n_head)  # (B, n_head, T, hs)
-    p = np.exp(_scores_ref(q, k) - lse[..., None])
+    p = np.exp(_scores_ref(q, k) - lse[..., None]).astype(q.dtype)
     drop = _dropout_scale_ref(p, p_drop, key, batch_offset)
     # y = a @ v
     da = dy @ v.swapaxes(-1, -2)
@@ -188,7 +189,7 @@ def forward_heads(y, lse, qkv, k_t, s, p_drop, key, batch_offset):
                     row[t + 1 : stop] = -np.inf
                     lse[b, h, t] = largest(row, stop)
                 for t in range(t0, t1):
-                    row, m, stop = s[t - t0], lse[b, h, t], round_up(t + 1, LANES)
+                    row, m, stop = s[t - t0], s.dtype.type(lse[b, h, t]), round_up(t + 1, LANES)
                     total = s.dtype.type(0)
                     for j in range(stop):
                         e = exp(row[j] - m)
@@ -197,7 +198,7 @@ def forward_heads(y, lse, qkv, k_t, s, p_drop, key, batch_offset):
                     inverse = s.dtype.type(1) / total
                     for j in range(stop):
                         row[j] *= inverse
-                    lse[b, h, t] = m + np.log(total)
+                    lse[b, h, t] = np.float64(m) + np.log(total)
                     # a = dropout(p)
                     if p_drop > 0:
                         drop(row, t + 1, p_drop, key, ((batch_offset + b) * H + h) * T + t)
@@ -230,9 +231,11 @@ def backward_heads(dqkv, dy, qkv, lse, k_t, v_t, a, grad, p_drop, key, batch_off
                     fetch_head(dqkv, b * H + h, t0, t1)
                     product(a[rows, :columns], q[t0:t1], k_t, False)
                     for t in range(t0, t1):
-                        row, row_lse, stop = a[t - start], lse[b, h, t], round_up(t + 1, LANES)
+                        row, stop = a[t - start], round_up(t + 1, LANES)
+                        row_lse, rest = in_two(lse[b, h, t], row)
+                        factor = exp(-rest)  # (a second subtraction would be made one with the first)
                         for j in range(stop):
-                            row[j] = exp(row[j] - row_lse) if j <= t else zero  # p again
+                            row[j] = exp(row[j] - row_lse) * factor if j <= t else zero  # p again
                     # y = a @ v
                     product(grad[rows, :columns], dy_head[t0:t1], v_t, False)  # da
                     for t in range(t0, t1):
@@ -305,7 +308,7 @@ def causal_attention(qkv, n_head, p_drop=0.0):
     key, batch_offset = next_random_key() if p_drop > 0 else (np.uint32(0), 0)
     data = as_rows(qkv.data).reshape(B, T, C3)
     y = empty((B, T, C3 // 3), qkv.dtype)
-    lse = empty((B, n_head, T), qkv.dtype)
+    lse = empty((B, n_head, T), np.float64)
     attention_forward(y, lse, data, n_head, p_drop, key, batch_offset)
 
     def backward(dy):

@@ -21,7 +21,7 @@ gradient dloss of the loss itself,
 import numpy as np
 
 from npgpt.engine import as_rows, empty, record
-from npgpt.jit import exp, kernel, largest, replaces
+from npgpt.jit import exp, in_two, kernel, largest, replaces
 from npgpt.ops.embedding import check_indices
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -29,8 +29,8 @@ from npgpt.ops.embedding import check_indices
 
 
 def cross_entropy_forward_ref(logits, targets, ignore_index, count):
-    """logits (N, V), targets (N,), `count` of them not ignore_index -> loss (), lse (N,)."""
-    m = logits.max(axis=1)
+    """logits (N, V), targets (N,), `count` of them not ignore_index -> loss (), lse (N,) in float64."""
+    m = logits.max(axis=1).astype(np.float64)  # what float32 loses of a large lse would be the error of p
     lse = m + np.log(np.exp(logits - m[:, None]).sum(axis=1))
     valid = targets != ignore_index
     rows = np.flatnonzero(valid)
@@ -64,9 +64,11 @@ def cross_entropy_forward(loss, lse, logits, targets, ignore_index, count):
         total = logits.dtype.type(0)
         for i in range(V):
             total += exp(logits[n, i] - m)
-        lse[n] = m + np.log(total)
+        lse[n] = np.float64(m) + np.log(total)
         if targets[n] != ignore_index:
-            losses += lse[n] - logits[n, targets[n]]
+            row_lse, rest = in_two(lse[n], logits)
+            losses += row_lse - logits[n, targets[n]]
+            losses += rest
     loss[()] = losses / count
 
 
@@ -80,8 +82,10 @@ def cross_entropy_backward(dlogits, dloss, logits, targets, lse, ignore_index, c
             dlogits[n, :] = 0
         else:
             # loss = (lse - logits[target]) / count
+            row_lse, rest = in_two(lse[n], logits)
+            factor = exp(-rest)  # (a second subtraction would be made one with the first)
             for i in range(V):
-                dlogits[n, i] = exp(logits[n, i] - lse[n]) * scale
+                dlogits[n, i] = exp(logits[n, i] - row_lse) * factor * scale
             dlogits[n, targets[n]] -= scale
 
 
@@ -104,7 +108,7 @@ def cross_entropy(logits, targets, ignore_index=-1):
     if count == 0:
         raise ValueError(f"cross_entropy: every target is ignore_index = {ignore_index}: there is nothing to average")
     rows = as_rows(logits.data)  # (N, V)
-    loss, lse = empty((), logits.dtype), empty((len(rows),), logits.dtype)
+    loss, lse = empty((), logits.dtype), empty((len(rows),), np.float64)
     cross_entropy_forward(loss, lse, rows, targets, ignore_index, count)
 
     def backward(dy):

@@ -31,6 +31,11 @@ def _pair(a, b):
     return _as_tensor(a, b), b
 
 
+def _like(a, values):
+    """Values in a's dtype: NumPy before version 2 makes float64 of a float32 number and a Python number."""
+    return np.asarray(values, a.dtype)
+
+
 def _unbroadcast(grad, x):
     """Sum a gradient over the axes along which x was broadcast, so that it gets x's shape (and dtype)."""
     if grad.shape == x.shape:
@@ -93,17 +98,17 @@ def pow(a, exponent):
     def backward(dy):
         if exponent == 0:  # the slope is 0, also where a is 0 and a^-1 infinite
             return (np.zeros_like(dy),)
-        return (dy * exponent * a.data ** (exponent - 1),)
+        return (_like(a, dy * exponent * a.data ** (exponent - 1)),)
 
-    return record(a.data**exponent, (a,), backward)
+    return record(_like(a, a.data**exponent), (a,), backward)
 
 
 def rpow(a, base):
     """base ** a, for a base that is a positive number."""
     if not isinstance(base, (int, float, np.number)) or not base > 0:
         raise TypeError("pow: the base must be a positive number; for a Tensor base write exp(exponent * log(base))")
-    y, slope = float(base) ** a.data, np.log(float(base)).item()
-    return record(y, (a,), lambda dy: (dy * y * slope,))
+    y, slope = _like(a, float(base) ** a.data), np.log(float(base)).item()
+    return record(y, (a,), lambda dy: (_like(a, dy * y * slope),))
 
 
 def matmul(a, b):
@@ -138,16 +143,16 @@ def log(a):
 
 def sqrt(a):
     y = np.sqrt(a.data)
-    return record(y, (a,), lambda dy: (dy / (2 * y),))
+    return record(y, (a,), lambda dy: (_like(a, dy / (2 * y)),))
 
 
 def tanh(a):
     y = np.tanh(a.data)
-    return record(y, (a,), lambda dy: (dy * (1 - y * y),))
+    return record(y, (a,), lambda dy: (_like(a, dy * (1 - y * y)),))
 
 
 def relu(a):
-    return record(np.maximum(a.data, 0), (a,), lambda dy: (dy * (a.data > 0),))
+    return record(_like(a, np.maximum(a.data, 0)), (a,), lambda dy: (dy * (a.data > 0),))
 
 
 def _keep_axes(array, axis, shape, keepdims):

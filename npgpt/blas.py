@@ -154,7 +154,13 @@ def multiply(out, a, b, turned, panel, first, last):
     After Goto and van de Geijn 2008: a panel of b, two vectors wide, is copied into a row of cache lines and meets all
     rows of a before the next one comes.
     """
-    width = panel.shape[1]
+    (M, K), width = a.shape, panel.shape[1]
+    rows, columns = b.shape[::-1] if turned else b.shape
+    if not (
+        (out.shape[0] == M and out.shape[1] == columns and rows == K > 0 and 0 <= first <= last <= columns)
+        and (panel.shape[0] >= min(K, DEPTH) and width > 0)
+    ):
+        raise ValueError("multiply: out (M, N) needs a (M, K) and b (K, N), or (N, K) if turned; 0 < K")
     for i in range(0, a.shape[0], HEIGHT):
         for k in range(0, a.shape[1], DEPTH):
             block = a[i : i + HEIGHT, k : k + DEPTH]

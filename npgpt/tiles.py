@@ -16,6 +16,9 @@ out in LLVM's own vectors.
 
 A product of few rows with a large matrix (npgpt/decode.py) is another matter: there it is w that must be fetched from
 memory, row by row, and each sum is a dot product along a row (`dots`).
+
+LLVM reads and writes where it is told, also beyond an array, and Numba's bounds checks do not see it.  So `product`,
+`transpose` and `dots` compare the shapes first, once in a call: ValueError if they do not fit, and nothing is written.
 """
 
 from npgpt.jit import KERNELS, helper
@@ -36,6 +39,11 @@ if KERNELS == "numba":
 
     def _number(n):
         return ir.Constant(ir.IntType(64), n)
+
+    def _are_fit(out, *others):
+        """Whether arrays of these kinds are all of one dtype that vectors are made of, and the first may be written."""
+        is_real = out.dtype in (types.float32, types.float64)
+        return is_real and out.mutable and all(array.dtype == out.dtype for array in others)
 
     def _arrays(context, builder, signature, args):
         """The arrays among an intrinsic's arguments, with their fields, and the other arguments."""
@@ -153,7 +161,7 @@ if KERNELS == "numba":
 
         What lies beyond the edges of x or out is neither read nor written.
         """
-        if not (out.dtype == x.dtype and out.ndim == x.ndim == 2):
+        if not (_are_fit(out, x) and out.ndim == x.ndim == 2):
             return None
 
         def codegen(context, builder, signature, args):
@@ -208,7 +216,7 @@ if KERNELS == "numba":
 
         WIDTH is 2 VECTOR / itemsize.  What lies beyond the edges of out is neither read nor written.
         """
-        if not (out.dtype == a.dtype == b.dtype and out.ndim == a.ndim == b.ndim == 2):
+        if not (_are_fit(out, a, b) and out.ndim == a.ndim == b.ndim == 2):
             return None
 
         def codegen(context, builder, signature, args):
@@ -263,7 +271,9 @@ if KERNELS == "numba":
 
         @intrinsic
         def dots(typingctx, out, x, w, scale, bias, i, j, last, add):
-            if not (out.dtype == x.dtype == scale.dtype == bias.dtype and out.ndim == x.ndim == w.ndim == 2):
+            if not (_are_fit(out, x, scale, bias) and out.ndim == x.ndim == w.ndim == 2):
+                return None
+            if not (scale.ndim == bias.ndim == 1 and w.dtype in (out.dtype, types.int8)):
                 return None
 
             def codegen(context, builder, signature, args):
@@ -365,33 +375,45 @@ else:
 
 
 @helper
+def _in_line(x):
+    """Whether the numbers along the last axis of x lie side by side, if there are any."""
+    return x.strides[-1] == x.itemsize or x.shape[-1] < 2 or x.size == 0
+
+
+@helper
 def product(out, a, b, add):
     """Inside a kernel: out = a @ b, or out += a @ b where `add` is true.
 
-    out (M, N), a (M, K), b (K, N), of one dtype.  The last axes of out and b must be contiguous; a may be transposed.
-    M and N must not be 0.
+    out (M, N), a (M, K), b (K, N or more), of one dtype.  The last axes of out and b must be contiguous; a may be
+    transposed.
     """
+    (M, N), K = out.shape, b.shape[0]
+    if not (a.shape[0] == M and a.shape[1] == K and b.shape[1] >= N and _in_line(out) and _in_line(b)):
+        raise ValueError("product: out (M, N) needs a (M, K) and b (K, N or more), and last axes contiguous but a's")
     width = 2 * VECTOR // out.itemsize
-    for j in range(0, out.shape[1], width):
-        for i in range(0, out.shape[0], ROWS):
+    for j in range(0, N, width):
+        for i in range(0, M, ROWS):
             _tile(out, a, b, i, j, add)
 
 
 @helper
 def transpose(out, x):
-    """Inside a kernel: out[:, :M] = x.T for x (M, N), of one dtype; the last axes contiguous.
+    """Inside a kernel: out[:N, :M] = x.T for x (M, N), of one dtype; the last axes contiguous.
 
-    out (N, M or more): columns beyond M may get copies of the last one.
+    out (N or more, M or more): of its first N rows, columns beyond M may get copies of the last one.
     """
+    M, N = x.shape
+    if not (out.shape[0] >= N and out.shape[1] >= M and _in_line(out) and _in_line(x)):
+        raise ValueError("transpose: x (M, N) needs out (N or more, M or more), and last axes contiguous")
     n = VECTOR // x.itemsize
-    for i in range(0, x.shape[0], n):
-        for j in range(0, x.shape[1], n):
+    for i in range(0, M, n):
+        for j in range(0, N, n):
             _turn(out, x, i, j)
 
 
 @helper
 def fetch(x):
-    """Inside a kernel: x (M, N), with a contiguous last axis, will be read or written soon; it changes nothing.
+    """Inside a kernel: x (M, N) will be read or written soon; it changes nothing, wherever it points.
 
     Rows that lie far apart are not what the processor fetches from memory unasked.
     """
@@ -404,15 +426,22 @@ def fetch(x):
 def dots(out, x, w, scale, bias, first, last, add):
     """Inside a kernel: out[:, first:last] = x @ w[first:last].T * scale[first:last] + bias[first:last], or out += that.
 
-    out (R, N) and x (R, K) of one dtype, w (N, K) of this dtype or int8, scale and bias (N,) or of no length; the last
-    axes contiguous.  Four rows of w are read for all of x at a time, so that w may be large: what counts is to fetch it
-    from memory once, in the order in which it lies there.  The bits of an element depend on its row of x and its row of
-    w only.
+    out (R, N) and x (R, K) of one dtype, w (N, K) of this dtype or int8, scale and bias (N,) or of no length; K is not
+    0, and the last axes are contiguous.  N need not be one number: what counts is that all have the columns first:last.
+    Four rows of w are read for all of x at a time, so that w may be large: what counts is to fetch it from memory once,
+    in the order in which it lies there.  The bits of an element depend on its row of x and its row of w only.
     """
-    if len(x) == 1:
+    R, K = x.shape
+    if not (
+        (out.shape[0] == R and w.shape[1] == K > 0 and 0 <= first <= last <= min(out.shape[1], w.shape[0]))
+        and ((len(scale) == 0 or len(scale) >= last) and (len(bias) == 0 or len(bias) >= last))
+        and (_in_line(out) and _in_line(x) and _in_line(w) and _in_line(scale) and _in_line(bias))
+    ):
+        raise ValueError("dots: out (R, N) needs x (R, K), w (N, K), scale and bias (N,) or (0,), contiguous; 0 < K")
+    if R == 1:
         for j in range(first, last, 8):
             _one_row(out, x, w, scale, bias, 0, j, last, add)
     else:
         for j in range(first, last, 4):
-            for i in range(0, len(x), 4):
+            for i in range(0, R, 4):
                 _four_rows(out, x, w, scale, bias, i, j, last, add)

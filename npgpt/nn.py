@@ -5,7 +5,7 @@ from types import NoneType
 
 import numpy as np
 
-from npgpt.engine import Tensor, dropout_is_off, plain
+from npgpt.engine import FLOATS, Tensor, dropout_is_off, plain
 from npgpt.ops.attention import causal_attention
 from npgpt.ops.dropout import dropout
 from npgpt.ops.layernorm import layernorm
@@ -17,7 +17,8 @@ class Parameter(Tensor):
     """A Tensor that training changes.
 
     Once an optimizer, workers and checkpoints share its numbers (FlatParameters), it has one home: what is assigned to
-    `data` is written there, and ValueError is raised for an array of another shape or dtype.
+    `data` is written there, and ValueError is raised for an array of another shape or dtype.  TypeError for what holds
+    other numbers than float32 and float64.
     """
 
     __slots__ = ()
@@ -31,10 +32,12 @@ class Parameter(Tensor):
 
     @data.setter
     def data(self, values):
+        values = plain(values, "Parameter: data")
         if getattr(self, "grad_buffer", None) is None:
+            if values.dtype not in FLOATS:
+                raise TypeError(f"Parameter: data must be float32 or float64, got dtype {values.dtype}")
             _data.__set__(self, values)
-        elif values is not self.data:  # as it is after data -= ...
-            home, values = self.data, plain(values, "Parameter: data")
+        elif values is not (home := self.data):  # as it is after data -= ...
             if values.shape != home.shape or values.dtype != home.dtype:
                 raise ValueError(
                     f"Parameter: data of shape {values.shape}, {values.dtype} does not fit its place in an optimizer, "

@@ -270,6 +270,17 @@ def test_numbers_that_are_assigned_are_written_where_the_optimizer_has_them():
             model.transformer.wte.weight.data = wrong
 
 
+@pytest.mark.parametrize("values", [[1, 2], np.arange(3), np.ones(3, np.float16), np.ma.ones(3), None])
+def test_a_parameters_numbers_are_float32_or_float64(values):
+    parameter = Parameter(np.zeros(3, np.float32))
+    with pytest.raises(TypeError, match="Parameter: data must be") as error:
+        parameter.data = values
+    one_line(error)
+    assert parameter.data.tolist() == [0, 0, 0]
+    parameter.data = np.ones(4)
+    assert parameter.shape == (4,)
+
+
 def test_a_model_that_becomes_another_one_is_noticed_by_its_optimizer():
     def crop(model):
         model.crop_block_size(4)

@@ -77,12 +77,13 @@ class FlatParameters:
                     "the model's parameters have moved to a later FlatParameters (of a second DataParallel, say): this "
                     "one would train nothing any more"
                 )
-        now = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        other = {*now} ^ {id(parameter) for parameter in self.parameters}
-        if other:
-            name = next((now[i] for i in other if i in now), None)
-            what = f"{name} is a new Parameter" if name else "a Parameter is gone"
-            raise RuntimeError(f"{what}: the model was changed after its FlatParameters were made; make them anew")
+        before, now = dict(zip(self.names, self.parameters, strict=True)), dict(self.model.named_parameters())
+        for name in (*now, *before):
+            if now.get(name) is not before.get(name):
+                what = "is gone" if name not in now else "is another Parameter" if name in before else "is new"
+                raise RuntimeError(
+                    f"{name} {what}: the model was changed after its FlatParameters were made; make them anew"
+                )
 
     @property
     def frozen(self):

@@ -404,7 +404,7 @@ class Trial:
 
     def written(self):
         prompt = self.x[0, : 1 + len(self.x[0]) // 2].tolist()
-        n = self.x.shape[1] - len(prompt)
+        n = max(0, min(self.x.shape[1], self.model.config.block_size) - len(prompt))  # so that the context is all of it
         written = {}
         for cache in (True, False):
             with self.step(f"written, cache={cache}"):

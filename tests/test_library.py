@@ -297,7 +297,10 @@ def test_a_model_that_becomes_another_one_is_noticed_by_its_optimizer():
     def no_block(model):
         del model.transformer.h[1]
 
-    for change in (crop, second, new_weight, new_block, no_block):
+    def blocks_turned(model):
+        model.transformer.h.reverse()
+
+    for change in (crop, second, new_weight, new_block, no_block, blocks_turned):
         model = gpt(2)
         parallel = DataParallel(model, 2)
         optimizer = AdamW(parallel.flat)

@@ -224,15 +224,31 @@ if KERNELS == "numba":
 
         return array_at
 
+    def _is_counter(kind):
+        """Whether an array of this kind has what the following intrinsics take for int64, and change, at its start."""
+        return isinstance(kind, types.Array) and kind.dtype == types.int64 and kind.ndim == 1 and kind.mutable
+
+    @helper
+    def _check_counter(counter):
+        if len(counter) == 0:
+            raise ValueError("a counter, or a thread's state, needs a number: this array has none")
+
     @overload(count_up, jit_options=FLAGS)
     def _count_up(counter):
-        return lambda counter: _add_atomically(counter, 1)
+        def count_up(counter):
+            _check_counter(counter)
+            _add_atomically(counter, 1)
+
+        return count_up
 
     def _atomic(operation):
         """The intrinsic that does an operation of LLVM's atomicrmw on counter[0] and n; it returns what stood there."""
 
         @intrinsic
         def atomic(typingctx, counter, n):
+            if not _is_counter(counter):
+                return None
+
             def codegen(context, builder, signature, args):
                 array = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0])
                 return builder.atomic_rmw(operation, array.data, args[1], "seq_cst")
@@ -246,6 +262,8 @@ if KERNELS == "numba":
     @intrinsic
     def _look(typingctx, counter):
         """counter[0] as it is in memory now."""
+        if not _is_counter(counter):
+            return None
 
         def codegen(context, builder, signature, args):
             array = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0])
@@ -268,6 +286,8 @@ if KERNELS == "numba":
     @intrinsic
     def _change_atomically(typingctx, counter, old, new):
         """Whether counter[0] was `old`; then it is `new` now.  One indivisible step."""
+        if not _is_counter(counter):
+            return None
 
         def codegen(context, builder, signature, args):
             array = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0])
@@ -279,6 +299,8 @@ if KERNELS == "numba":
     @overload(next_job, jit_options=FLAGS)
     def _next_job(jobs, seen, state):
         def next_job(jobs, seen, state):
+            _check_counter(jobs)
+            _check_counter(state)
             turns = 0
             while _look(jobs) == seen:
                 turns += 1
@@ -296,6 +318,7 @@ if KERNELS == "numba":
         def claim(states):
             asleep = 0
             for thread in range(len(states)):
+                _check_counter(states[thread])
                 if _swap_atomically(states[thread], CLAIMED) == SLEEPS:
                     asleep |= 1 << thread
             return asleep
@@ -307,6 +330,7 @@ if KERNELS == "numba":
         def meet(counter, n):
             if n == 1:
                 return
+            _check_counter(counter)
             arrived = _add_atomically(counter, 1) + 1
             all_here = (arrived + n - 1) // n * n
             turns = 0

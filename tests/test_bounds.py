@@ -87,10 +87,13 @@ def unreached():
     """The names of npgpt's kernels, and of their helpers, that nothing has compiled in this process."""
     from numba.core.dispatcher import Dispatcher
 
+    def is_compiled(function):
+        return isinstance(function, Dispatcher)
+
     for name, module in sorted(sys.modules.items()):
         for value in vars(module).values() if name.startswith("npgpt.") else ():
-            compiled = inspect.unwrap(value) if callable(value) else None
-            if isinstance(compiled, Dispatcher) and compiled.__module__ == name and not compiled.signatures:
+            compiled = inspect.unwrap(value, stop=is_compiled) if callable(value) else None
+            if is_compiled(compiled) and compiled.__module__ == name and not compiled.signatures:
                 yield f"{name}.{compiled.__name__}"
 
 

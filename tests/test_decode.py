@@ -380,6 +380,35 @@ jit_meet = jit.meet
 
 
 @kernels_only
+def test_what_is_no_counter_is_refused_before_anything_is_written():
+    @jit.kernel
+    def count(counter):
+        jit_count_up(counter)
+
+    @jit.kernel
+    def wait(counter):
+        jit_meet(counter, 2)
+
+    @jit.kernel
+    def look_for_a_job(counter):
+        jit_next_job(counter, 0, counter)
+
+    @jit.kernel
+    def claim(counter):
+        jit_claim(counter.reshape(1, len(counter)))
+
+    for kernel in (count, wait, look_for_a_job, claim):
+        with pytest.raises(ValueError, match="this array has none"):
+            kernel(np.zeros(1, np.int64)[1:])
+        read_only = np.ones(1, np.int64)
+        read_only.flags.writeable = False
+        for other in (np.ones(1, np.int32), np.ones(1), np.ones(1, np.uint64), read_only):
+            with pytest.raises(Exception, match=r"No implementation|Failed in nopython"):
+                kernel(other)
+            assert other.tolist() == [1]
+
+
+@kernels_only
 def test_an_array_at_an_address_is_the_array_itself():
     @jit.kernel
     def double(address, n, like):
@@ -395,4 +424,4 @@ def test_an_array_at_an_address_is_the_array_itself():
         assert double(0, 5, values[:0]) == 0
 
 
-jit_array_at = jit.array_at
+jit_array_at, jit_claim, jit_count_up, jit_next_job = jit.array_at, jit.claim, jit.count_up, jit.next_job

@@ -24,7 +24,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from npgpt.command import Parser, show_all
+from npgpt.command import FileName, Parser, showing_all
 from npgpt.errors import CheckpointError, UsageError, quoted, run_command
 from npgpt.faults import BUGS, FAULTS
 
@@ -592,12 +592,12 @@ def parse(argv):
     show = command("show", run_show, "an exercise: a file with the forward given and the backward blank")
     show.add_argument("op", metavar="OP", help=", ".join(EXERCISES))
     show.add_argument("--level", type=int, default=2, metavar="N", help="1, the easiest, to 3 (default: 2)")
-    show.add_argument("--out", metavar="FILE", help="write it there; without it, it is printed")
+    show.add_argument("--out", type=FileName, metavar="FILE", help="write it there; without it, it is printed")
     check = command("check", run_check, "run a filled in exercise against finite differences, and train a GPT with it")
-    check.add_argument("file", metavar="FILE", help="your file; its code is run")
+    check.add_argument("file", type=FileName, metavar="FILE", help="your file; its code is run")
     bug = command("bug", run_bug, "plant a mistake in a copy of npgpt, for you to find")
     bug.add_argument("number", metavar="N", nargs="?", type=int, help=f"1, the easiest, to {len(BUGS)}")
-    bug.add_argument("--dir", metavar="FOLDER", help="where to put the copy (default: bug-N)")
+    bug.add_argument("--dir", type=FileName, metavar="FOLDER", help="where to put the copy (default: bug-N)")
     answer = command("answer", run_answer, "where the mistake was, and why it is one")
     answer.add_argument("number", metavar="N", type=int, help="the bug's number")
     command("train", run_train, "the losses of a small GPT: to see what a bug does to training")
@@ -609,9 +609,9 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+@showing_all()
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
-    show_all()
     return args.run(args)
 
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from npgpt import checkpoint
 from npgpt.blas import blas_threads
-from npgpt.command import Parser, add_model, open_model, show_all
+from npgpt.command import FileName, Parser, add_model, open_model, showing_all
 from npgpt.config import SAMPLE
 from npgpt.engine import no_grad, observed
 from npgpt.errors import UsageError, run_command
@@ -330,7 +330,7 @@ def parse(argv):
         "--text", help=f"text to read, cut after {TOKENS + 1} tokens (default: one that the model writes)"
     )
     parser.add_argument(
-        "--out", default="explain.html", metavar="FILE", help="the page to write (default: explain.html)"
+        "--out", type=FileName, default="explain.html", metavar="FILE", help="the page to write (default: explain.html)"
     )
     parser.add_argument(
         "--param", metavar="NAME[I,J]", help="print where one number's gradient comes from instead: --param wte[17,3]"
@@ -360,9 +360,9 @@ def read_tokens(model, text):
     return tokens[:n]
 
 
+@showing_all()
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
-    show_all()
     pretrained = open_model(args.model)
     tokenizer = pretrained.tokenizer
     tokens = read_tokens(pretrained, args.text)

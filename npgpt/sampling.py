@@ -212,9 +212,14 @@ class Generation:
         self.alive.remove(i)
 
 
+def first_token(tokenizer):
+    """What a text without a prompt begins with: a line break, or token 0 where the tokenizer has none."""
+    return int(tokenizer.encode("\n")[0]) if "\n" in getattr(tokenizer, "chars", "\n") else 0
+
+
 def unprompted(model, tokenizer, rng, length):
-    """The Generation of one text that begins with a line break, or with token 0 where the tokenizer has none."""
-    start = int(tokenizer.encode("\n")[0]) if "\n" in getattr(tokenizer, "chars", "\n") else 0
+    """The Generation of one text that begins with first_token."""
+    start = first_token(tokenizer)
     # a model may know tokens that the tokenizer does not
     return Generation(model, [start], [rng], Controls(temperature=0.8), length, vocab_size=tokenizer.vocab_size)
 

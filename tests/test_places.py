@@ -1,0 +1,311 @@
+"""What people type, and the places where commands run: notebooks, homes, other people's command lines."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from npgpt import GPT, TrainConfig, Trainer, errors, exercise, explain, gradcheck, machine, plot, sample, train
+from npgpt.config import SAMPLE
+from npgpt.errors import NpgptError, UsageError, quoted, run_command, user_path
+
+TEXT = "to be, or not to be: that is the question.\n" * 40
+SMALL = (
+    "--n-layer 1 --n-head 2 --n-embd 16 --block-size 8 --batch-size 4 --max-iters 2 --eval-interval 2 --eval-iters 1 "
+    "--sample-tokens 2 --final-sample-tokens 2"
+).split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a text and a run trained on it."""
+    folder = tmp_path_factory.mktemp("places")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    assert train.main(["--data", str(folder / "text.txt"), "--out-dir", str(folder / "run"), *SMALL]) == 0
+    return folder
+
+
+@pytest.fixture
+def home(folder, monkeypatch):
+    """The folder as the home folder, and another one as the current one."""
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir(exist_ok=True)
+    monkeypatch.chdir(elsewhere)
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(folder))
+    yield folder
+    assert not [name for name in os.listdir(elsewhere) if name.startswith("~")]
+
+
+def refused(main, *args):
+    """What a command says of its flags."""
+    with pytest.raises(UsageError) as error:
+        main(list(args))
+    return str(error.value)
+
+
+# ---- the home folder
+
+
+def test_every_flag_that_names_a_file_knows_the_home_folder(home, capsys):
+    given, rest = train.parse(["--data=~/text.txt", "--out-dir=~/a", "--tokenizer=~/text.txt", "--resume=~/run"])
+    places = [given["data"][0], given["out_dir"], given["tokenizer"], rest["resume"]]
+    assert places == [str(home / name) for name in ("text.txt", "a", "text.txt", "run")]
+    assert train.parse(["--init-from=~/run"])[0]["init_from"] == str(home / "run")
+    args = sample.parse(["--model=~/run", "--checkpoint=~/c", "--prompt-file=~/text.txt"])
+    assert [args.model, args.checkpoint, args.prompt_file] == [str(home / name) for name in ("run", "c", "text.txt")]
+    args = explain.parse(["--model=~/run", "--out=~/page.html"])
+    assert [args.model, args.out] == [str(home / "run"), str(home / "page.html")]
+    args = plot.parse(["--out=~/loss.svg", "--", "~/run"])
+    assert args.runs == [str(home / "run")] and args.out == home / "loss.svg"
+    assert exercise.parse(["show", "mlp", "--out=~/mlp.py"]).out == str(home / "mlp.py")
+    assert exercise.parse(["check", "~/mlp.py"]).file == str(home / "mlp.py")
+    assert exercise.parse(["bug", "1", "--dir=~/bug"]).dir == str(home / "bug")
+
+
+def test_the_library_knows_the_home_folder(home):
+    config = TrainConfig(data=["~/text.txt", "pydoc"], out_dir="~/r", tokenizer="~/text.txt", init_from="~/run")
+    assert config.data == (str(home / "text.txt"), "pydoc")
+    assert [config.out_dir, config.tokenizer, config.init_from] == [str(home / n) for n in ("r", "text.txt", "run")]
+    GPT.from_pretrained("~/run").save_pretrained("~/exported")
+    assert (home / "exported" / "config.json").exists()
+    assert Trainer.resume("~/run", {"out_dir": "~/run"}).iter == 2
+
+
+def test_the_cache_folder_may_be_named_by_the_home_folder(home, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/c")
+    assert machine.cache_folder() == home / "c" / "npgpt"
+
+
+def test_what_is_really_named_with_a_tilde_is_reached_as_a_file_of_this_folder(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    for name in ("./~", "./~root"):
+        path = user_path(name)
+        assert path == os.path.join(os.getcwd(), name[2:]) == user_path(path)
+        assert user_path(quoted(name[2:]).strip("'")) == path  # a command that npgpt prints means the same
+
+
+def test_a_null_character_is_one_line(folder):
+    for main, args in (
+        (train.main, ["--data", "a\0b"]), (sample.main, ["--model", "a\0b"]), (plot.main, ["a\0b"]),
+        (explain.main, ["--out", "a\0.html"]), (exercise.main, ["check", "a\0b"]),
+    ):  # fmt: skip
+        assert "a null character is in no file's name" in refused(main, *args)
+    with pytest.raises(UsageError, match="out_dir: a null character"):
+        TrainConfig(out_dir="a\0b")
+
+
+# ---- what argparse hands over
+
+
+@pytest.mark.parametrize(
+    "main, flags",
+    [
+        (sample.main, "prompt start out-dir model prompt-file checkpoint seed stop"),
+        (train.main, "out-dir init-from tokenizer max-iters resume preset data bias device"),
+        (explain.main, "text param out"),
+        (lambda args: plot.main([*args, "run"]), "out attention"),
+        (lambda args: exercise.main(["show", "mlp", *args]), "out level"),
+    ],
+)
+def test_two_dashes_are_no_flags_value(main, flags):
+    for flag in flags.split():
+        assert refused(main, f"--{flag}=--").startswith(f"--{flag}=--: a value cannot be --, which ends the flags")
+
+
+def test_no_flag_becomes_a_list_that_nobody_asked_for(folder):
+    assert sample.parse(["--prompt=-"]).prompt == "-" and sample.parse(["--prompt=---"]).prompt == "---"
+    assert plot.parse(["--", "--", "a"]).runs == ["--", "a"]
+
+
+def test_line_ends_of_a_text_are_those_of_the_data():
+    args = sample.parse(["--prompt", "a\r\nb\rc", "--stop", "\r\n"])
+    assert (args.prompt, args.stop) == ("a\nb\nc", ["\n"])
+    assert sample.parse(["--start=a\r\nb"]).prompt == "a\nb"
+    assert explain.parse(["--text", "a\r\nb"]).text == "a\nb"
+    assert plot.parse(["run", "--attention", "a\r\nb"]).attention == "a\nb"
+
+
+def test_an_error_stays_in_its_line_whatever_a_file_is_named(capsys):
+    def main():
+        raise NpgptError("there is no a\nb\r\x1b[31m\u2028\udc80é")
+
+    with pytest.raises(SystemExit):
+        run_command("name", main)
+    assert capsys.readouterr().err == "name: there is no a\\nb\\r\\x1b[31m\\u2028\\udc80é\n"
+
+
+# ---- a command that was written for nanoGPT
+
+
+def test_nanogpts_sampling_command_runs(folder, capsys):
+    (folder / "ok.txt").write_text("to be", encoding="utf-8")
+    args = ["--out_dir", str(folder / "run"), "--max_new_tokens=20", "--num_samples=1", "--seed=1"]
+    assert sample.main([*args, "--prompt", "to be"]) == 0
+    expected = capsys.readouterr().out
+    pasted = ["--device=cpu", "--compile=False", "--dtype=float32", "--init_from=resume", "--eval_only=False"]
+    for start in ("--start=to be", f"--start=FILE:{folder / 'ok.txt'}"):
+        assert sample.main([*args, *pasted, start]) == 0
+        assert capsys.readouterr().out == expected
+    assert "cannot read" in refused(sample.main, *args, "--start=FILE:nowhere.txt")
+    assert "give one of them" in refused(sample.main, "--start=a", "--prompt=b")
+
+
+@pytest.mark.parametrize(
+    "main, flags, words",
+    [
+        (sample.main, "--compile", "--compile can only be False here, got True"),
+        (sample.main, "--device=cuda:0", "--device can only be cpu here, got cuda:0"),
+        (sample.main, "--dtype=bfloat16", "--dtype can only be float32 here"),
+        (sample.main, "--init_from=gpt2-xl", "--init-from can only be resume here, got gpt2-xl; write --model PATH"),
+        (sample.main, "config/x.py", "unknown argument config/x.py; a model is named with --model PATH"),
+        (sample.main, "--eval_only", "python -m npgpt.train --init-from MODEL --max-iters 0 evaluates a model"),
+        (train.main, "--eval_only=True", "python -m npgpt.train --init-from MODEL --max-iters 0 evaluates a model"),
+        (train.main, "config/eval_gpt2.py", "a program is not run: write its settings as flags, or a --preset"),
+        (train.main, "--init_from=resume", "--init-from resume is nanoGPT's; write --resume"),
+        (train.main, "--dataset=openwebtext", "--dataset is a flag of nanoGPT's; write --data data/NAME"),
+        (train.main, "--wandb_log=True", "--wandb-log can only be False here"),
+        (train.main, "--wandb_run_name=a", "--out-dir"),
+        (train.main, "--wandb_project=a", "npgpt.plot"),
+        (train.main, "--always_save_checkpoint=False", "--keep"),
+        (train.main, "--backend=nccl", "mpiexec"),
+    ],
+)
+def test_a_flag_of_nanogpts_that_cannot_run_names_what_to_write(main, flags, words):
+    assert words in refused(main, *flags.split())
+
+
+def test_nanogpts_training_flags_that_change_nothing_are_passed_over():
+    flags = "--device=cpu --compile=False --dtype=float32 --wandb_log=False --init_from=scratch --eval_only=false"
+    assert train.parse(flags.split()) == train.parse([])
+
+
+# ---- a process that goes on when the command has ended
+
+
+def handlers():
+    return {number: signal.getsignal(number) for number in signal.valid_signals()}
+
+
+def ended(command, monkeypatch, *args):
+    """The exit code of a command as `%run -m` of IPython starts it."""
+    monkeypatch.setattr(sys, "argv", ["name", *map(str, args)])
+    with pytest.raises(SystemExit) as done:
+        command()
+    return done.value.code
+
+
+@pytest.mark.parametrize("code, more", [(0, []), (2, ["--n-embd", "3"]), (3, ["--data", 300 * "x"])])
+def test_a_training_leaves_its_process_as_it_was(folder, tmp_path, monkeypatch, code, more):
+    if code == 3:  # an error of the system's, that no one has words for
+        monkeypatch.setattr(train, "train", lambda *_: os.stat(tmp_path / "missing"))
+    read, write = os.pipe()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(os.fdopen(write, "wb"), encoding="ascii", errors="strict"))
+    before, descriptors = handlers(), os.fstat(write)
+    args = ["--data", folder / "text.txt", "--out-dir", tmp_path / "run", *SMALL, *more]
+    assert ended(train.command, monkeypatch, *args) == code
+    assert handlers() == before and sys.stdout.errors == "strict"
+    assert os.path.samestat(os.fstat(write), descriptors)  # it is no /dev/null now
+    sys.stdout.close()
+    os.close(read)
+
+
+def test_signals_that_come_while_python_ends_say_nothing():
+    """As the second Ctrl-C does: it comes when the handlers of the command are gone."""
+    code = (
+        "import atexit, os, signal, sys\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"  # comes first, as it goes last
+        "from npgpt import train\n"
+        "sys.argv = ['train', '--data', 'nowhere']\n"
+        "train.command()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_a_command_may_be_called_in_a_thread(folder, capsys):
+    def call():
+        with pytest.raises(SystemExit):
+            run_command("name", lambda: 0)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    assert capsys.readouterr() == ("", "")
+
+
+class Notebook(io.StringIO):
+    """What a notebook has in the place of standard output: no descriptor, no buffer, no encoding to choose."""
+
+    errors = encoding = None
+
+
+@pytest.mark.parametrize(
+    "main, args",
+    [
+        (train.main, ["--resume", "--out-dir", "{}/run"]),
+        (sample.main, ["--model", "{}/run", "--max-new-tokens", "3"]),
+        (plot.main, ["{}/run"]),
+        (explain.main, ["--model", "{}/run", "--out", "{}/page.html"]),
+        (exercise.main, ["list"]),
+        (gradcheck.main, ["neg"]),
+    ],
+)
+def test_a_command_runs_where_the_output_is_no_console(folder, monkeypatch, main, args):
+    monkeypatch.setattr(sys, "stdout", Notebook())
+    monkeypatch.setattr(sys, "stderr", Notebook())
+    assert main([arg.format(folder) for arg in args]) == 0
+    assert sys.stdout.getvalue()
+
+
+def test_the_error_of_a_notebooks_output_is_one_line(monkeypatch):
+    def main():
+        raise OSError(28, "No space left on device")
+
+    registered = []
+    monkeypatch.setattr(errors.atexit, "register", lambda *call: registered.append(call))
+    monkeypatch.setattr(sys, "stdout", Notebook())
+    monkeypatch.setattr(sys, "stderr", Notebook())
+    with pytest.raises(SystemExit) as done:
+        run_command("name", main)
+    assert (done.value.code, sys.stderr.getvalue()) == (3, "name: No space left on device\n")
+    for function, *args in registered:
+        function(*args)
+
+
+def test_a_prompt_may_come_from_a_standard_input_without_bytes(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("to be\r\nor"))
+    assert sample.main(["--model", str(folder / "run"), "--prompt-file", "-", "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("to be\nor")
+
+
+def test_a_text_without_a_prompt_begins_as_the_trainings_own_samples_do(tmp_path, capsys):
+    """Also where there is no line break among the characters."""
+    import json
+
+    import numpy as np
+
+    (tmp_path / "letters.txt").write_text("abcdefghij" * 60, encoding="utf-8")
+    run = tmp_path / "run"
+    assert train.main(["--data", str(tmp_path / "letters.txt"), "--out-dir", str(run), *SMALL]) == 0
+    GPT.from_pretrained(run).save_pretrained(tmp_path / "hub")
+    capsys.readouterr()
+    from npgpt.sampling import unprompted
+
+    model = GPT.from_pretrained(run)
+    generation = unprompted(model, model.tokenizer, np.random.default_rng([1337, SAMPLE, 0]), 6)
+    for _ in range(5):
+        generation.step()
+    for path in (run, tmp_path / "hub"):
+        assert sample.main(["--model", str(path), "--max-new-tokens", "5", "--json"]) == 0
+        row = json.loads(capsys.readouterr().out)
+        assert row["prompt"] == "a" and row["tokens"] == generation.texts[0][1:]
+    assert sample.main(["--model", str(run), "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out == model.tokenizer.decode(generation.texts[0]) + "\n"
+
+

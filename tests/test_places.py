@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import threading
+import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,7 @@ from npgpt import GPT, TrainConfig, Trainer, errors, exercise, explain, gradchec
 from npgpt.config import SAMPLE
 from npgpt.errors import NpgptError, UsageError, quoted, run_command, user_path
 
+ROOT = Path(__file__).resolve().parents[1]
 TEXT = "to be, or not to be: that is the question.\n" * 40
 SMALL = (
     "--n-layer 1 --n-head 2 --n-embd 16 --block-size 8 --batch-size 4 --max-iters 2 --eval-interval 2 --eval-iters 1 "
@@ -309,3 +312,66 @@ def test_a_text_without_a_prompt_begins_as_the_trainings_own_samples_do(tmp_path
     assert capsys.readouterr().out == model.tokenizer.decode(generation.texts[0]) + "\n"
 
 
+
+
+# ---- other ways to start Python
+
+
+def python(*args, cwd, **variables):
+    """Run Python in a process of its own -> (exit code, standard output, standard error)."""
+    environment = {**os.environ, "NPGPT_KERNELS": "numpy", "PYTHONIOENCODING": "utf-8", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *map(str, args)], cwd=cwd, env={**environment, **variables}, capture_output=True, text=True,
+        encoding="utf-8",
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+EVERY_COMMAND = """
+import sys
+from npgpt import exercise, explain, gradcheck, plot, sample, train
+for main, line in (
+    (train.main, ["--data", *sys.argv[1:]]), (sample.main, ["--max-new-tokens=3"]), (plot.main, ["out"]),
+    (plot.main, ["out", "--attention=to be"]), (explain.main, []), (explain.main, ["--param=wte[1,2]"]),
+    (exercise.main, ["list"]), (exercise.main, ["show", "mlp", "--out=mlp.py"]), (exercise.main, ["train"]),
+    (exercise.main, ["bug", "1"]), (exercise.main, ["answer", "1"]), (gradcheck.main, ["neg"]),
+):
+    assert main(line) == 0, line
+"""
+
+
+def test_commands_that_show_sources_need_no_docstrings(folder, tmp_path):
+    """`python -OO` drops them."""
+    args = "-m", "npgpt.explain", "--model", folder / "run", "--text", "to be", "--out"
+    for flags, name in ((["-OO"], "without.html"), ([], "with.html")):
+        code, _, err = python(*flags, *args, name, cwd=tmp_path)
+        assert (code, err) == (0, "")
+    assert (tmp_path / "without.html").read_bytes() == (tmp_path / "with.html").read_bytes()
+    code, _, err = python("-OO", "-c", EVERY_COMMAND, folder / "text.txt", *SMALL, cwd=tmp_path)
+    assert (code, err) == (0, "")
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """A zip with npgpt in it."""
+    path = tmp_path_factory.mktemp("archive") / "npgpt.zip"
+    with zipfile.ZipFile(path, "w") as file:
+        for source in (ROOT / "npgpt").rglob("*"):
+            if source.suffix in (".py", ".html"):
+                file.write(source, source.relative_to(ROOT))
+    return path
+
+
+def test_all_commands_run_from_a_zip(folder, tmp_path, archive):
+    lines = [folder / "text.txt", *SMALL]
+    code, _, err = python("-c", EVERY_COMMAND, *lines, cwd=tmp_path, PYTHONPATH=str(archive))
+    assert (code, err) == (0, "")
+    assert (tmp_path / "explain.html").stat().st_size > 50_000
+    copied = {path.relative_to(tmp_path / "bug-1") for path in (tmp_path / "bug-1").rglob("*") if path.is_file()}
+    assert copied == {Path(name) for name in zipfile.ZipFile(archive).namelist()}
+
+
+def test_kernels_that_cannot_be_kept_because_of_a_zip_are_a_line(tmp_path, archive):
+    code, _, err = python("-c", "import npgpt.ops.mlp", cwd=tmp_path, PYTHONPATH=str(archive), NPGPT_KERNELS="numba")
+    words = f"the kernels compile anew in each process, because {archive} is not a folder: unpack it"
+    assert (code, err) == (0, f"npgpt: {words}\n")

@@ -2,9 +2,11 @@
 
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import zipfile
 from pathlib import Path
@@ -329,6 +331,7 @@ def python(*args, cwd, **variables):
 
 EVERY_COMMAND = """
 import sys
+import tarfile
 from npgpt import exercise, explain, gradcheck, plot, sample, train
 for main, line in (
     (train.main, ["--data", *sys.argv[1:]]), (sample.main, ["--max-new-tokens=3"]), (plot.main, ["out"]),
@@ -375,3 +378,22 @@ def test_kernels_that_cannot_be_kept_because_of_a_zip_are_a_line(tmp_path, archi
     code, _, err = python("-c", "import npgpt.ops.mlp", cwd=tmp_path, PYTHONPATH=str(archive), NPGPT_KERNELS="numba")
     words = f"the kernels compile anew in each process, because {archive} is not a folder: unpack it"
     assert (code, err) == (0, f"npgpt: {words}\n")
+
+
+def test_a_source_distribution_holds_what_its_tests_need(tmp_path):
+    pytest.importorskip("setuptools")
+    left_out = shutil.ignore_patterns(".git", "__pycache__", "*.pyc", "*.egg-info", ".*_cache", "out*", "venv", ".venv")
+    shutil.copytree(ROOT, tmp_path / "source", ignore=left_out)
+    code = "import setuptools.build_meta as backend; backend.build_sdist('..')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "source", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (file,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(file) as archive:
+        packed = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
+    needed = {
+        path.relative_to(tmp_path / "source")
+        for folder in ("npgpt", "tests", "examples", "benchmarks", ".ci", ".github")
+        for path in (tmp_path / "source" / folder).rglob("*")
+    }
+    assert {Path("tests/runs.py"), Path("tests/torch_figures.npz"), Path(".ci/run")} <= needed <= packed
+    assert {Path("README.md"), Path("CHANGELOG.md"), Path("setup.cfg")} <= packed

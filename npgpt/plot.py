@@ -8,6 +8,7 @@ import html
 import io
 import itertools
 import math
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -31,14 +32,16 @@ def parse(argv):
     parser.add_argument("runs", nargs="+", type=FileName, metavar="RUN", help="run folder of npgpt.train")
     parser.add_argument(
         "--out", type=FileName, metavar="FILE",
-        help="a .svg, or a .png of curves (default: loss.svg or attention.svg in the first RUN)",
+        help="a .svg, or a .png of curves (default: loss.svg, loss-RUN-RUN.svg or attention.svg in the first RUN)",
     )  # fmt: skip
     parser.add_argument(
         "--attention", metavar="TEXT", help="instead, what each head of the first RUN's model looks at in this text"
     )
     args = parser.parse_args(argv)
     if args.out is None:
-        args.out = Path(args.runs[0]) / ("loss.svg" if args.attention is None else "attention.svg")
+        several = [Path(os.path.abspath(run)).name for run in args.runs] if len(args.runs) > 1 else []
+        curves = "-".join(["loss", *several]) + ".svg"  # a comparison does not take the place of a run's own picture
+        args.out = Path(args.runs[0]) / (curves if args.attention is None else "attention.svg")
     args.out = Path(args.out)
     kinds = (".svg", ".png") if args.attention is None else (".svg",)
     if args.out.suffix.lower() not in kinds:

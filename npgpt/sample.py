@@ -12,7 +12,7 @@ from pathlib import Path
 
 from npgpt.command import NANOGPT, FileName, Parser, add_model, open_model, showing_all, with_newlines
 from npgpt.config import SAMPLE, Controls
-from npgpt.errors import UsageError, run_command, user_path
+from npgpt.errors import UsageError, quoted, run_command, user_path
 
 PROG = "python -m npgpt.sample"
 DEFAULTS = {"temperature": 0.8}  # other than those of Controls
@@ -35,7 +35,9 @@ def parse(argv):
     parser.add_argument("--interactive", action="store_true", help="ask for prompts, one after the other")
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="number of texts (default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=500, metavar="N", help="length of each (default: 500)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may come again")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this, as <|endoftext|>; may come again"
+    )
     parser.add_argument("--seed", type=int, default=1337, metavar="N", help="same seed, same text (default: 1337)")
     controls = parser.add_argument_group("how the next token is chosen, in this order")
     for setting in dataclasses.fields(Controls):
@@ -139,6 +141,16 @@ def print_json(texts, seed, prompt):
         print(json.dumps(row), flush=True)
 
 
+def noting(pieces, end, passed):
+    """The same Pieces; `passed` gets an entry if the text goes on after the token `end`."""
+    ended = False
+    for piece in pieces:
+        if ended and piece.token is not None:
+            passed.append(piece)
+        ended = end is not None and piece.token == end
+        yield piece
+
+
 def interact(write, tokenizer):
     """Ask for prompts until the input ends; an empty line goes on with the last text."""
     from npgpt.sampling import Writer
@@ -213,10 +225,15 @@ def main(argv=None):
         prompt = tokenizer.decode(idx)
     else:
         idx = encode(tokenizer, prompt)
+    end, passed = getattr(tokenizer, "end_of_text", None), []
+    texts = (noting(pieces, end, passed) for pieces in write(idx))
     if args.json:
-        print_json(write(idx), args.seed, prompt)
+        print_json(texts, args.seed, prompt)
     else:
-        print_texts(write(idx), tokenizer, prompt)
+        print_texts(texts, tokenizer, prompt)
+    if passed:
+        end = quoted(tokenizer.decode([end]))
+        print(f"{PROG}: the text goes on after {end}; --stop {end} ends it there", file=sys.stderr)
     return 0
 
 

@@ -1,7 +1,12 @@
 """What people type, and the places where commands run: notebooks, homes, other people's command lines."""
 
+import ast
+import collections
+import importlib
 import io
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,9 +18,25 @@ from pathlib import Path
 
 import pytest
 
-from npgpt import GPT, TrainConfig, Trainer, errors, exercise, explain, gradcheck, machine, plot, sample, train
+from npgpt import (
+    GPT,
+    GPTConfig,
+    TrainConfig,
+    Trainer,
+    errors,
+    exercise,
+    explain,
+    gradcheck,
+    machine,
+    plot,
+    sample,
+    train,
+)
+from npgpt.command import NANOGPT
 from npgpt.config import SAMPLE
-from npgpt.errors import NpgptError, UsageError, quoted, run_command, user_path
+from npgpt.errors import CheckpointError, NpgptError, StoppedError, UsageError, quoted, run_command, user_path
+from npgpt.stop import Stop
+from npgpt.tokenizer import ByteTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = "to be, or not to be: that is the question.\n" * 40
@@ -314,6 +335,121 @@ def test_a_text_without_a_prompt_begins_as_the_trainings_own_samples_do(tmp_path
     assert capsys.readouterr().out == model.tokenizer.decode(generation.texts[0]) + "\n"
 
 
+
+
+# ---- what is printed
+
+
+def printed(text):
+    """The command lines that a text names, as lists: module, arguments."""
+    found = re.findall(r"python -m (npgpt\.\w+)((?: [^\n;]*?)?)(?=$|;|  | makes one| writes one)", text, re.MULTILINE)
+    return [[module, *shlex.split(rest)] for module, rest in found]
+
+
+def run_printed(module, *args):
+    """Run a command that was printed; a new training is a small one."""
+    is_new = module == "npgpt.train" and not {"--resume", "--init-from"} & set(args)
+    more = SMALL if is_new else ["--data", "letters.txt"] if "--init-from" in args else []
+    return importlib.import_module(module).main([*args, *more])
+
+
+@pytest.fixture
+def odd(tmp_path, monkeypatch):
+    """A folder whose name must be quoted, and in it a text; it is the current one."""
+    odd = tmp_path / "a 'run's\" $(folder)"
+    odd.mkdir()
+    (odd / "letters.txt").write_text("abcdefghij" * 60, encoding="utf-8")
+    monkeypatch.chdir(odd)
+    return odd
+
+
+@pytest.mark.skipif(os.name == "nt", reason="shlex reads as a POSIX shell does")
+def test_every_command_that_is_printed_runs(odd, capsys, monkeypatch):
+    """At the end of a training, when it is stopped, in hints, and by the exercises."""
+
+    def run_all(exit_code, *expected):
+        out, err = capsys.readouterr()
+        commands = printed(out + err)
+        assert [module for module, *_ in commands] == [f"npgpt.{name}" for name in expected], out + err
+        for one in commands:
+            assert run_printed(*one) == exit_code, one
+
+    flags = ["--data", "letters.txt", *SMALL]
+    for out_dir in ("own run", "./-run", "./~"):
+        assert train.main(["--out-dir", out_dir, *flags]) == 0
+        run_all(0, "sample", "plot")
+
+    stop = Stop()
+    monkeypatch.setattr(train, "say", lambda *_, **__: setattr(stop, "number", 15))
+    with pytest.raises(StoppedError) as stopped:
+        train.main(["--out-dir", "stopped run", *flags], stop)
+    monkeypatch.undo()
+    monkeypatch.chdir(odd)
+    print(stopped.value)
+    run_all(0, "train")
+
+    capsys.readouterr()
+    print(NANOGPT["eval-only"][1].replace("MODEL", quoted("own run")).replace(" evaluates", "; evaluates"))
+    run_all(0, "train")
+    capsys.readouterr()
+
+    (odd / "no run").mkdir()
+    with pytest.raises(CheckpointError) as missing:
+        sample.main(["--model", "no run"])
+    capsys.readouterr()
+    print(missing.value)
+    run_all(0, "train")
+    capsys.readouterr()
+
+    assert exercise.main(["show", "mlp", "--out", "mlp of mine.py"]) == 0
+    run_all(1, "exercise")  # which says that it is blank
+    capsys.readouterr()
+    assert exercise.main(["bug"]) == 0
+    run_all(0, "exercise")
+    command, train_it, answer = printed(capsys.readouterr().out)
+    assert (command, train_it) == (["npgpt.gradcheck"], ["npgpt.exercise", "train"])  # to be run in the copy
+    assert run_printed(*answer) == 0
+
+
+def test_that_test_knows_every_place_where_a_command_is_printed():
+    found = collections.Counter()
+    for path in (ROOT / "npgpt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                found[path.name] += len(re.findall(r"(\{PROG\}|npgpt\.\w+|\.command\}) \S", ast.unparse(node)))
+    assert +found == {"exercise.py": 7, "folder.py": 1, "train.py": 2, "trainer.py": 1}
+
+
+def test_a_picture_of_several_runs_does_not_take_the_place_of_a_runs_own(folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(folder / "run", tmp_path / "one")
+    shutil.copytree(folder / "run", tmp_path / "two")
+    monkeypatch.chdir(tmp_path)
+    assert plot.main(["one"]) == 0
+    before = (tmp_path / "one" / "loss.svg").read_bytes()
+    assert plot.main(["one", "two/"]) == 0
+    assert (tmp_path / "one" / "loss.svg").read_bytes() == before
+    assert f"wrote {Path('one', 'loss-one-two.svg')}\n" in capsys.readouterr().out
+
+
+def test_a_text_that_goes_on_after_its_end_says_how_to_end_it_there(monkeypatch, capsys):
+    class Tokenizer(ByteTokenizer):
+        end_of_text = 65
+
+        def bytes_of(self, token):
+            return b"<|endoftext|>" if token == 65 else super().bytes_of(token)
+
+    model = GPT(GPTConfig(vocab_size=256, block_size=8, n_layer=1, n_head=1, n_embd=4)).eval()
+    model.tokenizer = Tokenizer()
+    monkeypatch.setattr(sample, "open_model", lambda path: model)
+    line = "python -m npgpt.sample: the text goes on after '<|endoftext|>'; --stop '<|endoftext|>' ends it there\n"
+    for more in ([], ["--json"], ["--num-samples", "3"]):
+        assert sample.main(["--max-new-tokens", "2000", *more]) == 0
+        assert capsys.readouterr().err == line
+    assert sample.main(["--max-new-tokens", "2000", "--stop", "<|endoftext|>"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "" and "<|endoftext|>" not in out
+    model.tokenizer.end_of_text = None
+    assert sample.main(["--max-new-tokens", "2000"]) == 0 and capsys.readouterr().err == ""
 
 
 # ---- other ways to start Python

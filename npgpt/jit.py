@@ -132,10 +132,12 @@ def kernel_sources(file):
 
 
 def _key(file):
-    """A hash of all that a kernel in a file is made of: sources, and Numba's settings but for places and threads."""
+    """A hash of all that a kernel in a file is made of: sources, Numba, and its settings but for places and threads."""
     settings = [item for item in vars(numba.config).items() if re.fullmatch("(?!CACHE|NUMBA)[A-Z_]+", item[0])]
-    sources = sorted(kernel_sources(file).items())
-    return hashlib.sha256(b"".join([repr(sorted(settings)).encode(), *(raw for _, raw in sources)])).hexdigest()[:16]
+    digest = hashlib.sha256(repr((numba.__version__, llvmlite.__version__, sorted(settings))).encode())
+    for _, raw in sorted(kernel_sources(file).items()):
+        digest.update(raw)
+    return digest.hexdigest()[:16]
 
 
 _said = set()
@@ -154,8 +156,7 @@ def _say(kind, text):
 def _kernel_cache(file):
     """Folder of the compiled kernels of a file, or None where none is writable (then they compile anew each time).
 
-    It is named after all that they are made of: Numba itself notices a change in the kernel's own file only, and even
-    then another process may meet the old kernel under the new one's name.
+    It is named after all that they are made of.  Numba itself notices a change in the kernel's own file only.
 
     What Numba reads there can run code.  A folder that others could change is not used, and a line says so.
     """
@@ -242,13 +243,33 @@ WAITS, CLAIMED, SLEEPS = 0, 1, 2
 PATIENCE = 2000  # looks that a waiting thread takes, most of them some tenths of a microsecond long
 
 if KERNELS == "numba":
+    import llvmlite
     from llvmlite import ir
     from numba import types
     from numba.core import caching, cgutils
     from numba.extending import intrinsic, overload
 
-    class _SealedFiles(caching.IndexDataCacheFile):
-        """Numba's files for one kernel; each ends in a hash of what it holds, and a damaged one is not read."""
+    class _KernelFiles(caching.IndexDataCacheFile):
+        """Numba's files for one kernel, each named after the key that Numba would look up in an index.
+
+        Processes that start together race for an index: it may name a file that has another kernel's code by then.
+        A file ends in a hash of what it holds, so that no damaged one is read.
+        """
+
+        def _name(self, key):
+            return f"{self._index_name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.nbc"
+
+        def save(self, key, data):
+            self._save_data(self._name(key), data)
+
+        def load(self, key):
+            path = Path(self._data_path(self._name(key)))
+            if not path.exists():
+                return None
+            raw = path.read_bytes()
+            if hashlib.sha256(raw[:-32]).digest() != raw[-32:]:
+                raise ValueError(f"{path.name} is damaged")
+            return self._load_data(path.name)
 
         @contextlib.contextmanager
         def _open_for_write(self, path):
@@ -257,26 +278,11 @@ if KERNELS == "numba":
                 yield content
                 file.write(content.getvalue() + hashlib.sha256(content.getvalue()).digest())
 
-        def _load_index(self):
-            self._check(self._index_path)
-            return super()._load_index()
-
-        def _load_data(self, name):
-            self._check(self._data_path(name))
-            return super()._load_data(name)
-
-        def _check(self, path):
-            raw = Path(path).read_bytes() if os.path.exists(path) else None
-            if raw is not None and hashlib.sha256(raw[:-32]).digest() != raw[-32:]:
-                raise ValueError(f"{os.path.basename(path)} is damaged")
-
     class _KernelCache:
         """Numba's cache of one kernel, which no error in it keeps from running: then it compiles anew."""
 
         def __init__(self, cache, folder):
-            cache._cache_file = _SealedFiles(
-                cache.cache_path, cache._impl.filename_base, cache._impl.locator.get_source_stamp()
-            )
+            cache._cache_file = _KernelFiles(cache.cache_path, cache._impl.filename_base, None)
             self._cache, self._base = cache, folder.parent
 
         def __getattr__(self, name):
@@ -287,9 +293,6 @@ if KERNELS == "numba":
                 return self._cache.load_overload(*args)
             except Exception as error:  # Numba's, of pickle, of LLVM: whatever is wrong with what lies there
                 _say("read", f"compiled kernels in {self._base} cannot be read: {error}; they compile anew")
-                if not isinstance(error, (OSError, MemoryError)):
-                    with contextlib.suppress(Exception):
-                        self._cache.flush()
                 return None
 
         def save_overload(self, *args):

@@ -11,7 +11,7 @@ import typing
 from dataclasses import dataclass, field
 from types import NoneType
 
-from npgpt.errors import UsageError
+from npgpt.errors import UsageError, user_path
 
 # Every random choice is drawn from [the run's seed, one of these, a step], so that no two kinds share their numbers.
 # From 1 on: for NumPy [seed, 0] is the same as [seed], which others may use.
@@ -22,10 +22,10 @@ MOST = 10**15  # no setting that is a whole number is larger
 BPE_VOCAB_SIZE = 4096  # what bpe learns if nobody says how many
 
 
-def _setting(default, text, low=None, above=None, high=None, below=None, choices=None):
-    """A field with its help text and the range it must lie in."""
+def _setting(default, text, low=None, above=None, high=None, below=None, choices=None, is_path=False):
+    """A field with its help text, the range it must lie in, and whether it names a file or folder."""
     limits = {"low": low, "above": above, "high": high, "below": below, "choices": choices}
-    return field(default=default, metadata={"help": text, **limits})
+    return field(default=default, metadata={"help": text, "is_path": is_path, **limits})
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,21 @@ class TrainConfig:
         ("pydoc",),
         "corpus: pydoc, shakespeare, or text files and folders of them; or a folder with train.bin and val.bin, "
         "tokens as nanoGPT prepares them",
+        is_path=True,
     )
     tokenizer: str = _setting(
         "char",
         "what a token is: char, byte, bpe (learnt from the corpus), or a file: tokenizer.json, vocab.json with "
         "merges.txt beside it, or a text whose characters are the tokens",
+        is_path=True,
     )
     vocab_size: int | None = _setting(None, "number of tokens that bpe learns; by default 4096", low=257, high=10**6)
     val_fraction: float = _setting(0.1, "share of the text, at its end, held back for validation", above=0, below=1)
-    out_dir: str = _setting("out", "run folder for checkpoints and metrics.jsonl")
+    out_dir: str = _setting("out", "run folder for checkpoints and metrics.jsonl", is_path=True)
 
-    init_from: str | None = _setting(None, "run folder, checkpoint or Hugging Face GPT-2 folder to begin with")
+    init_from: str | None = _setting(
+        None, "run folder, checkpoint or Hugging Face GPT-2 folder to begin with", is_path=True
+    )
     n_layer: int = _setting(4, "number of transformer blocks", low=1)
     n_head: int = _setting(4, "number of attention heads; must divide n_embd", low=1)
     n_embd: int = _setting(128, "width of the model", low=1)
@@ -218,6 +222,9 @@ def check_ranges(config):
         if value is None and NoneType in kinds:
             continue
         value = _converted(value, kinds[0], f.name)
+        if limits["is_path"]:
+            paths = [user_path(path, f.name) for path in ([value] if isinstance(value, str) else value)]
+            value = paths[0] if isinstance(value, str) else tuple(paths)
         object.__setattr__(config, f.name, value)
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{f.name} must be a finite number, got {value}")

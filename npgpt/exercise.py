@@ -13,9 +13,9 @@ import ast
 import contextlib
 import difflib
 import importlib.machinery
+import importlib.resources
 import importlib.util
 import inspect
-import itertools
 import os
 import re
 import shutil
@@ -24,12 +24,13 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
-from npgpt.command import Parser, show_all
+from npgpt.command import FileName, Parser, showing_all
 from npgpt.errors import CheckpointError, UsageError, quoted, run_command
 from npgpt.faults import BUGS, FAULTS
 
 PROG = "python -m npgpt.exercise"
 PACKAGE = Path(__file__).resolve().parent
+SOURCES = importlib.resources.files("npgpt")  # the same, be it a folder or in a zip
 
 LEVELS = {
     1: "the backward's lines are there, but for what stands right of the =",
@@ -108,7 +109,7 @@ def exercise_text(op, level, name):
     base = Path(name).name
     name = base if re.fullmatch(r"\w[\w.-]*", base) else "FILE"
     exercise = EXERCISES[op]
-    source = (PACKAGE / "ops" / f"{exercise.file}.py").read_text(encoding="utf-8")
+    source = SOURCES.joinpath("ops", f"{exercise.file}.py").read_text(encoding="utf-8")
     nodes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
     forward = ["\n".join(_lines(source, nodes[name])) for name in exercise.forward]
     backward = ["\n".join(_blank(_lines(source, nodes[name]), level)) for name in exercise.backward]
@@ -402,7 +403,7 @@ def train(backward_context=contextlib.nullcontext):
     from npgpt.model import GPT
     from npgpt.optim import AdamW, FlatParameters
 
-    text = Path(__file__).read_text(encoding="utf-8")
+    text = SOURCES.joinpath("exercise.py").read_text(encoding="utf-8")
     characters = sorted(set(text))
     tokens = np.array([characters.index(c) for c in text])
     config = GPTConfig(vocab_size=len(characters), block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
@@ -439,7 +440,7 @@ def bug(number):
 
 def right_source(fault):
     """The text of the file into which a fault is planted, where it has not been."""
-    text = (PACKAGE.parent / fault.file).read_text(encoding="utf-8")
+    text = SOURCES.joinpath(*fault.file.split("/")[1:]).read_text(encoding="utf-8")
     if text.count(fault.before) != 1:
         raise UsageError("this npgpt is a copy with a mistake in it, or has been changed; ask in another folder")
     return text
@@ -449,7 +450,7 @@ def plant(fault, folder):
     """Copy the package's sources into folder/npgpt, with the fault in them: all of it or nothing."""
     for number in range(1, len(BUGS) + 1):
         right_source(bug(number))  # two mistakes at a time are one too many
-    sources = {f"npgpt/{path.relative_to(PACKAGE).as_posix()}": path.read_bytes() for path in _sources()}
+    sources = dict(_contents(SOURCES, "npgpt"))
     sources[fault.file] = right_source(fault).replace(fault.before, fault.after).encode("utf-8")
     try:
         folder.mkdir(parents=True)
@@ -469,8 +470,13 @@ def plant(fault, folder):
         raise
 
 
-def _sources():
-    return sorted(itertools.chain(PACKAGE.rglob("*.py"), PACKAGE.rglob("*.html")))
+def _contents(place, name):
+    """(name, content) of all sources in a folder of the package, which is called `name`."""
+    for part in place.iterdir():
+        if part.is_dir():
+            yield from _contents(part, f"{name}/{part.name}")
+        elif part.name.endswith((".py", ".html")):
+            yield f"{name}/{part.name}", part.read_bytes()
 
 
 def with_kernels(kernels, command):
@@ -592,12 +598,12 @@ def parse(argv):
     show = command("show", run_show, "an exercise: a file with the forward given and the backward blank")
     show.add_argument("op", metavar="OP", help=", ".join(EXERCISES))
     show.add_argument("--level", type=int, default=2, metavar="N", help="1, the easiest, to 3 (default: 2)")
-    show.add_argument("--out", metavar="FILE", help="write it there; without it, it is printed")
+    show.add_argument("--out", type=FileName, metavar="FILE", help="write it there; without it, it is printed")
     check = command("check", run_check, "run a filled in exercise against finite differences, and train a GPT with it")
-    check.add_argument("file", metavar="FILE", help="your file; its code is run")
+    check.add_argument("file", type=FileName, metavar="FILE", help="your file; its code is run")
     bug = command("bug", run_bug, "plant a mistake in a copy of npgpt, for you to find")
     bug.add_argument("number", metavar="N", nargs="?", type=int, help=f"1, the easiest, to {len(BUGS)}")
-    bug.add_argument("--dir", metavar="FOLDER", help="where to put the copy (default: bug-N)")
+    bug.add_argument("--dir", type=FileName, metavar="FOLDER", help="where to put the copy (default: bug-N)")
     answer = command("answer", run_answer, "where the mistake was, and why it is one")
     answer.add_argument("number", metavar="N", type=int, help="the bug's number")
     command("train", run_train, "the losses of a small GPT: to see what a bug does to training")
@@ -609,9 +615,9 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+@showing_all()
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
-    show_all()
     return args.run(args)
 
 

@@ -12,12 +12,14 @@ right, so that the next op knows nothing of it.  Whether the engine adds the gra
 for the whole model: the rate at which the loss changes when all parameters move along a random direction.
 """
 
+import ast
 import base64
 import collections
 import dataclasses
 import inspect
 import itertools
 import json
+import pkgutil
 import sys
 import textwrap
 from pathlib import Path
@@ -26,7 +28,7 @@ import numpy as np
 
 from npgpt import checkpoint
 from npgpt.blas import blas_threads
-from npgpt.command import Parser, add_model, open_model, show_all
+from npgpt.command import FileName, Parser, add_model, open_model, showing_all
 from npgpt.config import SAMPLE
 from npgpt.engine import no_grad, observed
 from npgpt.errors import UsageError, run_command
@@ -205,7 +207,7 @@ def describe_op(node):
     """What an op's file tells of it: its formulas, from the docstring, and its sources."""
     module = sys.modules[node.backward.__module__]
     op = getattr(module, node.op)
-    doc = next(doc for doc in (inspect.getdoc(op), inspect.getdoc(module)) if "\nBackward" in doc)
+    doc = next(doc for doc in map(_docstring, (op, module)) if "\nBackward" in doc)
     forward, _, backward = doc.partition("\nBackward")
     sources = []
     for fast, reference in PAIRS.values():
@@ -217,6 +219,12 @@ def describe_op(node):
         "backward": _paragraphs("Backward" + backward),
         "sources": [*sorted(sources, reverse=True), ["op", *_source(op)]],
     }
+
+
+def _docstring(thing):
+    """The docstring of a function or module as its source has it: `python -OO` drops what Python would know."""
+    tree = ast.parse(inspect.getsource(thing))
+    return ast.get_docstring(tree if inspect.ismodule(thing) else tree.body[0]) or ""
 
 
 def _paragraphs(text):
@@ -313,7 +321,7 @@ def describe(model, idx, targets, text_of):
 
 def page(data):
     """The page of what describe returned."""
-    template = Path(__file__).with_name("explain.html").read_text(encoding="utf-8")
+    template = pkgutil.get_data("npgpt", "explain.html").decode("utf-8")
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")  # no </script> in it
     before, after = template.split("DATA")
     return before + text + after
@@ -330,7 +338,7 @@ def parse(argv):
         "--text", help=f"text to read, cut after {TOKENS + 1} tokens (default: one that the model writes)"
     )
     parser.add_argument(
-        "--out", default="explain.html", metavar="FILE", help="the page to write (default: explain.html)"
+        "--out", type=FileName, default="explain.html", metavar="FILE", help="the page to write (default: explain.html)"
     )
     parser.add_argument(
         "--param", metavar="NAME[I,J]", help="print where one number's gradient comes from instead: --param wte[17,3]"
@@ -360,9 +368,9 @@ def read_tokens(model, text):
     return tokens[:n]
 
 
+@showing_all()
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
-    show_all()
     pretrained = open_model(args.model)
     tokenizer = pretrained.tokenizer
     tokens = read_tokens(pretrained, args.text)

@@ -11,16 +11,16 @@ one, has a gradient of 0 with respect to its sum, whatever its backward says.
     python -m npgpt.gradcheck        every op, and every parameter of a two-layer GPT; exit code 1 if one is wrong
 """
 
-import argparse
 import contextlib
-import sys
 
 import numpy as np
 
 from npgpt import engine
+from npgpt.command import Parser, showing_all
 from npgpt.engine import Tensor, no_grad, random_stream
-from npgpt.errors import NpgptError, run_command
+from npgpt.errors import NpgptError, UsageError, run_command
 
+PROG = "python -m npgpt.gradcheck"
 BOUND = 1e-6  # worst relative error that passes
 STEP = 5e-4  # h, for entries of size 1
 NEAR = 1e-9  # the size below which a step that goes with an entry's size gets no smaller
@@ -277,9 +277,10 @@ def gpt_case(rng, **options):
     return (lambda *_: model(idx, targets)[1]), list(parameters), list(names)
 
 
+@showing_all()
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="python -m npgpt.gradcheck",
+    parser = Parser(
+        prog=PROG,
         description="Check every op, and every parameter of a two-layer GPT, against finite differences in float64.",
     )
     parser.add_argument("only", nargs="*", help="check only titles that contain one of these words")
@@ -289,8 +290,7 @@ def main(argv=None):
     chosen = [case for case in cases() if not only or any(word.lower() in case[0].lower() for word in only)]
     if not chosen:
         titles = ", ".join(dict.fromkeys(case[0] for case in cases()))
-        print(f"python -m npgpt.gradcheck: nothing matches {' '.join(only)!r}; there are: {titles}", file=sys.stderr)
-        return 2
+        raise UsageError(f"nothing matches {' '.join(only)!r}; there are: {titles}")
     what = "Numba kernels" if KERNELS == "numba" else "NumPy references (NPGPT_KERNELS=numpy)"
     print(f"The gradients of the {what} against finite differences:")
     print(f"{'op':<28} {'input':<42} {'worst relative error':>20}  verdict")
@@ -310,4 +310,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run_command("python -m npgpt.gradcheck", main)
+    run_command(PROG, main)

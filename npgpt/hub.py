@@ -28,7 +28,7 @@ import numpy as np
 
 from npgpt import checkpoint, folder
 from npgpt.config import GPTConfig
-from npgpt.errors import CheckpointError, UsageError
+from npgpt.errors import CheckpointError, UsageError, user_path
 from npgpt.ops.layernorm import EPS
 from npgpt.tokenizer import BPE_FILES, BPETokenizer, find_bpe, from_dict
 
@@ -119,7 +119,7 @@ def opened(path):
 
     Names, shapes, dtypes and the hashes of npgpt's files have been checked then.  Raises CheckpointError.
     """
-    path = Path(path)
+    path = Path(user_path(path))
     if path.is_file() and path.name in (WEIGHTS, INDEX, CONFIG) and (path.parent / CONFIG).is_file():
         raise CheckpointError(f"{path} is one file of a Hugging Face folder; name the folder, {path.parent}")
     if not path.exists():
@@ -347,7 +347,7 @@ def save(model, path):
     """
     if other := model.difference():
         raise ValueError(f"save_pretrained: this is no GPT-2 any more: {other}")
-    path, tokenizer = Path(path), model.tokenizer
+    path, tokenizer = Path(user_path(path)), model.tokenizer
     if folder.checkpoints(path):
         raise CheckpointError(f"{path} holds the checkpoints of a run; name another folder: one would hide the other")
     arrays = dict(_stored(model))

@@ -29,7 +29,7 @@ def cache_folder():
         base = os.path.expanduser("~/Library/Caches")
     else:
         base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "npgpt"
+    return Path(os.path.expanduser(base)) / "npgpt"
 
 
 def _processor_ids():

@@ -8,12 +8,13 @@ import html
 import io
 import itertools
 import math
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from npgpt.command import Parser, open_model, show_all
-from npgpt.errors import CheckpointError, UsageError, run_command
+from npgpt.command import FileName, Parser, open_model, showing_all
+from npgpt.errors import CheckpointError, UsageError, one_line, run_command
 
 PROG = "python -m npgpt.plot"
 MOST_POINTS = 2000  # of a line; of longer ones the lowest and the highest point of each stretch are drawn
@@ -28,17 +29,19 @@ COLORS = (
 
 def parse(argv):
     parser = Parser(prog=PROG, description="Draw the loss curves of runs, or the attention of a run's model.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder of npgpt.train")
+    parser.add_argument("runs", nargs="+", type=FileName, metavar="RUN", help="run folder of npgpt.train")
     parser.add_argument(
-        "--out", metavar="FILE",
-        help="a .svg, or a .png of curves (default: loss.svg or attention.svg in the first RUN)",
+        "--out", type=FileName, metavar="FILE",
+        help="a .svg, or a .png of curves (default: loss.svg, loss-RUN-RUN.svg or attention.svg in the first RUN)",
     )  # fmt: skip
     parser.add_argument(
         "--attention", metavar="TEXT", help="instead, what each head of the first RUN's model looks at in this text"
     )
     args = parser.parse_args(argv)
     if args.out is None:
-        args.out = Path(args.runs[0]) / ("loss.svg" if args.attention is None else "attention.svg")
+        several = [Path(os.path.abspath(run)).name for run in args.runs] if len(args.runs) > 1 else []
+        curves = "-".join(["loss", *several]) + ".svg"  # a comparison does not take the place of a run's own picture
+        args.out = Path(args.runs[0]) / (curves if args.attention is None else "attention.svg")
     args.out = Path(args.out)
     kinds = (".svg", ".png") if args.attention is None else (".svg",)
     if args.out.suffix.lower() not in kinds:
@@ -117,12 +120,7 @@ def labels(runs, logs):
     for run, rows in zip(runs, logs, strict=True):
         finite = [(y, x) for x, y in points_of(rows, "val_loss") if y is not None]
         best = min(finite, default=None)
-        yield shown(str(run)) + (f": best validation loss {best[0]:.4f} at iteration {best[1]:,}" if best else "")
-
-
-def shown(text):
-    """Text without characters that a picture cannot show."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+        yield one_line(str(run)) + (f": best validation loss {best[0]:.4f} at iteration {best[1]:,}" if best else "")
 
 
 def segments(points):
@@ -312,7 +310,7 @@ def attention_svg(maps, words):
     T = len(words)
     cell = max(3, min(14, 420 // T))
     has_words = cell >= 9
-    words = [shown(word).replace(" ", "␣") for word in words]
+    words = [one_line(word).replace(" ", "␣") for word in words]
     words = [word if len(word) <= 9 else word[:8] + "…" for word in words]
     room = 8 + 6 * max(map(len, words)) if has_words else 8
     size = T * cell
@@ -374,9 +372,9 @@ def draw_curves(runs, is_png):
     return (curves_png if is_png else curves_svg)(found, list(labels(runs, logs)))
 
 
+@showing_all()
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
-    show_all()
     if args.attention is None:
         picture = draw_curves(args.runs, args.out.suffix.lower() == ".png")
     else:

@@ -3,30 +3,41 @@
 Flags may be written with dashes or underscores.  Exit codes are listed in npgpt/errors.py.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import json
 import sys
 from pathlib import Path
 
-from npgpt.command import Parser, add_model, open_model, show_all
+from npgpt.command import NANOGPT, FileName, Parser, add_model, open_model, showing_all, with_newlines
 from npgpt.config import SAMPLE, Controls
-from npgpt.errors import UsageError, run_command
+from npgpt.errors import UsageError, quoted, run_command, user_path
 
 PROG = "python -m npgpt.sample"
 DEFAULTS = {"temperature": 0.8}  # other than those of Controls
+NANOGPT_SAMPLE = {**NANOGPT, "init-from": ("resume", "write --model PATH")}  # as in npgpt/train.py
+FROM_FILE = "FILE:"  # how a prompt of nanoGPT's begins that is the name of a file
 
 
 def parse(argv):
-    parser = Parser(prog=PROG, description="Write text with a trained GPT.")
+    parser = Parser(NANOGPT_SAMPLE, prog=PROG, description="Write text with a trained GPT.")
     add_model(parser)
-    parser.add_argument("--checkpoint", default="best", help="of a run folder: best, last, or a file (default: best)")
-    parser.add_argument("--prompt", "--start", help="text to continue (default: a line break)")
-    parser.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue; - is standard input")
+    parser.add_argument("nanogpt_file", nargs="?", metavar="CONFIG", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--checkpoint", type=FileName, default="best", help="of a run folder: best, last, or a file (default: best)"
+    )
+    parser.add_argument("--prompt", help="text to continue (default: a line break, if the model knows one)")
+    parser.add_argument("--start", metavar="TEXT", help="the same as nanoGPT has it: FILE:NAME is --prompt-file NAME")
+    parser.add_argument(
+        "--prompt-file", type=FileName, metavar="FILE", help="file with the text to continue; - is standard input"
+    )
     parser.add_argument("--interactive", action="store_true", help="ask for prompts, one after the other")
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="number of texts (default: 1)")
     parser.add_argument("--max-new-tokens", type=int, default=500, metavar="N", help="length of each (default: 500)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this; may come again")
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this, as <|endoftext|>; may come again"
+    )
     parser.add_argument("--seed", type=int, default=1337, metavar="N", help="same seed, same text (default: 1337)")
     controls = parser.add_argument_group("how the next token is chosen, in this order")
     for setting in dataclasses.fields(Controls):
@@ -40,11 +51,18 @@ def parse(argv):
     output.add_argument("--int8", action="store_true", help="weights of 8 bits: faster where the model is large")
     output.add_argument("--threads", type=int, metavar="N", help="threads (default: one per core, for a large model)")
     args = parser.parse_args(argv)
+    if args.nanogpt_file is not None:
+        raise UsageError(f"unknown argument {args.nanogpt_file}; a model is named with --model PATH")
+    if args.start is not None:
+        if args.prompt is not None or args.prompt_file is not None:
+            raise UsageError("--start is --prompt or --prompt-file: give one of them")
+        if args.start.startswith(FROM_FILE):
+            args.prompt_file = user_path(args.start.removeprefix(FROM_FILE), "--start")
+        else:
+            args.prompt = args.start
     alone = args.prompt is None and args.prompt_file is None and not args.json
     all_open = None not in (sys.stdin, sys.stdout, sys.stderr)
     for name, holds, words in (
-        ("model", args.model != "", "names nothing"),
-        ("checkpoint", args.checkpoint != "", "names nothing"),
         ("prompt", args.prompt != "", "must have one character at least"),
         ("prompt-file", args.prompt_file is None or args.prompt is None, "and --prompt: give one of them"),
         ("prompt-file", args.prompt_file != "-" or sys.stdin is not None, "- needs standard input, which is closed"),
@@ -67,13 +85,13 @@ def parse(argv):
 
 
 def read_prompt(args):
-    """The text to continue."""
+    """The text to continue, or None if none was given."""
     if args.prompt_file is None:
-        return "\n" if args.prompt is None else args.prompt
+        return args.prompt
     where = "standard input" if args.prompt_file == "-" else args.prompt_file
     try:
-        raw = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
-        text = raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        raw = _standard_input() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
+        text = with_newlines(raw.decode("utf-8-sig"))
     except OSError as error:
         raise UsageError(f"--prompt-file: cannot read {where}: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -81,6 +99,12 @@ def read_prompt(args):
     if not text:
         raise UsageError(f"--prompt-file: {where} is empty")
     return text
+
+
+def _standard_input():
+    """All bytes of standard input.  A notebook's, or a test's, may have none but text."""
+    buffer = getattr(sys.stdin, "buffer", None)
+    return sys.stdin.read().encode("utf-8", "surrogatepass") if buffer is None else buffer.read()
 
 
 def encode(tokenizer, prompt):
@@ -115,6 +139,16 @@ def print_json(texts, seed, prompt):
         if pieces[0].logprob is not None:
             row["logprobs"] = [piece.logprob for piece in pieces[:-1]]
         print(json.dumps(row), flush=True)
+
+
+def noting(pieces, end, passed):
+    """The same Pieces; `passed` gets an entry if the text goes on after the token `end`."""
+    ended = False
+    for piece in pieces:
+        if ended and piece.token is not None:
+            passed.append(piece)
+        ended = end is not None and piece.token == end
+        yield piece
 
 
 def interact(write, tokenizer):
@@ -158,10 +192,10 @@ def interact(write, tokenizer):
             text = "".join(map(Writer(tokenizer).feed, tokens))  # but for a character whose end is to come
 
 
+@showing_all()
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
     prompt = None if args.interactive else read_prompt(args)
-    show_all()
 
     import numpy as np
 
@@ -185,10 +219,21 @@ def main(argv=None):
 
     if args.interactive:
         interact(write, tokenizer)
-    elif args.json:
-        print_json(write(encode(tokenizer, prompt)), args.seed, prompt)
+        return 0
+    if prompt is None:
+        idx = [sampling.first_token(tokenizer)]
+        prompt = tokenizer.decode(idx)
     else:
-        print_texts(write(encode(tokenizer, prompt)), tokenizer, prompt)
+        idx = encode(tokenizer, prompt)
+    end, passed = getattr(tokenizer, "end_of_text", None), []
+    texts = (noting(pieces, end, passed) for pieces in write(idx))
+    if args.json:
+        print_json(texts, args.seed, prompt)
+    else:
+        print_texts(texts, tokenizer, prompt)
+    if passed:
+        end = quoted(tokenizer.decode([end]))
+        print(f"{PROG}: the text goes on after {end}; --stop {end} ends it there", file=sys.stderr)
     return 0
 
 

@@ -228,10 +228,14 @@ class Generation:
         self.alive.remove(i)
 
 
+def first_token(tokenizer):
+    """What a text without a prompt begins with: a line break, or token 0 where the tokenizer has none."""
+    return int(tokenizer.encode("\n")[0]) if "\n" in getattr(tokenizer, "chars", "\n") else 0
+
+
 def unprompted(model, tokenizer, rng, length):
-    """The Generation of one text that begins with a line break, or with token 0 where the tokenizer has none."""
-    start = int(tokenizer.encode("\n")[0]) if "\n" in getattr(tokenizer, "chars", "\n") else 0
-    return Generation(model, [start], [rng], Controls(temperature=0.8), length, tokenizer=tokenizer)
+    """The Generation of one text that begins with first_token."""
+    return Generation(model, [first_token(tokenizer)], [rng], Controls(temperature=0.8), length, tokenizer=tokenizer)
 
 
 class Writer:

@@ -13,7 +13,7 @@ import sys
 import typing
 
 from npgpt import __version__
-from npgpt.command import Parser, say, show_all
+from npgpt.command import NANOGPT, FileName, Parser, say, showing_all
 from npgpt.config import PRESETS, TrainConfig, check_tokenizer, preset
 from npgpt.errors import StoppedError, UsageError, quoted, run_command
 from npgpt.ranks import joined
@@ -21,8 +21,16 @@ from npgpt.stop import Stop, StopNow, catch_signals
 
 PROG = "python -m npgpt.train"
 
-# nanoGPT's flags that can mean only one thing here, so that a pasted command runs
-NANOGPT_ONLY = {"device": "cpu", "compile": "False", "dtype": "float32", "wandb_log": "False"}
+# nanoGPT's flags that there are not, so that a pasted command runs, or says what to write (see npgpt.command.Parser)
+NANOGPT_TRAIN = {
+    **NANOGPT,
+    "wandb-log": ("False", "the log is metrics.jsonl in --out-dir"),
+    "wandb-project": ("", "the log is metrics.jsonl in --out-dir; python -m npgpt.plot draws it"),
+    "wandb-run-name": ("", "write --out-dir FOLDER, which names a run"),
+    "always-save-checkpoint": ("", "write --keep N for the number of checkpoints that stay"),
+    "dataset": ("", "write --data data/NAME for a folder with train.bin and val.bin, or --data shakespeare"),
+    "backend": ("", "more processes are started by mpiexec"),
+}
 NANOGPT_FILES = {"train_shakespeare_char.py": "nanogpt-gpu"}
 
 
@@ -36,12 +44,12 @@ def _boolean(text):
 
 def build_parser():
     lines = "\n".join(f"  {name:<14}{text}" for name, (text, _) in PRESETS.items())
-    parser = Parser(prog=PROG, description="Train a GPT on text.", epilog=f"presets:\n{lines}")
+    parser = Parser(NANOGPT_TRAIN, prog=PROG, description="Train a GPT on text.", epilog=f"presets:\n{lines}")
     parser.add_argument("nanogpt_file", nargs="?", metavar="CONFIG", help=argparse.SUPPRESS)
     parser.add_argument("--preset", help="settings to start from; see below (default: default)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out-dir")
     parser.add_argument(
-        "--resume", nargs="?", const=True, metavar="FILE",
+        "--resume", nargs="?", const=True, type=FileName, metavar="FILE",
         help="go on with the run in --out-dir from its newest checkpoint, or from the one named here; "
         "other flags change the settings that may change",
     )  # fmt: skip
@@ -53,17 +61,17 @@ def build_parser():
         options = {"dest": setting.name, "default": argparse.SUPPRESS, "help": setting.metadata["help"]}
         kind = next((t for t in typing.get_args(hints[setting.name]) if t is not type(None)), hints[setting.name])
         if kind is tuple:
-            options.update(nargs="+", metavar="SOURCE")
+            options.update(nargs="+", type=FileName, metavar="SOURCE")
         elif kind is bool:
             options.update(type=_boolean, nargs="?", const=True, metavar="BOOL")
         else:
             options.update(type=kind, metavar={int: "N", float: "X", str: "TEXT"}[kind])
+            if setting.metadata["is_path"]:
+                options["type"] = FileName
         if setting.default is not None:
             shown = " ".join(setting.default) if kind is tuple else setting.default
             options["help"] += f" (default: {shown})".replace("%", "%%")
         parser.add_argument("--" + setting.name.replace("_", "-"), **options)
-    for name in NANOGPT_ONLY:
-        parser.add_argument("--" + name.replace("_", "-"), dest="only_" + name, help=argparse.SUPPRESS)
     return parser
 
 
@@ -73,20 +81,22 @@ def parse(argv):
     name, nanogpt_file = given.pop("preset"), given.pop("nanogpt_file")
     rest = {flag: given.pop(flag) for flag in ("overwrite", "resume", "force", "profile")}
     if nanogpt_file is not None:
-        if os.path.basename(nanogpt_file) not in NANOGPT_FILES:
-            raise UsageError(f"unknown argument {nanogpt_file}; a text file is passed with --data {nanogpt_file}")
-        name = NANOGPT_FILES[os.path.basename(nanogpt_file)]
-    for flag, only in NANOGPT_ONLY.items():
-        value = given.pop("only_" + flag)
-        if value is not None and value.lower() != only.lower():
-            raise UsageError(f"--{flag} can only be {only} here, got {value}")
+        name = NANOGPT_FILES.get(os.path.basename(nanogpt_file))
+        if name is None:
+            hint = f"a text file is passed with --data {quoted(nanogpt_file)}"
+            if nanogpt_file.endswith(".py"):
+                hint = "a program is not run: write its settings as flags, or a --preset"
+            raise UsageError(f"unknown argument {nanogpt_file}; {hint}")
+    if given.get("init_from") == "scratch" and not os.path.exists("scratch"):  # nanoGPT's word for a new model
+        del given["init_from"]
+    if given.get("init_from") == "resume" and not os.path.exists("resume"):
+        raise UsageError("--init-from resume is nanoGPT's; write --resume")
     if "epochs" in given and "max_iters" in given:
         raise UsageError("give --epochs or --max-iters, not both")
     if "data" in given:
         given["data"] = tuple(given["data"])
-    for flag, value in {**rest, **given, "preset": name}.items():
-        if value == "":
-            raise UsageError(f"--{flag.replace('_', '-')} names nothing")
+    if name == "":
+        raise UsageError("--preset names nothing")
     if rest["resume"] and rest["overwrite"]:
         raise UsageError("give --resume or --overwrite, not both")
     settings = {**(preset(name) if name else {}), **given}
@@ -182,6 +192,7 @@ def _print_sample(trainer, n_tokens, stop):
         say()
 
 
+@showing_all()
 def main(argv=None, stop=Stop):
     with joined() as world:
         return train(sys.argv[1:] if argv is None else argv, stop, world)
@@ -199,7 +210,6 @@ def train(argv, stop, world):
             raise UsageError(f"init_from: {given['init_from']} has no tokenizer; say what a token is with --tokenizer")
     if not flags["resume"]:  # (whose other settings are not known yet)
         config = TrainConfig(**given)  # before NumPy and Numba take their time to load: a mistake shows at once
-    show_all()
 
     from npgpt.profiler import Profile
     from npgpt.trainer import Audited, Evaluation, Notice, Progress, Trainer
@@ -249,8 +259,7 @@ def train(argv, stop, world):
 
 def command():
     """Entry point of the console script npgpt-train."""
-    stop = catch_signals()
-    run_command(PROG, lambda: main(stop=stop))
+    run_command(PROG, lambda: main(stop=catch_signals()))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,16 @@ from npgpt.blas import blas_kernels, blas_threads, sgemm_peak
 from npgpt.config import BPE_VOCAB_SIZE, DROPOUT, SAMPLE, TrainConfig, check_tokenizer
 from npgpt.data import PIECE, Blocks, Corpus, EvaluationBlocks, TokenFiles, map_tokens, open_data, repeated_lines, split
 from npgpt.engine import NotFinite, finite_checks, random_stream
-from npgpt.errors import BusyError, CheckpointError, DivergedError, GradientError, StoppedError, UsageError, quoted
+from npgpt.errors import (
+    BusyError,
+    CheckpointError,
+    DivergedError,
+    GradientError,
+    StoppedError,
+    UsageError,
+    quoted,
+    user_path,
+)
 from npgpt.model import GPT
 from npgpt.optim import AdamW, Muon, clip_scale, cosine_lr
 from npgpt.parallel import DataParallel, choose_threads
@@ -128,7 +137,7 @@ class Trainer:
 
         Raises CheckpointError if there is no good checkpoint, and UsageError if data or changes do not fit it.
         """
-        path = Path(path)
+        path = Path(user_path(path))
         found, reader, there = None, None, ()
         with contextlib.ExitStack() as stack:
 
@@ -137,7 +146,7 @@ class Trainer:
                 if path.suffix == ".safetensors" and not path.exists():
                     raise CheckpointError(f"there is no checkpoint {path}")
                 found, out_dir = (path, path.parent) if path.is_file() else (folder.newest(path), path)
-                asked = Path((changes or {}).get("out_dir", out_dir))
+                asked = user_path((changes or {}).get("out_dir", out_dir))
                 if os.path.realpath(asked) != os.path.realpath(out_dir):
                     raise UsageError(
                         f"--resume {path} goes on with the run in {out_dir}, and --out-dir names {asked}; for a run "

@@ -31,10 +31,11 @@ LINES = [
     ["nn", "sampling"],
     ["hub"],
     ["model"],
+    ["command"],
     ["gradcheck", "optim"],
     ["parallel"],
     ["data", "audit", "hints"],
-    ["trainer", "command"],
+    ["trainer"],
     ["train", "sample", "receipt", "plot", "exercise"],
     ["explain"],
 ]

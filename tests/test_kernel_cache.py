@@ -1,8 +1,15 @@
-"""The folder of the compiled kernels: what lies in it can run code, so nobody else may be able to put it there."""
+"""The folder of the compiled kernels: what lies in it can run code, so nobody else may be able to put it there.
 
+And what else becomes of it: kernels and settings of Numba's that change, damaged files, full disks.
+"""
+
+import ast
+import errno
+import hashlib
 import os
 import pickle
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -334,15 +341,21 @@ class Hostile:
         return os.makedirs, (str(self.marker), 0o777, True)
 
 
-def start(base):
+def sealed(raw):
+    """What a file of the cache holds, with the hash at its end: anybody can make that."""
+    return raw + hashlib.sha256(raw).digest()
+
+
+def start(base, script=SCRIPT, **variables):
     """Compile a kernel in a new Python, or load it; what came on standard error."""
-    (base / "script.py").write_text(SCRIPT, encoding="utf-8")
+    (base / "script.py").write_text(script, encoding="utf-8")
     environment = {"PYTHONPATH": str(ROOT), "NPGPT_KERNELS": "numba", "NUMBA_CACHE_DIR": str(base / "cache")}
     done = subprocess.run(
         [sys.executable, "-W", "error", base / "script.py"], capture_output=True, text=True,
-        env={**os.environ, **environment},
+        env={**os.environ, **environment, **variables},
     )  # fmt: skip
-    assert (done.returncode, done.stdout) == (0, "[0.0, 2.0, 4.0]\n"), done.stderr
+    factor = float(script[script.index("y[i] = ") + 7])
+    assert (done.returncode, done.stdout) == (0, f"{[0.0, factor, 2 * factor]}\n"), done.stderr
     return done.stderr
 
 
@@ -357,9 +370,9 @@ def compiled(tmp_path_factory):
 @pytest.mark.parametrize("bits", [0o700, 0o770, 0o777], ids=oct)
 def test_a_hostile_index_is_loaded_from_a_private_folder_only(compiled, bits):
     (folder,) = (compiled / "cache").iterdir()
-    (index,) = folder.rglob("*.nbi")
+    (index,) = folder.rglob("*.nbc")
     marker = compiled / f"marker-{bits:o}"
-    hostile = pickle.dumps(Hostile(marker))
+    hostile = sealed(pickle.dumps(Hostile(marker)))
     index.write_bytes(hostile)
     folder.chmod(bits)
     try:
@@ -387,21 +400,197 @@ def test_numba_keeps_kernels_in_no_other_folder(base, monkeypatch):
         monkeypatch.setenv(name, str(base))
     monkeypatch.setattr(numba.config, "CACHE_LOCATOR_CLASSES", "UserWideCacheLocator", raising=False)
     place = jit.kernel(mode).stats.cache_path
-    assert place is None or Path(place).parent == jit._CACHE  # the latter: an older Numba, which has no such variable
+    ours = jit._kernel_cache(Path(__file__))
+    assert place is None or Path(place).parent == ours  # the latter: an older Numba, which has no such variable
+
+
+def made():
+    """The folder for the kernels of this file, looked for anew."""
+    jit._said.clear()
+    return jit._kernel_cache.__wrapped__(Path(__file__))
 
 
 def test_where_there_can_be_no_folder_nothing_is_said(base, monkeypatch, capsys):
     (base / "file").touch()
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(base / "file"))
-    assert jit._kernel_cache() is None and capsys.readouterr() == ("", "")
+    assert made() is None and capsys.readouterr() == ("", "")
 
 
 def test_a_folder_below_home_is_refused_with_a_line_and_not_used(base, monkeypatch, capsys):
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
     monkeypatch.setattr(jit, "cache_folder", lambda: base / "npgpt")
-    (folder,) = [jit._kernel_cache()]
+    (folder,) = [made()]
     assert folder.parent == base / "npgpt" and mode(folder) == 0o700 and capsys.readouterr() == ("", "")
     base.chmod(0o777)
-    assert jit._kernel_cache() is None
+    assert made() is None
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and f"others can write to {base}: chmod go-w it" in err
+
+
+# ---- what the folder is named after
+
+numba_only = pytest.mark.skipif(jit.KERNELS == "numpy", reason="there are no kernels")
+COUNTING = """
+import numba.core.compiler
+compile_extra, n = numba.core.compiler.compile_extra, []
+numba.core.compiler.compile_extra = lambda *args, **options: n.append(0) or compile_extra(*args, **options)
+import atexit, sys
+atexit.register(lambda: print(len(n), file=sys.stderr))
+"""
+
+
+def compiled_by(base, script=SCRIPT, **variables):
+    """How many functions a start has compiled, and what else came on standard error."""
+    said = start(base, COUNTING + script, **variables).splitlines()
+    return int(said[-1]), said[:-1]
+
+
+@numba_only
+def test_a_kernel_that_has_changed_or_settings_that_have_get_a_folder_of_their_own(base):
+    """Numba's index knows nothing of its settings."""
+    assert compiled_by(base) == (1, []) and compiled_by(base) == (0, [])
+    for changed in ({"script": SCRIPT.replace("2 *", "3 *")}, {"NUMBA_OPT": "0"}):
+        before = set((base / "cache").iterdir())
+        assert compiled_by(base, **changed)[0] == 1 and compiled_by(base, **changed) == (0, [])
+        assert len(set((base / "cache").iterdir()) - before) == 1
+    assert compiled_by(base, NUMBA_NUM_THREADS="1") == (0, [])  # the first one is still there, and threads are nothing
+
+
+@numba_only
+@pytest.mark.parametrize("name", ["OPT", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "LOOP_VECTORIZE", "CPU_NAME"])
+def test_a_setting_of_numbas_changes_the_folders_name(monkeypatch, name):
+    import numba
+
+    before = jit._key(Path(__file__))
+    monkeypatch.setattr(numba.config, name, 7)
+    assert jit._key(Path(__file__)) != before
+
+
+@numba_only
+def test_a_folder_is_named_after_what_its_file_imports_and_after_nothing_else(base, monkeypatch):
+    def names():
+        jit._read.cache_clear()
+        return {name: jit._key(base / "npgpt" / name) for name in ("ops/mlp.py", "ops/layernorm.py", "optim.py")}
+
+    shutil.copytree(ROOT / "npgpt", base / "npgpt", ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(jit, "ROOT", base)
+    monkeypatch.setattr(jit, "JIT", base / "npgpt" / "jit.py")
+    first = names()
+    for file, touched in (
+        ("ops/layernorm.py", {"ops/layernorm.py"}),
+        ("tiles.py", {"ops/mlp.py", "optim.py"}),
+        ("jit.py", {"ops/mlp.py", "ops/layernorm.py", "optim.py"}),
+        ("engine.py", set()),
+    ):
+        path = base / "npgpt" / file
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text + "# changed\n", encoding="utf-8")
+        assert {name for name, key in names().items() if key != first[name]} == touched, file
+        path.write_text(text, encoding="utf-8")
+    assert names() == first
+    jit._read.cache_clear()
+
+
+@numba_only
+def test_a_kernel_uses_nothing_of_a_file_that_its_folder_is_not_named_after():
+    """A helper or a number from elsewhere could change, and the old kernel would go on."""
+    checked = 0
+    for path in (ROOT / "npgpt").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        known = set(jit.kernel_sources(path))
+        elsewhere = {
+            alias.asname or alias.name
+            for node in tree.body if isinstance(node, ast.ImportFrom) and node.module.startswith("npgpt")
+            for alias in node.names
+            if ROOT.joinpath(*node.module.split(".")).with_suffix(".py") not in known
+        }  # fmt: skip
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and {"kernel", "helper"} & {
+                decorator.id for decorator in node.decorator_list if isinstance(decorator, ast.Name)
+            }:
+                used = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+                assert not used & elsewhere, f"{path.name}: {node.name}"
+                checked += 1
+    assert checked > 15
+
+
+@numba_only
+def test_kernels_of_several_dtypes_that_are_kept_at_the_same_time_do_not_take_each_others_place(base):
+    """With an index, both would be number 1 for whoever begins before the other has written it."""
+    cache = jit.kernel(mode)._cache
+    if cache.cache_path is None:
+        pytest.skip("Numba keeps nothing here")
+    files = [type(cache._cache_file)(str(base), "name", None) for _ in range(2)]
+    files[0]._load_index = files[1]._load_index = dict  # neither knows of the other
+    for file, key in zip(files, ("float32", "float64"), strict=True):
+        file.save((key,), f"code for {key}")
+    for file in files:
+        assert [file.load((key,)) for key in ("float32", "float64", "int8")] == [
+            "code for float32", "code for float64", None
+        ]  # fmt: skip
+
+
+# ---- a cache that is damaged, or has no room
+
+
+def damage(file, how):
+    raw = file.read_bytes()
+    if how == "empty":
+        file.write_bytes(b"")
+    elif how == "half":
+        file.write_bytes(raw[: len(raw) // 2])
+    else:
+        file.write_bytes(raw[:-100] + bytes([raw[-100] ^ 1]) + raw[-99:])
+
+
+@numba_only
+@pytest.mark.parametrize("how", ["empty", "half", "flipped"])
+def test_a_damaged_file_of_the_cache_is_a_line_and_the_kernel_compiles_anew(compiled, how):
+    (file,) = (compiled / "cache").rglob("*.nbc")
+    damage(file, how)
+    said = start(compiled)
+    assert said.count("\n") == 1 and f"compiled kernels in {compiled / 'cache'} cannot be read: " in said
+    assert said.startswith("npgpt: ") and said.endswith("; they compile anew\n")
+    assert start(compiled) == ""  # it is whole again
+
+
+FULL = """
+import errno, os
+replace = os.replace
+def full(*args):
+    raise OSError(errno.ENOSPC, "No space left on device")
+os.replace = full
+"""
+
+
+@numba_only
+def test_a_full_disk_for_the_cache_is_one_line_for_all_kernels(base):
+    two = SCRIPT + SCRIPT.replace("double", "twice").replace("print(y.tolist())", "")
+    said = start(base, FULL + two)
+    words = f"the kernels cannot be kept in {base / 'cache'}: No space left on device; they compile anew each time"
+    assert said == f"npgpt: {words}\n"
+
+
+@numba_only
+def test_a_disk_without_room_for_the_folder_is_a_line(base, monkeypatch, capsys):
+    def full(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(base))
+    monkeypatch.setattr(jit, "private_folder", full)
+    assert made() is None
+    assert f"the kernels cannot be kept in {base}: No space left on device" in capsys.readouterr().err
+
+
+# ---- other places
+
+
+def test_numbas_own_switch_for_no_kernels_is_npgpts(base):
+    code = (
+        "import sys; from npgpt import jit, gradcheck; assert jit.KERNELS == 'numpy'; "
+        "sys.exit(gradcheck.main(['linear', 'layernorm']))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_DISABLE_JIT": "1"}
+    environment.pop("NPGPT_KERNELS", None)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "") and "NumPy references" in done.stdout

@@ -11,10 +11,10 @@ import pytest
 
 from npgpt import GPT, GPTConfig, plot
 from npgpt.engine import no_grad, observed
-from npgpt.errors import CheckpointError, UsageError
+from npgpt.errors import CheckpointError, UsageError, one_line
 from npgpt.folder import RunFolder, read_log
 from npgpt.ops.attention import merged_heads, split_heads
-from npgpt.plot import Axis, attention_maps, attention_svg, points_of, segments, shown, smoothed
+from npgpt.plot import Axis, attention_maps, attention_svg, points_of, segments, smoothed
 from npgpt.tokenizer import CharTokenizer
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -97,7 +97,7 @@ def test_each_run_has_its_lines_and_its_colour(tmp_path):
 
 
 def test_names_are_escaped_and_made_visible():
-    legend = ['a <b> & "c"', shown("bell \a, half a character \udc80, é")]
+    legend = ['a <b> & "c"', one_line("bell \a, half a character \udc80, é")]
     picture = plot.curves_svg(plot.panels([ROWS, ROWS]), legend)
     words = [text.text for text in ET.fromstring(picture).iter(SVG + "text")]
     assert 'a <b> & "c"' in words and "bell \\x07, half a character \\udc80, é" in words

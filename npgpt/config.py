@@ -19,6 +19,7 @@ INIT, ORDER, DROPOUT, SAMPLE, AUDIT = 1, 2, 3, 4, 5
 
 TOKENIZERS = ("char", "byte", "bpe")  # the setting `tokenizer`, if it is no file
 MOST = 10**15  # no setting that is a whole number is larger
+LEAST_RATE = 1e-30  # of a smaller one Muon's rate is no finite multiple
 BPE_VOCAB_SIZE = 4096  # what bpe learns if nobody says how many
 
 
@@ -129,6 +130,8 @@ class TrainConfig:
     def __post_init__(self):
         check_ranges(self)
         self.gpt_config(vocab_size=1)
+        if 0 < self.learning_rate < LEAST_RATE:
+            raise UsageError(f"learning_rate must be 0 or at least {LEAST_RATE:g}, got {self.learning_rate}")
 
     def gpt_config(self, vocab_size):
         """The GPTConfig of this run; vocab_size is that of its tokenizer."""

@@ -148,6 +148,7 @@ def examine(trainer):
         if trainer.repeated_lines > 0.1:
             words += ": the validation loss will look better than it is"
         yield words
+    yield from trainer.data_notes
     if epochs > 5 and per_parameter < 5:
         yield "overfitting is to be expected: try --dropout 0.2, --patience 3, more text, or a smaller model"
 

@@ -42,11 +42,11 @@ def show_all():
 
 
 def say(text="", end="\n", file=None):
-    """print; but a full disk, to which a console's text is written as well, does not end a training."""
+    """print; but neither a full disk, to which a console's text may go, nor a terminal that is gone ends a training."""
     try:
         print(text, end=end, file=file, flush=True)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
 
 

@@ -480,7 +480,7 @@ def test_a_file_of_tokens_that_changes_while_it_is_mapped_ends_the_run_with_a_ch
 
 def test_what_to_know_of_the_data_stands_below_the_line_data(config, tmp_path):
     (tmp_path / "a.jsonl").write_text(TEXT)
-    (tmp_path / "z.txt").write_text("Быть или не быть.\n" * 30, encoding="utf-8")
+    (tmp_path / "z.txt").write_text("Быть или не быть.\n" * 10, encoding="utf-8")
     trainer = Trainer(variant(config, data=(str(tmp_path / "a.jsonl"), str(tmp_path / "z.txt"))))
     lines = [line for line in describe(trainer).splitlines() if line.startswith("        | ")]
     assert any(f"{tmp_path / 'a.jsonl'} is JSON lines, and is learnt as it stands" in line for line in lines)

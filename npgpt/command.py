@@ -60,9 +60,12 @@ def add_model(parser):
 
 def open_model(path):
     """GPT.from_pretrained(path), with a tokenizer.  Raises UsageError if it has none, and CheckpointError."""
+    from npgpt import folder
     from npgpt.model import GPT
 
     model = GPT.from_pretrained(path)
+    if words := folder.choice(path):
+        say(words, file=sys.stderr)
     if model.tokenizer is None:
         raise UsageError(f"{path} has no tokenizer that can be opened (a tokenizer.json needs the package tokenizers)")
     return model

@@ -117,6 +117,19 @@ def best(path):
     return next(iter(states)) if found == last_with_loss else found
 
 
+def choice(path):
+    """Words on the checkpoint that `best` takes, if it is not the newest or has learnt nothing; None otherwise."""
+    found = checkpoints(path)
+    if not found:
+        return None
+    numbers = [int(_NAME.fullmatch(taken.name)[1]) for taken in (best(path), found[0])]
+    if numbers[0] == numbers[1] != 0:
+        return None
+    newest = f", and the newest is of iteration {numbers[1]:,}" if numbers[0] != numbers[1] else ""
+    words = ", as the run began" if numbers[0] == 0 else ""
+    return f"the best checkpoint in {path} is of iteration {numbers[0]:,}{words}{newest}: it is taken"
+
+
 def best_there(path, iteration, loss, best_iter):
     """(loss, iteration) of a run's best checkpoint: those that are given, unless it is not in the run's folder.
 

@@ -14,7 +14,7 @@ import typing
 
 from npgpt import __version__
 from npgpt.command import Parser, say, show_all
-from npgpt.config import PRESETS, TrainConfig, check_tokenizer, preset
+from npgpt.config import PRESETS, TrainConfig, check_tokenizer, composed
 from npgpt.errors import StoppedError, UsageError, quoted, run_command
 from npgpt.ranks import joined
 from npgpt.stop import Stop, StopNow, catch_signals
@@ -89,7 +89,7 @@ def parse(argv):
             raise UsageError(f"--{flag.replace('_', '-')} names nothing")
     if rest["resume"] and rest["overwrite"]:
         raise UsageError("give --resume or --overwrite, not both")
-    settings = {**(preset(name) if name else {}), **given}
+    settings = composed(name, given, new=not rest["resume"])
     if not rest["resume"] and settings.get("init_from") is None:  # (whose tokenizer is not known yet)
         check_tokenizer(TrainConfig(**settings))
     return settings, rest

@@ -25,7 +25,7 @@ import numpy as np
 from npgpt import __version__, checkpoint, folder, hub, jit, machine, memory
 from npgpt.audit import BOUND, Audit, Auditor
 from npgpt.blas import blas_kernels, blas_threads, sgemm_peak
-from npgpt.config import BPE_VOCAB_SIZE, DROPOUT, SAMPLE, TrainConfig, check_tokenizer
+from npgpt.config import BPE_VOCAB_SIZE, DROPOUT, SAMPLE, TrainConfig, check_tokenizer, contradictions
 from npgpt.data import (
     PIECE,
     SPLITS,
@@ -123,6 +123,9 @@ class Trainer:
         self.overwrite = overwrite
         world.first(self._refuse)
         self._prepare(stop)
+        self.notices += contradictions(config, self.max_iters)
+        if config.init_from is not None and (words := world.first(lambda: folder.choice(config.init_from))):
+            self.notices.append(f"init_from: {words}")
 
     def _refuse(self):
         """Raise UsageError if a new run cannot begin."""
@@ -433,6 +436,8 @@ class Trainer:
         }
         earlier = _changes_of(state, path)
         self.all_changes = {**earlier, **{k: [earlier.get(k, [old])[0], new] for k, (old, new) in self.changes.items()}}
+        if self.changes:
+            self.notices += contradictions(self.config, self.max_iters)
         for name, (old, new) in self.changes.items():
             self.notices.append(f"{name} was {old} and is {new} from iteration {self.iter:,} on")
 
@@ -819,6 +824,12 @@ class Trainer:
                 self.world.broadcast(values)
         self.world.first(self._check_weights)
         yield from self._save(loss)
+        ignorance = math.log(self.model.config.vocab_size)
+        if self.iter == 0 and self.config.init_from is not None and loss > ignorance + 0.1:
+            yield Notice(
+                f"the model that this run begins with has the validation loss {loss:.2f}, and one that knows nothing "
+                f"{ignorance:.2f} (ln vocab_size): did it learn other tokens, or another kind of text?"
+            )
         return Evaluation(self.iter, loss, is_best)
 
     def _check_weights(self):

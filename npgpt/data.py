@@ -285,7 +285,7 @@ def _markup_of(path):
     return None
 
 
-def _check_is_text(path, what, raw, is_first):
+def check_is_text(path, what, raw, is_first):
     """Raise UsageError for a piece of a file that is UTF-8 by chance, as numbers and UTF-16 may be."""
     if is_first and raw.startswith(POINTER):
         raise UsageError(f"{what}: {path} is a pointer of Git LFS, not the text; fetch it by: git lfs pull")
@@ -318,7 +318,7 @@ def _decoded(path, what):
             while raw != b"":
                 raw = file.read(PIECE)
                 head = head or raw[:16]
-                _check_is_text(path, what, raw, at == 0)
+                check_is_text(path, what, raw, at == 0)
                 part = raw.removeprefix(BYTE_ORDER_MARK) if at == 0 else raw
                 at += len(raw) - len(part)
                 waiting = len(decoder.getstate()[0])  # bytes of a character that the last piece began

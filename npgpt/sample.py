@@ -70,9 +70,12 @@ def read_prompt(args):
     """The text to continue."""
     if args.prompt_file is None:
         return "\n" if args.prompt is None else args.prompt
+    from npgpt.data import check_is_text
+
     where = "standard input" if args.prompt_file == "-" else args.prompt_file
     try:
         raw = sys.stdin.buffer.read() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
+        check_is_text(Path(where), "--prompt-file", raw, True)
         text = raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise UsageError(f"--prompt-file: cannot read {where}: {error.strerror}") from None

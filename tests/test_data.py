@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npgpt import data, folder
+from npgpt import data, folder, sample
 from npgpt.data import Blocks, Corpus, EvaluationBlocks, load_text, map_tokens, open_data, repeated_lines, split
 from npgpt.errors import StoppedError, UsageError
 from npgpt.stop import Stop
@@ -225,6 +225,12 @@ def test_what_is_utf8_by_chance_is_refused(tmp_path, what):
         Corpus([tmp_path / "train.bin"], what=what)
     (tmp_path / "d.txt").write_text("a stray\0one may stay", newline="")
     assert "\0" in Corpus([tmp_path / "d.txt"]).characters
+
+
+def test_a_prompt_that_is_utf8_by_chance_is_refused(tmp_path):
+    (tmp_path / "p.txt").write_bytes("To be, or not".encode("utf-16-le"))
+    with pytest.raises(UsageError, match=r"^--prompt-file: .*p\.txt is no text: 13 of 26 bytes are NUL"):
+        sample.read_prompt(sample.parse(["--prompt-file", str(tmp_path / "p.txt")]))
 
 
 @pytest.mark.parametrize(

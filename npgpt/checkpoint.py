@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from npgpt.errors import CheckpointError
+from npgpt.errors import CANNOT, CheckpointError
 
 DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}  # what is written
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -105,9 +105,18 @@ def write(path, parts):
             part = memoryview(part)
             while part:
                 part = part[os.write(file, part[:CHUNK]) :]
-        os.fsync(file)
+        flush(file)
     finally:
         os.close(file)
+
+
+def flush(file):
+    """Have an open file on the disk, where the file system can do that.  Raises OSError."""
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in CANNOT:
+            raise
 
 
 def flush_folder(folder):
@@ -116,7 +125,7 @@ def flush_folder(folder):
         return
     file = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(file)
+        flush(file)
     finally:
         os.close(file)
 
@@ -162,7 +171,8 @@ class Reader:
     def mapped(self, name):
         """An array as it stands in the file, read-only; BF16 as the integers that its bits are.
 
-        The file's pages are mapped, not copied: the system reads them when they are used, and may drop them.
+        The file's pages are mapped, not copied: the system reads them when they are used, and may drop them.  Where the
+        file system cannot map files they are read.
         """
         entry = self.entries[name]
         dtype, n = READABLE[entry.dtype], entry.stop - entry.start
@@ -171,7 +181,13 @@ class Reader:
         with _reading(self.path):
             first = self._start + entry.start
             before = first % mmap.ALLOCATIONGRANULARITY
-            pages = mmap.mmap(self._file, before + n, access=mmap.ACCESS_READ, offset=first - before)
+            try:
+                pages = mmap.mmap(self._file, before + n, access=mmap.ACCESS_READ, offset=first - before)
+            except OSError as error:
+                if error.errno not in CANNOT:
+                    raise
+                pages, before = bytearray(n), 0
+                _read_into(self._file, first, memoryview(pages))
             return np.ndarray(entry.shape, dtype, pages, before)  # the last array that uses the mapping ends it
 
     def copy_to(self, name, out):

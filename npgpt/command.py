@@ -104,11 +104,11 @@ def showing_all():
 
 
 def say(text="", end="\n", file=None):
-    """print; but a full disk, to which a console's text is written as well, does not end a training."""
+    """print; but neither a full disk, to which a console's text may go, nor a terminal that is gone ends a training."""
     try:
         print(text, end=end, file=file, flush=True)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
 
 
@@ -122,9 +122,12 @@ def add_model(parser):
 
 def open_model(path):
     """GPT.from_pretrained(path), with a tokenizer.  Raises UsageError if it has none, and CheckpointError."""
+    from npgpt import folder
     from npgpt.model import GPT
 
     model = GPT.from_pretrained(path)
+    if words := folder.choice(path):
+        say(words, file=sys.stderr)
     if model.tokenizer is None:
         raise UsageError(f"{path} has no tokenizer that can be opened (a tokenizer.json needs the package tokenizers)")
     return model

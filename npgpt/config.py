@@ -19,6 +19,7 @@ INIT, ORDER, DROPOUT, SAMPLE, AUDIT = 1, 2, 3, 4, 5
 
 TOKENIZERS = ("char", "byte", "bpe")  # the setting `tokenizer`, if it is no file
 MOST = 10**15  # no setting that is a whole number is larger
+LEAST_RATE = 1e-30  # of a smaller one Muon's rate is no finite multiple
 BPE_VOCAB_SIZE = 4096  # what bpe learns if nobody says how many
 
 
@@ -133,6 +134,8 @@ class TrainConfig:
     def __post_init__(self):
         check_ranges(self)
         self.gpt_config(vocab_size=1)
+        if 0 < self.learning_rate < LEAST_RATE:
+            raise UsageError(f"learning_rate must be 0 or at least {LEAST_RATE:g}, got {self.learning_rate}")
 
     def gpt_config(self, vocab_size):
         """The GPTConfig of this run; vocab_size is that of its tokenizer."""
@@ -192,6 +195,11 @@ PRESETS = {
         ),
     ),
 }  # fmt: skip
+
+
+# What the command line takes where a run begins with a model: rates for one that knows nothing yet would ruin it.
+FINE_TUNING = dict(optimizer="adamw", learning_rate=3e-5, muon_learning_rate=2e-4)
+FAR = 10  # times these rates are worth a line
 
 
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
@@ -265,3 +273,45 @@ def preset(name):
         hint = f" Did you mean {close[0]}?" if close else ""
         raise UsageError(f"unknown preset {name!r}.{hint} There are: {', '.join(PRESETS)}")
     return PRESETS[name][1]
+
+
+def composed(name, given, new=True):
+    """The settings of a run as a dict: those of a preset (or None), and what is given beside it.
+
+    Settings of a preset that belong together follow the given ones: the decay ends with the run, min_lr is the same
+    share of the learning rate, and the warm-up is a tenth of the run at most.  A new run that begins with a model has
+    rates that do not ruin it.  Raises UsageError.
+    """
+    settings = {**(preset(name) if name else {}), **given}
+    followed = {} if name is None else {key: value for key, value in preset(name).items() if key not in given}
+    if "lr_decay_iters" in followed and ("max_iters" in given or "epochs" in given):
+        settings["lr_decay_iters"] = None
+    if "warmup_iters" in followed and "max_iters" in given:
+        settings["warmup_iters"] = min(followed["warmup_iters"], given["max_iters"] // 10)
+    if "min_lr" in followed and "learning_rate" in given:
+        settings["min_lr"] = followed["min_lr"] / preset(name)["learning_rate"] * given["learning_rate"]
+    if new and name is None and settings.get("init_from") is not None:
+        settings = {**FINE_TUNING, **settings}
+    return settings
+
+
+def contradictions(config, max_iters):
+    """A line for each two settings of a TrainConfig that do not go together: which of them wins."""
+    rate, warmup, decay = config.learning_rate, config.warmup_iters, config.lr_decay_iters
+    if warmup >= max_iters >= 100:  # (of a shorter trial nobody expects anything)
+        yield (
+            f"warmup_iters = {warmup:,} is not over when the run ends, after {max_iters:,} updates: the learning rate "
+            f"reaches {rate * max_iters / (warmup + 1):.2g} of {rate:g}"
+        )
+    elif config.decay_lr and decay is not None and decay <= warmup < max_iters:
+        yield f"lr_decay_iters = {decay:,} is not beyond warmup_iters = {warmup:,}: after these it is min_lr at once"
+    if config.decay_lr and config.min_lr is not None and config.min_lr > rate:
+        yield f"min_lr = {config.min_lr:g} is above learning_rate = {rate:g}: the rate rises to it"
+    if config.init_from is not None:
+        for name in ("learning_rate", "muon_learning_rate")[: 1 + (config.optimizer == "muon")]:
+            times = getattr(config, name) / FINE_TUNING[name]
+            if times >= FAR:
+                yield (
+                    f"{name} = {getattr(config, name):g} is {times:,.0f} times {FINE_TUNING[name]:g}, which suits a "
+                    f"model that has learnt: it may forget what it knows"
+                )

@@ -9,7 +9,8 @@
     5    another training holds the run folder       BusyError
     6    a gradient of a run is wrong                GradientError
     130  stopped by Ctrl-C                           StoppedError
-    143  stopped by SIGTERM; 138 by SIGUSR1          StoppedError
+    143  stopped by SIGTERM; 129 by a terminal that  StoppedError
+         closes; others: 128 and the signal's number
     141  whoever read the output stopped reading (as in `... | head`)
 """
 
@@ -22,6 +23,11 @@ import shlex
 import signal
 import sys
 import threading
+
+# What a file system answers that cannot do at all what it is asked for: lock, flush or map a file.  That is no "no".
+CANNOT = frozenset(
+    getattr(errno, name) for name in ("ENOSYS", "ENOTSUP", "EOPNOTSUPP", "ENOLCK", "EINVAL", "ENODEV", "ENOTTY")
+)
 
 
 class NpgptError(Exception):

@@ -4,10 +4,11 @@
                                   when a run is stopped, and by the clock, of which only the newest is kept
     metrics.jsonl                 the log: one JSON object a line
     tokens-01234567-89abcdef.bin  the corpus as tokens, named after hashes of text and tokenizer, and of what is in it
-    lock                          held by the training that writes here, as long as its process lives
+    lock                          held by the training that writes here, as long as its process lives; says whose it is
     *.set-aside                   what was there beyond the checkpoint that a run went on from
 
-The hashes in the names of token files are twice as long.
+The hashes in the names of token files are twice as long.  What has another name than these is not a run's: it is never
+removed.
 
 FORMAT is the number of what a training writes about itself into a checkpoint, its state (Trainer._save), and of the
 names of arrays and files beside it.  A file without a number has format 1.  What may change within a format:
@@ -20,6 +21,8 @@ that was ever written, or says in one line which version does; tests/data/ has a
 """
 
 import contextlib
+import errno
+import filecmp
 import hashlib
 import itertools
 import json
@@ -32,54 +35,129 @@ import time
 from pathlib import Path
 
 from npgpt import checkpoint
-from npgpt.errors import BusyError, CheckpointError, UsageError, quoted
+from npgpt.errors import CANNOT, BusyError, CheckpointError, UsageError, quoted
 
 FORMAT = 1
 LOCK = "lock"
+LOG = "metrics.jsonl"
 _NAME = re.compile(r"iter-(\d{8,})\.safetensors")
+_TOKENS = re.compile(r"tokens-[0-9a-f]{16}-[0-9a-f]{16}\.bin")
+_HALF = re.compile(r"(iter-\d{8,}\.safetensors|tokens-[0-9a-f]{16}\.bin)\.\d+" + re.escape(checkpoint.TEMPORARY))
+_ASIDE = re.compile(r"(iter-\d{8,}\.safetensors|metrics\.jsonl)\.set-aside(-\d+)?")
+MOST_NEAR = 1000  # entries of a folder that are looked at for a model
+_HOLDER = re.compile(r"process \d+ on .*")  # what a lock says
+
+
+def _name_of(iteration):
+    return f"iter-{iteration:08d}.safetensors"
 
 
 def checkpoints(path):
-    """The paths of a folder's checkpoints, the newest first."""
+    """The paths of a folder's checkpoints, the newest first; none if there is no folder.
+
+    Raises CheckpointError for a folder that cannot be read: nobody knows what is in it.
+    """
+    return [p for _, p in sorted(_numbered(path), reverse=True)]
+
+
+def _numbered(path):
+    """[(the number in its name, path)] of a folder's checkpoints."""
+    return [(int(_NAME.fullmatch(found.name)[1]), found) for found in _files(path, _NAME)]
+
+
+def _files(path, pattern):
+    """The paths in a folder whose names fit a pattern.  Raises CheckpointError."""
     try:
-        found = [(int(match[1]), p) for p in Path(path).iterdir() if (match := _NAME.fullmatch(p.name))]
-    except OSError:
+        return [found for found in Path(path).iterdir() if pattern.fullmatch(found.name)]
+    except (FileNotFoundError, NotADirectoryError):
         return []
-    return [p for _, p in sorted(found, reverse=True)]
+    except OSError as error:
+        raise CheckpointError(f"cannot read the folder {path}: {error.strerror}") from None
 
 
 def newest_until(path, iteration):
     """The newest checkpoint with so many updates at most behind it, or None."""
-    return next((p for p in checkpoints(path) if int(_NAME.fullmatch(p.name)[1]) <= iteration), None)
+    return max(((n, p) for n, p in _numbered(path) if n <= iteration), default=(None, None))[1]
 
 
 def newest(path):
     """The newest checkpoint of a folder.  Raises CheckpointError if there is none."""
     found = checkpoints(path)
     if not found:
-        raise CheckpointError(
-            f"there is no checkpoint in {path}; python -m npgpt.train --out-dir {quoted(path)} makes one"
-        )
+        raise CheckpointError(f"there is no checkpoint in {path}{_instead_of(Path(path))}")
     return found[0]
+
+
+def _instead_of(path):
+    """Words for what helps whoever looked for a checkpoint in a folder that has none."""
+    inside = sorted(path.glob("*"))
+    if not inside:
+        return f"; python -m npgpt.train --out-dir {quoted(path)} makes one"
+    below = (p for near in inside if near.is_dir() for p in (near, *sorted(near.glob("*"))))
+    for near in itertools.islice(below, MOST_NEAR):
+        with contextlib.suppress(OSError, CheckpointError):  # it cannot be read
+            if near.is_dir() and (checkpoints(near) or (near / "config.json").is_file()):
+                return f"; but there is a model in {near}: name that"
+    return ": it holds neither iter-*.safetensors, as a run does, nor config.json, as a Hugging Face folder does"
 
 
 def best(path):
     """The checkpoint with the lowest validation loss, the newer of two with the same; damaged ones do not count.
 
+    The newest one of all may have no loss: it was written between two evaluations.  It is taken if the last evaluation
+    was the best one, for then the run was still getting better.
+
     Raises CheckpointError if there is none.
     """
-    return _best_of(_states(path)) or newest(path)
+    states = _states(path)
+    found = _best_of(states)
+    if found is None:
+        return newest(path)
+    last_with_loss = next(path for path in states if _loss_of(states[path]) is not None)
+    return next(iter(states)) if found == last_with_loss else found
+
+
+def choice(path):
+    """Words on the checkpoint that `best` takes, if it is not the newest or has learnt nothing; None otherwise."""
+    found = checkpoints(path)
+    if not found:
+        return None
+    numbers = [int(_NAME.fullmatch(taken.name)[1]) for taken in (best(path), found[0])]
+    if numbers[0] == numbers[1] != 0:
+        return None
+    newest = f", and the newest is of iteration {numbers[1]:,}" if numbers[0] != numbers[1] else ""
+    words = ", as the run began" if numbers[0] == 0 else ""
+    return f"the best checkpoint in {path} is of iteration {numbers[0]:,}{words}{newest}: it is taken"
+
+
+def best_there(path, iteration, loss, best_iter):
+    """(loss, iteration) of a run's best checkpoint: those that are given, unless it is not in the run's folder.
+
+    Then those of the best that is there and has `iteration` updates at most; (None, iteration) if there is none.
+    """
+    if best_iter == iteration or (type(best_iter) is int and (Path(path) / _name_of(best_iter)).exists()):
+        return loss, best_iter
+    states = {found: state for found, state in _states(path).items() if type(state.get("iter")) is int}
+    found = _best_of({found: state for found, state in states.items() if state["iter"] <= iteration})
+    return (None, iteration) if found is None else (states[found]["val_loss"], states[found]["iter"])
 
 
 def _best_of(states):
     """The checkpoint with the lowest validation loss among the states of some, or None if none has one."""
-    losses = {found: state.get("val_loss") for found, state in states.items()}
-    losses = {found: loss for found, loss in losses.items() if isinstance(loss, float)}
+    losses = {found: loss for found, state in states.items() if (loss := _loss_of(state)) is not None}
     return min(losses, key=losses.get) if losses else None
 
 
+def _loss_of(state):
+    loss = state.get("val_loss")
+    return loss if isinstance(loss, float) else None
+
+
 def _states(path):
-    """What each of a folder's checkpoints says about its training: path -> dict, the newest first, no damaged ones."""
+    """What each of a folder's checkpoints says about its training: path -> dict, the newest first.
+
+    Those that are damaged, or cannot be read now, are left out.
+    """
     states = {}
     for found in checkpoints(path):
         with contextlib.suppress(CheckpointError):
@@ -149,7 +227,7 @@ def read_log(path):
 
     Raises CheckpointError if there is no log, or none that can be read.
     """
-    path = Path(path) / "metrics.jsonl"
+    path = Path(path) / LOG
     try:
         lines = path.read_bytes().splitlines(keepends=True)
     except (FileNotFoundError, NotADirectoryError):
@@ -180,24 +258,42 @@ class RunFolder:
 
     def __init__(self, path):
         self.path = Path(path)
+        self.notices = []  # lines for a person
         self._log, self._pending, self._good = None, b"", 0  # the log's file, what it still lacks, its length so far
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise CheckpointError(f"cannot write to the run folder {self.path}: {error.strerror}") from None
-        try:
-            _lock(self._lock)
-        except OSError:
-            holder = os.read(self._lock, 200).decode("utf-8", "replace").strip() or "another process"
-            os.close(self._lock)
-            raise BusyError(f"the run folder {self.path} is in use by {holder}; choose another --out-dir") from None
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(os.close, self._lock)
+            self._take_lock()
+            on_error.pop_all()
         with contextlib.suppress(OSError):  # for whoever finds it locked; a full disk is no reason to stop
+            os.lseek(self._lock, 0, os.SEEK_SET)
             os.ftruncate(self._lock, 0)
             words = f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
             os.write(self._lock, words.encode("utf-8"))
-        for name in ("iter-*", "tokens-*"):  # what processes left that were killed
-            self._remove(self.path.glob(name + checkpoint.TEMPORARY))
+        with contextlib.suppress(CheckpointError):
+            self._remove(_files(self.path, _HALF))  # what processes left that were killed
+
+    def _take_lock(self):
+        """Lock the folder.  Raises BusyError, and CheckpointError."""
+        try:
+            holder = os.read(self._lock, 200).decode("utf-8", "replace").strip()
+            if holder and not _HOLDER.fullmatch(holder):
+                raise CheckpointError(f"{self.path / LOCK} is not the lock of a training; choose another --out-dir")
+            _lock(self._lock)
+        except OSError as error:
+            if error.errno in _HELD:
+                holder = holder or "another process"
+                raise BusyError(f"the run folder {self.path} is in use by {holder}; choose another --out-dir") from None
+            if error.errno not in CANNOT:
+                raise CheckpointError(f"cannot lock {self.path / LOCK}: {error.strerror}") from None
+            self.notices.append(
+                f"the file system of {self.path} cannot lock a file ({error.strerror}): see to it that no other "
+                f"training writes there"
+            )
 
     def close(self):
         """Let the next training in."""
@@ -211,43 +307,68 @@ class RunFolder:
     # ---- checkpoints
 
     def clear(self, tokens=None):
-        """Remove an earlier run; but not the token file of the name `tokens`, which the new one uses."""
-        old_tokens = (path for path in self.path.glob("tokens-*.bin") if path.name != tokens)
-        self._remove([*checkpoints(self.path), self.path / "metrics.jsonl", *old_tokens])
+        """Remove an earlier run; but not the token file of the name `tokens`, which the new one uses.
 
-    def forget_after(self, iteration, opened):
-        """Set aside the checkpoints beyond `iteration`, and the log: a run that is resumed from there makes its own.
-
-        opened: the checkpoint that it goes on from; another one of the same iteration is set aside, too.
-        Raises CheckpointError if the log cannot be copied.
+        A log without any checkpoint may be nobody's run: it is set aside.
         """
-        numbers = [(int(_NAME.fullmatch(path.name)[1]), path) for path in checkpoints(self.path)]
-        later = [path for n, path in numbers if n > iteration or (n == iteration and path.name != opened.name)]
-        log = self.path / "metrics.jsonl"
-        if later and log.exists():
-            copy = free_name(log)
+        old, log = checkpoints(self.path), self.path / LOG
+        try:
+            if not old and log.exists() and log.stat().st_size:
+                os.replace(log, free_name(log))
+        except OSError as error:
+            raise CheckpointError(f"cannot rename {log}: {error.strerror}; nothing was removed") from None
+        self._remove([*old, log, *(path for path in _files(self.path, _TOKENS) if path.name != tokens)])
+
+    def go_on_from(self, iteration, opened, arrays, state, changed):
+        """Set aside what a run leaves behind that goes on from a checkpoint: later checkpoints, and the log as it is.
+
+        opened          the checkpoint, whatever it is named and wherever it lies
+        arrays, state   what is in it, but for settings that have changed
+        changed         whether some have
+
+        Before anything goes, what the run goes on from lies under its own name: so does who is killed right then.
+        Raises CheckpointError; then nothing was changed.
+        """
+        own, log, made = self.path / _name_of(iteration), self.path / LOG, []
+        later = [path for n, path in sorted(_numbered(self.path)) if n > iteration]
+        is_own = own.exists() and _same(own, opened)
+        try:
+            for path, goes in ((log, later or not is_own), (own, not is_own)):
+                if goes and path.exists():
+                    made.append(free_name(path))
+                    shutil.copyfile(path, made[-1])
+        except OSError as error:
+            self._remove(made)
+            raise CheckpointError(f"cannot copy {path} to {made[-1]}: {error.strerror}; nothing was changed") from None
+        if changed or not is_own:
             try:
-                shutil.copyfile(log, copy)
-            except OSError as error:
-                self._remove([copy])
-                raise CheckpointError(f"cannot copy {log} to {copy}: {error.strerror}; nothing was changed") from None
+                self._write(own, arrays, state)
+            except CheckpointError as error:
+                self._remove(made)
+                raise CheckpointError(f"{error}; nothing was changed") from None
         for path in later:
             with contextlib.suppress(OSError):
                 os.replace(path, free_name(path))
 
+    def _write(self, path, arrays, state):
+        checkpoint.save(path, arrays, {"format": "npgpt", "npgpt": json.dumps(state)})
+
     def save(self, iteration, arrays, state, keep):
         """Write a checkpoint; then remove all but the newest `keep` and the best.
 
-        Those whose state has a true "by_clock" do not count: of them only this one stays, if it is one.
+        Those whose state has a true "by_clock" do not count: of them only this one stays, if it is one.  What cannot be
+        read is not removed.
         Raises CheckpointError; then nothing was removed, and the file that had this name is as it was.
         """
-        path = self.path / f"iter-{iteration:08d}.safetensors"
+        path = self.path / _name_of(iteration)
         self._flush_log()
-        checkpoint.save(path, arrays, {"format": "npgpt", "npgpt": json.dumps(state)})
-        states = _states(self.path)
-        by_clock = {found for found, state in states.items() if state.get("by_clock")}
-        counted = [found for found in checkpoints(self.path) if found not in by_clock]
-        self._remove({*by_clock, *counted[keep:]} - {_best_of(states), path})
+        self._write(path, arrays, state)
+        with contextlib.suppress(CheckpointError):  # the folder cannot be read now: the next save removes them
+            states = _states(self.path)
+            by_clock = {found for found, state in states.items() if state.get("by_clock")}
+            counted = [found for found in checkpoints(self.path) if found not in by_clock]
+            # what cannot be read now may be the best
+            self._remove(({*by_clock, *counted[keep:]} & states.keys()) - {_best_of(states), path})
 
     def write_tokens(self, name, parts):
         """Write a token file, all of it or nothing; parts: iterable of arrays.  Raises CheckpointError.
@@ -286,7 +407,7 @@ class RunFolder:
 
         A line between them that is none stays where it is.  Raises CheckpointError.
         """
-        path = self.path / "metrics.jsonl"
+        path = self.path / LOG
         try:
             self._log = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
             self._good = end = 0
@@ -309,7 +430,7 @@ class RunFolder:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._log, self._good)  # half a row would be none
-            raise CheckpointError(f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}") from None
+            raise CheckpointError(f"cannot write {self.path / LOG}: {error.strerror}") from None
         self._good += len(self._pending)
         self._pending = b""
 
@@ -317,9 +438,17 @@ class RunFolder:
         """Have the log on the disk, as a run that goes on from a checkpoint needs the rows before it."""
         if self._log is not None:
             try:
-                os.fsync(self._log)
+                checkpoint.flush(self._log)
             except OSError as error:
-                raise CheckpointError(f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}") from None
+                raise CheckpointError(f"cannot write {self.path / LOG}: {error.strerror}") from None
+
+
+def _same(path, other):
+    """Whether two files have the same content."""
+    try:
+        return os.path.samefile(path, other) or filecmp.cmp(path, other, shallow=False)
+    except OSError:
+        return False
 
 
 def free_name(path):
@@ -335,17 +464,19 @@ def _tokens_path(folder, name, digest):
 
 def tokens_file(path, name):
     """The path of a folder's token file that begins with `name`, if it is whole, or None.  Raises CheckpointError."""
-    for found in Path(path).glob(f"{name}-*.bin"):
-        digest = hashlib.sha256()
-        try:
-            with open(found, "rb") as tokens:
-                while part := tokens.read(checkpoint.CHUNK):
-                    digest.update(part)
-        except OSError as error:
-            raise CheckpointError(f"cannot read {found}: {error.strerror}") from None
-        if found == _tokens_path(path, name, digest):
-            return found
-    return None
+    return next((found for found in Path(path).glob(f"{name}-*.bin") if is_whole(found)), None)
+
+
+def is_whole(path):
+    """Whether a token file holds what it is named after.  Raises CheckpointError if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as tokens:
+            while part := tokens.read(checkpoint.CHUNK):
+                digest.update(part)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    return path == _tokens_path(path.parent, path.name.rpartition("-")[0], digest)
 
 
 def _row_before(line, iteration):
@@ -353,6 +484,10 @@ def _row_before(line, iteration):
         return json.loads(line)["iter"] < iteration
     except (ValueError, KeyError, TypeError, RecursionError):
         return False
+
+
+# what a lock that another process has is answered with; on Windows the last ones
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 
 
 def _lock(file):
@@ -370,9 +505,18 @@ def _lock(file):
 
 
 def is_run(path):
-    """Whether a training has written to a folder."""
-    made = checkpoints(path) or (Path(path) / "metrics.jsonl").exists() or any(Path(path).glob("tokens-*.bin"))
-    return (Path(path) / LOCK).is_file() and bool(made)
+    """Whether a training has written to a folder, or has begun to."""
+    try:
+        with open(Path(path) / LOCK, encoding="utf-8", errors="replace") as lock:
+            holder = lock.read(200).strip()
+        return bool(_HOLDER.fullmatch(holder)) or (not holder and any(is_made(p.name) for p in Path(path).iterdir()))
+    except OSError:
+        return False
+
+
+def is_made(name):
+    """Whether a file of this name in a run folder is the run's: but for the lock, whose name others use as well."""
+    return name == LOG or any(pattern.fullmatch(name) for pattern in (_NAME, _TOKENS, _HALF, _ASIDE))
 
 
 def refuse_earlier_run(path):

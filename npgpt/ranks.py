@@ -188,7 +188,8 @@ class MPIWorld(World):
         return len(set(self.comm.allgather(zlib.crc32(array)))) == 1
 
     def sum(self, stop, *numbers):
-        message = numbers_of("d", [*numbers, *(stop.number == number for number in SIGNALS)])
+        mine = stop.number  # looked at once: it may come at any time
+        message = numbers_of("d", [*numbers, *(mine == number for number in SIGNALS)])
         n, all_messages = len(message), numbers_of("d", bytes(8 * len(message) * self.size))
         self._meet()
         self.comm.Allgather(message, all_messages)

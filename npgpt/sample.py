@@ -88,9 +88,12 @@ def read_prompt(args):
     """The text to continue, or None if none was given."""
     if args.prompt_file is None:
         return args.prompt
+    from npgpt.data import check_is_text
+
     where = "standard input" if args.prompt_file == "-" else args.prompt_file
     try:
         raw = _standard_input() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
+        check_is_text(Path(where), "--prompt-file", raw, True)
         text = with_newlines(raw.decode("utf-8-sig"))
     except OSError as error:
         raise UsageError(f"--prompt-file: cannot read {where}: {error.strerror}") from None

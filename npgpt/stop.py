@@ -5,8 +5,17 @@ import os
 import signal
 import threading
 
+
+def _there(*names):
+    return [getattr(signal, name) for name in names if hasattr(signal, name)]
+
+
 # Ctrl-C; what `kill` sends; what Open MPI's mpiexec and Slurm's --signal pass on; Windows' for a console that closes
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK") if hasattr(signal, name)]
+ASKED = _there("SIGINT", "SIGTERM", "SIGUSR1", "SIGBREAK")
+# A terminal that closes, a limit of processor time, an alarm, a power supply that fails, and what Slurm may be told to
+# send.  Nobody insists who sends one of these again: a terminal does so at once, a limit every second.
+TOLD = _there("SIGHUP", "SIGXCPU", "SIGALRM", "SIGVTALRM", "SIGPWR", "SIGUSR2")
+SIGNALS = [*ASKED, *TOLD]
 
 
 class Stop:
@@ -69,16 +78,18 @@ def interrupts_noted(stop):
 
 
 def catch_signals():
-    """From now on the first of SIGNALS is noted in the Stop that this returns; a second one ends the process.
+    """From now on the first of SIGNALS is noted in the Stop that this returns; a second one of ASKED ends the process.
 
-    To be called in the main thread, by a program that looks at the Stop until it ends.
+    What was ignored of TOLD stays ignored: nohup does that with SIGHUP.  To be called in the main thread, by a program
+    that looks at the Stop until it ends.
     """
     stop = Stop()
 
     def note(number, _):
-        if stop.number is not None:
+        if stop.number is None:
+            stop.number = number
+        elif number in ASKED:
             os._exit(128 + number)
-        stop.number = number
 
     def warn(number, _):
         if _held.depth:
@@ -87,7 +98,8 @@ def catch_signals():
             stop.warned()
 
     for number in SIGNALS:
-        signal.signal(number, note)
+        if number in ASKED or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, note)
     if hasattr(signal, "SIGCONT"):
         # what Open MPI's mpiexec sends first when it is told to end; SIGTERM and SIGKILL follow within half a second
         signal.signal(signal.SIGCONT, warn)

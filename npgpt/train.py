@@ -14,7 +14,7 @@ import typing
 
 from npgpt import __version__
 from npgpt.command import NANOGPT, FileName, Parser, say, showing_all
-from npgpt.config import PRESETS, TrainConfig, check_tokenizer, preset
+from npgpt.config import PRESETS, TrainConfig, check_tokenizer, composed
 from npgpt.errors import StoppedError, UsageError, quoted, run_command
 from npgpt.ranks import joined
 from npgpt.stop import Stop, StopNow, catch_signals
@@ -99,7 +99,7 @@ def parse(argv):
         raise UsageError("--preset names nothing")
     if rest["resume"] and rest["overwrite"]:
         raise UsageError("give --resume or --overwrite, not both")
-    settings = {**(preset(name) if name else {}), **given}
+    settings = composed(name, given, new=not rest["resume"])
     if not rest["resume"] and settings.get("init_from") is None:  # (whose tokenizer is not known yet)
         check_tokenizer(TrainConfig(**settings))
     return settings, rest
@@ -158,6 +158,7 @@ def examine(trainer):
         if trainer.repeated_lines > 0.1:
             words += ": the validation loss will look better than it is"
         yield words
+    yield from trainer.data_notes
     if epochs > 5 and per_parameter < 5:
         yield "overfitting is to be expected: try --dropout 0.2, --patience 3, more text, or a smaller model"
 

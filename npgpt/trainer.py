@@ -25,8 +25,20 @@ import numpy as np
 from npgpt import __version__, checkpoint, folder, hub, jit, machine, memory
 from npgpt.audit import BOUND, Audit, Auditor
 from npgpt.blas import blas_kernels, blas_threads, sgemm_peak
-from npgpt.config import BPE_VOCAB_SIZE, DROPOUT, SAMPLE, TrainConfig, check_tokenizer
-from npgpt.data import PIECE, Blocks, Corpus, EvaluationBlocks, TokenFiles, map_tokens, open_data, repeated_lines, split
+from npgpt.config import BPE_VOCAB_SIZE, DROPOUT, SAMPLE, TrainConfig, check_tokenizer, contradictions
+from npgpt.data import (
+    PIECE,
+    SPLITS,
+    Blocks,
+    Corpus,
+    EvaluationBlocks,
+    TokenFiles,
+    Watch,
+    map_tokens,
+    open_data,
+    repeated_lines,
+    split,
+)  # fmt: skip
 from npgpt.engine import NotFinite, finite_checks, random_stream
 from npgpt.errors import (
     BusyError,
@@ -98,6 +110,10 @@ class Notice:
     text: str
 
 
+class TokensChanged(UsageError):
+    """A file of tokens is not what it was when the run began."""
+
+
 class Trainer:
     """A training run.  Raises UsageError and CheckpointError before anything is trained.
 
@@ -116,6 +132,9 @@ class Trainer:
         self.overwrite = overwrite
         world.first(self._refuse)
         self._prepare(stop)
+        self.notices += contradictions(config, self.max_iters)
+        if config.init_from is not None and (words := world.first(lambda: folder.choice(config.init_from))):
+            self.notices.append(f"init_from: {words}")
 
     def _refuse(self):
         """Raise UsageError if a new run cannot begin."""
@@ -155,6 +174,7 @@ class Trainer:
                 there = folder.checkpoints(out_dir)
                 reader, state = stack.enter_context(folder.opened(found))
                 _config_of(state, path)
+                _find_best(state, out_dir)
                 return state, str(out_dir)
 
             state, out_dir = world.first(begin)
@@ -190,10 +210,12 @@ class Trainer:
         )
         self.n_sequences = self.sequences.stop - self.sequences.start
         data = model = tokenizer = None
+        self.numbered = state is None or bool(state.get("numbered"))  # see Corpus; earlier versions do not say it
 
         def begin():
             nonlocal data, model, tokenizer
-            data = open_data(config.data, stop)
+            # a run that is resumed has its data as they were when it was begun, whatever they look like
+            data = open_data(config.data, stop, self.force or state is not None, self.numbered)
             texts = [] if isinstance(data, TokenFiles) else [Path(source).resolve() for source in config.data]
             if self.out_dir.is_dir() and self.out_dir.resolve() in texts:
                 raise UsageError(f"--out-dir {self.out_dir} is --data as well, but a run is no text; name another")
@@ -215,6 +237,7 @@ class Trainer:
         )
         world.agree(lambda: self._check_memory(most))
         self.tokens_file = self.repeated_lines = None
+        self.data_notes = []  # what else to know of the data, a line each
 
         def read_tokens():
             if isinstance(data, TokenFiles):
@@ -223,10 +246,12 @@ class Trainer:
             else:
                 self.train_tokens, self.val_tokens = split(self._encode(data), config.val_fraction)
                 self.repeated_lines = repeated_lines(data.pieces, data.n_characters, config.val_fraction)
+                self.data_notes = [*data.notes, *data.held_back_notes(config.val_fraction)]
             return len(self.train_tokens) + len(self.val_tokens), self.tokens_file
 
         self.n_tokens, self.tokens_file = world.first(read_tokens)
         world.agree(lambda: world.rank and self._map_tokens())
+        self.watch, self.gone = self._watch(), None  # over the files of the tokens; the one that has changed
         self.memory_needed = memory.total(self._memory(self.n_tokens))
         self.blocks, self.val_blocks = _blocks(config, self.train_tokens, self.val_tokens)
         self.val_sample = EvaluationBlocks(self.val_tokens, config.block_size, config.eval_iters * config.batch_size)
@@ -246,9 +271,12 @@ class Trainer:
         self.audit, self.audited_iter = None, None  # of the last update if it was audited; the last that passed
         self.iter = 0
         self.best_loss, self.best_iter = math.inf, 0
+        self.since_best, self.evaluated_iter = 0, None  # evaluations since then; the last one's iteration
         self.skipped = 0  # updates in a row
         self.elapsed = 0.0  # seconds that run() had taken when it was interrupted
         self.resumed_from = None  # the iteration of the checkpoint that this run goes on from
+        self.saved_as = {}  # what is to be said of that checkpoint only, if it is written anew; see _state
+        self.all_changes = {}  # of settings at that iteration, by this command and others before it
         self.notices = []  # what run() has to say first
         self.has_run = self.at_end = False  # whether run() was called before; whether it came to the end
         self.began = None  # what the clock showed at the run's first update, or would have shown without interruptions
@@ -275,7 +303,7 @@ class Trainer:
     def _map_tokens(self):
         """Map the tokens that rank 0 has found or written.  Raises UsageError if they are not to be seen here."""
         if self.tokens_file is None:
-            paths = [Path(self.config.data[0]) / name for name in ("train.bin", "val.bin")]
+            paths = [Path(self.config.data[0]) / name for name in SPLITS]
             found = [map_tokens(path, TokenFiles.dtype) for path in paths]
         else:
             paths = [self.out_dir / self.tokens_file]
@@ -291,6 +319,24 @@ class Trainer:
                 f"--data name folders that their machines share"
             )
         self.train_tokens, self.val_tokens = found
+
+    def _watch(self):
+        """The Watch over the files that the tokens are mapped from."""
+        if self.tokens_file is not None:
+            path = self.out_dir / self.tokens_file
+            return Watch({path: self.train_tokens}, lambda: folder.is_whole(path))
+        path = Path(self.config.data[0])
+        files = {path / name: tokens for name, tokens in zip(SPLITS, (self.train_tokens, self.val_tokens), strict=True)}
+        return Watch(files, lambda: TokenFiles(path, force=True).fingerprint == self.fingerprint)
+
+    def _tokens_changed(self):
+        """Whether the tokens are not what they were any more: then nobody may look at them."""
+        self.gone = self.gone or self.watch.changed()
+        return self.gone is not None
+
+    def _other_tokens(self):
+        path = self.gone or " ".join(self.config.data)  # (another rank may have seen it)
+        return TokensChanged(f"data: {path} was changed while the run read it")
 
     def _encode(self, corpus):
         """(n,) tokens of a Corpus, mapped from a file in the run folder; it is written if it is not there yet.
@@ -380,6 +426,10 @@ class Trainer:
             self.optimizer.step, self.skipped = int(state["optimizer_step"]), int(state["skipped"])
             self.best_loss = math.inf if state["best_loss"] is None else float(state["best_loss"])
             self.best_iter, self.elapsed = int(state["best_iter"]), float(state["elapsed_s"])
+            since_best = (self.iter - self.best_iter) // before.eval_interval  # if it does not say
+            self.since_best = int(state.get("since_best", since_best))
+            self.evaluated_iter = None if state.get("val_loss") is None else self.iter
+            self.saved_as = {"val_loss": state.get("val_loss"), "by_clock": bool(state.get("by_clock"))}
             environment = {"ranks": 1, "blas_kernels": blas_kernels(), **state["environment"]}  # if it does not say
             frozen = [str(name) for name in state.get("frozen", ())]
         except (KeyError, TypeError, ValueError) as error:
@@ -398,6 +448,10 @@ class Trainer:
             for f in dataclasses.fields(TrainConfig)
             if f.name != "out_dir" and getattr(before, f.name) != getattr(self.config, f.name)
         }
+        earlier = _changes_of(state, path)
+        self.all_changes = {**earlier, **{k: [earlier.get(k, [old])[0], new] for k, (old, new) in self.changes.items()}}
+        if self.changes:
+            self.notices += contradictions(self.config, self.max_iters)
         for name, (old, new) in self.changes.items():
             self.notices.append(f"{name} was {old} and is {new} from iteration {self.iter:,} on")
 
@@ -442,13 +496,16 @@ class Trainer:
         self.audit = None
         self.parallel.zero_grad()
         mine, n, loss = self.sequences, len(self.micro_steps) * self.world.size, 0.0
-        for i, (x, y, seed) in zip(self.micro_steps, self._micro_batches(self.micro_steps), strict=True):
+        for i, (x, y, seed) in zip(self.micro_steps, self._micro_batches(self.micro_steps), strict=False):
             if stop.number is not None:
                 break  # what there is goes into the sum all the same, by which all ranks learn of it
             loss += self.parallel.forward_backward(
                 x[mine], y[mine], seed, weight=1 / n, offset=mine.start, last=i == self.micro_steps[-1]
             ) / n  # fmt: skip
-        loss, squares, due = self.world.sum(stop, loss, self.parallel.gather_grads(), clock() >= self.next_save)
+        squares, due = self.parallel.gather_grads(), clock() >= self.next_save
+        loss, squares, due, gone = self.world.sum(stop, loss, squares, due, self._tokens_changed())
+        if gone:
+            raise self._other_tokens()
         self.save_is_due = due > 0
         norm, lr = math.sqrt(squares), self.learning_rate(self.iter)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
@@ -469,7 +526,7 @@ class Trainer:
 
     def _audit(self, stop):
         """Compare the gradient with finite differences, on rank 0.  Raises GradientError if it is wrong."""
-        if self.auditor is not None:
+        if self.auditor is not None and not self._tokens_changed():
             self.audit = self.auditor.audit(list(self._micro_batches()), (self.config.seed, self.iter), stop)
         (wrong,) = self.world.sum(stop, self.audit is not None and not self.audit.passed)
         if wrong:
@@ -488,6 +545,8 @@ class Trainer:
         """
         n_micro = self.config.gradient_accumulation_steps
         for i in range(n_micro) if numbers is None else numbers:
+            if self._tokens_changed():
+                return
             n = self.iter * n_micro + i
             seed = np.random.SeedSequence([self.config.seed, DROPOUT, n]).generate_state(1)[0]
             yield *self.blocks.batch(n, self.config.batch_size), seed
@@ -495,7 +554,7 @@ class Trainer:
     def _diverged(self, what):
         good = folder.checkpoints(self.out_dir)
         hint = f"; the last good checkpoint is {good[0]}" if good else ""
-        return DivergedError(f"{what} at iteration {self.iter}{hint}. Try a smaller --learning-rate")
+        return DivergedError(f"{what} at iteration {self.iter}{hint}. Try a smaller {_flag_too_large(self.config)}")
 
     def _first_not_finite(self):
         """Words for the first op of this update whose result was not finite; found by doing the update once more."""
@@ -510,21 +569,27 @@ class Trainer:
         return ""
 
     def evaluate(self, blocks, stop=Stop):
-        """Mean loss over EvaluationBlocks.  Raises DivergedError if it is not finite."""
+        """Mean loss over EvaluationBlocks.  Raises DivergedError if it is not finite, and TokensChanged."""
+        loss = self._mean_loss(blocks, stop)
+        if not math.isfinite(loss):
+            raise self._diverged(f"the validation loss is {loss}")
+        return loss
+
+    def _mean_loss(self, blocks, stop):
         total = count = 0
         self.parallel.train(False)
         try:
             B = self.n_sequences  # the ranks take turns with so many at once
             for i in range(self.world.rank * B, len(blocks), self.world.size * B):
-                if stop.number is not None:
+                if stop.number is not None or self._tokens_changed():
                     break
                 loss, n = self.parallel.loss(*blocks[i : i + B])
                 total, count = total + loss, count + n
         finally:
             self.parallel.train(True)
-        total, count = self.world.sum(stop, total, count)
-        if not math.isfinite(total):
-            raise self._diverged(f"the validation loss is {total / count}")
+        total, count, gone = self.world.sum(stop, total, count, self._tokens_changed())
+        if gone:
+            raise self._other_tokens()
         return total / count
 
     def sample(self, n_tokens):
@@ -581,9 +646,11 @@ class Trainer:
             for _, values in self._arrays():
                 self.world.broadcast(values)
             yield from self._run(stop)
-        except StopNow as stopped:
+        except (StopNow, TokensChanged) as stopped:
             self.world.first(self._check_weights)
             list(self._save(None))
+            if isinstance(stopped, TokensChanged):
+                raise TokensChanged(f"{stopped}; {self._farewell()}, with the data as they were") from None
             raise StoppedError(stopped.number, self._farewell()) from None
         except GeneratorExit:  # nobody asks for the next event: the output was closed, say
             self._check_weights()
@@ -595,7 +662,9 @@ class Trainer:
             if self.began is not None:
                 self.elapsed = clock() - self.began
             if self.folder is not None:
-                self.there = folder.checkpoints(self.out_dir)
+                self.there = None
+                with contextlib.suppress(CheckpointError):  # the folder cannot be read
+                    self.there = folder.checkpoints(self.out_dir)
                 self.folder.close()
 
     def _open_folder(self):
@@ -614,7 +683,8 @@ class Trainer:
                 )
             self.there = None
             if not self.has_run:
-                self.folder.forget_after(self.iter, self.opened)
+                # what was agreed on is on the disk before the first update
+                self.folder.go_on_from(self.iter, self.opened, *self._state(**self.saved_as), bool(self.changes))
         self.folder.open_log(self.iter)
 
     def _save_aside(self):
@@ -660,10 +730,10 @@ class Trainer:
 
     def _run(self, stop):
         config = self.config
-        for text in self.notices:
+        for text in (*self.notices, *(() if self.folder is None else self.folder.notices)):
             yield Notice(text)
-        if self.resumed_from is not None and self.changes:
-            yield from self._log({"iter": self.iter, "changed": self.changes})
+        if self.resumed_from == self.iter and self.all_changes:
+            yield from self._log({"iter": self.iter, "changed": self.all_changes})
         self.began, logged = clock() - self.elapsed, clock()
         yield from self._set_next_save(0)
         logged_iter, steady = self.iter, None
@@ -672,10 +742,13 @@ class Trainer:
             out_of_patience = False
             if self.iter >= self.max_iters or self.iter % config.eval_interval == 0:
                 evaluation = yield from self._evaluate_and_save(stop)
-                if config.patience is not None:
-                    out_of_patience = self.iter - self.best_iter >= config.patience * config.eval_interval
+                out_of_patience = config.patience is not None and self.since_best >= config.patience
                 at_end = self.iter >= self.max_iters or out_of_patience
                 if at_end:
+                    # (it may have come when the disk was full)
+                    self.best_loss, self.best_iter = self.world.first(
+                        lambda: folder.best_there(self.out_dir, self.iter, self.best_loss, self.best_iter)
+                    )
                     whole = self.evaluate(self.val_blocks, stop)
                     evaluation = dataclasses.replace(evaluation, val_loss_whole=whole)
                 yield evaluation
@@ -752,11 +825,18 @@ class Trainer:
                 yield Notice(f"{error}; the training goes on, and tries again")
 
     def _evaluate_and_save(self, stop):
-        loss = self.evaluate(self.val_sample, stop)
+        loss = self._mean_loss(self.val_sample, stop)
+        if not math.isfinite(loss):  # of text that the training may know nothing of: what was learnt is not lost
+            self.world.first(self._check_weights)
+            yield from self._save(None)
+            raise self._diverged(f"the validation loss is {loss}")
         # (the run may have been resumed from just here: then its best may be this evaluation)
         is_best = loss < self.best_loss or (loss == self.best_loss and self.iter == self.best_iter)
         if is_best:
-            self.best_loss, self.best_iter = loss, self.iter
+            self.best_loss, self.best_iter, self.since_best = loss, self.iter, 0
+        elif self.evaluated_iter != self.iter:
+            self.since_best += 1
+        self.evaluated_iter = self.iter
         if not self.world.all_same(self.parallel.flat.weights):
             yield Notice(
                 "the ranks' weights were no longer the same (are their processors, and numbers of threads?); "
@@ -766,6 +846,12 @@ class Trainer:
                 self.world.broadcast(values)
         self.world.first(self._check_weights)
         yield from self._save(loss)
+        ignorance = math.log(self.model.config.vocab_size)
+        if self.iter == 0 and self.config.init_from is not None and loss > ignorance + 0.1:
+            yield Notice(
+                f"the model that this run begins with has the validation loss {loss:.2f}, and one that knows nothing "
+                f"{ignorance:.2f} (ln vocab_size): did it learn other tokens, or another kind of text?"
+            )
         return Evaluation(self.iter, loss, is_best)
 
     def _check_weights(self):
@@ -793,10 +879,21 @@ class Trainer:
             return
         self._check_model()
         started = clock()
-        flat, arrays = self.parallel.flat, {}
-        for prefix, values in self._arrays():
-            for name, view in flat.views(values):
-                arrays[prefix + name] = view
+        try:
+            self.folder.save(self.iter, *self._state(val_loss, by_clock), self.config.keep)
+            self.saved_iter, self.unsaved = self.iter, None
+        except CheckpointError as error:
+            self.unsaved = error
+            yield Notice(f"{error}; the training goes on, and tries again at the next save")
+        yield from self._set_next_save(clock() - started)
+
+    def _state(self, val_loss, by_clock):
+        """(arrays, state) of a checkpoint of the run as it is now.
+
+        val_loss, by_clock    the loss of these weights, if it is known; whether the clock asks for it
+        """
+        flat = self.parallel.flat
+        arrays = {prefix + name: view for prefix, values in self._arrays() for name, view in flat.views(values)}
         state = {
             "format": folder.FORMAT,
             "iter": self.iter,
@@ -807,25 +904,33 @@ class Trainer:
             "frozen": flat.frozen,
             "best_loss": None if math.isinf(self.best_loss) else self.best_loss,
             "best_iter": self.best_iter,
-            "elapsed_s": clock() - self.began,
+            "since_best": self.since_best,
+            "elapsed_s": self.elapsed if self.began is None else clock() - self.began,
+            "changed": self.all_changes if self.iter == self.resumed_from else {},
             "train": dataclasses.asdict(self.config),
             "model": dataclasses.asdict(self.model.config),
             "tokenizer": self.tokenizer.to_dict(),
             "data_sha256": self.fingerprint,
             "n_characters": self.n_characters,
+            "numbered": self.numbered,
             "environment": self.environment,
         }
-        try:
-            self.folder.save(self.iter, arrays, state, self.config.keep)
-            self.saved_iter, self.unsaved = self.iter, None
-        except CheckpointError as error:
-            self.unsaved = error
-            yield Notice(f"{error}; the training goes on, and tries again at the next save")
-        yield from self._set_next_save(clock() - started)
+        return arrays, state
 
 
 class _LogError(CheckpointError):
     """A row of the log that waits to be written."""
+
+
+def _flag_too_large(config):
+    """The flag of the setting that is farthest above its default, of those that make a run diverge."""
+    factors = {
+        "learning_rate": config.learning_rate / TrainConfig.learning_rate,
+        "min_lr": (config.min_lr or 0) / TrainConfig.learning_rate if config.decay_lr else 0,
+        "muon_learning_rate": config.muon_learning_rate / TrainConfig.muon_learning_rate * (config.optimizer == "muon"),
+        "weight_decay": config.weight_decay * config.learning_rate,  # from 1 on, weights change their sign
+    }
+    return "--" + max(factors, key=factors.get).replace("_", "-")
 
 
 def _check_fixed(before, config):
@@ -917,6 +1022,24 @@ def _check_characters(tokenizer, data, source):
         raise UsageError(
             f"data: the text has {len(unknown)} characters that {source} does not have, such as {name_of(unknown[0])}"
         )
+
+
+def _changes_of(state, path):
+    """The settings that were changed at a checkpoint's own iteration: name -> [old, new]."""
+    changed = state.get("changed", {})
+    if not isinstance(changed, dict):
+        raise CheckpointError(f"{path}: the state of the run is not complete (changed)")
+    return changed
+
+
+def _find_best(state, out_dir):
+    """Have a state name the best checkpoint that is in a folder, if its best one is not: it was copied here alone."""
+    if type(state.get("iter")) is int and {"best_loss", "best_iter"} <= state.keys():
+        best = folder.best_there(out_dir, state["iter"], state["best_loss"], state["best_iter"])
+        loss = state.get("val_loss")  # of this one, whatever its file is named
+        if best[1] != state["best_iter"] and isinstance(loss, float) and (best[0] is None or loss < best[0]):
+            best = loss, state["iter"]
+        state["best_loss"], state["best_iter"] = best
 
 
 def _vocab_size_of(state):

@@ -1,15 +1,19 @@
 """From files to batches."""
 
+import bz2
 import functools
+import gzip
 import hashlib
+import lzma
 import os
 import threading
 import urllib.error
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from npgpt import data
+from npgpt import data, folder, sample
 from npgpt.data import Blocks, Corpus, EvaluationBlocks, load_text, map_tokens, open_data, repeated_lines, split
 from npgpt.errors import StoppedError, UsageError
 from npgpt.stop import Stop
@@ -119,6 +123,176 @@ def test_reading_ends_when_it_is_asked_to(tmp_path):
     assert error.value.exit_code == 143
 
 
+# ---- what a folder holds
+
+
+def test_files_are_read_in_the_order_of_the_numbers_in_their_names(tmp_path):
+    names = ["1.txt", "2.txt", "10.txt", "11.txt", "part 2/1.txt", "part 10/1.txt", "part 10/1b.txt", "zz.txt"]
+    for name in reversed(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{name}\n")
+    assert load_text([tmp_path]).splitlines() == names
+    as_before = "".join(Corpus([tmp_path], numbered=False).pieces()).splitlines()
+    assert as_before == sorted(names, key=lambda name: (tmp_path / name).parts)
+
+
+def test_links_are_followed_and_each_folder_is_read_once(tmp_path):
+    (tmp_path / "big" / "deep").mkdir(parents=True)
+    (tmp_path / "big" / "b.txt").write_text("bee\n")
+    (tmp_path / "big" / "deep" / "c.txt").write_text("sea\n")
+    data_folder = tmp_path / "h"
+    data_folder.mkdir()
+    (data_folder / "a.txt").write_text("ay\n")
+    (data_folder / "linked").symlink_to(tmp_path / "big")
+    (data_folder / "linked again").symlink_to(tmp_path / "big")
+    (tmp_path / "big" / "round").symlink_to(data_folder)
+    assert load_text([data_folder]) == "ay\nbee\nsea\n"
+
+
+def test_what_cannot_be_read_in_a_folder_is_named(tmp_path, monkeypatch):
+    inside = tmp_path / "h"
+    inside.mkdir()
+    (inside / "a.txt").write_text("ay\n")
+
+    def refused(words):
+        with pytest.raises(UsageError, match=words) as error:
+            load_text([inside])
+        assert "\n" not in str(error.value)
+
+    (inside / "gone.txt").symlink_to(tmp_path / "nowhere")
+    refused(r"gone\.txt is a link to nothing")
+    (inside / "gone.txt").unlink()
+    (inside / "up").symlink_to("..")
+    refused(r"up is a link to a folder in which .* lies")
+    (inside / "up").unlink()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(inside / "pipe")
+        refused("pipe is neither a file nor a folder")
+        (inside / "pipe").unlink()
+    (inside / "private").mkdir()
+    listed = Path.iterdir
+
+    def guarded(path):
+        if path.name == "private":
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", guarded)
+    refused("cannot read the folder .*private: Permission denied")
+
+
+def test_files_beside_a_run_are_left_out_with_a_line_and_what_the_run_made_without(tmp_path):
+    (tmp_path / "a.txt").write_text("ay\n")
+    old = tmp_path / "old"
+    run = folder.RunFolder(old)
+    run.save(1, {}, {"iter": 1}, keep=1)
+    run.close()
+    assert Corpus([tmp_path]).notes == []
+    (old / "x.txt").write_text("learn me\n")
+    corpus = Corpus([tmp_path])
+    assert list(corpus.pieces()) == ["ay\n"]
+    assert corpus.notes == [
+        f"{old / 'x.txt'} in run folders: left out, as all that is there; name the text itself to learn it"
+    ]
+
+
+def test_a_lock_of_a_run_that_has_just_begun_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("ay\n")
+    run = folder.RunFolder(tmp_path / "out")
+    corpus = Corpus([tmp_path])
+    run.close()
+    folder.RunFolder(tmp_path / "out").close()  # another process, and another time
+    assert list(corpus.pieces()) == ["ay\n"]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "lock").write_text("of hair\n")  # this one is text
+    assert load_text([tmp_path]) == "ay\nof hair\n"
+
+
+# ---- what is no text
+
+
+@pytest.mark.parametrize("what", ["data", "tokenizer"])
+def test_what_is_utf8_by_chance_is_refused(tmp_path, what):
+    english, russian = "To be, or not to be.\n" * 20, "Быть или не быть, вот в чём вопрос.\n" * 20
+    (tmp_path / "a.txt").write_bytes(english.encode("utf-16-le"))
+    (tmp_path / "b.txt").write_bytes(russian.encode("utf-16-be"))
+    (tmp_path / "c.txt").write_bytes(english.encode("utf-32-le"))
+    np.arange(1000, dtype=np.uint16).clip(0, 99).tofile(tmp_path / "train.bin")
+    for name in ("a.txt", "b.txt", "c.txt"):
+        with pytest.raises(UsageError, match=rf"^{what}: .*{name} is no text: .* bytes are NUL\. If it is UTF-16"):
+            Corpus([tmp_path / name], what=what)
+    with pytest.raises(UsageError, match=r"train\.bin is no text: .* It holds tokens: name its folder$"):
+        Corpus([tmp_path / "train.bin"], what=what)
+    (tmp_path / "d.txt").write_text("a stray\0one may stay", newline="")
+    assert "\0" in Corpus([tmp_path / "d.txt"]).characters
+
+
+def test_a_prompt_that_is_utf8_by_chance_is_refused(tmp_path):
+    (tmp_path / "p.txt").write_bytes("To be, or not".encode("utf-16-le"))
+    with pytest.raises(UsageError, match=r"^--prompt-file: .*p\.txt is no text: 13 of 26 bytes are NUL"):
+        sample.read_prompt(sample.parse(["--prompt-file", str(tmp_path / "p.txt")]))
+
+
+@pytest.mark.parametrize(
+    "pack, words",
+    [
+        (gzip.compress, "It is gzip"), (bz2.compress, "It is bzip2"), (lzma.compress, "It is xz"),
+        (lambda raw: b"PK\x03\x04\x14\0\0\0" + bytes(300) + raw, "It is a zip archive, as .docx"),
+        (lambda raw: b"PAR1\x15\x04\x15" + bytes(range(128, 200)), "It is Parquet"),
+        (lambda raw: b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "It is PDF"),
+        (lambda raw: raw.decode().encode("utf-16"), "It is UTF-16"),
+        (lambda raw: "café".encode("latin-1"), "If it is text in another encoding, convert it first"),
+        (lambda raw: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Git LFS.*git lfs pull"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_text_is_named_for_what_it_is(tmp_path, pack, words):
+    (tmp_path / "a.txt").write_bytes(pack(b"To be, or not to be.\n" * 50))
+    with pytest.raises(UsageError, match=words) as error:
+        load_text([tmp_path / "a.txt"])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, text, kind",
+    [
+        ("posts.jsonl", '{"text": "To be"}\n', "JSON lines"), ("a.csv", "to,be\n", "a table"),
+        ("b.JSON", "{}", "JSON"), ("c.ipynb", "{}", "a notebook"), ("page", "<!DOCTYPE html><p>To be", "HTML"),
+        ("d.rtf", "{\\rtf1 To be}", "RTF"), ("paper", "%PDF-1.4\nTo be", "PDF"),
+        ("e.txt", "To be { or } <not> to be\n", None), ("f.py", "x = {}", None),
+    ],
+)  # fmt: skip
+def test_text_with_markup_is_learnt_as_it_stands_and_it_is_said(tmp_path, name, text, kind):
+    (tmp_path / name).write_text(text)
+    corpus = Corpus([tmp_path / name])
+    assert "".join(corpus.pieces()) == text
+    begins = [f"{tmp_path / name} is {kind}, and is learnt as it stands"] if kind else []
+    assert [note[: len(begins[0])] for note in corpus.notes] == begins
+
+
+def test_files_of_one_kind_share_a_line(tmp_path):
+    for n in range(3):
+        (tmp_path / f"{n}.jsonl").write_text("{}\n")
+    (note,) = Corpus([tmp_path]).notes
+    assert note.startswith(f"3 files, {tmp_path / '0.jsonl'} the first, are JSON lines, and are learnt as they stand")
+
+
+def test_held_back_text_with_characters_of_its_own_is_said_with_its_file(tmp_path):
+    english, russian = "The quick brown fox jumps over the lazy dog.\n" * 200, "Быть или не быть.\n" * 60
+    (tmp_path / "a.txt").write_text(english, encoding="utf-8")
+    (tmp_path / "z.txt").write_text(russian, encoding="utf-8")
+    (note,) = Corpus([tmp_path]).held_back_notes(0.1)  # a few lines of z.txt are before it
+    assert note.startswith("72.2% of the held-back text are characters that the text before it has hardly or never, ")
+    assert f" above all: it is the end of {tmp_path / 'z.txt'}. " in note
+    (note,) = Corpus([tmp_path]).held_back_notes(0.15)
+    assert f": it is the end of {tmp_path / 'a.txt'} and {tmp_path / 'z.txt'}. " in note
+    (note,) = Corpus([tmp_path / "z.txt", tmp_path / "z.txt", tmp_path / "a.txt"]).held_back_notes(0.81)
+    assert f": it is the end of {tmp_path / 'z.txt'} and {tmp_path / 'a.txt'}. " in note
+    (tmp_path / "m.txt").write_text(english[:4500] + russian[:10] + english[4500:], encoding="utf-8")
+    for name in ("a.txt", "m.txt"):
+        assert Corpus([tmp_path / name]).held_back_notes(0.5) == []
+    assert Corpus(["pydoc"]).held_back_notes(0.1) == []
+
+
 # ---- token files
 
 
@@ -168,6 +342,31 @@ def test_a_token_that_the_vocabulary_does_not_have_is_located(tmp_path, monkeypa
     found.check(61)
     with pytest.raises(UsageError, match=r"val\.bin has token 60 at position 77, but the vocabulary has 60 tokens"):
         found.check(60)
+
+
+@pytest.mark.parametrize(
+    "dtype, top, words",
+    [
+        ("<i8", 10, "64 bits"), ("<u4", 10, "32 bits"), ("<i4", 50_000, "32 bits"), ("<u4", 128_000, "32 bits"),
+        ("<u8", 128_000, "64 bits"), ("<u2", 10, None), ("<u2", 2, None), ("<u2", 65_536, None),
+    ],
+)  # fmt: skip
+def test_tokens_of_another_width_are_refused_unless_they_are_forced(tmp_path, dtype, top, words):
+    tokens = np.random.default_rng(0).integers(0, top, 1800)
+    path = token_folder(tmp_path / "t", tokens.astype(dtype).tobytes(), tokens.astype(dtype).tobytes())
+    assert len(open_data([path], force=True).train) == 900 * np.dtype(dtype).itemsize
+    if words is None:
+        assert open_data([path]).train.tolist() == tokens.tolist()
+        return
+    with pytest.raises(UsageError, match=rf"train\.bin looks like numbers of {words}, and tokens have 16: .*--force"):
+        open_data([path])
+
+
+def test_an_array_with_its_header_is_no_file_of_tokens(tmp_path):
+    np.save(tmp_path / "train.npy", np.arange(100, dtype=np.uint16))
+    path = token_folder(tmp_path / "t", (tmp_path / "train.npy").read_bytes(), [1, 2])
+    with pytest.raises(UsageError, match=r"train\.bin is an array of NumPy's with its header"):
+        open_data([path])
 
 
 def test_mapped_tokens_have_the_right_length(tmp_path):

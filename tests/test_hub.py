@@ -460,7 +460,8 @@ def test_the_tokenizer_of_an_earlier_export_is_set_aside(tmp_path, tokenizer):
     model.tokenizer = tokenizer
     model.save_pretrained(tmp_path)
     names = ["tokenizer.json.set-aside", "tokenizer.json.set-aside-2", "vocab.json.set-aside", "merges.txt.set-aside"]
-    assert sorted(os.listdir(tmp_path)) == sorted(["config.json", "model.safetensors", *names])
+    settings = "tokenizer_config.json.set-aside"
+    assert sorted(os.listdir(tmp_path)) == sorted(["config.json", "model.safetensors", *names, settings])
     texts = [(tmp_path / name).read_bytes() for name in names]
     assert texts == [b"tokenizer.json.set-aside", earlier, b"vocab.json", b"merges.txt"]
     assert type(GPT.from_pretrained(tmp_path).tokenizer) is type(tokenizer)

@@ -176,8 +176,9 @@ class BPETokenizer(_Tokenizer):
             raise ValueError("its files are none of a tokenizer")
         self._tokenizer = _tokenizer_of(state)
         self._bytes = {token: _bytes_of(word) for word, token in state["model"]["vocab"].items()}
-        self._n_words = max(self._bytes) + 1
-        self._bytes.update((added["id"], added["content"].encode("utf-8")) for added in state["added_tokens"])
+        more = {added["id"]: added["content"].encode("utf-8") for added in state["added_tokens"]}
+        self._n_words = max(self._bytes.keys() - more.keys()) + 1
+        self._bytes.update(more)
         self.vocab_size = max(self._bytes) + 1
         for added in state["added_tokens"]:
             number = self._tokenizer.token_to_id(added["content"])

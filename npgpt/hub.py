@@ -29,6 +29,7 @@ import numpy as np
 from npgpt import checkpoint, folder
 from npgpt.config import GPTConfig
 from npgpt.errors import CheckpointError, UsageError
+from npgpt.kinds import kind_of
 from npgpt.ops.layernorm import EPS
 from npgpt.tokenizer import BPE_FILES, OTHER_FILES, SETTINGS, BPETokenizer, find_bpe, from_dict
 
@@ -366,7 +367,8 @@ def _read_json(path):
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error})") from None
+        kind = kind_of(raw)
+        raise CheckpointError(f"{path} is not JSON ({f'it is {kind}' if kind else error})") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return found

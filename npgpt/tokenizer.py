@@ -13,14 +13,20 @@ Each tokenizer has
 
 import contextlib
 import json
+import os
 import re
+import subprocess
+import sys
+import tempfile
+import time
 import unicodedata
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 
 from npgpt.errors import CheckpointError, UsageError
+from npgpt.kinds import kind_of
 
 
 def name_of(char):
@@ -131,6 +137,7 @@ _WORDS = (
 SIZE = 2**16  # characters of a piece at least
 LONGEST = 2**21  # and at most: one that has no such place is cut all the same, so that memory is enough for any text
 BATCH = 2**20  # characters that are encoded at a time
+WORD = 2**10  # characters of a word at most where a text without a space is learnt from
 PROBE = "".join(map(chr, range(0x20, 0x7F))) + "\n\tThe end.\n\n é日本語 😀"  # what a tokenizer has to give back
 BPE_FILES = "tokenizer.json", "vocab.json"  # the latter with merges.txt beside it
 SETTINGS, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
@@ -200,27 +207,16 @@ class BPETokenizer(_Tokenizer):
             self.limit = self.vocab_size = n
 
     @classmethod
-    def learn(cls, pieces, vocab_size):
+    def learn(cls, pieces, vocab_size, check=lambda: None):
         """The tokenizer of at most vocab_size tokens that a text asks for: all bytes, and what comes often in it.
 
         pieces: iterator of the text, all of it: what is held back for validation is known only when there are tokens.
+        check: is called now and then while they are learnt; what it raises ends that.
         The same text gives the same tokenizer.  Raises UsageError without the package tokenizers.
         """
-        package = _package()
-        tokenizer = package.Tokenizer(package.models.BPE())
-        tokenizer.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = package.decoders.ByteLevel()
-        trainer = package.trainers.BpeTrainer(
-            vocab_size=vocab_size, min_frequency=2, show_progress=False, special_tokens=[],
-            initial_alphabet=sorted(package.pre_tokenizers.ByteLevel.alphabet()),
-        )  # fmt: skip
-        # (the package keeps some hundred pieces: they are short, and a word that is cut in two does no harm here)
-        short = cut_at_lines(pieces, SIZE, 2 * SIZE)
-        # in a thread of its own, while this one takes note of a Ctrl-C, at which the pieces may come to an end
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(tokenizer.train_from_iterator, short, trainer).result()
+        _package()
         try:
-            return cls(tokenizer.to_str())
+            return cls(_learnt(pieces, vocab_size, check))
         except ValueError as error:
             raise UsageError(f"vocab_size = {vocab_size}: {error}") from None
 
@@ -273,7 +269,7 @@ class BPETokenizer(_Tokenizer):
         Only where LONGEST characters have no place to cut them at, tokens beside the cut may be others.  Raises
         UsageError for a text of more characters if it is not known where this tokenizer lets it be cut at all.
         """
-        pieces = _whole(pieces) if self._places is None else cut_at_lines(pieces, places=self._places)
+        pieces = _whole(pieces) if self._places is None else cut_at_lines(pieces, **self._places)
         for batch in _batches(pieces):
             for encoding in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False):
                 yield self._known(encoding.ids)
@@ -319,10 +315,106 @@ def find_bpe(path):
     raise UsageError(f"tokenizer: the folder {path} has neither tokenizer.json nor vocab.json with merges.txt")
 
 
-def cut_at_lines(pieces, size=SIZE, longest=LONGEST, places=_CUT):
+# what a process of its own runs to learn a tokenizer: that is one call of the package, which only its end interrupts
+_LEARN = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from npgpt import tokenizer; tokenizer.learn_alone()"
+
+
+def _learnt(pieces, vocab_size, check):
+    """The JSON of the tokenizer that a process of its own learns, which ends when this one does.
+
+    Raises ValueError if it fails, and what pieces and check raise.
+    """
+    command = [sys.executable, "-c", _LEARN, json.dumps(sys.path), str(vocab_size)]
+    start, said, n = time.monotonic(), 2, 0
+    with tempfile.TemporaryFile() as out, subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=out,
+        start_new_session=True, creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # no Ctrl-C is for it
+    ) as child:  # fmt: skip
+
+        def look():
+            nonlocal said
+            check()
+            if (seconds := time.monotonic() - start) > said:
+                said = 2 * seconds
+                text = f"npgpt: learning {vocab_size:,} tokens from {n:,} characters, {seconds:.0f} s so far"
+                with contextlib.suppress(OSError):
+                    print(text, file=sys.stderr, flush=True)
+
+        try:
+            for piece in cut_at_lines(pieces, SIZE, 2 * SIZE):
+                n += len(piece)
+                for part in _short_words(piece):
+                    _send(child, part)
+                look()
+            _send(child, "")
+            while child.poll() is None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(0.1)
+                look()
+        except BaseException:
+            child.kill()
+            raise
+        finally:
+            with contextlib.suppress(OSError):  # what it did not read
+                child.stdin.close()
+        if child.returncode:
+            raise ValueError(f"the package tokenizers failed with exit code {child.returncode}")
+        out.seek(0)
+        return out.read().decode("utf-8")
+
+
+def _send(child, text):
+    raw = text.encode("utf-8")
+    with contextlib.suppress(OSError):  # it has failed, which its exit code will tell
+        child.stdin.write(len(raw).to_bytes(8, "little") + raw)
+        child.stdin.flush()
+
+
+def learn_alone():
+    """What the process does: pieces of a text, each after its length, come in, and the tokenizer's JSON goes out."""
+    stdin, package = sys.stdin.buffer, _package()
+
+    def pieces():
+        while length := int.from_bytes(stdin.read(8), "little"):
+            yield stdin.read(length).decode("utf-8")
+        Thread(target=end_with_parent, daemon=True).start()
+
+    def end_with_parent():
+        stdin.read()
+        os._exit(1)
+
+    tokenizer = package.Tokenizer(package.models.BPE())
+    tokenizer.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = package.decoders.ByteLevel()
+    trainer = package.trainers.BpeTrainer(
+        vocab_size=int(sys.argv[2]), min_frequency=2, show_progress=False, special_tokens=[],
+        initial_alphabet=sorted(package.pre_tokenizers.ByteLevel.alphabet()),
+    )  # fmt: skip
+    # (the package keeps some hundred pieces: they are short, and a word that is cut in two does no harm here)
+    tokenizer.train_from_iterator(pieces(), trainer)
+    sys.stdout.buffer.write(tokenizer.to_str().encode("utf-8"))
+    sys.stdout.buffer.flush()
+    os._exit(0)
+
+
+def _short_words(piece):
+    """A piece in parts: where one of its lines is longer than SIZE, no word is longer than WORD.
+
+    For each pair that is learnt, the package takes time that grows with the square of a word's length.
+    """
+    start = 0
+    if max(map(len, piece.split("\n"))) > SIZE:
+        for word in re.finditer(r"\S+|\s+", piece):
+            for end in range(word.start() + WORD, word.end(), WORD):
+                yield piece[start:end]
+                start = end
+    yield piece[start:]
+
+
+def cut_at_lines(pieces, size=SIZE, longest=LONGEST, places=_CUT, ahead=1):
     """The same text in other pieces, of `size` characters and more, that end where a tokenizer may be interrupted.
 
-    places: a pattern that finds where that is.
+    places: a pattern that finds where that is, and which looks at so many characters ahead.
     """
     text, searched = "", 0  # what waits to be cut, and how much of it is known to have no such place
     for piece in pieces:
@@ -332,12 +424,12 @@ def cut_at_lines(pieces, size=SIZE, longest=LONGEST, places=_CUT):
             end = len(text) if cut is None else cut.start()
             if end - begin > longest:
                 end = begin + longest
-            elif cut is None:
+            elif cut is None or end + ahead > len(text):
                 break
             yield text[begin:end]
             begin = end
         text = text[begin:]
-        searched = len(text)
+        searched = max(0, len(text) + 1 - ahead)
     if text:
         yield text
 
@@ -451,7 +543,7 @@ def _cuts_known_words(state):
 
 
 def _places(state):
-    """Where the texts of a tokenizer may be cut, as a pattern for cut_at_lines; None where that is not known."""
+    """Where the texts of a tokenizer may be cut, as cut_at_lines is told; None where that is not known."""
     normalizer, prefix = state.get("normalizer"), _prefix_space(state)
     if (normalizer or {"type": "NFC"})["type"] != "NFC" or not _cuts_known_words(state["pre_tokenizer"]):
         return None
@@ -465,7 +557,8 @@ def _places(state):
             unless += f"(?!{re.escape(content)})(?<!{re.escape(content)})"
     if unless and normalizer:  # which may change the text before they are looked for
         return None
-    return re.compile((_AT_SPACES if prefix else _AT_LINES) + unless)
+    ahead = max([2, *(len(added["content"]) for added in state["added_tokens"])])
+    return {"places": re.compile((_AT_SPACES if prefix else _AT_LINES) + unless), "ahead": ahead}
 
 
 def _checked(text):
@@ -496,11 +589,13 @@ def _checked(text):
 
 def _read_json(path):
     try:
-        return json.loads(path.read_bytes().decode("utf-8-sig"))
+        raw = path.read_bytes()
+        return json.loads(raw.decode("utf-8-sig"))
     except OSError as error:
         raise UsageError(f"tokenizer: cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"tokenizer: {path} is not JSON: {error}") from None
+        kind = kind_of(raw)
+        raise UsageError(f"tokenizer: {path} is not JSON: {f'it is {kind}' if kind else error}") from None
 
 
 def _read_state(path):

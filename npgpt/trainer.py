@@ -895,7 +895,12 @@ def _make_tokenizer(config, data, stop):
     if config.tokenizer == "byte":
         return ByteTokenizer()
     if config.tokenizer == "bpe":
-        return BPETokenizer.learn(data.pieces(), config.vocab_size or BPE_VOCAB_SIZE)
+
+        def check():
+            if stop.number is not None:
+                raise StoppedError(stop.number, "stopped before anything was trained")
+
+        return BPETokenizer.learn(data.pieces(), config.vocab_size or BPE_VOCAB_SIZE, check)
     file = find_bpe(config.tokenizer)
     if file is not None:
         return BPETokenizer.load(file)

@@ -31,7 +31,7 @@ from npgpt.config import GPTConfig
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.kinds import kind_of
 from npgpt.ops.layernorm import EPS
-from npgpt.tokenizer import BPE_FILES, OTHER_FILES, SETTINGS, BPETokenizer, find_bpe, from_dict
+from npgpt.tokenizer import BPE_FILES, OTHER_FILES, SETTINGS, TEMPLATES, BPETokenizer, find_bpe, from_dict
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -405,8 +405,9 @@ def save(model, path):
     # last: a new folder without it is not taken for a whole one
     checkpoint.replace(path / CONFIG, [json.dumps(settings, indent=2).encode("ascii") + b"\n"])
     kept = {BPE_FILES[0], SETTINGS, *getattr(tokenizer, "files", ())} if hasattr(tokenizer, "save") else set()
-    for name in {*BPE_FILES, *OTHER_FILES} - kept:
-        _set_aside(path / name)
+    for file in [path / name for name in (*BPE_FILES, *OTHER_FILES)] + list(path.glob(TEMPLATES)):
+        if file.relative_to(path).as_posix() not in kept:
+            _set_aside(file)
 
 
 def _set_aside(path):

@@ -141,10 +141,10 @@ WORD = 2**10  # characters of a word at most where a text without a space is lea
 PROBE = "".join(map(chr, range(0x20, 0x7F))) + "\n\tThe end.\n\n é日本語 😀"  # what a tokenizer has to give back
 BPE_FILES = "tokenizer.json", "vocab.json"  # the latter with merges.txt beside it
 SETTINGS, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+TEMPLATES = "additional_chat_templates/*.jinja"
 # what else may say in a Hugging Face folder which tokens there are, or what is to be done with them
 OTHER_FILES = (
-    "merges.txt", "added_tokens.json", "special_tokens_map.json", SETTINGS, TEMPLATE, "additional_chat_templates",
-    "generation_config.json",
+    "merges.txt", "added_tokens.json", "special_tokens_map.json", SETTINGS, TEMPLATE, "generation_config.json",
 )  # fmt: skip
 # those of them that are kept, to be written again; the others are in tokenizer.json and SETTINGS then
 _KEPT = re.compile(
@@ -243,7 +243,7 @@ class BPETokenizer(_Tokenizer):
             try:
                 if path.parent != Path(folder):
                     path.parent.mkdir(exist_ok=True)
-                path.write_text(text, encoding="utf-8")
+                path.write_bytes(text.encode("utf-8"))
             except OSError as error:
                 raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
         return path
@@ -640,7 +640,7 @@ def _read_folder(path):
         _make_gpt2(state, settings.get("add_prefix_space", False))
     named, others, numbered = _special_tokens(settings, more, numbers, is_gpt2)
     _add_tokens(state, named, others, numbered)
-    kept = [folder / "generation_config.json", folder / TEMPLATE, *folder.glob("additional_chat_templates/*.jinja")]
+    kept = [folder / "generation_config.json", folder / TEMPLATE, *folder.glob(TEMPLATES)]
     files = {file.relative_to(folder).as_posix(): _read_text(file) for file in sorted(kept) if file.is_file()}
     settings.pop("added_tokens_decoder", None)  # they are in tokenizer.json now
     settings |= {name: token.content for name, token in named.items()}
@@ -678,7 +678,7 @@ def _read_object(path):
 
 def _read_text(path):
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("utf-8")
     except (OSError, ValueError) as error:
         raise UsageError(f"tokenizer: cannot read {path}: {error}") from None
 

@@ -3,7 +3,8 @@
     python tests/fuzz_folders.py --seed 0 --n 200     compares npgpt with transformers, where that is installed
     python tests/fuzz_folders.py --figures            writes what transformers reads in the first folders, for the tests
 
-Each folder is either read alike, with the same tokens for TEXTS and the same logits, or refused in one line.
+Each folder is either read alike, with the same tokens for its texts and the same logits, or refused in one line.  What
+npgpt then writes is read by transformers with the same tokens.
 """
 
 import argparse
@@ -26,6 +27,10 @@ TEXTS = (
     "It was the best of times", " It was", "<|endoftext|>It was<|endoftext|>the end", "hi <|user|> there<|bot|>",
     "a<|pad|>b <|pad|> c", "end\nstart end\n start", "  two  spaces \n\n\t tabs\r\n", "naïve café — 日本 😀 e\u0301",
     "it's we'll 1859 12345 don't", "<mask> x <mask>y", "", "\n", "word<w>word <w> word", "a\u00a0b\u200bc\u2028d\x00e",
+)  # fmt: skip
+PARTS = (
+    "<|user|>", "<|bot|>", "<|pad|>", "end\nstart", "<mask>", "<w>", "<|endoftext|>", " ", "\n", "\t", "the", " best",
+    "12", "日", "\u00a0", "\u200d", "e\u0301", "'s", "\r\n", "<|", "\x00", "\ufeff", "😀", "\x1c", "ﬁ", "İ", "\u202e",
 )  # fmt: skip
 LETTERS = {
     byte: chr(byte) for byte in [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -243,21 +248,28 @@ def make(seed, path):
     return config, truth
 
 
+def texts(seed):
+    """Those that a folder's tokenizer is asked for."""
+    rng = random.Random(seed)
+    return [*TEXTS, *("".join(rng.choices(PARTS, k=rng.randrange(30))) for _ in range(6))]
+
+
 def prompts(config):
     """Tokens, (1, T), of which both compute the logits."""
     return np.arange(config["n_positions"])[None] * 7 % config["vocab_size"]
 
 
 def ours(path, config):
-    """What npgpt reads: {"refused": line}, or {"ids": a list or a line for each of TEXTS, or None; "logits": array}."""
+    """What npgpt reads: {"refused": line}, or {"ids": a list or a line for each text, or None; "logits": array}."""
     try:
         model = GPT.from_pretrained(path)
     except CheckpointError as error:
         return {"refused": str(error)}
+    model.save_pretrained(path / "written")
     ids = None
     if model.tokenizer is not None:
         ids = []
-        for text in TEXTS:
+        for text in texts(path.name):
             try:
                 tokens = model.tokenizer.encode(text).tolist()
                 ids.append(tokens)
@@ -266,8 +278,8 @@ def ours(path, config):
     return {"ids": ids, "logits": model(prompts(config))[0].data[0, -1]}
 
 
-def theirs(path, config, truth):
-    """The same as transformers reads it."""
+def theirs(path, config, truth, seed=None):
+    """The same as transformers reads it.  seed: of the texts, if it is not the path's name."""
     import torch
     import transformers
 
@@ -277,7 +289,9 @@ def theirs(path, config, truth):
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         if (path / "tokenizer.json").exists() or (path / "vocab.json").exists():
-            found["ids"] = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in TEXTS]
+            encoded = (tokenizer(text, add_special_tokens=False) for text in texts(seed or path.name))
+            found["ids"] = [tokens["input_ids"] for tokens in encoded]
+            found["special"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     except Exception as error:
         found["no tokenizer"] = f"{type(error).__name__}: {error}"
     try:
@@ -295,19 +309,21 @@ def theirs(path, config, truth):
     return found
 
 
-def differences(mine, other):
+def differences(path, mine, other):
     """What differs, as lines: nothing where npgpt refuses, and where transformers cannot say."""
     if "refused" in mine:
         return ["a refusal of several lines"] if "\n" in mine["refused"] else []
     found = []
     if mine["ids"] is not None and other["ids"] is not None:
-        for text, a, b in zip(TEXTS, mine["ids"], other["ids"], strict=True):
+        for text, a, b in zip(texts(path.name), mine["ids"], other["ids"], strict=True):
             if a != b and not isinstance(a, str):
                 found.append(f"{text!r}: {a}, transformers {b}")
     elif (mine["ids"] is None) != (other["ids"] is None) and "no tokenizer" not in other:
         found.append(f"tokenizer: {mine['ids'] is not None}, transformers {other['ids'] is not None}")
-    if other["logits"] is not None and not np.abs(mine["logits"] - np.array(other["logits"])).max() < 1e-4:
-        found.append(f"logits: by {np.abs(mine['logits'] - np.array(other['logits'])).max():.2g}")
+    if other["logits"] is not None:
+        difference = np.abs(mine["logits"][: len(other["logits"])] - np.array(other["logits"])).max()
+        if not difference < 1e-4:
+            found.append(f"logits: by {difference:.2g}")
     return found
 
 
@@ -326,11 +342,17 @@ def main(argv=None):
             config, truth = make(seed, path)
             other = theirs(path, config, truth)
             if args.figures:
-                logits = None if other["logits"] is None else [round(float(v), 5) for v in other["logits"][:8]]
-                figures.append({"ids": other["ids"], "logits": logits})
+                if other["logits"] is not None:
+                    other["logits"] = [round(float(logit), 5) for logit in other["logits"][:8]]
+                figures.append(other)
                 continue
             mine = ours(path, config)
-            found = differences(mine, other)
+            found = differences(path, mine, other)
+            if (path / "written").exists():  # and what npgpt makes of it
+                again = theirs(path / "written", config, truth, path.name)
+                found += [f"written: {line}" for line in differences(path, mine, again)]
+                if "special" in other and again.get("special") != other["special"]:
+                    found.append(f"written: {again.get('special')}, transformers {other['special']}")
             kind = "different" if found else "refused" if "refused" in mine else "alike"
             if kind == "alike" and ("no tokenizer" in other or "no model" in other):
                 kind = "opened by npgpt only"

@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from npgpt.errors import CANNOT, CheckpointError
+from npgpt.kinds import LENGTH, is_text, kind_of
 
 DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}  # what is written
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -280,10 +281,12 @@ def _parse(file):
     size = os.fstat(file).st_size
     if size < 8:
         raise ValueError(f"it has {size} bytes only")
-    first = bytearray(8)
+    first = bytearray(min(size, LENGTH))
     _read_into(file, 0, memoryview(first))
-    (length,) = struct.unpack("<Q", first)
-    if length > min(size - 8, MAX_HEADER):
+    (length,) = struct.unpack("<Q", first[:8])
+    if not 2 <= length <= min(size - 8, MAX_HEADER):
+        if kind := kind_of(first) or ("text" if is_text(first) else None):
+            raise ValueError(f"it is {kind}, and safetensors is asked for")
         raise ValueError(f"its header should have {length} bytes, but the file has {size}; is it cut off?")
     text = bytearray(length)
     _read_into(file, 8, memoryview(text))

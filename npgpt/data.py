@@ -26,6 +26,7 @@ import numpy as np
 from npgpt import folder
 from npgpt.config import ORDER
 from npgpt.errors import CANNOT, CheckpointError, NpgptError, StoppedError, UsageError
+from npgpt.kinds import LENGTH, LFS, kind_of
 from npgpt.machine import cache_folder
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -40,14 +41,6 @@ CODES = 0x110000  # of Unicode
 # many times rarer before it.  In a text of one kind there are none; in a licence at the end of a book there are 0.4 %.
 FOREIGN, FEWEST, RARER = 0.001, 10, 20
 
-# what files that are no text begin with
-FORMATS = {
-    b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "Zstandard", b"7z\xbc\xaf": "7-Zip",
-    b"Rar!": "RAR", b"PK\x03\x04": "a zip archive, as .docx, .odt and .epub are", b"PAR1": "Parquet", b"%PDF-": "PDF",
-    b"\x93NUMPY": "an array of NumPy's", b"SQLite format 3": "an SQLite database",
-    b"\xd0\xcf\x11\xe0": "Microsoft Word", b"\x89PNG": "a PNG image", b"\xff\xd8\xff": "a JPEG image",
-    b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
-}  # fmt: skip
 # what files of text with something around it begin with, in small letters, and how their names end
 MARKUP = {
     "JSON lines": ((), (".jsonl", ".ndjson")),
@@ -59,7 +52,6 @@ MARKUP = {
     "HTML": ((b"<!doctype html", b"<html"), (".html", ".htm", ".xhtml")),
     "XML": ((b"<?xml",), (".xml",)),
 }
-POINTER = b"version https://git-lfs.github.com/spec/"  # what Git leaves in place of a file that it has elsewhere
 
 
 def open_data(sources, stop=None, force=False, numbered=True):
@@ -287,8 +279,8 @@ def _markup_of(path):
 
 def check_is_text(path, what, raw, is_first):
     """Raise UsageError for a piece of a file that is UTF-8 by chance, as numbers and UTF-16 may be."""
-    if is_first and raw.startswith(POINTER):
-        raise UsageError(f"{what}: {path} is a pointer of Git LFS, not the text; fetch it by: git lfs pull")
+    if is_first and raw.startswith(LFS):
+        raise UsageError(f"{what}: {path} is {kind_of(raw)}")
     n = raw.count(0)
     if n > max(1, len(raw) / 100):  # (a stray one may stay)
         hint = _format_hint(raw) if is_first else ""
@@ -302,10 +294,8 @@ def check_is_text(path, what, raw, is_first):
 
 def _format_hint(head):
     """What to do with a file that begins like this and is no UTF-8 text; empty if nobody knows."""
-    for beginning, kind in FORMATS.items():
-        if head.startswith(beginning):
-            return f"It is {kind}: convert it to UTF-8 text first"
-    return ""
+    kind = kind_of(head)
+    return f"It is {kind}: convert it to UTF-8 text first" if kind else ""
 
 
 def _decoded(path, what):
@@ -317,7 +307,7 @@ def _decoded(path, what):
         with open(path, "rb") as file:
             while raw != b"":
                 raw = file.read(PIECE)
-                head = head or raw[:16]
+                head = head or raw[:LENGTH]
                 check_is_text(path, what, raw, at == 0)
                 part = raw.removeprefix(BYTE_ORDER_MARK) if at == 0 else raw
                 at += len(raw) - len(part)

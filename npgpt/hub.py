@@ -29,12 +29,15 @@ import numpy as np
 from npgpt import checkpoint, folder
 from npgpt.config import GPTConfig
 from npgpt.errors import CheckpointError, UsageError, user_path
+from npgpt.kinds import kind_of
 from npgpt.ops.layernorm import EPS
-from npgpt.tokenizer import BPE_FILES, BPETokenizer, find_bpe, from_dict
+from npgpt.tokenizer import BPE_FILES, OTHER_FILES, SETTINGS, TEMPLATES, BPETokenizer, find_bpe, from_dict
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = "pytorch_model.bin", "pytorch_model.bin.index.json"
 PREFIX, HEAD = "transformer.", "lm_head.weight"
+# what GPT2LMHeadModel, torch.compile, DataParallel and others around a model put before its names
+_AROUND = re.compile(r"^((_orig_mod|module|model|transformer)\.)+|(?<=\.)_orig_mod\.")
 CHUNK = 2**18  # elements that are looked at in one go
 
 # our name of a setting -> Hugging Face's, and what holds where config.json does not say
@@ -45,6 +48,13 @@ SHAPE = {
     "n_layer": ("n_layer", 12),
     "n_head": ("n_head", 12),
     "dropout": ("resid_pdrop", 0.1),  # (it has three of them, which nobody sets apart)
+}
+# other names of theirs for these
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
 }
 # settings that change what is computed -> the values that mean what this model does, the first of them the default
 DOES = {
@@ -139,10 +149,10 @@ def _open_checkpoint(path, stack):
         config, tokenizer = _gpt_config(state["model"]), from_dict(state["tokenizer"])
     except (KeyError, TypeError, ValueError, UsageError, CheckpointError) as error:
         raise CheckpointError(f"{path} was not written by npgpt.train, or is damaged ({error})") from None
-    _check_vocab_size(path, config, tokenizer)
+    _fit(path, config, tokenizer)
     places = {}
     for name, shape in _at_most(len(reader.entries), config, path):
-        _check_entry(path, reader, name, shape)
+        _check_entry(reader, name, shape)
         places[name] = reader, name, False
     return Found(config, tokenizer, places)
 
@@ -153,30 +163,39 @@ def _open_folder(path, stack):
     config = _config_of(settings, path / CONFIG)
     tokenizer = open_tokenizer(path, settings)
     if tokenizer is not None:
-        _check_vocab_size(path / CONFIG, config, tokenizer)
+        _fit(path / CONFIG, config, tokenizer)
     weights = path / WEIGHTS if (path / WEIGHTS).exists() else path / INDEX
     stored = {}  # name without prefix -> (Reader, name)
     for reader in _readers(path, stack):
         for name in reader.entries:
-            short = name.removeprefix(PREFIX)
+            short = _AROUND.sub("", name)
             if short in stored:
-                raise CheckpointError(f"{reader.path}: {name!r} stands there twice, with {PREFIX!r} and without")
+                raise CheckpointError(
+                    f"{reader.path}: {name!r} stands there twice, the other time as {stored[short][1]!r}"
+                )
             if not _MASK.fullmatch(short):
                 stored[short] = reader, name
     head = stored.pop(HEAD, None)
+    if head is not None:
+        stored.setdefault("wte.weight", head)  # they are one: of tied weights a file may hold either
     places = {}
     for name, shape in _at_most(len(stored), config, weights):
         short = name.removeprefix(PREFIX)
         transposed = _TRANSPOSED.fullmatch(short) is not None
-        reader, stored_name = stored.pop(short, (None, short))
-        _check_entry(weights, reader, stored_name, shape[::-1] if transposed else shape)
+        if short not in stored:
+            others = [name for name in stored if name.endswith(f".{short}")]
+            hint = f"; it has {others[0]!r}" if others else ""
+            raise CheckpointError(f"{weights}: {short} must have shape {shape}, found nothing{hint}")
+        reader, stored_name = stored.pop(short)
+        _check_entry(reader, stored_name, shape[::-1] if transposed else shape)
         places[name] = reader, stored_name, transposed
     for short, (reader, name) in stored.items():
         hint = f"; {CONFIG} says n_layer = {config.n_layer}" if short.startswith("h.") else ""
         raise CheckpointError(f"{reader.path}: GPT-2 has no {name!r}{hint}")
-    if head is not None:
-        _check_entry(weights, *head, (config.vocab_size, config.n_embd))
-        _check_tied(head, places[f"{PREFIX}wte.weight"][:2])
+    wte = places[f"{PREFIX}wte.weight"][:2]
+    if head not in (None, wte):
+        _check_entry(*head, (config.vocab_size, config.n_embd))
+        _check_tied(head, wte)
     return Found(config, tokenizer, places)
 
 
@@ -196,21 +215,39 @@ def open_tokenizer(path, settings):
                 raise CheckpointError(f"{path / CONFIG}: the tokenizer in npgpt is damaged ({error})") from None
         if importlib.util.find_spec("tokenizers") is None or not any((path / name).exists() for name in BPE_FILES):
             return None
-        return BPETokenizer.load(find_bpe(path))
+        tokenizer = BPETokenizer.load(find_bpe(path))
     except UsageError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    usual = {"bos_token_id": tokenizer.end_of_text, "eos_token_id": tokenizer.end_of_text, "pad_token_id": None}
+    tokenizer.ids = {name: settings[name] for name in usual if settings.get(name, usual[name]) != usual[name]}
+    return tokenizer
 
 
-def _check_vocab_size(path, config, tokenizer):
-    """Raise CheckpointError if there are tokens that a model does not know.  (It may know more: some are padded.)"""
-    if config.vocab_size < tokenizer.vocab_size:
-        raise CheckpointError(f"{path}: vocab_size {config.vocab_size}, but its tokenizer has {tokenizer.vocab_size}")
+def _fit(path, config, tokenizer):
+    """Have a tokenizer keep to the tokens that a model knows.  (It may know more: some are padded.)
+
+    Raises CheckpointError if there are others than added tokens that it does not know.
+    """
+    try:
+        tokenizer.fit(config.vocab_size)
+    except ValueError:
+        raise CheckpointError(
+            f"{path}: vocab_size {config.vocab_size}, but its tokenizer has {tokenizer.vocab_size}"
+        ) from None
 
 
 def _config_of(settings, path):
     """The GPTConfig that a Hugging Face config.json describes.  Raises CheckpointError for what GPT cannot be."""
-    if settings.get("model_type") != "gpt2":
-        raise CheckpointError(f"{path}: model_type is {reprlib.repr(settings.get('model_type'))}; only 'gpt2' is read")
+    kind = settings.get("model_type", "gpt2")  # their class for it needs none
+    if kind != "gpt2":
+        raise CheckpointError(f"{path}: model_type is {reprlib.repr(kind)}; only 'gpt2' is read")
+    for other, name in ALIASES.items():
+        value = settings.get(other, settings.get(name))
+        if settings.get(name, value) != value:
+            values = f"{name} is {reprlib.repr(settings[name])} and {other} {reprlib.repr(value)}"
+            raise CheckpointError(f"{path}: {values}, which are two names of one setting")
+        if other in settings:
+            settings = {**settings, name: value}
     for key, good in DOES.items():
         value = settings.get(key, good[0])
         if value not in good:
@@ -289,12 +326,12 @@ def _at_most(n, config, path):
     return parameter_shapes(config)
 
 
-def _check_entry(path, reader, name, shape):
-    """Raise CheckpointError if a Reader (None: no file) has no floating-point array of this name and shape."""
-    entry = None if reader is None else reader.entries.get(name)
+def _check_entry(reader, name, shape):
+    """Raise CheckpointError if a Reader has no floating-point array of this name and shape."""
+    entry = reader.entries.get(name)
     if entry is None or entry.shape != shape:
         found = "nothing" if entry is None else entry.shape
-        raise CheckpointError(f"{reader.path if reader else path}: {name} must have shape {shape}, found {found}")
+        raise CheckpointError(f"{reader.path}: {name} must have shape {shape}, found {found}")
     if entry.dtype not in checkpoint.FLOATS:
         raise CheckpointError(f"{reader.path}: {name} has dtype {entry.dtype}; {', '.join(checkpoint.FLOATS)} are read")
 
@@ -324,13 +361,14 @@ def _read_json(path):
             raw = file.read(checkpoint.MAX_HEADER + 1)
         if len(raw) > checkpoint.MAX_HEADER:
             raise ValueError(f"more than {checkpoint.MAX_HEADER} bytes")
-        found = json.loads(raw.decode("utf-8"))
+        found = json.loads(raw.decode("utf-8-sig"))
     except FileNotFoundError:
         raise CheckpointError(f"there is no {path}") from None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON ({error})") from None
+        kind = kind_of(raw)
+        raise CheckpointError(f"{path} is not JSON ({f'it is {kind}' if kind else error})") from None
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return found
@@ -366,9 +404,10 @@ def save(model, path):
     checkpoint.save(path / WEIGHTS, arrays, {"format": "pt"})
     # last: a new folder without it is not taken for a whole one
     checkpoint.replace(path / CONFIG, [json.dumps(settings, indent=2).encode("ascii") + b"\n"])
-    if not hasattr(tokenizer, "save"):
-        for name in (*BPE_FILES, "merges.txt"):
-            _set_aside(path / name)
+    kept = {BPE_FILES[0], SETTINGS, *getattr(tokenizer, "files", ())} if hasattr(tokenizer, "save") else set()
+    for file in [path / name for name in (*BPE_FILES, *OTHER_FILES)] + list(path.glob(TEMPLATES)):
+        if file.relative_to(path).as_posix() not in kept:
+            _set_aside(file)
 
 
 def _set_aside(path):
@@ -402,6 +441,7 @@ def _settings(model):
         **{key: good[0] for key, good in DOES.items()},
         "bos_token_id": end,  # (null: without it transformers would take GPT-2's)
         "eos_token_id": end,
+        **getattr(model.tokenizer, "ids", {}),
         "initializer_range": 0.02,
         "dtype": "float32",
         "torch_dtype": "float32",  # the same, as older versions call it

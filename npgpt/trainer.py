@@ -25,7 +25,7 @@ import numpy as np
 from npgpt import __version__, checkpoint, folder, hub, jit, machine, memory
 from npgpt.audit import BOUND, Audit, Auditor
 from npgpt.blas import blas_kernels, blas_threads, sgemm_peak
-from npgpt.config import BPE_VOCAB_SIZE, DROPOUT, SAMPLE, TrainConfig, check_tokenizer, contradictions
+from npgpt.config import BPE_VOCAB_SIZE, DROPOUT, SAMPLE, TOKENIZERS, TrainConfig, check_tokenizer, contradictions
 from npgpt.data import (
     PIECE,
     SPLITS,
@@ -971,8 +971,10 @@ def _beginning(config, data, stop):
         if has != asked and not (name == "block_size" and asked < has):
             raise UsageError(f"init_from: the model in {config.init_from} has {name} = {has}, not {asked}")
     tokenizer = model.tokenizer
-    if tokenizer is None or config.tokenizer != tokenizer.kind:
+    if tokenizer is None:
         tokenizer = _make_tokenizer(config, data, stop)
+    elif config.tokenizer != tokenizer.kind:
+        tokenizer = _same_tokenizer(config, data, stop, tokenizer)
     elif config.vocab_size not in (None, tokenizer.vocab_size):
         raise UsageError(
             f"init_from: the tokenizer in {config.init_from} has {tokenizer.vocab_size} tokens, not vocab_size = "
@@ -990,6 +992,23 @@ def _beginning(config, data, stop):
     return model, tokenizer
 
 
+def _same_tokenizer(config, data, stop, before):
+    """The tokenizer that --tokenizer names, if its tokens mean what they mean to the model that the run begins with.
+
+    Raises UsageError if they do not: the weights would be of no use, and nothing but the loss would tell.
+    """
+    lead = f"init_from: the model in {config.init_from} was trained with other tokens than {config.tokenizer}:"
+    if config.tokenizer in TOKENIZERS:
+        raise UsageError(f"{lead} its tokenizer is {before.kind}; leave out --tokenizer, or --init-from")
+    after = _make_tokenizer(config, data, stop)
+    for token in range(before.vocab_size):
+        was, is_now = (t.bytes_of(token) if token < t.vocab_size else b"" for t in (before, after))
+        if was != is_now:
+            was, is_now = (repr(text.decode("utf-8", "replace")) if text else "none" for text in (was, is_now))
+            raise UsageError(f"{lead} token {token} was {was} and is {is_now}; leave out --tokenizer, or --init-from")
+    return after
+
+
 def _make_tokenizer(config, data, stop):
     """The tokenizer of a new run.  Raises UsageError."""
     has_text = isinstance(data, Corpus)
@@ -1005,7 +1024,12 @@ def _make_tokenizer(config, data, stop):
     if config.tokenizer == "byte":
         return ByteTokenizer()
     if config.tokenizer == "bpe":
-        return BPETokenizer.learn(data.pieces(), config.vocab_size or BPE_VOCAB_SIZE)
+
+        def check():
+            if stop.number is not None:
+                raise StoppedError(stop.number, "stopped before anything was trained")
+
+        return BPETokenizer.learn(data.pieces(), config.vocab_size or BPE_VOCAB_SIZE, check)
     file = find_bpe(config.tokenizer)
     if file is not None:
         return BPETokenizer.load(file)

@@ -236,11 +236,12 @@ def test_a_prompt_that_is_utf8_by_chance_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "pack, words",
     [
-        (gzip.compress, "It is gzip"), (bz2.compress, "It is bzip2"), (lzma.compress, "It is xz"),
+        (gzip.compress, "It is compressed with gzip"), (bz2.compress, "It is compressed with bzip2"),
+        (lzma.compress, "It is compressed with xz"),
         (lambda raw: b"PK\x03\x04\x14\0\0\0" + bytes(300) + raw, "It is a zip archive, as .docx"),
-        (lambda raw: b"PAR1\x15\x04\x15" + bytes(range(128, 200)), "It is Parquet"),
-        (lambda raw: b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "It is PDF"),
-        (lambda raw: raw.decode().encode("utf-16"), "It is UTF-16"),
+        (lambda raw: b"PAR1\x15\x04\x15" + bytes(range(128, 200)), "It is a table in Parquet"),
+        (lambda raw: b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "It is a PDF"),
+        (lambda raw: raw.decode().encode("utf-16"), "It is text in UTF-16"),
         (lambda raw: "café".encode("latin-1"), "If it is text in another encoding, convert it first"),
         (lambda raw: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "Git LFS.*git lfs pull"),
     ],

@@ -20,7 +20,7 @@ from npgpt import checkpoint, folder, hub, sample
 from npgpt.config import GPTConfig, TrainConfig
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.model import GPT
-from npgpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
+from npgpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, from_dict
 from npgpt.trainer import Evaluation, Trainer
 
 CONFIG = GPTConfig(vocab_size=13, block_size=7, n_layer=2, n_head=3, n_embd=15, bias=True)
@@ -460,7 +460,8 @@ def test_the_tokenizer_of_an_earlier_export_is_set_aside(tmp_path, tokenizer):
     model.tokenizer = tokenizer
     model.save_pretrained(tmp_path)
     names = ["tokenizer.json.set-aside", "tokenizer.json.set-aside-2", "vocab.json.set-aside", "merges.txt.set-aside"]
-    assert sorted(os.listdir(tmp_path)) == sorted(["config.json", "model.safetensors", *names])
+    settings = "tokenizer_config.json.set-aside"
+    assert sorted(os.listdir(tmp_path)) == sorted(["config.json", "model.safetensors", *names, settings])
     texts = [(tmp_path / name).read_bytes() for name in names]
     assert texts == [b"tokenizer.json.set-aside", earlier, b"vocab.json", b"merges.txt"]
     assert type(GPT.from_pretrained(tmp_path).tokenizer) is type(tokenizer)
@@ -739,3 +740,185 @@ def test_transformers_opens_what_was_begun_with_its_model_and_trained(transforme
     with torch.no_grad():
         theirs_next = again.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False)[0].tolist()
     assert theirs_next == prompt + list(model.generate(prompt, 5, temperature=0))
+
+
+# ---- names, settings and files of other programs
+
+
+@pytest.mark.parametrize("kind", ["F32", "BF16"])
+def test_the_tied_matrix_may_be_stored_as_the_output_layer_only(tmp_path, kind):
+    exact = random_gpt()
+    for parameter in exact.parameters():
+        parameter.data[...] = np.round(parameter.data * 16) / 16
+    tensors = tensors_of(exact)
+    tensors = {"lm_head.weight" if name.endswith("wte.weight") else name: array for name, array in tensors.items()}
+    if kind == "BF16":
+        for name, array in tensors.items():
+            tensors[name] = ("BF16", list(array.shape), (array.view(np.uint32) >> 16).astype("<u2").tobytes())
+    assert same_weights(GPT.from_pretrained(make(tmp_path, tensors=tensors)), exact)
+    del tensors["lm_head.weight"]
+    make(tmp_path, tensors=tensors)
+    assert "wte.weight must have shape (13, 15), found nothing" in refused(tmp_path)
+
+
+def test_the_output_layer_alone_is_found_in_parts_too(tmp_path, monkeypatch):
+    tensors = tensors_of(random_gpt())
+    renamed = {"lm_head.weight" if "wte" in name else name: array for name, array in tensors.items()}
+    monkeypatch.setitem(globals(), "tensors_of", lambda model: renamed)
+    path = shard(make(tmp_path))
+    monkeypatch.undo()
+    assert same_weights(GPT.from_pretrained(path), random_gpt())
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "model.", "module._orig_mod.", "transformer._orig_mod."])
+def test_what_other_programs_put_before_the_names_is_passed_over(tmp_path, prefix):
+    inner = "" if prefix.startswith("transformer.") else "transformer."
+    tensors = {prefix + inner + n.removeprefix("transformer."): a for n, a in tensors_of(random_gpt()).items()}
+    tensors[prefix.removeprefix("transformer.") + "lm_head.weight"] = tensors[f"{prefix}{inner}wte.weight"]
+    assert same_weights(GPT.from_pretrained(make(tmp_path, tensors=tensors)), random_gpt())
+
+
+def test_a_prefix_that_is_not_known_is_named(tmp_path):
+    tensors = {f"net.{name}": array for name, array in tensors_of(random_gpt()).items()}
+    assert "found nothing; it has 'net.transformer.wte.weight'" in refused(make(tmp_path, tensors=tensors))
+
+
+def test_a_config_may_call_its_settings_by_their_other_names(tmp_path):
+    others = {"hidden_size": 15, "num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": 7}
+    theirs = settings_of(CONFIG)
+    for name in ("n_embd", "n_layer", "n_head", "n_positions", "model_type"):
+        del theirs[name]
+    path = make(tmp_path, {**theirs, **others})
+    assert same_weights(GPT.from_pretrained(path), random_gpt())
+    text = (path / "config.json").read_text()
+    (path / "config.json").write_text(text, encoding="utf-8-sig")  # which begins with a byte order mark
+    assert same_weights(GPT.from_pretrained(path), random_gpt())
+    make(tmp_path, {**settings_of(CONFIG), **others})  # both, and the same
+    assert same_weights(GPT.from_pretrained(path), random_gpt())
+    make(tmp_path, {**settings_of(CONFIG), **others, "num_hidden_layers": 3})
+    assert "n_layer is 2 and num_hidden_layers 3, which are two names of one setting" in refused(path)
+
+
+@pytest.mark.parametrize(
+    "raw, words",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 13\n", "a Git LFS pointer"),
+        (b"\n<!DOCTYPE html><html>", "a page of HTML"),
+        (b"PK\x03\x04" + bytes(99), "a zip archive, as .docx, .epub and PyTorch's .pt"),
+        (b"\x80\x04\x95" + bytes(99), "a pickle"),
+        (b"GGUF\x03\0\0\0" + bytes(99), "llama.cpp"),
+        (b"\x1f\x8b\x08" + bytes(99), "gzip"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(99), "HDF5"),
+        ("First Citizen: text".encode("utf-16"), "text in UTF-16"),
+        (b"First Citizen:\nBefore we proceed any further, hear me speak.\n", "it is text"),
+        (bytes(1000), "nothing but zeros"),
+    ],
+)
+def test_a_file_that_is_no_safetensors_is_named_for_what_it_is(tmp_path, raw, words):
+    (make(tmp_path) / "model.safetensors").write_bytes(raw)
+    assert words in refused(tmp_path) and "model.safetensors" in refused(tmp_path)
+    (tmp_path / "ckpt.pt").write_bytes(raw)
+    assert words in refused(tmp_path / "ckpt.pt")
+    if "text" not in words:
+        (tmp_path / "config.json").write_bytes(raw)
+        assert words in refused(tmp_path)
+
+
+# ---- tokenizers that have a folder
+
+CHAT_SETTINGS = {
+    "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "pad_token": "<|pad|>",
+    "padding_side": "left", "chat_template": "{{ messages }}",
+}  # fmt: skip
+
+
+def chat_folder(path):
+    """A folder whose tokenizer has 300 words, <|end|> and <|pad|>, and all that belongs to a chat model."""
+    pytest.importorskip("tokenizers")
+    state = json.loads(BPETokenizer.learn(["the cat sat on the mat, the best of times, " * 9], 300).json)
+    V = len(state["model"]["vocab"])
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    state["added_tokens"] = [{"id": V, "content": "<|end|>", **flags}, {"id": V + 1, "content": "<|pad|>", **flags}]
+    config = dataclasses.replace(CONFIG, vocab_size=V + 2)
+    settings = settings_of(config, eos_token_id=V, bos_token_id=None, pad_token_id=V + 1)
+    make(path, settings, tensors_of(random_gpt(config)))
+    (path / "additional_chat_templates").mkdir()
+    for name, text in {
+        "tokenizer.json": json.dumps(state), "tokenizer_config.json": json.dumps(CHAT_SETTINGS),
+        "chat_template.jinja": "{{ messages }}é", "additional_chat_templates/rag.jinja": "{{ documents }}",
+        "generation_config.json": json.dumps({"eos_token_id": [V, 3], "temperature": 0.7}),
+    }.items():  # fmt: skip
+        (path / name).write_text(text, encoding="utf-8")
+    return path, V
+
+
+def test_special_tokens_and_templates_survive_being_written(tmp_path):
+    path, V = chat_folder(tmp_path / "a")
+    model = GPT.from_pretrained(path)
+    model.save_pretrained(tmp_path / "b")
+    for name in ("chat_template.jinja", "additional_chat_templates/rag.jinja", "generation_config.json"):
+        assert (tmp_path / "b" / name).read_bytes() == (path / name).read_bytes()
+    written = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
+    assert written == {**CHAT_SETTINGS, "add_prefix_space": False}
+    states = [json.loads((folder / "tokenizer.json").read_text()) for folder in (path, tmp_path / "b")]
+    assert states[0] == states[1]
+    settings = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert (settings["bos_token_id"], settings["eos_token_id"], settings["pad_token_id"]) == (None, V, V + 1)
+    again = GPT.from_pretrained(tmp_path / "b")
+    assert again.tokenizer.to_dict() == model.tokenizer.to_dict() and again.tokenizer.vocab_size == V + 2
+    # through a checkpoint too
+    tokenizer = from_dict(json.loads(json.dumps(model.tokenizer.to_dict())))
+    assert tokenizer.files == model.tokenizer.files and tokenizer.ids == model.tokenizer.ids
+    # a checkpoint cannot have any other file written
+    with pytest.raises(CheckpointError, match="files are none of a tokenizer"):
+        from_dict({**model.tokenizer.to_dict(), "files": {"../x": ""}})
+
+
+@pytest.mark.parametrize("other", [None, ByteTokenizer(), "bpe"])
+def test_what_another_models_tokenizer_says_is_set_aside(tmp_path, other):
+    path, _ = chat_folder(tmp_path / "a")
+    for name in ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"):
+        (path / name).write_text("{}")
+    model = random_gpt(dataclasses.replace(CONFIG, vocab_size=300))
+    model.tokenizer = BPETokenizer.learn(["the cat the cat "], 300) if other == "bpe" else other
+    model.save_pretrained(path)
+    names = [file.name for file in path.rglob("*") if file.is_file() and "set-aside" not in file.name]
+    own = ["tokenizer.json", "tokenizer_config.json"] if other == "bpe" else []
+    assert sorted(names) == sorted(["config.json", "model.safetensors", *own])
+    if own:
+        settings = json.loads((path / "tokenizer_config.json").read_text())
+        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and "eos_token" not in settings
+    found = GPT.from_pretrained(path).tokenizer
+    assert found is None if other is None else found.to_dict() == model.tokenizer.to_dict()
+
+
+def test_an_added_token_beyond_the_models_is_no_reason_to_refuse_the_folder(tmp_path):
+    path, V = chat_folder(tmp_path / "a")
+    config = dataclasses.replace(CONFIG, vocab_size=V + 1)
+    make(path, settings_of(config), tensors_of(random_gpt(config)))
+    model = GPT.from_pretrained(path)
+    assert model.tokenizer.vocab_size == V + 1 and model.tokenizer.encode("<|end|>").tolist() == [V]
+    with pytest.raises(UsageError, match=rf"the token '<\|pad\|>', whose number is {V + 1}"):
+        model.tokenizer.encode("the <|pad|>")
+    with pytest.raises(UsageError, match="whose number"):
+        sample.main(["--out-dir", str(path), "--prompt", "the <|pad|>", "--max-new-tokens", "1"])
+    model.save_pretrained(tmp_path / "b")
+    assert GPT.from_pretrained(tmp_path / "b").tokenizer.to_dict() == model.tokenizer.to_dict()
+    config = dataclasses.replace(CONFIG, vocab_size=V - 1)  # but there must be all words
+    make(path, settings_of(config), tensors_of(random_gpt(config)))
+    assert f"vocab_size {V - 1}, but its tokenizer has {V + 2}" in refused(path)
+
+
+def test_transformers_has_the_same_tokens_in_what_npgpt_wrote(transformers, tmp_path):
+    path, V = chat_folder(tmp_path / "a")
+    models = {"chat": GPT.from_pretrained(path)}
+    models["learnt"] = random_gpt(dataclasses.replace(CONFIG, vocab_size=300))
+    models["learnt"].tokenizer = BPETokenizer.learn(["the cat the cat sat, the best of times <|endoftext|> " * 9], 300)
+    for name, model in models.items():
+        model.save_pretrained(tmp_path / name)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
+        assert len(theirs) == model.tokenizer.vocab_size
+        for text in ("the cat<|end|> sat", "<|endoftext|>", " é\n\n\u200b", ""):
+            assert theirs(text, add_special_tokens=False)["input_ids"] == model.tokenizer.encode(text).tolist()
+    chat = transformers.AutoTokenizer.from_pretrained(tmp_path / "chat")
+    assert (chat.eos_token, chat.eos_token_id, chat.pad_token_id) == ("<|end|>", V, V + 1)

@@ -19,7 +19,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8"), str(path)) for name, 
 
 # From the ground up: a module may import those that stand in a line above its own, and no others.
 LINES = [
-    ["errors", "faults", "machine"],
+    ["errors", "faults", "kinds", "machine"],
     ["config", "profiler", "stop", "memory", "private"],
     ["engine", "jit", "crew"],
     ["tiles", "ranks"],
@@ -43,6 +43,7 @@ LINES = [
 ONLY = {
     "errors": set(),
     "faults": set(),
+    "kinds": set(),
     "config": {"errors"},
     "engine": {"errors"},
     "profiler": set(),
@@ -59,11 +60,11 @@ ONLY = {
     "decode": {"crew", "jit", "machine", "tiles", "ops"},
     "sampling": {"config", "engine", "errors", "jit", "decode"},
     "optim": {"blas", "errors", "engine", "jit", "tiles", "profiler"},
-    "data": {"errors", "config", "machine", "folder"},
-    "tokenizer": {"errors", "config", "jit"},
-    "checkpoint": {"errors", "config", "jit"},
+    "data": {"errors", "kinds", "config", "machine", "folder"},
+    "tokenizer": {"errors", "kinds", "config", "jit"},
+    "checkpoint": {"errors", "kinds", "config", "jit"},
     "folder": {"errors", "checkpoint"},
-    "hub": {"errors", "config", "ops", "tokenizer", "checkpoint", "folder"},
+    "hub": {"errors", "kinds", "config", "ops", "tokenizer", "checkpoint", "folder"},
 }
 EXTRAS = {"torch", "safetensors", "tokenizers", "matplotlib", "mpi4py"}  # never needed by npgpt itself
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

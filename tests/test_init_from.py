@@ -217,3 +217,32 @@ def test_a_tokenizer_that_cannot_be_opened_is_not_replaced_by_characters(first, 
     assert trained("--max-iters", "1") == (2, f"python -m npgpt.train: {words}\n")
     assert not (tmp_path / "run").exists()
     assert trained("--max-iters", "1", "--tokenizer", "char") == (0, "")  # who asks for it gets it
+
+
+def test_tokens_that_mean_something_else_to_the_model_are_refused(first, tmp_path):
+    (tmp_path / "more.txt").write_text("!" + TEXT, encoding="utf-8")  # which moves each letter by one place
+    with pytest.raises(UsageError, match=r"other tokens than .*more.txt: token 2 was '\.' and is '!'") as error:
+        Trainer(beginning(first, tmp_path, tokenizer=str(tmp_path / "more.txt")))
+    assert "\n" not in str(error.value) and not (tmp_path / "second").exists()
+    for name in ("byte", "bpe"):
+        with pytest.raises(UsageError, match=f"other tokens than {name}: its tokenizer is char"):
+            Trainer(beginning(first, tmp_path, tokenizer=name))
+    # the same characters are the same tokens, from whatever file they come
+    trainer = Trainer(beginning(first, tmp_path, tokenizer=str(first / "text.txt")))
+    assert trainer.tokenizer.to_dict() == GPT.from_pretrained(first / "run").tokenizer.to_dict()
+
+
+def test_a_bpe_of_other_tokens_than_the_models_is_refused(first, tmp_path):
+    pytest.importorskip("tokenizers")
+    for name, text in (("a", TEXT), ("b", "fox fox the the quick quick " * 20)):
+        (tmp_path / name).mkdir()
+        BPETokenizer.learn([text], 270).save(tmp_path / name)
+    model = GPT(GPTConfig(vocab_size=270, **SHAPE))
+    model.tokenizer = BPETokenizer.load(tmp_path / "a" / "tokenizer.json")
+    model.save_pretrained(tmp_path / "model")
+    changes = dict(init_from=str(tmp_path / "model"), out_dir=str(tmp_path / "run"))
+    with pytest.raises(UsageError, match=r"token 2\d\d was '.+' and is '.+'; leave out --tokenizer"):
+        Trainer(beginning(first, tmp_path, tokenizer=str(tmp_path / "b"), **changes))
+    with pytest.raises(UsageError, match="its tokenizer is bpe"):
+        Trainer(beginning(first, tmp_path, tokenizer="byte", **changes))
+    assert Trainer(beginning(first, tmp_path, tokenizer=str(tmp_path / "a"), **changes)).tokenizer.vocab_size == 270

@@ -1,7 +1,10 @@
 """Text to tokens and back."""
 
+import functools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,7 +239,7 @@ def test_what_would_change_a_text_is_left_out(gpt2, package):
     state = json.loads((gpt2[0] / "tokenizer.json").read_text(encoding="utf-8"))
     assert BPETokenizer(changed(gpt2, model={**state["model"], "dropout": 0.5})).encode(PROSE).tolist() == tokens
     spaced = changed(gpt2, pre_tokenizer={**state["pre_tokenizer"], "add_prefix_space": True})
-    assert BPETokenizer(spaced).decode(BPETokenizer(spaced).encode("It was")) == "It was"
+    assert BPETokenizer(spaced).decode(BPETokenizer(spaced).encode("It was")) == " It was"  # as the file asks for
 
 
 def test_files_that_are_no_tokenizer_are_one_line(gpt2, tmp_path):
@@ -296,3 +299,210 @@ def test_where_a_tokenizer_is_looked_for(tmp_path):
     (tmp_path / "tokenizer.json").touch()
     assert find_bpe(tmp_path) == tmp_path / "tokenizer.json"
     assert find_bpe(tmp_path / "input.txt") is None
+
+
+# ---- what stands beside a tokenizer in its folder
+
+SPECIAL = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+CHAT = "It was <|user|>the best<|bot|>"
+
+
+def folder_of(path, gpt2, words=False, **files):
+    """A folder with the tokenizer.json of a fixture without added tokens, or vocab.json and merges.txt; and files."""
+    path.mkdir()
+    state = json.loads((gpt2[0] / "tokenizer.json").read_text(encoding="utf-8"))
+    if words:
+        (path / "vocab.json").write_text(json.dumps(state["model"]["vocab"]), encoding="utf-8")
+        shutil.copy(gpt2[1] / "merges.txt", path)
+    else:
+        (path / "tokenizer.json").write_text(json.dumps({**state, "added_tokens": []}), encoding="utf-8")
+    for name, content in files.items():
+        (path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def added_in_every_form(V):
+    """name of the test -> (words, files): V and V + 1 are the numbers of <|user|> and <|bot|>."""
+    numbered = {str(V): {"content": "<|user|>", **SPECIAL}, str(V + 1): {"content": "<|bot|>", **SPECIAL}}
+    names, kind = ["<|user|>", "<|bot|>"], {"tokenizer_class": "PreTrainedTokenizerFast"}
+    return {
+        "added_tokens.json": (True, {"added_tokens": {"<|user|>": V, "<|bot|>": V + 1}}),
+        "added_tokens_decoder": (True, {"tokenizer_config": {"added_tokens_decoder": numbered}}),
+        "beside tokenizer.json": (False, {"tokenizer_config": {**kind, "added_tokens_decoder": numbered}}),
+        "additional": (False, {"tokenizer_config": {**kind, "additional_special_tokens": names}}),
+        "extra": (False, {"tokenizer_config": {**kind, "extra_special_tokens": names}}),
+        "named": (False, {"tokenizer_config": {**kind, "eos_token": "<|user|>", "bot_token": "<|bot|>"}}),
+        "map": (False, {"special_tokens_map": {"eos_token": numbered[str(V)], "pad_token": "<|bot|>"}}),
+    }
+
+
+@pytest.mark.parametrize("form", added_in_every_form(0))
+def test_added_tokens_of_every_form_are_one_token_each(gpt2, tmp_path, form):
+    plain = BPETokenizer.load(find_bpe(folder_of(tmp_path / "plain", gpt2)))
+    V = plain.vocab_size
+    words, files = added_in_every_form(V)[form]
+    tokenizer = BPETokenizer.load(find_bpe(folder_of(tmp_path / "d", gpt2, words, **files)))
+    expected = [*plain.encode("It was "), V, *plain.encode("the best"), V + 1]
+    assert tokenizer.encode(CHAT).tolist() == expected and tokenizer.decode(expected) == CHAT
+    # vocab.json is read as GPT-2's, whose <|endoftext|> comes after all others where it is not among them
+    assert tokenizer.vocab_size == V + 2 + words
+    assert tokenizer.encode("<|endoftext|>").tolist() == ([V + 2] if words else plain.encode("<|endoftext|>").tolist())
+    (tmp_path / "saved").mkdir()
+    tokenizer.save(tmp_path / "saved")
+    for again in (BPETokenizer.load(tmp_path / "saved" / "tokenizer.json"), from_dict(tokenizer.to_dict())):
+        assert again.encode(CHAT).tolist() == expected and again.vocab_size == tokenizer.vocab_size
+
+
+GPT4_STYLE = {"type": "Sequence", "pretokenizers": [
+    {"type": "Split", "pattern": {"Regex": r"\p{L}+|\P{L}"}, "behavior": "Isolated", "invert": False},
+    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words, changes, files, said",
+    [
+        (0, {}, {"tokenizer_config": {"split_special_tokens": True}}, "config.json says split_special_tokens"),
+        (0, {}, {"tokenizer_config": {"fast_tokenizer_files": ["tokenizer.4.0.json"]}}, "says fast_tokenizer_files"),
+        (0, {}, {"tokenizer_config": {"bos_token": 3}}, "bos_token is no token"),
+        (0, {}, {"tokenizer_config": {"additional_special_tokens": "<|user|>"}}, "special tokens are no list"),
+        (0, {}, {"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "<|user|>"}}}}, "not numbered"),
+        (0, {}, {"tokenizer_config": [1]}, "tokenizer_config.json is not a JSON object"),
+        (0, {}, {"added_tokens": {"<|user|>": 4}}, "give '<|user|>' the number 4, which would be "),
+        (0, {"added_tokens": [{"id": 999, "content": "<|user|>", **SPECIAL}]}, {}, "'<|user|>' is number 999, but in"),
+        (1, {}, {"tokenizer_config": {"tokenizer_class": "RobertaTokenizer"}}, "tokenizer_class is 'RobertaTokenizer'"),
+        (0, {"pre_tokenizer": GPT4_STYLE}, {"config": {"model_type": "gpt2"}}, "in another way than GPT2Tokenizer"),
+    ],
+)
+def test_what_would_be_misread_in_a_tokenizers_folder_is_refused(gpt2, tmp_path, words, changes, files, said):
+    path = folder_of(tmp_path / "d", gpt2, words, **files)
+    if changes:
+        state = json.loads((path / "tokenizer.json").read_text(encoding="utf-8"))
+        (path / "tokenizer.json").write_text(json.dumps({**state, **changes}), encoding="utf-8")
+    with pytest.raises(UsageError, match=re.escape(said)) as error:
+        BPETokenizer.load(find_bpe(path))
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_space_in_front_comes_where_the_files_ask_for_it(gpt2, package, tmp_path):
+    text = "It was<|endoftext|>It was\n\nthe best of times\nit was"
+    state = json.loads((gpt2[0] / "tokenizer.json").read_text(encoding="utf-8"))
+    state["pre_tokenizer"]["add_prefix_space"] = True
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
+    expected = package.Tokenizer.from_str(json.dumps(state)).encode(text, add_special_tokens=False).ids
+    tokenizer = BPETokenizer.load(tmp_path / "tokenizer.json")
+    assert tokenizer.encode(text).tolist() == expected != gpt2[2].encode(text).ids
+    assert tokenizer.encode("It was").tolist() == tokenizer.encode(" It was").tolist()
+    assert from_dict(tokenizer.to_dict()).encode(text).tolist() == expected
+    (tmp_path / "saved").mkdir()
+    saved = tokenizer.save(tmp_path / "saved")
+    assert json.loads(saved.read_text(encoding="utf-8")) == state  # as it was
+    assert json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())["add_prefix_space"] is True
+    # as transformers' GPT2Tokenizer, which asks its settings and not tokenizer.json
+    settings = {"tokenizer_class": "GPT2Tokenizer"}
+    for value in (True, False):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "add_prefix_space": value}))
+        found = BPETokenizer.load(tmp_path / "tokenizer.json").encode(text).tolist()
+        assert found == (expected if value else gpt2[2].encode(text).ids)
+
+
+CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+
+
+def words_by(kind):
+    """A pre-tokenizer."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": kind == "space", "trim_offsets": True, "use_regex": True}
+    digits = {"type": "Digits", "individual_digits": True}
+    pattern = {"String": " "} if kind == "split" else {"Regex": CL100K}
+    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    parts = [split, {**byte_level, "use_regex": False}] if kind in ("cl100k", "split") else [byte_level]
+    return {"type": "Sequence", "pretokenizers": [digits, *parts] if kind == "digits" else parts}
+
+
+ADDED = [
+    ("end\nstart", {}), ("<m>", {"lstrip": True}), ("<r>", {"rstrip": True}), ("w\n", {"single_word": True}),
+    (" <s> x", {}), ("<|endoftext|>", {}), ("\ny", {"normalized": True, "special": False}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "space", "cl100k", "digits", "split"])
+def test_whatever_is_added_and_however_it_cuts_words_pieces_have_the_tokens_of_the_whole(gpt2, monkeypatch, kind):
+    monkeypatch.setattr("npgpt.tokenizer.cut_at_lines", functools.partial(cut_at_lines, size=8))
+    state = json.loads((gpt2[0] / "tokenizer.json").read_text(encoding="utf-8"))
+    V, rng = len(state["model"]["vocab"]), np.random.default_rng(0)
+    added = [{"id": V + i, "content": text, **SPECIAL, **flags} for i, (text, flags) in enumerate(ADDED)]
+    changes = {"added_tokens": added, "pre_tokenizer": words_by(kind)}
+    if kind == "digits":
+        changes |= {"normalizer": {"type": "NFC"}, "added_tokens": [added[5] | {"id": V}]}
+    tokenizer, n = BPETokenizer(json.dumps({**state, **changes})), 0
+    parts = [text for text, _ in ADDED]
+    parts += ["times", " best", ".", "1859", "it's", "\n", "\n\n", " ", "\t", "end", "a\nb"]
+    for _ in range(60):
+        text = "".join(rng.choice(parts, 200))
+        found = list(tokenizer.encode_pieces(text[i : i + 7] for i in range(0, len(text), 7)))
+        assert np.concatenate(found).tolist() == tokenizer.encode(text).tolist()
+        n += len(found) - 1
+    assert (n == 0) == (kind == "split")  # whose words may be of any length, so that nothing is cut
+
+
+def test_a_long_text_that_may_not_be_cut_is_refused(gpt2, monkeypatch):
+    tokenizer = BPETokenizer(changed(gpt2, pre_tokenizer=words_by("split")))
+    assert len(list(tokenizer.encode_pieces(["a\nb"] * 50))) == 1
+    monkeypatch.setattr("npgpt.tokenizer.LONGEST", 100)
+    with pytest.raises(UsageError, match="more than 100 characters cannot be encoded in parts"):
+        list(tokenizer.encode_pieces(["a\nb"] * 50))
+
+
+def test_an_added_token_that_the_model_does_not_know_is_refused_where_it_is_used(gpt2, tmp_path):
+    tokenizer = BPETokenizer.load(gpt2[0] / "tokenizer.json")
+    V = tokenizer.vocab_size
+    with pytest.raises(ValueError, match="knows 300 tokens, but"):
+        tokenizer.fit(300)
+    tokenizer.fit(V + 5)
+    assert tokenizer.vocab_size == V and len(tokenizer.encode("a<|endoftext|>")) == 2
+    tokenizer.fit(V - 1)
+    for again in (tokenizer, from_dict(json.loads(json.dumps(tokenizer.to_dict())))):
+        assert again.vocab_size == V - 1 and again.encode("It was").tolist() == gpt2[2].encode("It was").ids
+        for encode in (again.encode, lambda text, t=again: list(t.encode_pieces([text]))):
+            with pytest.raises(UsageError, match=rf"the token '<\|endoftext\|>', whose number is {V - 1}; the model"):
+                encode("a<|endoftext|>")
+
+
+def test_a_text_without_a_space_is_learnt_from_in_seconds(package):
+    text = "".join(np.random.default_rng(0).choice(list("ACGT"), 2**18))
+    start = time.monotonic()
+    long = BPETokenizer.learn([text], 300)
+    assert long.vocab_size == 300 and time.monotonic() - start < 5  # 15 s where each pair takes a word's length squared
+    # but lines that are shorter are learnt from as they stand
+    lines = "\n".join([text[:1000] + "ab" * 3000, text[1000:3000], "ab" * 3000])
+    tokenizer = package.Tokenizer(package.models.BPE())
+    tokenizer.pre_tokenizer = package.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(package.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator([lines], package.trainers.BpeTrainer(
+        vocab_size=290, min_frequency=2, show_progress=False, initial_alphabet=alphabet))  # fmt: skip
+    expected = json.loads(tokenizer.to_str())["model"]
+    assert json.loads(BPETokenizer.learn([lines], 290).json)["model"] == expected
+
+
+def test_learning_says_how_far_it_is_and_ends_when_it_is_asked_to(package, capsys):
+    start = time.monotonic()
+
+    def check():
+        if time.monotonic() - start > 2.5:
+            raise StoppedError(2, "stopped")
+
+    text = "".join(np.random.default_rng(0).choice(list("ACGT"), 60_000)) + "\n"
+    with pytest.raises(StoppedError):
+        BPETokenizer.learn([text] * 20, 2000, check)  # which takes minutes
+    assert time.monotonic() - start < 3.5
+    assert "npgpt: learning 2,000 tokens from 1,200,020 characters, 2 s so far\n" in capsys.readouterr().err
+
+
+def test_a_file_of_another_kind_is_named(tmp_path):
+    for raw, words in ((b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"), (b"<html>", "of HTML")):
+        (tmp_path / "tokenizer.json").write_bytes(raw)
+        with pytest.raises(UsageError, match=f"is not JSON: it is .*{words}"):
+            BPETokenizer.load(tmp_path / "tokenizer.json")

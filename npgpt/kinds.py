@@ -1,0 +1,43 @@
+"""What a file is, by its first bytes: people name one file for another, and downloads leave another than asked for."""
+
+LFS = b"version https://git-lfs"  # the text that Git leaves in place of a file that it has elsewhere
+# how a file begins -> what it is
+BEGINNINGS = {
+    LFS: "a Git LFS pointer; the file itself was not downloaded (git lfs pull)",
+    b"PK\x03\x04": "a zip archive, as .docx, .epub and PyTorch's .pt are (of these the last can hold code)",
+    b"PK\x05\x06": "an empty zip archive",
+    b"\x80": "a pickle, which can hold code, as PyTorch's .pt and .bin are",
+    b"\x93NUMPY": "an array of NumPy's (.npy)",
+    b"GGUF": "a model of llama.cpp (GGUF)",
+    b"\x89HDF": "an HDF5 file",
+    b"\x1f\x8b": "compressed with gzip",
+    b"BZh": "compressed with bzip2",
+    b"\xfd7zXZ": "compressed with xz",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"7z\xbc\xaf": "compressed with 7-Zip",
+    b"Rar!": "compressed with RAR",
+    b"PAR1": "a table in Parquet",
+    b"SQLite format 3": "an SQLite database",
+    b"\xd0\xcf\x11\xe0": "a document of Microsoft Word",
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"%PDF": "a PDF",
+    b"\xff\xfe": "text in UTF-16",
+    b"\xfe\xff": "text in UTF-16",
+    b"<": "a page of HTML or XML",
+}
+LENGTH = 64  # bytes that are enough for all of this
+
+
+def kind_of(raw):
+    """What the file is that begins with these bytes, in words, or None where they do not tell."""
+    first = raw[:LENGTH].removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
+    for begin, words in BEGINNINGS.items():
+        if first.startswith(begin):
+            return words
+    return "nothing but zeros" if raw and not raw.strip(b"\0") else None
+
+
+def is_text(raw):
+    """Whether the first bytes of a file may be those of a text, in ASCII at least."""
+    return bool(raw) and all(0x20 <= byte < 0x7F or byte in b"\t\r\n" for byte in raw[:LENGTH])

@@ -43,6 +43,7 @@ def cross_entropy_backward_ref(dloss, logits, targets, lse, ignore_index, count)
     p = np.exp(logits - lse[:, None])
     valid = targets != ignore_index
     rows = np.flatnonzero(valid)
+    p = p.astype(logits.dtype)  # (lse is float64)
     # loss = sum over valid rows of (lse - logits[target]) / count
     dlogits = p
     dlogits[rows, targets[rows]] -= 1

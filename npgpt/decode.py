@@ -37,7 +37,7 @@ from npgpt.machine import cores, processors
 from npgpt.ops.layernorm import EPS, layernorm_forward_ref
 from npgpt.ops.linear import linear_forward_ref
 from npgpt.ops.mlp import A, K, gelu_ref
-from npgpt.tiles import dots
+from npgpt.tiles import dots_unchecked as dots  # (Decoder allocates or checks all that it is given, once)
 
 # the parameters of a block in the order in which the kernel is told where they lie
 BLOCK = (
@@ -114,10 +114,9 @@ def _norm(y, x, weight, bias, eps):
         for i in range(C):
             total += (x[r, i] - m) * (x[r, i] - m)
         rstd = one / np.sqrt(total * inv_C + eps)
+        m = m if total < np.inf else x.dtype.type(np.nan)
         for i in range(C):
             y[r, i] = (x[r, i] - m) * rstd * weight[i]
-        if not total < np.inf:
-            y[r, :] = np.nan
         if len(bias):
             for i in range(C):
                 y[r, i] += bias[i]

@@ -175,7 +175,7 @@ class BufferPool:
     the second training step finds every block that the first one needed.  One pool serves one thread at a time.
     """
 
-    SMALL = 4096  # bytes; below this the memory allocator is as fast
+    SMALL = 2048  # bytes; below this the memory allocator is as fast
 
     def __init__(self):
         self.free = {}  # size in bytes -> blocks not in use

@@ -69,14 +69,18 @@ class FlatParameters:
     def __reduce_ex__(self, protocol):  # of its arrays there would be copies, and the parameters would keep theirs
         raise TypeError("FlatParameters, and an optimizer or DataParallel on them, cannot be copied: copy the model")
 
-    def check(self):
-        """Raise RuntimeError if the model's parameters are others than those that are kept here, or kept elsewhere."""
+    def check_home(self):
+        """Raise RuntimeError if the parameters are kept elsewhere by now."""
         for parameter, place in zip(self.parameters, self.places, strict=True):
             if parameter.grad_buffer is not place:
                 raise RuntimeError(
                     "the model's parameters have moved to a later FlatParameters (of a second DataParallel, say): this "
                     "one would train nothing any more"
                 )
+
+    def check(self):
+        """Raise RuntimeError if the model's parameters are others than those that are kept here, or kept elsewhere."""
+        self.check_home()
         before, now = dict(zip(self.names, self.parameters, strict=True)), dict(self.model.named_parameters())
         for name in (*now, *before):
             if now.get(name) is not before.get(name):

@@ -91,7 +91,7 @@ class DataParallel:
         self.replicas = [Replica(model, self.flat)]
         for _ in range(1, workers):
             self.replicas.append(self._twin())
-        self.settings, self.n_unseeded, self.n_sent = settings(model), 0, 0
+        self.fingerprint, self.n_unseeded, self.n_sent = fingerprint(model), 0, 0
         # adding gradients and updating weights uses no BLAS: there is a share for each thread that the products use
         size, self.n_threads = len(self.flat.weights), workers * blas
         self.slices = _cut(slice(0, size), self.n_threads)
@@ -124,16 +124,17 @@ class DataParallel:
 
     def _follow(self):
         """Have the other workers' models be what the first one is now."""
-        self.flat.check()
-        if self.settings != (now := settings(self.model)):
+        self.flat.check_home()
+        if self.fingerprint != (now := fingerprint(self.model)):
+            self.flat.check()
             for rank in range(1, len(self.replicas)):
                 self.replicas[rank] = self._twin()
-            self.settings = now
+            self.fingerprint = now
 
     def train(self, mode=True):
         for replica in self.replicas:
             replica.model.train(mode)
-        self.settings = settings(self.model)
+        self.fingerprint = fingerprint(self.model)
 
     def zero_grad(self):
         """Before an update's first micro-step.  Raises RuntimeError if the model's parameters are others by now."""
@@ -243,7 +244,7 @@ class DataParallel:
 
     def update(self, optimizer, lr, scale):
         """One update of the weights with flat.grads * scale; a .grad that was assigned to a Parameter counts."""
-        self.flat.check()
+        self.flat.check_home()
         self.flat.finish_grads()
         optimizer.step += 1
         self.each(lambda rank: optimizer.update(self.flat.grads, lr, scale, self.slices[rank]), len(self.slices))
@@ -277,19 +278,20 @@ def own_forward(module, name="model"):
     return next(filter(None, (own_forward(child, f"{name}.{key}") for key, child in module.children())), None)
 
 
-def settings(module):
-    """What a module and those below it do, apart from their parameters' numbers: two are equal if they do the same."""
+def fingerprint(module):
+    """A number that changes with what a module is made of: anything but its parameters' numbers."""
     found = [type(module)]
     for name, value in vars(module).items():
         if isinstance(value, Parameter):
-            found.append((name, value.requires_grad))
+            value = id(value), value.requires_grad
         elif isinstance(value, Module):
-            found.append((name, settings(value)))
+            value = fingerprint(value)
         elif isinstance(value, list):
-            found.append((name, [settings(item) if isinstance(item, Module) else id(item) for item in value]))
-        else:
-            found.append((name, value if isinstance(value, (int, float, str, NoneType)) else id(value)))
-    return found
+            value = tuple(fingerprint(item) if isinstance(item, Module) else id(item) for item in value)
+        elif not isinstance(value, (int, float, str, NoneType)):
+            value = id(value)
+        found.append(hash((name, value)))
+    return hash(tuple(found))
 
 
 def _cut(whole, n):

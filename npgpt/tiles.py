@@ -28,7 +28,7 @@ LINE = 64  # bytes of a line of the cache
 if KERNELS == "numba":
     import llvmlite.binding
     from llvmlite import ir
-    from numba import types
+    from numba import config, types
     from numba.core import cgutils
     from numba.extending import intrinsic
 
@@ -438,6 +438,12 @@ def dots(out, x, w, scale, bias, first, last, add):
         and (_in_line(out) and _in_line(x) and _in_line(w) and _in_line(scale) and _in_line(bias))
     ):
         raise ValueError("dots: out (R, N) needs x (R, K), w (N, K), scale and bias (N,) or (0,), contiguous; 0 < K")
+    _dots(out, x, w, scale, bias, first, last, add)
+
+
+@helper
+def _dots(out, x, w, scale, bias, first, last, add):
+    R = len(x)
     if R == 1:
         for j in range(first, last, 8):
             _one_row(out, x, w, scale, bias, 0, j, last, add)
@@ -445,3 +451,7 @@ def dots(out, x, w, scale, bias, first, last, add):
         for j in range(first, last, 4):
             for i in range(0, R, 4):
                 _four_rows(out, x, w, scale, bias, i, j, last, add)
+
+
+# for kernels whose arrays were checked before; the checks would take 5 % of a small model's token
+dots_unchecked = dots if KERNELS == "numba" and config.BOUNDSCHECK else _dots

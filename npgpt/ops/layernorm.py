@@ -46,7 +46,7 @@ def layernorm_forward_ref(x, weight, bias, eps):
     mean = x.mean(axis=1)  # (N,)
     var = x.var(axis=1)  # (N,) divided by C, not by C - 1
     rstd = 1 / np.sqrt(var + eps)
-    rstd[~np.isfinite(var)] = np.nan  # rows that are too large to have one; 0 would hide them
+    mean[~np.isfinite(var)] = np.nan  # of rows whose squares overflow: rstd is 0, which would hide them
     xhat = (x - mean[:, None]) * rstd[:, None]  # (N, C)
     y = xhat * weight + bias
     return y, mean, rstd
@@ -84,12 +84,11 @@ def layernorm_forward(y, mean, rstd, x, weight, bias, eps):
         for i in range(C):
             total += (x[n, i] - m) * (x[n, i] - m)
         r = one / np.sqrt(total * inv_C + eps)
+        m = m if total < np.inf else x.dtype.type(np.nan)  # (not r, which the compiler has a fast way to make)
         for i in range(C):
             y[n, i] = (x[n, i] - m) * r * weight[i] + bias[i]
         mean[n] = m
         rstd[n] = r
-        if not total < np.inf:  # (here, as a choice of r would keep the compiler from its fast square root)
-            y[n, :], rstd[n] = np.nan, np.nan
 
 
 @replaces(layernorm_backward_ref)

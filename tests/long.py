@@ -18,6 +18,7 @@ CHECKS = {
     "clock": ("20 kills of a run that the clock alone saves", "6 minutes", "endurance.py clock"),
     "processors": ("the tests of what computes, with AVX2 only and with SSE only", "8 minutes", "elsewhere.py"),
     "processors-all": ("the whole suite, with AVX2 only and with SSE only", "15 minutes", "elsewhere.py --all"),
+    "folders": ("200 Hugging Face folders beside transformers, which must be installed", "1 minute", "fuzz_folders.py"),
     "audit": ("wrong gradients planted in live trainings: audits must end them", "30 minutes", "mutation.py --audit"),
 }
 

@@ -659,12 +659,10 @@ def _read_folder(path):
 
 def _usual_settings(state):
     """What tokenizer_config.json must say, so that transformers takes tokenizer.json as it stands, and adds nothing."""
-    end = END in (added["content"] for added in state["added_tokens"])
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_prefix_space": _prefix_space(state),
         "clean_up_tokenization_spaces": False,
-        **({"bos_token": END, "eos_token": END} if end else {}),
     }
 
 

@@ -242,12 +242,12 @@ def _config_of(settings, path):
     if kind != "gpt2":
         raise CheckpointError(f"{path}: model_type is {reprlib.repr(kind)}; only 'gpt2' is read")
     for other, name in ALIASES.items():
-        value = settings.get(other, settings.get(name))
-        if settings.get(name, value) != value:
-            values = f"{name} is {reprlib.repr(settings[name])} and {other} {reprlib.repr(value)}"
-            raise CheckpointError(f"{path}: {values}, which are two names of one setting")
         if other in settings:
-            settings = {**settings, name: value}
+            value = reprlib.repr(settings[other])
+            if name in settings and reprlib.repr(settings[name]) != value:
+                values = f"{name} is {reprlib.repr(settings[name])} and {other} {value}"
+                raise CheckpointError(f"{path}: {values}, which are two names of one setting")
+            settings = {**settings, name: settings[other]}
     for key, good in DOES.items():
         value = settings.get(key, good[0])
         if value not in good:

@@ -186,15 +186,13 @@ class BPETokenizer(_Tokenizer):
             raise ValueError("its files are none of a tokenizer")
         self._tokenizer = _tokenizer_of(state)
         self._bytes = {token: _bytes_of(word) for word, token in state["model"]["vocab"].items()}
-        more = {added["id"]: added["content"].encode("utf-8") for added in state["added_tokens"]}
+        # the package numbers added tokens itself, whatever a file says; load() refuses one that says something else
+        added = self._tokenizer.get_added_tokens_decoder()
+        more = {number: token.content.encode("utf-8") for number, token in added.items()}
         self._n_words = max(self._bytes.keys() - more.keys()) + 1
         self._bytes.update(more)
         self.vocab_size = max(self._bytes) + 1
         self.holes = sorted(set(range(self.vocab_size)) - set(self._bytes))
-        for added in state["added_tokens"]:
-            number = self._tokenizer.token_to_id(added["content"])
-            if number != added["id"]:  # a gap in the numbers, say, which the package closes
-                raise ValueError(f"its token {added['content']!r} is number {added['id']}, but in its place {number}")
         if len(json.dumps([self.json, self.files])) > MAX_JSON:
             raise ValueError(f"its {self.vocab_size:,} tokens are too many to keep in a checkpoint")
         if limit is not None:
@@ -235,7 +233,9 @@ class BPETokenizer(_Tokenizer):
         try:
             if path.name in BPE_FILES:
                 return cls(*_read_folder(path))
-            return cls(json.dumps(_read_state(path)[0]))
+            state = _checked(json.dumps(_read_state(path)[0]))
+            _add_tokens(state, {}, [], {})
+            return cls(json.dumps(state))
         except ValueError as error:
             raise UsageError(f"tokenizer: {path} cannot be used: {error}") from None
 
@@ -528,7 +528,7 @@ def _prefix_space(state):
 
 def _parts(state):
     """The parts of a pre-tokenizer, in their order."""
-    if state["type"] == "Sequence":
+    if state.get("type") == "Sequence":
         return [part for parts in state["pretokenizers"] for part in _parts(parts)]
     return [state]
 
@@ -536,12 +536,12 @@ def _parts(state):
 def _cuts_known_words(state):
     """Whether a pre-tokenizer is known to cut a text into words at all places that _AT_LINES and _AT_SPACES find."""
     for part in _parts(state):
-        if part["type"] == "ByteLevel":  # what comes after it no longer sees the text
+        if part.get("type") == "ByteLevel":  # what comes after it no longer sees the text
             return part.get("use_regex", True)
-        if part["type"] == "Split":
+        if part.get("type") == "Split":
             how = part["behavior"], part["invert"]
             return part["pattern"].get("Regex") in _WORDS and how in (("Isolated", False), ("Removed", True))
-        if part["type"] != "Digits":
+        if part.get("type") != "Digits":
             return False
     return False
 
@@ -549,7 +549,7 @@ def _cuts_known_words(state):
 def _places(state):
     """Where the texts of a tokenizer may be cut, as cut_at_lines is told; None where that is not known."""
     normalizer, prefix = state.get("normalizer"), _prefix_space(state)
-    if (normalizer or {"type": "NFC"})["type"] != "NFC" or not _cuts_known_words(state["pre_tokenizer"]):
+    if (normalizer or {"type": "NFC"}).get("type") != "NFC" or not _cuts_known_words(state["pre_tokenizer"]):
         return None
     unless = ""  # added tokens, which are found before there are words
     for added in state["added_tokens"]:
@@ -723,7 +723,7 @@ def _special_tokens(settings, more, numbers, is_gpt2):
         found = {**dict.fromkeys(("bos_token", "eos_token", "unk_token"), END), **found}
     if isinstance(others, dict):
         found, others = {**found, **others}, []
-    if not isinstance(others, list) or not isinstance(listed or {}, dict):
+    if not isinstance(others, list) or not (listed is None or isinstance(listed, dict)):
         raise ValueError(f"{SETTINGS}: its special tokens are no list")
     names = [*(name for name in NAMED if name in found), *(name for name in found if name not in NAMED)]
     named = {
@@ -742,6 +742,8 @@ def _special_tokens(settings, more, numbers, is_gpt2):
     else:
         numbered = {}
         for content, number in numbers.items():
+            if type(number) is not int:
+                raise ValueError(f"added_tokens.json: {content!r} has no number")
             flags = {"special": content in special, "normalized": content not in special}
             numbered[number] = _added_token(content, "added_tokens.json", **flags)
     try:
@@ -784,7 +786,10 @@ def _add_tokens(state, named, others, numbered):
         ]
         for number, added in before.items():
             if tokenizer.token_to_id(added["content"]) != number:
-                raise ValueError(f"its token {added['content']!r} is number {number}, but in its place another")
+                raise ValueError(
+                    f"its added token {added['content']!r} is number {number}, "
+                    f"but takes number {tokenizer.token_to_id(added['content'])} (they have no gaps)"
+                )
 
 
 def _read_merges(path):

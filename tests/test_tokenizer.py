@@ -369,7 +369,7 @@ GPT4_STYLE = {"type": "Sequence", "pretokenizers": [
         (0, {}, {"tokenizer_config": {"added_tokens_decoder": {"x": {"content": "<|user|>"}}}}, "not numbered"),
         (0, {}, {"tokenizer_config": [1]}, "tokenizer_config.json is not a JSON object"),
         (0, {}, {"added_tokens": {"<|user|>": 4}}, "give '<|user|>' the number 4, which would be "),
-        (0, {"added_tokens": [{"id": 999, "content": "<|user|>", **SPECIAL}]}, {}, "'<|user|>' is number 999, but in"),
+        (0, {"added_tokens": [{"id": 999, "content": "<|user|>", **SPECIAL}]}, {}, "'<|user|>' is number 999, but"),
         (1, {}, {"tokenizer_config": {"tokenizer_class": "RobertaTokenizer"}}, "tokenizer_class is 'RobertaTokenizer'"),
         (0, {"pre_tokenizer": GPT4_STYLE}, {"config": {"model_type": "gpt2"}}, "in another way than GPT2Tokenizer"),
     ],

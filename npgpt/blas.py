@@ -20,7 +20,7 @@ from npgpt.crew import Crew
 from npgpt.engine import empty
 from npgpt.jit import helper, kernel, replaces
 from npgpt.machine import processors
-from npgpt.tiles import VECTOR, product, transpose
+from npgpt.tiles import VECTOR, in_line, product_unchecked, transpose
 
 # --------------------------------------------------------------------------------------------------------------------
 # NumPy's BLAS
@@ -158,9 +158,9 @@ def multiply(out, a, b, turned, panel, first, last):
     rows, columns = b.shape[::-1] if turned else b.shape
     if not (
         (out.shape[0] == M and out.shape[1] == columns and rows == K > 0 and 0 <= first <= last <= columns)
-        and (panel.shape[0] >= min(K, DEPTH) and width > 0)
+        and (panel.shape[0] >= min(K, DEPTH) and width > 0 and in_line(out) and in_line(panel))
     ):
-        raise ValueError("multiply: out (M, N) needs a (M, K) and b (K, N), or (N, K) if turned; 0 < K")
+        raise ValueError("multiply: contiguous out (M, N) needs a (M, K) and b (K, N), or (N, K) if turned; 0 < K")
     for i in range(0, a.shape[0], HEIGHT):
         for k in range(0, a.shape[1], DEPTH):
             block = a[i : i + HEIGHT, k : k + DEPTH]
@@ -170,7 +170,7 @@ def multiply(out, a, b, turned, panel, first, last):
                     transpose(panel, b[j:end, k : k + DEPTH])
                 else:
                     copy(panel, b[k : k + DEPTH, j:end])
-                product(out[i : i + HEIGHT, j:end], block, panel[: block.shape[1]], k > 0)
+                product_unchecked(out[i : i + HEIGHT, j:end], block, panel[: block.shape[1]], k > 0)
 
 
 def _is_ours(threads):

@@ -66,7 +66,7 @@ def test_a_tree_that_cannot_run_is_told_from_one_that_differs(tmp_path):
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not done.stdout
-    with pytest.raises(UsageError, match="Python takes npgpt from|No module named 'npgpt'"):
+    with pytest.raises(UsageError, match=r"Python takes npgpt from|No module named 'npgpt'"):
         Tree("an empty tree", tmp_path, tmp_path / "place")
     tree = Tree("this tree", ROOT, tmp_path / "other")
     with pytest.raises(UsageError, match=r"this tree cannot run -m npgpt\.train: exit code 2, .*unknown argument"):

@@ -23,7 +23,7 @@ from npgpt.errors import GradientError
 from npgpt.faults import FAULTS
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT, TOO_LONG = 300, "timeout"  # seconds, for one run of the tests
+TIMEOUT, TOO_LONG = 600, "timeout"  # seconds, for one run of the tests
 
 # Which tests have to do with a source file: (files, words of which one is in the test's name; "" for all).
 RELEVANT = {

@@ -282,14 +282,14 @@ def composed(name, given, new=True):
     share of the learning rate, and the warm-up is a tenth of the run at most.  A new run that begins with a model has
     rates that do not ruin it.  Raises UsageError.
     """
-    settings = {**(preset(name) if name else {}), **given}
-    followed = {} if name is None else {key: value for key, value in preset(name).items() if key not in given}
+    base = preset(name) if name else {}
+    settings, followed = {**base, **given}, base.keys() - given.keys()
     if "lr_decay_iters" in followed and ("max_iters" in given or "epochs" in given):
         settings["lr_decay_iters"] = None
     if "warmup_iters" in followed and "max_iters" in given:
-        settings["warmup_iters"] = min(followed["warmup_iters"], given["max_iters"] // 10)
+        settings["warmup_iters"] = min(base["warmup_iters"], given["max_iters"] // 10)
     if "min_lr" in followed and "learning_rate" in given:
-        settings["min_lr"] = followed["min_lr"] / preset(name)["learning_rate"] * given["learning_rate"]
+        settings["min_lr"] = base["min_lr"] / base["learning_rate"] * given["learning_rate"]
     if new and name is None and settings.get("init_from") is not None:
         settings = {**FINE_TUNING, **settings}
     return settings

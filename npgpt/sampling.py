@@ -125,10 +125,10 @@ class Generation:
         self.start = max(0, len(idx) - self.block_size)
         self.cached = 0  # positions of each text in the cache
         self.drawn = [[] for _ in rngs]  # tokens of each text that the decoder has drawn ahead
-        if int8 and (other := model.difference()):
+        other = model.difference()
+        if int8 and other:
             raise ValueError(f"int8 is for a GPT as its config says; {other}")
-        with_cache = cache and model.difference() is None
-        self.decoder = Decoder(model, len(rngs), length, int8, threads) if with_cache else None
+        self.decoder = Decoder(model, len(rngs), length, int8, threads) if cache and other is None else None
 
     def _contexts(self):
         """What the cache does not have yet of each text's context.  To be asked once for each token."""

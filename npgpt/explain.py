@@ -16,10 +16,10 @@ import ast
 import base64
 import collections
 import dataclasses
+import importlib.resources
 import inspect
 import itertools
 import json
-import pkgutil
 import sys
 import textwrap
 from pathlib import Path
@@ -321,7 +321,7 @@ def describe(model, idx, targets, text_of):
 
 def page(data):
     """The page of what describe returned."""
-    template = pkgutil.get_data("npgpt", "explain.html").decode("utf-8")
+    template = importlib.resources.files("npgpt").joinpath("explain.html").read_text(encoding="utf-8")
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")  # no </script> in it
     before, after = template.split("DATA")
     return before + text + after

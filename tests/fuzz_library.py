@@ -43,6 +43,8 @@ class Wrong(Exception):
 
 
 class Relu(Module):
+    """An MLP of another kind, with the names and shapes of the usual one."""
+
     def __init__(self, mlp):
         self.c_fc, self.c_proj = mlp.c_fc, mlp.c_proj
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fuzz_library import Relu
 
 from npgpt import GPT, AdamW, DataParallel, GPTConfig, Tensor, TrainConfig, folder, no_grad, random_stream
 from npgpt.audit import Auditor
@@ -449,16 +450,6 @@ def test_data_that_is_replaced_between_forward_and_backward_is_noticed():
 
 # --------------------------------------------------------------------------------------------------------------------
 # A model that was changed, at each entry point
-
-
-class Relu(Module):
-    """An MLP of another kind, with the names and shapes of the usual one."""
-
-    def __init__(self, mlp):
-        self.c_fc, self.c_proj = mlp.c_fc, mlp.c_proj
-
-    def forward(self, x):
-        return self.c_proj(self.c_fc(x).relu())
 
 
 class WithMore(GPT):

@@ -22,8 +22,8 @@ since a backward reads what its forward read.
 """
 
 import contextlib
+import copy
 import ctypes
-import functools
 import inspect
 import math
 import os
@@ -69,55 +69,45 @@ class _Context(type(contextlib.contextmanager(lambda: (yield))())):
         return super().__call__(function)
 
 
-def context(function):
-    """As contextlib.contextmanager."""
-
-    @functools.wraps(function)
-    def entered(*args, **options):
-        return _Context(function, args, options)
-
-    return entered
+def _within(**values):
+    """A context within which the state of this thread has these values."""
+    return _Context(_set_for_a_while, (values,), {})
 
 
-@context
+def _set_for_a_while(values):
+    before = {name: getattr(_state, name) for name in values}
+    vars(_state).update(values)
+    try:
+        yield
+    finally:
+        vars(_state).update(before)
+
+
 def no_grad():
     """Within this context ops record no graph: for evaluation and sampling."""
-    before, _state.recording = _state.recording, False
-    try:
-        yield
-    finally:
-        _state.recording = before
+    return _within(recording=False)
 
 
-@context
 def no_dropout():
     """Within this context modules drop nothing, in this thread, whatever train() has said."""
-    before, _state.drops = _state.drops, False
-    try:
-        yield
-    finally:
-        _state.drops = before
+    return _within(drops=False)
 
 
-def dropout_is_off():
-    return not _state.drops
+def dropout_acts():
+    """Whether no_dropout leaves the choice to train() and eval()."""
+    return _state.drops
 
 
 class NotFinite(Exception):
     """What finite_checks found: its text names the op, and the direction."""
 
 
-@context
 def finite_checks(names):
     """Within this context a result of an op, or a gradient that it makes, that is not finite raises NotFinite.
 
     names: id of a tensor -> what it is called, for the message; those of a model's parameters, say.
     """
-    before, _state.checked = _state.checked, names
-    try:
-        yield
-    finally:
-        _state.checked = before
+    return _within(checked=names)
 
 
 def _check_finite(arrays, direction, backward, parents):
@@ -128,32 +118,21 @@ def _check_finite(arrays, direction, backward, parents):
     raise NotFinite(f"the {direction} of {op}" + (f" with {', '.join(named)}" if named else ""))
 
 
-@context
 def observed(observer):
     """Within this context observer(out, parents, backward) is called for each Tensor that an op makes, in their order.
 
     Those of no_grad count too.  The observer may change out.data in place, to see what comes of it.
     """
-    before, _state.observer = _state.observer, observer
-    try:
-        yield
-    finally:
-        _state.observer = before
+    return _within(observer=observer)
 
 
-@context
 def random_stream(seed, batch_offset=0):
     """Within this context dropout draws its masks from `seed` (a uint32), one mask after the other.
 
     batch_offset: index of the first sequence of this batch in a larger batch that is split over workers, so that a
     sequence gets the same mask however the batch is split.
     """
-    before = _state.random_seed, _state.random_calls, _state.batch_offset
-    _state.random_seed, _state.random_calls, _state.batch_offset = int(seed), 0, int(batch_offset)
-    try:
-        yield
-    finally:
-        _state.random_seed, _state.random_calls, _state.batch_offset = before
+    return _within(random_seed=int(seed), random_calls=0, batch_offset=int(batch_offset))
 
 
 def next_random_key():
@@ -216,14 +195,9 @@ def _aligned_block(nbytes, align=64):
     return (ctypes.c_char * nbytes).from_buffer(memory, -memory.ctypes.data % align)
 
 
-@context
 def reuse_buffers(pool):
     """Within this context `empty` takes its memory from `pool`, a BufferPool kept from step to step."""
-    before, _state.pool = _state.pool, pool
-    try:
-        yield
-    finally:
-        _state.pool = before
+    return _within(pool=pool)
 
 
 def empty(shape, dtype):
@@ -348,10 +322,13 @@ class Tensor:
             raise TypeError("a Tensor with no dimension has no rows to go through")
         return (self[i] for i in range(len(self.data)))
 
-    def __reduce_ex__(self, protocol):  # for copy.copy, copy.deepcopy and pickle
+    def __reduce_ex__(self, protocol):  # for pickle, and for copy.deepcopy, which copies the arrays first
         if self._backward is not None:
             raise TypeError("a Tensor that was computed cannot be copied: its backward would go to the originals")
-        return _copied, (type(self), self.data, self.requires_grad, self.grad)
+        return _leaf, (type(self), self.data, self.requires_grad, self.grad)
+
+    def __copy__(self):
+        return copy.deepcopy(self)  # two leaves never share an array
 
     def item(self):
         """The value of a tensor with one element, as a Python float."""
@@ -465,11 +442,11 @@ class Tensor:
                 node.grad = node.grad.copy()
 
 
-def _copied(kind, data, requires_grad, grad):
-    """A leaf with arrays of its own."""
+def _leaf(kind, data, requires_grad, grad):
+    """A Tensor of this kind that was not computed."""
     tensor = kind.__new__(kind)
-    Tensor.__init__(tensor, data.copy(), requires_grad)
-    tensor.grad = None if grad is None else grad.copy()
+    Tensor.__init__(tensor, data, requires_grad)
+    tensor.grad = grad
     return tensor
 
 

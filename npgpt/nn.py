@@ -5,7 +5,7 @@ from types import NoneType
 
 import numpy as np
 
-from npgpt.engine import FLOATS, Tensor, dropout_is_off, plain
+from npgpt.engine import FLOATS, Tensor, dropout_acts, plain
 from npgpt.ops.attention import causal_attention
 from npgpt.ops.dropout import dropout
 from npgpt.ops.layernorm import layernorm
@@ -71,7 +71,7 @@ class Module:
     """
 
     training = True
-    drops = property(lambda self: self.training and not dropout_is_off())  # whether dropout acts now
+    drops = property(lambda self: self.training and dropout_acts())  # whether dropout acts now
 
     def __setattr__(self, name, value):
         """Refuse a Tensor where training would not see it: named_parameters() finds Parameters only."""

@@ -51,7 +51,7 @@ class FlatParameters:
                 raise ValueError(
                     f"FlatParameters: {named[0][0]} is {dtype}, and {name} {parameter.dtype}: all must have one dtype"
                 )
-        for (name, one), (other_name, other) in itertools.combinations(named, 2):
+        for (name, one), (other_name, other) in itertools.combinations(named, 2) if share is None else ():
             if np.may_share_memory(one.data, other.data):
                 raise ValueError(
                     f"FlatParameters: {name} and {other_name} share memory; use one Parameter in both places"
@@ -97,8 +97,8 @@ class FlatParameters:
 
     def trained(self, start, stop):
         """(start, stop) of each part of an interval of the flat arrays that holds no frozen parameter."""
-        for place, parameter in zip(self.names.values(), self.parameters, strict=True):
-            if not parameter.requires_grad and start < place.stop and place.start < stop:
+        for place in map(self.names.get, self.frozen):
+            if start < place.stop and place.start < stop:
                 if start < place.start:
                     yield start, place.start
                 start = place.stop
@@ -351,9 +351,10 @@ class Muon(AdamW):
         start, stop, _ = part.indices(len(self.m))
         super().update(grads, lr, scale, slice(max(start, self.flat.n_hidden), max(stop, self.flat.n_hidden)))
         groups = {}  # length of the shorter side -> [(weights, momentum, gradient)]
-        for (name, place), parameter in zip(self.flat.names.items(), self.flat.parameters, strict=True):
+        frozen = self.flat.frozen
+        for name, place in self.flat.names.items():
             is_here = place.start < self.flat.n_hidden and start <= (place.start + place.stop) // 2 < stop
-            if is_here and parameter.requires_grad:
+            if is_here and name not in frozen:
                 for matrices in self._matrices(name, place, grads):
                     groups.setdefault(min(matrices[0].shape), []).append(matrices)
         with reuse_buffers(self.pools.setdefault(start, BufferPool())):

@@ -26,7 +26,7 @@ from npgpt.crew import Crew
 from npgpt.engine import BufferPool, no_grad, random_stream, record, reuse_buffers
 from npgpt.gradcheck import replaced
 from npgpt.machine import cores, processors
-from npgpt.nn import Module, Parameter
+from npgpt.nn import Module, Parameter, structure
 from npgpt.optim import FlatParameters, sum_of_squares
 from npgpt.ranks import ALONE
 
@@ -114,12 +114,15 @@ class DataParallel:
 
     def _twin(self):
         """A Replica of the model as it is, over the same weights.  Raises ValueError for what cannot be copied."""
-        if (own := own_forward(self.model)) is not None:
+        own = next((place for place in structure(self.model) if place.rpartition(".")[2] == "forward"), None)
+        if own is not None:
             raise ValueError(
-                f"workers: {own}.forward was set on this object alone, and would go on calling it; make it a class"
+                f"workers: model.{own} was set on this object alone, and would go on calling it; make it a class"
             )
-        shared = {id(self.model.tokenizer): self.model.tokenizer} if hasattr(self.model, "tokenizer") else {}
-        twin = copy.deepcopy(self.model, shared)
+        # what is not to be copied: FlatParameters give the twin its places
+        shared = [getattr(self.model, "tokenizer", None)]
+        shared += [array for parameter in self.model.parameters() for array in (parameter.data, parameter.grad)]
+        twin = copy.deepcopy(self.model, {id(thing): thing for thing in shared})
         return Replica(twin, FlatParameters(twin, share=self.flat))
 
     def _follow(self):
@@ -269,13 +272,6 @@ class DataParallel:
     def close(self):
         """End the worker threads."""
         self._crew.close()
-
-
-def own_forward(module, name="model"):
-    """The name of the first module with a forward of its own, which its class does not have, or None."""
-    if "forward" in vars(module):
-        return name
-    return next(filter(None, (own_forward(child, f"{name}.{key}") for key, child in module.children())), None)
 
 
 def fingerprint(module):

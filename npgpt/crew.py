@@ -1,45 +1,101 @@
 """Threads that take shares of a job, and can be called off at any moment.
 
-An interrupt may come while Python waits for a new thread to begin.  ThreadPoolExecutor then forgets that thread, which
-begins later all the same and takes its share of a job that nobody waits for.  So a thread of a Crew says that it is at
-work before it looks whether its job still stands.
+An interrupt (Ctrl-C) may come between any two calls of the main thread.  Python's ThreadPoolExecutor and Thread.start
+are Python code that takes locks.  One that is interrupted there stays locked, and the process never ends.  So a caller
+waits only in C, for a SimpleQueue or a plain lock; and another thread, which no interrupt reaches, begins the new one.
+
+A thread may begin when its job has been called off.  So it says that it is at work before it looks whether its job
+still stands.
 """
 
-import contextlib
+import _thread
 import os
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 
-from npgpt.stop import held
+
+class Job:
+    """What a thread of a Crew calls: work(*args)."""
+
+    def __init__(self, work, args):
+        self._work, self._args, self._value, self._error = work, args, None, None
+        self._ended = _thread.allocate_lock()
+        self._ended.acquire()
+
+    def run(self):
+        try:
+            self._value = self._work(*self._args)
+        except BaseException as error:
+            self._error = error
+
+    def end(self):
+        self._ended.release()
+
+    def result(self):
+        """What work returned; raises what work raised."""
+        with self._ended:  # taken until then
+            pass
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+
+class _Pool:
+    """What the threads know: they must not keep the Crew alive, which tells them to leave when nobody has it any more.
+
+    unfinished  jobs that were submitted and have not ended: one thread is begun for each of them at most
+    """
+
+    def __init__(self):
+        self.process, self.jobs = os.getpid(), SimpleQueue()
+        self.unfinished, self.begun, self.threads = set(), 0, []
+
+    def serve(self):
+        self.threads.append(threading.current_thread())
+        while (job := self.jobs.get()) is not None:
+            job()
+            job = None  # it knows the Crew
+        self.jobs.put(None)  # for the next one
+
+
+def _begin(pool, name):
+    """Have a thread begin; to be called in one that no interrupt reaches."""
+    threading.Thread(target=pool.serve, name=name, daemon=True).start()
 
 
 class Crew:
     """As many threads, for one caller.  They begin when they are first needed."""
 
     def __init__(self, threads, name):
-        self.threads = threads
-        self._new_pool = lambda: ThreadPoolExecutor(max(1, threads), name)
-        self._start()
+        self.threads, self.name = threads, name
+        self._pool, self._at_work = _Pool(), set()
 
-    def _start(self):
-        self._process, self._pool, self._at_work = os.getpid(), self._new_pool(), set()
+    def __del__(self):
+        self._pool.jobs.put(None)
 
     def submit(self, work, *args):
-        """Have a thread call work(*args); returns a Future."""
-        if self._process != os.getpid():  # a fork has none of the threads
-            self._start()
-        with held():  # a process that is forked in the pool's `submit` waits for ever for a lock that this thread holds
-            return self._pool.submit(self._run, self._pool, work, args)
+        """Have a thread call work(*args); returns a Job."""
+        if self._pool.process != os.getpid():  # a fork has none of the threads
+            self._pool, self._at_work = _Pool(), set()
+        pool, job = self._pool, Job(work, args)
+        pool.unfinished.add(job)
+        pool.jobs.put(lambda: self._run(pool, job))
+        if pool.begun < min(self.threads, len(pool.unfinished)):
+            pool.begun += 1
+            _thread.start_new_thread(_begin, (pool, self.name))
+        return job
 
-    def _run(self, pool, work, args):
-        me = threading.get_ident()
+    def _run(self, pool, job):
+        me = _thread.get_ident()
         self._at_work.add(me)
         try:
             if pool is self._pool:  # else the job was called off before this thread began
-                return work(*args)
+                job.run()
         finally:
+            pool.unfinished.discard(job)
             self._at_work.remove(me)
+            job.end()
 
     def each(self, work, n):
         """[work(0), ..., work(n - 1)]: number 0 runs in this thread, the others in the crew's, if it has as many.
@@ -51,13 +107,13 @@ class Crew:
         """
         results, errors, left = [None] * n, {}, list(range(n - 1, 0, -1))
         try:
-            futures = [self.submit(_take_turns, left, work, results, errors) for _ in range(min(self.threads, n - 1))]
+            jobs = [self.submit(_take_turns, left, work, results, errors) for _ in range(min(self.threads, n - 1))]
             _take_turns([0], work, results, errors)
             if n - 1 > self.threads:  # else number 0 is all that npgpt/profiler.py sees of the work, every time
                 _take_turns(left, work, results, errors)
-            for future in futures:
-                future.result()
-        except BaseException:  # an interrupt may have come before all futures were known, or awaited
+            for job in jobs:
+                job.result()
+        except BaseException:  # an interrupt may have come before all jobs were known, or awaited
             left.clear()
             self.call_off()
             raise
@@ -70,15 +126,22 @@ class Crew:
 
         To be called for one interrupt, it is not ended by the next.
         """
-        pool, self._pool = self._pool, self._new_pool()
-        pool.shutdown(wait=False)
-        while self._at_work:
-            with contextlib.suppress(KeyboardInterrupt):
-                time.sleep(1e-4)
+        while True:
+            try:
+                self._pool.jobs.put(None)
+                self._pool = _Pool()
+                while self._at_work:
+                    time.sleep(1e-4)
+                return
+            except KeyboardInterrupt:
+                continue
 
     def close(self):
         """End the threads, when they are done with what was submitted."""
-        self._pool.shutdown()
+        pool, self._pool = self._pool, _Pool()
+        pool.jobs.put(None)
+        for thread in pool.threads:
+            thread.join()
 
 
 def _take_turns(left, work, results, errors):

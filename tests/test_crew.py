@@ -1,5 +1,8 @@
 """Threads that can be called off: whatever moment an interrupt chooses, none works on behind the caller's back."""
 
+import _thread
+import subprocess
+import sys
 import threading
 import time
 
@@ -16,23 +19,19 @@ def crew():
 
 
 def begins_late(monkeypatch):
-    """From now on threads begin late, and Ctrl-C comes while Python waits for them: the pool forgets of them.
+    """From now on threads begin late, and Ctrl-C comes when they have been asked to.
 
     Returns a list, in which they will be.
     """
-    start, run, late = threading.Thread.start, Crew._run, []
+    late = []
 
-    def interrupted(thread):
-        late.append(thread)
-        start(thread)
+    def interrupted(begin, args):
+        pool, name = args
+        late.append(threading.Thread(target=lambda: (time.sleep(0.05), pool.serve()), name=name))
+        late[-1].start()
         raise KeyboardInterrupt
 
-    def belated(*args):
-        time.sleep(0.05)
-        return run(*args)
-
-    monkeypatch.setattr(threading.Thread, "start", interrupted)
-    monkeypatch.setattr(Crew, "_run", belated)
+    monkeypatch.setattr(_thread, "start_new_thread", interrupted)
     return late
 
 
@@ -61,11 +60,11 @@ class Busy:
 
 
 def test_work_is_done_in_threads_and_its_results_come_back(crew):
-    futures = [crew.submit(lambda a, b: (a + b, threading.current_thread()), i, 1) for i in range(3)]
-    assert [future.result()[0] for future in futures] == [1, 2, 3]
-    assert threading.current_thread() not in [future.result()[1] for future in futures]
+    jobs = [crew.submit(lambda a, b: (a + b, threading.current_thread()), i, 1) for i in range(3)]
+    assert [job.result()[0] for job in jobs] == [1, 2, 3]
+    assert threading.current_thread() not in [job.result()[1] for job in jobs]
     crew.close()
-    assert not any(future.result()[1].is_alive() for future in futures)
+    assert not any(job.result()[1].is_alive() for job in jobs)
 
 
 def test_each_number_has_a_thread_of_its_own_if_there_are_as_many(crew):
@@ -170,3 +169,42 @@ def test_a_thread_that_begins_after_the_job_was_called_off_does_nothing(crew, mo
     assert crew.submit(lambda: "new").result() == "new"
     late[0].join(5)
     assert done == []
+
+
+INTERRUPTED = """
+import gc, sys
+from npgpt.crew import Crew
+gc.disable()  # it would come at any step as well, and end the threads of another crew
+
+def interrupted(k):
+    \"\"\"Whether an interrupt came before the k-th step that Python makes in this thread while a crew works.\"\"\"
+    left, crew = k, Crew(2, "crew")
+    def trace(frame, event, arg):
+        nonlocal left
+        frame.f_trace_opcodes = True
+        left -= 1
+        if left < 0:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+        return trace
+    work = lambda number: number
+    try:
+        sys.settrace(trace)
+        results = crew.each(work, 3)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    assert not crew._at_work and crew.each(work, 3) == [0, 1, 2]
+    return left < 0
+
+k = 0
+while interrupted(k):
+    k += 1
+print(k)
+"""
+
+
+def test_an_interrupt_at_any_step_leaves_a_crew_that_works_and_a_process_that_ends():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stderr == "" and int(done.stdout) > 100

@@ -53,7 +53,7 @@ ONLY = {
     "memory": {"machine"},
     "private": {"machine"},
     "jit": {"errors", "machine", "private", "profiler"},
-    "crew": {"stop"},
+    "crew": set(),
     "tiles": {"jit"},
     "blas": {"crew", "engine", "jit", "machine", "tiles"},
     "ops": {"blas", "engine", "jit", "tiles", "ops"},

@@ -60,7 +60,7 @@ def peak_memory():
 
 def machine(packages):
     """The processor's name, what it is to NumPy's BLAS, and the versions of what ran on it."""
-    from npgpt.blas import blas_kernels
+    from npgpt.kernels.blas import blas_kernels
     from npgpt.machine import cpu_name
 
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}

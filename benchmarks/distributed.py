@@ -50,9 +50,9 @@ from benchmarks.step import CHECKED, check_losses, npgpt_step
 from benchmarks.workloads import WORKLOADS
 from npgpt.errors import run_command
 from npgpt.gradcheck import replaced
-from npgpt.profiler import Profile, measured, profiling
-from npgpt.ranks import ALONE, joined
-from npgpt.stop import SIGNALS, Stop
+from npgpt.kernels.profiler import Profile, measured, profiling
+from npgpt.run.ranks import ALONE, joined
+from npgpt.signals import SIGNALS, Stop
 
 TOLERANCE = 1e-5  # relative: the sides add in different orders
 SIZES = [4096 * 4**i for i in range(8)]  # bytes of the arrays that are summed
@@ -105,7 +105,7 @@ def serve_steps(pipe, world, name, cores=None):
 
     cores: for each rank to use, by default its part of the machine's
     """
-    from npgpt.parallel import choose_threads
+    from npgpt.run.parallel import choose_threads
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; this process ends with it
     workload = WORKLOADS[name]

@@ -1,4 +1,4 @@
-"""Every fast function beside the NumPy reference that it replaces (npgpt.jit.PAIRS), on one thread, in float32.
+"""Every fast function beside the NumPy reference that it replaces (npgpt.kernels.jit.PAIRS), on one thread, in float32.
 
     python -m benchmarks.kernels --workload cpu
 
@@ -142,7 +142,7 @@ def measure(name, fast, reference, args, repeats):
 
     Raises BenchmarkError if they disagree.
     """
-    from npgpt.jit import COSTS
+    from npgpt.kernels.jit import COSTS
 
     ours, theirs = copies(args), copies(args)
     results = reference(*theirs)
@@ -173,9 +173,9 @@ def main(argv=None):
 
     import npgpt.model
     import npgpt.optim  # noqa: F401  (both for their pairs)
-    from npgpt.blas import blas_threads, sgemm_peak
-    from npgpt.engine import BufferPool, reuse_buffers
-    from npgpt.jit import KERNELS, PAIRS
+    from npgpt.kernels.blas import blas_threads, sgemm_peak
+    from npgpt.kernels.buffers import BufferPool, reuse_buffers
+    from npgpt.kernels.jit import KERNELS, PAIRS
     from npgpt.machine import cores
 
     if KERNELS != "numba":

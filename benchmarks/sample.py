@@ -46,8 +46,8 @@ def prompts(config, streams):
 
 def npgpt_side(config, streams, int8):
     from npgpt.config import Controls
+    from npgpt.generate.sampling import Generation
     from npgpt.model import GPT
-    from npgpt.sampling import Generation
 
     model = GPT(config, seed=None)
     parameters = dict(model.named_parameters())
@@ -221,8 +221,8 @@ def report(options, n, seconds, nbytes, bandwidth, memory):
 
 def quality(path, source):
     """Print the mean loss over tokens of a text with float32 weights and with int8 ones."""
-    from npgpt.data import load_text
-    from npgpt.decode import Decoder
+    from npgpt.data.text import load_text
+    from npgpt.generate.decode import Decoder
     from npgpt.model import GPT
 
     model = GPT.from_pretrained(path)

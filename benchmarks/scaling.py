@@ -32,7 +32,7 @@ SECONDS, STEPS = 2, 3  # a configuration is timed for so many of each, at least
 
 def run(workload, threads, quick):
     """In the process that is measured: (median seconds of a step, peak bytes of memory, sgemm FLOP/s, busy)."""
-    from npgpt.blas import blas_threads, sgemm_peak
+    from npgpt.kernels.blas import blas_threads, sgemm_peak
     from npgpt.machine import cores
 
     batches, seconds = itertools.cycle(workload.batches()), []

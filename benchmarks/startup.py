@@ -22,12 +22,12 @@ from pathlib import Path
 from benchmarks.common import BenchmarkError, machine, machine_line, positive
 from npgpt.errors import run_command
 
-IMPORTS = ("numpy", "numba", "npgpt.trainer")
+IMPORTS = ("numpy", "numba", "npgpt.run.trainer")
 CHARACTERS = 1_000_000  # of the text that is trained on, about as many as in Tiny Shakespeare
 FIRST_STEP = """
 import sys
 from npgpt.config import TrainConfig
-from npgpt.trainer import Trainer
+from npgpt.run.trainer import Trainer
 data, out_dir = sys.argv[1:]
 Trainer(TrainConfig(data=(data,), out_dir=out_dir)).step()
 print("done", flush=True)

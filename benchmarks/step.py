@@ -29,8 +29,8 @@ from benchmarks import against
 from benchmarks.common import PAUSE, BenchmarkError, Process, machine, machine_line, peak_memory, positive
 from benchmarks.workloads import WORKLOADS, initial_weights
 from npgpt.errors import UsageError, run_command
-from npgpt.ranks import ALONE, share
-from npgpt.stop import Stop
+from npgpt.run.ranks import ALONE, share
+from npgpt.signals import Stop
 
 LEARNING_RATE, BETAS, WEIGHT_DECAY, GRAD_CLIP = 1e-3, (0.9, 0.99), 0.1, 1.0
 CHECKED = 3  # steps whose losses must agree
@@ -50,7 +50,7 @@ def npgpt_step(workload, workers, blas, world=ALONE):
     """(a DataParallel, its step); each rank of a World works on its share of the batch."""
     from npgpt.model import GPT
     from npgpt.optim import AdamW, clip_scale
-    from npgpt.parallel import DataParallel
+    from npgpt.run.parallel import DataParallel
 
     _, mine = share(world.rank, world.size, 1, workload.batch_size)
     model = GPT(workload.config, seed=None)
@@ -73,7 +73,7 @@ def npgpt_step(workload, workers, blas, world=ALONE):
 
 @contextlib.contextmanager
 def npgpt_side(workload, options):
-    from npgpt.parallel import choose_threads
+    from npgpt.run.parallel import choose_threads
 
     threads = options.workers, options.blas_threads
     workers, blas = choose_threads(workload.batch_size, workload.config.block_size, *threads)
@@ -167,7 +167,7 @@ def measure(options):
 
     compare() reads the figures of other revisions: what it takes from this dict must stay in it.
     """
-    from npgpt.blas import blas_threads, sgemm_peak
+    from npgpt.kernels.blas import blas_threads, sgemm_peak
 
     workload = WORKLOADS[options.workload]
     sides = [Stepper("npgpt", npgpt_side, options)]

@@ -20,7 +20,7 @@ from npgpt.errors import run_command
 
 def train(config):
     """(seconds, whole validation loss) of a run."""
-    from npgpt.trainer import Trainer
+    from npgpt.run.trainer import Trainer
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(dataclasses.replace(config, out_dir=folder))

@@ -18,9 +18,9 @@ import numpy as np
 from checks import check, difference, finish
 
 from npgpt import GPT, GPTConfig, Tensor
+from npgpt.data.tokenizer import CharTokenizer
 from npgpt.gradcheck import numeric_grad
 from npgpt.ops.embedding import embedding
-from npgpt.tokenizer import CharTokenizer
 
 rng = np.random.default_rng(8)
 

@@ -5,7 +5,7 @@ You will understand
 - what a training loop is: take some text, have the model guess every next character, go downhill, again,
 - that a loss means something beside the loss of a simpler guess.
 
-Counterpart: npgpt/trainer.py, the same with all cores, a schedule, checkpoints and a log.
+Counterpart: npgpt/run/trainer.py, the same with all cores, a schedule, checkpoints and a log.
 Next: `python -m npgpt.train`, on a text of your own.
 Try it: leave out flat.zero_grad().  The gradients of all steps add up then: would you have seen it from the loss?
 
@@ -16,11 +16,11 @@ import numpy as np
 from checks import check, difference, finish
 
 from npgpt import GPT, AdamW, GPTConfig, Tensor, no_grad
-from npgpt.blas import blas_threads
-from npgpt.data import load_text
+from npgpt.data.text import load_text
+from npgpt.data.tokenizer import CharTokenizer
 from npgpt.gradcheck import numeric_grad
+from npgpt.kernels.blas import blas_threads
 from npgpt.optim import FlatParameters, clip_scale
-from npgpt.tokenizer import CharTokenizer
 
 # Text to tokens: the language reference that comes with Python.  Its last tenth is held back.
 

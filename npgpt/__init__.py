@@ -14,13 +14,13 @@ __version__ = "0.1.0"
 _WHERE = {
     "Tensor": "npgpt.ops.primitives",
     "no_grad": "npgpt.engine",
-    "random_stream": "npgpt.engine",
+    "random_stream": "npgpt.kernels.masks",
     "GPT": "npgpt.model",
     "GPTConfig": "npgpt.config",
     "TrainConfig": "npgpt.config",
     "AdamW": "npgpt.optim",
-    "DataParallel": "npgpt.parallel",
-    "Trainer": "npgpt.trainer",
+    "DataParallel": "npgpt.run.parallel",
+    "Trainer": "npgpt.run.trainer",
 }
 
 __all__ = [*_WHERE, "__version__"]

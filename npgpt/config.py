@@ -145,7 +145,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Controls:
-    """How the next token is chosen, in the order in which npgpt/sampling.py goes by them."""
+    """How the next token is chosen, in the order in which npgpt/generate/sampling.py goes by them."""
 
     repetition_penalty: float = _setting(1.0, "above 1: tokens that the text has already are less likely", above=0)
     temperature: float = _setting(1.0, "0 takes the likeliest token, 1 is as learnt, more is wilder", low=0)

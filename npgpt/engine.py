@@ -14,83 +14,44 @@ What the engine promises:
 - a gradient is the *sum* over all uses of a tensor: the first contribution is taken over, later ones are added;
 - it never changes an array that an op returned, unless the op asked for that array with `tensor.new_grad()`.  In
   y = a + b both gradients *are* the gradient of y; adding to one of them in place would corrupt the other;
-- as the walk passes a tensor, its graph is let go, so that memory is free for the next step of the walk;
-- inside `reuse_buffers(pool)`, arrays from `empty` come from memory that earlier arrays no longer use.
+- as the walk passes a tensor, its graph is let go, so that memory is free for the next step of the walk.
 
 What it asks in return: between forward and backward nobody changes the `.data` of a tensor, or the tokens of a batch,
 since a backward reads what its forward read.
 """
 
-import contextlib
 import copy
-import ctypes
-import inspect
-import math
-import os
-import threading
-import weakref
 
 import numpy as np
 
-FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+from npgpt.context import ThreadState
+from npgpt.kernels.buffers import empty, zeros
 
-# With NPGPT_NAN_FILL=1 every array from `empty` starts as NaN, so that reading what was never written fails loudly.
-NAN_FILL = os.environ.get("NPGPT_NAN_FILL", "0") not in ("", "0")
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# State of the current thread: is a graph being recorded, where do buffers come from, which random bits come next
+# State of the current thread: is a graph being recorded, and who looks on
 
 
-class _ThreadState(threading.local):
+class _State(ThreadState):
     recording = True
     drops = True
     checked = None
     observer = None
-    pool = None
-    random_seed = 0
-    random_calls = 0
-    batch_offset = 0
 
 
-_state = _ThreadState()
-
-
-class _Context(type(contextlib.contextmanager(lambda: (yield))())):
-    """What contextlib.contextmanager makes, but it refuses to decorate a generator or a coroutine.
-
-    The context would be at an end before the first line of these runs.
-    """
-
-    def __call__(self, function):
-        code = inspect.isgeneratorfunction(function), inspect.iscoroutinefunction(function)
-        if any(code) or inspect.isasyncgenfunction(function):
-            raise TypeError(f"{function.__name__} goes on after its call has returned: write `with` within it instead")
-        return super().__call__(function)
-
-
-def _within(**values):
-    """A context within which the state of this thread has these values."""
-    return _Context(_set_for_a_while, (values,), {})
-
-
-def _set_for_a_while(values):
-    before = {name: getattr(_state, name) for name in values}
-    vars(_state).update(values)
-    try:
-        yield
-    finally:
-        vars(_state).update(before)
+_state = _State()
 
 
 def no_grad():
     """Within this context ops record no graph: for evaluation and sampling."""
-    return _within(recording=False)
+    return _state.within(recording=False)
 
 
 def no_dropout():
     """Within this context modules drop nothing, in this thread, whatever train() has said."""
-    return _within(drops=False)
+    return _state.within(drops=False)
 
 
 def dropout_acts():
@@ -107,7 +68,7 @@ def finite_checks(names):
 
     names: id of a tensor -> what it is called, for the message; those of a model's parameters, say.
     """
-    return _within(checked=names)
+    return _state.within(checked=names)
 
 
 def _check_finite(arrays, direction, backward, parents):
@@ -123,97 +84,7 @@ def observed(observer):
 
     Those of no_grad count too.  The observer may change out.data in place, to see what comes of it.
     """
-    return _within(observer=observer)
-
-
-def random_stream(seed, batch_offset=0):
-    """Within this context dropout draws its masks from `seed` (a uint32), one mask after the other.
-
-    batch_offset: index of the first sequence of this batch in a larger batch that is split over workers, so that a
-    sequence gets the same mask however the batch is split.
-    """
-    return _within(random_seed=int(seed), random_calls=0, batch_offset=int(batch_offset))
-
-
-def next_random_key():
-    """(key, batch_offset) for the next random mask: key is a uint32 made of the stream's seed and a running number."""
-    _state.random_calls += 1
-    key = (_state.random_seed * 0x9E3779B1 + _state.random_calls * 0x85EBCA77) & 0xFFFFFFFF
-    return np.uint32(key), _state.batch_offset
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Buffers
-
-
-class BufferPool:
-    """Memory that is used again.
-
-    An array handed out by `empty` stands on a block of memory; when the last reference to the array (or to a view of
-    it) is gone, the block goes back to the pool.  So a block is never given out while anybody can still see it, and
-    the second training step finds every block that the first one needed.  One pool serves one thread at a time.
-    """
-
-    SMALL = 2048  # bytes; below this the memory allocator is as fast
-
-    def __init__(self):
-        self.free = {}  # size in bytes -> blocks not in use
-        self._loans = {}  # id of a weak reference -> that reference, with the block it will bring back
-        self.nbytes = 0  # memory owned, in use or not
-
-    def empty(self, shape, dtype):
-        nbytes = math.prod(shape) * dtype.itemsize
-        if nbytes < self.SMALL:
-            return np.empty(shape, dtype)
-        blocks = self.free.get(nbytes)
-        if blocks is None:
-            blocks = self.free[nbytes] = []
-        if blocks:
-            block = blocks.pop()
-        else:
-            block = _aligned_block(nbytes)
-            self.nbytes += nbytes
-        array = np.ndarray(shape, dtype, block)
-        loan = _Loan(array, self._bring_back)
-        loan.block, loan.blocks = block, blocks
-        self._loans[id(loan)] = loan
-        return array
-
-    def _bring_back(self, loan):
-        del self._loans[id(loan)]
-        loan.blocks.append(loan.block)
-
-
-class _Loan(weakref.ref):
-    __slots__ = ("block", "blocks")
-
-
-def _aligned_block(nbytes, align=64):
-    # NumPy allocates (it asks for huge pages where they pay), and ctypes holds: an array made on a ctypes object keeps
-    # itself, not the memory beneath, as the base of its views, so a view keeps the loan alive.
-    memory = np.empty(nbytes + align, np.uint8)
-    return (ctypes.c_char * nbytes).from_buffer(memory, -memory.ctypes.data % align)
-
-
-def reuse_buffers(pool):
-    """Within this context `empty` takes its memory from `pool`, a BufferPool kept from step to step."""
-    return _within(pool=pool)
-
-
-def empty(shape, dtype):
-    """An uninitialised array, C-contiguous, from the current pool if there is one."""
-    pool = _state.pool
-    array = np.empty(shape, dtype) if pool is None else pool.empty(shape, np.dtype(dtype))
-    if NAN_FILL and array.dtype.kind == "f":
-        array.fill(np.nan)
-    return array
-
-
-def zeros(shape, dtype):
-    """Like `empty`, filled with zeros."""
-    array = empty(shape, dtype)
-    array.fill(0)
-    return array
+    return _state.within(observer=observer)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -492,10 +363,3 @@ def record(data, parents, backward):
     if _state.observer is not None:
         _state.observer(out, parents, backward)
     return out
-
-
-def as_rows(array):
-    """An (..., C) array as C-contiguous, writeable (N, C) rows, which is what kernels take.  Copies only if it must."""
-    if not (array.flags.c_contiguous and array.flags.writeable):
-        array = array.copy()
-    return array.reshape(-1, array.shape[-1])

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from npgpt.command import FileName, Parser, showing_all
 from npgpt.errors import CheckpointError, UsageError, quoted, run_command
-from npgpt.faults import BUGS, FAULTS
+from npgpt.study.faults import BUGS, FAULTS
 
 PROG = "python -m npgpt.exercise"
 PACKAGE = Path(__file__).resolve().parent
@@ -230,7 +230,7 @@ class Answer:
         except (KeyboardInterrupt, Wrong):
             raise
         except BaseException as error:  # SystemExit, and a student's own
-            from npgpt.hints import of_exception
+            from npgpt.study.hints import of_exception
 
             frames = traceback.extract_tb(error.__traceback__)
             places = [frame.lineno for frame in frames if frame.filename == str(self.path)]
@@ -314,7 +314,7 @@ def written(backward, exercise, arguments):
 
 def check(op, answer):
     """Print what a student's backward is worth; True if all of it is right."""
-    from npgpt.hints import Case
+    from npgpt.study.hints import Case
 
     exercise = EXERCISES[op]
     _, forward, parameters = shipped(exercise)
@@ -399,7 +399,7 @@ def train(backward_context=contextlib.nullcontext):
     import numpy as np
 
     from npgpt.config import GPTConfig
-    from npgpt.engine import random_stream
+    from npgpt.kernels.masks import random_stream
     from npgpt.model import GPT
     from npgpt.optim import AdamW, FlatParameters
 
@@ -521,7 +521,7 @@ def run_show(args):
         raise UsageError(f"--out: {args.out} exists, and may hold your work; choose another name") from None
     except OSError as error:
         raise UsageError(f"--out: cannot write {args.out}: {error.strerror}") from None
-    from npgpt.checkpoint import replace
+    from npgpt.files.checkpoint import replace
 
     try:
         replace(args.out, [text.encode("utf-8")])

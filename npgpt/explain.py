@@ -26,18 +26,19 @@ from pathlib import Path
 
 import numpy as np
 
-from npgpt import checkpoint
-from npgpt.blas import blas_threads
-from npgpt.command import FileName, Parser, add_model, open_model, showing_all
+from npgpt.command import FileName, Parser, add_model, showing_all
 from npgpt.config import SAMPLE
 from npgpt.engine import no_grad, observed
 from npgpt.errors import UsageError, run_command
+from npgpt.files import checkpoint
+from npgpt.files.pretrained import open_model
+from npgpt.generate.sampling import unprompted
 from npgpt.gradcheck import BOUND, POINTS, STEP, relative_error, slope
-from npgpt.jit import PAIRS
+from npgpt.kernels.blas import blas_threads
+from npgpt.kernels.jit import PAIRS
 from npgpt.model import GPT
 from npgpt.ops.attention import attention_weights_ref
 from npgpt.ops.cross_entropy import cross_entropy_forward_ref
-from npgpt.sampling import unprompted
 
 PROG = "python -m npgpt.explain"
 TOKENS = 24  # positions that the model reads at most: as many as can be told apart on a page
@@ -380,7 +381,7 @@ def main(argv=None):
         parameter.data[...] = source.data
     idx, targets = np.array([tokens[:-1]]), np.array([tokens[1:]])
     if args.param is not None:
-        from npgpt.receipt import receipt
+        from npgpt.study.receipt import receipt
 
         print(receipt(model, idx, targets, args.param))
         return 0

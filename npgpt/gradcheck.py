@@ -17,8 +17,10 @@ import numpy as np
 
 from npgpt import engine
 from npgpt.command import Parser, showing_all
-from npgpt.engine import Tensor, no_grad, random_stream
+from npgpt.engine import Tensor, no_grad
 from npgpt.errors import NpgptError, UsageError, run_command
+from npgpt.kernels import buffers
+from npgpt.kernels.masks import random_stream
 
 PROG = "python -m npgpt.gradcheck"
 BOUND = 1e-6  # worst relative error that passes
@@ -118,7 +120,7 @@ def _compare(f, inputs, names, seed):
 
     def forward():
         # new memory often happens to be 0, as sums must begin with; NaN shows what is read and was never written
-        with random_stream(seed), replaced(engine, "NAN_FILL", True):
+        with random_stream(seed), replaced(buffers, "NAN_FILL", True):
             return f(*inputs)
 
     y = forward()
@@ -135,7 +137,7 @@ def _compare(f, inputs, names, seed):
     for leaf, _, _ in kept:
         leaf.grad = None
     try:
-        with replaced(engine, "NAN_FILL", True):
+        with replaced(buffers, "NAN_FILL", True):
             y.backward(given)
         gradients = [None if x.grad is None else x.grad.copy() for x in inputs]
     finally:
@@ -285,7 +287,7 @@ def main(argv=None):
     )
     parser.add_argument("only", nargs="*", help="check only titles that contain one of these words")
     only = parser.parse_args(argv).only
-    from npgpt.jit import KERNELS
+    from npgpt.kernels.jit import KERNELS
 
     chosen = [case for case in cases() if not only or any(word.lower() in case[0].lower() for word in only)]
     if not chosen:

@@ -16,7 +16,6 @@ import math
 
 import numpy as np
 
-from npgpt import hub
 from npgpt.config import INIT, SAMPLE, Controls
 from npgpt.nn import (
     MLP,
@@ -33,7 +32,6 @@ from npgpt.nn import (
 from npgpt.ops import primitives  # noqa: F401  (gives Tensor its operators)
 from npgpt.ops.cross_entropy import cross_entropy
 from npgpt.ops.embedding import embedding
-from npgpt.sampling import Generation
 
 _generations = itertools.count()  # generate() without rng
 
@@ -91,6 +89,8 @@ class GPT(Module):
 
         Raises CheckpointError that names the file and what is wrong with it.
         """
+        from npgpt.files import hub
+
         with hub.opened(path) as found:
             model = cls(found.config, seed=None)
             found.copy_to(model)
@@ -105,6 +105,8 @@ class GPT(Module):
         The `tokenizer` is written too; files of one that is not its own get names that end in .set-aside.
         Raises CheckpointError.
         """
+        from npgpt.files import hub
+
         hub.save(self, path)
 
     def crop_block_size(self, block_size):
@@ -182,6 +184,8 @@ class GPT(Module):
         are written.
         controls   those of npgpt.config.Controls: temperature, top_k, top_p, ...
         """
+        from npgpt.generate.sampling import Generation
+
         if not isinstance(rng, np.random.Generator):
             rng = np.random.default_rng([SAMPLE, next(_generations)] if rng is None else rng)
         length = np.size(idx) + max_new_tokens

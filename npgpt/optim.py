@@ -9,11 +9,11 @@ import math
 
 import numpy as np
 
-from npgpt.blas import matmul
-from npgpt.engine import BufferPool, empty, reuse_buffers
-from npgpt.jit import kernel, replaces
-from npgpt.profiler import measured
-from npgpt.tiles import product, transpose
+from npgpt.kernels.blas import matmul
+from npgpt.kernels.buffers import BufferPool, empty, reuse_buffers
+from npgpt.kernels.jit import kernel, replaces
+from npgpt.kernels.profiler import measured
+from npgpt.kernels.tiles import product, transpose
 
 ALIGN = 16  # parameters start at multiples of this many elements (64 bytes in float32)
 

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from npgpt.command import FileName, Parser, open_model, showing_all
+from npgpt.command import FileName, Parser, showing_all
 from npgpt.errors import CheckpointError, UsageError, one_line, run_command
+from npgpt.files.pretrained import open_model
 
 PROG = "python -m npgpt.plot"
 MOST_POINTS = 2000  # of a line; of longer ones the lowest and the highest point of each stretch are drawn
@@ -363,7 +364,7 @@ def draw_attention(run, text):
 
 def draw_curves(runs, is_png):
     """The picture of the curves of some runs, as bytes.  Raises UsageError and CheckpointError."""
-    from npgpt import folder
+    from npgpt.files import folder
 
     logs = [folder.read_log(run) for run in runs]
     found = panels(logs)
@@ -380,7 +381,7 @@ def main(argv=None):
     else:
         picture = draw_attention(args.runs[0], args.attention)
 
-    from npgpt import checkpoint
+    from npgpt.files import checkpoint
 
     checkpoint.replace(args.out, [picture])
     print(f"wrote {args.out}")

@@ -10,9 +10,10 @@ import json
 import sys
 from pathlib import Path
 
-from npgpt.command import NANOGPT, FileName, Parser, add_model, open_model, showing_all, with_newlines
+from npgpt.command import NANOGPT, FileName, Parser, add_model, showing_all, with_newlines
 from npgpt.config import SAMPLE, Controls
 from npgpt.errors import UsageError, quoted, run_command, user_path
+from npgpt.files.pretrained import open_model
 
 PROG = "python -m npgpt.sample"
 DEFAULTS = {"temperature": 0.8}  # other than those of Controls
@@ -88,7 +89,7 @@ def read_prompt(args):
     """The text to continue, or None if none was given."""
     if args.prompt_file is None:
         return args.prompt
-    from npgpt.data import check_is_text
+    from npgpt.data.text import check_is_text
 
     where = "standard input" if args.prompt_file == "-" else args.prompt_file
     try:
@@ -156,7 +157,7 @@ def noting(pieces, end, passed):
 
 def interact(write, tokenizer):
     """Ask for prompts until the input ends; an empty line goes on with the last text."""
-    from npgpt.sampling import Writer
+    from npgpt.generate.sampling import Writer
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() its history and its arrow keys, where there is one)
@@ -202,7 +203,8 @@ def main(argv=None):
 
     import numpy as np
 
-    from npgpt import folder, sampling
+    from npgpt.files import folder
+    from npgpt.generate import sampling
 
     path = args.model
     if args.checkpoint == "last" and folder.checkpoints(path):

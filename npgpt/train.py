@@ -1,6 +1,6 @@
 """Train a GPT on text: python -m npgpt.train [--preset NAME] [--data FILE ...] [--out-dir FOLDER] ...
 
-This file reads flags and prints; the work is done in npgpt/trainer.py.  Flags carry nanoGPT's names, with dashes or
+This file reads flags and prints; the work is done in npgpt/run/trainer.py.  Flags carry nanoGPT's names, with dashes or
 underscores.  Exit codes are listed in npgpt/errors.py.
 """
 
@@ -16,8 +16,8 @@ from npgpt import __version__
 from npgpt.command import NANOGPT, FileName, Parser, say, showing_all
 from npgpt.config import PRESETS, TrainConfig, check_tokenizer, composed
 from npgpt.errors import StoppedError, UsageError, quoted, run_command
-from npgpt.ranks import joined
-from npgpt.stop import Stop, StopNow, catch_signals
+from npgpt.run.ranks import joined
+from npgpt.signals import Stop, StopNow, catch_signals
 
 PROG = "python -m npgpt.train"
 
@@ -118,8 +118,9 @@ def describe(trainer):
     """What will be trained, on what, with what: a few lines for the start of a run."""
     import numpy as np
 
-    from npgpt import jit, machine
-    from npgpt.blas import blas_kernels
+    from npgpt import machine
+    from npgpt.kernels import jit
+    from npgpt.kernels.blas import blas_kernels
 
     config, model, world = trainer.config, trainer.model.config, trainer.world
     length = ""
@@ -204,7 +205,7 @@ def train(argv, stop, world):
     with contextlib.redirect_stdout(io.StringIO() if world.rank else sys.stdout):  # --help is one text for all ranks
         given, flags = world.agree(lambda: parse(argv))
     if given.get("init_from") is not None and not flags["resume"]:
-        from npgpt.trainer import settings_of
+        from npgpt.run.trainer import settings_of
 
         given = {**world.first(lambda: settings_of(given["init_from"])), **given}
         if "tokenizer" not in given:
@@ -212,8 +213,8 @@ def train(argv, stop, world):
     if not flags["resume"]:  # (whose other settings are not known yet)
         config = TrainConfig(**given)  # before NumPy and Numba take their time to load: a mistake shows at once
 
-    from npgpt.profiler import Profile
-    from npgpt.trainer import Audited, Evaluation, Notice, Progress, Trainer
+    from npgpt.kernels.profiler import Profile
+    from npgpt.run.trainer import Audited, Evaluation, Notice, Progress, Trainer
 
     profile = Profile() if flags["profile"] else None
     if flags["resume"]:

@@ -47,7 +47,7 @@ class Processor:
     features: frozenset  # all it has, by LLVM's names
     numpy_features: frozenset  # all it has, by NumPy's names
     vector: int  # bytes of a vector
-    rows: int  # of a tile of npgpt/tiles.py
+    rows: int  # of a tile of npgpt/kernels/tiles.py
 
 
 V2 = frozenset("64bit cmov crc32 cx16 cx8 fxsr mmx popcnt sahf sse sse2 sse3 sse4.1 sse4.2 ssse3".split())
@@ -117,10 +117,10 @@ def environment(processor, folder):
 
 def disobeyed(processor):
     """A line for each part that, in this process, does not use what the processor has."""
-    from npgpt import blas, tiles
+    from npgpt.kernels import blas, tiles
 
     if (tiles.VECTOR, tiles.ROWS) != (processor.vector, processor.rows):
-        yield f"npgpt/tiles.py has VECTOR, ROWS = {tiles.VECTOR}, {tiles.ROWS}"
+        yield f"npgpt/kernels/tiles.py has VECTOR, ROWS = {tiles.VECTOR}, {tiles.ROWS}"
     a = np.ones((64, 64), np.float32)
     panel = np.empty((blas.DEPTH, 2 * tiles.VECTOR // a.itemsize), a.dtype)
     blas.multiply(np.empty_like(a), a, a, False, panel, 0, len(a))

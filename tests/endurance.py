@@ -33,8 +33,8 @@ sys.path.insert(0, str(ROOT))
 
 from runs import MPIEXEC, mpiexec  # noqa: E402
 
-from npgpt import checkpoint, folder  # noqa: E402
 from npgpt.errors import CheckpointError  # noqa: E402
+from npgpt.files import checkpoint, folder  # noqa: E402
 
 TEXT = "".join(f"{i} squared is {i * i}; the quick brown fox jumps over the lazy dog.\n" for i in range(400))
 SMALL = (
@@ -342,7 +342,10 @@ def locks(place, short):
     for n in range(rounds):
         run = place / f"run{n}"
         at = time.time() + (6 if n == 0 else 4)
-        code = f"import time; from npgpt import train, trainer; time.sleep(max(0, {at} - time.time())); train.command()"
+        code = (
+            "import time; from npgpt import train; from npgpt.run import trainer; "
+            f"time.sleep(max(0, {at} - time.time())); train.command()"
+        )
         args = ["--data", str(text), "--out-dir", str(run), *SMALL, "--max-iters", "400", "--eval-interval", "400"]
         processes = [
             subprocess.Popen(
@@ -438,7 +441,7 @@ def memory_estimate(place, short):
     code = """
 import json, sys
 from npgpt.config import TrainConfig
-from npgpt.trainer import Trainer
+from npgpt.run.trainer import Trainer
 trainer = Trainer(TrainConfig(**json.loads(sys.argv[1])))
 for event in trainer.run():
     pass
@@ -476,7 +479,7 @@ def large_corpus(place, short):
     code = """
 import json, sys, time
 from npgpt.config import TrainConfig
-from npgpt.trainer import Trainer
+from npgpt.run.trainer import Trainer
 start = time.perf_counter()
 trainer = Trainer(TrainConfig(**json.loads(sys.argv[1])))
 seconds = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Do the tests notice?  Plants each mistake of npgpt/faults.py, one at a time in a copy of the package, and runs tests.
+"""Do the tests notice?  Plants each mistake of study/faults.py, one at a time in a copy of the package, and runs tests.
 
     python tests/mutation.py [--jobs 2] [--only WORD]
     python tests/mutation.py --audit       does a training with --gradcheck-every notice, instead of the tests?
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from npgpt.errors import GradientError
-from npgpt.faults import FAULTS
+from npgpt.study.faults import FAULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT, TOO_LONG = 600, "timeout"  # seconds, for one run of the tests
@@ -29,7 +29,7 @@ TIMEOUT, TOO_LONG = 600, "timeout"  # seconds, for one run of the tests
 RELEVANT = {
     "npgpt/engine.py": (["test_engine.py"], ""),
     "npgpt/ops/primitives.py": (["test_gradcheck.py", "test_ops.py", "test_engine.py"], "not attention and not gpt"),
-    "npgpt/tiles.py": (["test_tiles.py"], ""),
+    "npgpt/kernels/tiles.py": (["test_tiles.py"], ""),
     "npgpt/ops/embedding.py": (["test_ops.py", "test_gradcheck.py", "test_compositions.py"], "embedding or gpt"),
     "npgpt/ops/layernorm.py": (["test_ops.py", "test_gradcheck.py", "test_compositions.py"], "layernorm"),
     "npgpt/ops/linear.py": (["test_ops.py", "test_gradcheck.py", "test_compositions.py"], "linear"),
@@ -39,12 +39,12 @@ RELEVANT = {
     "npgpt/ops/dropout.py": (["test_ops.py", "test_gradcheck.py", "test_compositions.py"], "dropout or mask"),
     "npgpt/model.py": (["test_compositions.py"], ""),
     "npgpt/optim.py": (["test_ops.py", "test_optim.py"], "optim or adamw"),
-    "npgpt/parallel.py": (["test_ranks.py", "test_parallel.py"], "not mpiexec"),
-    "npgpt/ranks.py": (["test_ranks.py"], "not mpiexec"),
-    "npgpt/trainer.py": (["test_ranks.py"], "not mpiexec"),
-    "npgpt/decode.py": (["test_decode.py"], "reference or several or quantize or whole or int8_is or draws"),
-    "npgpt/sampling.py": (["test_sampling.py"], ""),
-    "npgpt/hub.py": (["test_hub.py"], "shapes or folder_gives or tied or zeros or fit"),
+    "npgpt/run/parallel.py": (["test_ranks.py", "test_parallel.py"], "not mpiexec"),
+    "npgpt/run/ranks.py": (["test_ranks.py"], "not mpiexec"),
+    "npgpt/run/trainer.py": (["test_ranks.py"], "not mpiexec"),
+    "npgpt/generate/decode.py": (["test_decode.py"], "reference or several or quantize or whole or int8_is or draws"),
+    "npgpt/generate/sampling.py": (["test_sampling.py"], ""),
+    "npgpt/files/hub.py": (["test_hub.py"], "shapes or folder_gives or tied or zeros or fit"),
 }
 
 # Faults that would wait long for the test which can see them: how the name begins -> words that are in that test's.
@@ -63,9 +63,9 @@ SOONER = {
 # A training in which a wrong gradient has nowhere to hide: biases, dropout, unequal shares of workers, two micro-steps,
 # more positions than attention's blocks of queries, heads no multiple of a vector.  It is audited twice.
 AUDITED = (
-    "--data npgpt/faults.py --n-layer 2 --n-head 2 --n-embd 20 --block-size 150 --batch-size 3 --workers 2 --bias "
-    "--dropout 0.1 --gradient-accumulation-steps 2 --warmup-iters 0 --max-iters 11 --gradcheck-every 10 --eval-iters 1 "
-    "--sample-tokens 0 --final-sample-tokens 0"
+    "--data npgpt/study/faults.py --n-layer 2 --n-head 2 --n-embd 20 --block-size 150 --batch-size 3 --workers 2 "
+    "--bias --dropout 0.1 --gradient-accumulation-steps 2 --warmup-iters 0 --max-iters 11 --gradcheck-every 10 "
+    "--eval-iters 1 --sample-tokens 0 --final-sample-tokens 0"
 ).split()
 
 # What it cannot show, and why: a fault's file, or how its name begins -> the reason.
@@ -74,9 +74,9 @@ TIED = "the output layer has put its share of the tied gradient in its own place
 UNSEEN = {
     "npgpt/ops/primitives.py": "the model uses none of these primitives",
     "npgpt/optim.py": "what is done with a right gradient",
-    "npgpt/decode.py": "not used in training",
-    "npgpt/sampling.py": "not used in training",
-    "npgpt/hub.py": "not used in training",
+    "npgpt/generate/decode.py": "not used in training",
+    "npgpt/generate/sampling.py": "not used in training",
+    "npgpt/files/hub.py": "not used in training",
     "dots: ": "not used in training",
     "ranks: ": "there is one process only",
     "engine: the two halves of a + a": "the model adds no tensor to itself",

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from npgpt.trainer import Trainer
+from npgpt.run.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40

@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 from runs import TEXT, metrics, run, variant
 
-from npgpt import audit, checkpoint, engine, folder, memory
-from npgpt.audit import BOUND, Probes, length, loss_from, outputs
+from npgpt import engine
 from npgpt.config import GPTConfig, TrainConfig
 from npgpt.errors import GradientError, StoppedError, UsageError
-from npgpt.faults import FAULTS
+from npgpt.files import checkpoint, folder
 from npgpt.model import GPT
 from npgpt.ops import attention, cross_entropy, dropout, embedding, layernorm, linear, mlp
-from npgpt.parallel import DataParallel
-from npgpt.stop import Stop
+from npgpt.run import audit, memory
+from npgpt.run.audit import BOUND, Probes, length, loss_from, outputs
+from npgpt.run.parallel import DataParallel
+from npgpt.run.trainer import Audited, Evaluation, Notice, Trainer
+from npgpt.signals import Stop
+from npgpt.study.faults import FAULTS
 from npgpt.train import main
-from npgpt.trainer import Audited, Evaluation, Notice, Trainer
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from against import ROOT, Tree, compare, numbers_of
 
-from npgpt import checkpoint
 from npgpt.errors import UsageError
+from npgpt.files import checkpoint
 
 RUN = ROOT / "tests" / "data" / "run-508dc90"
 

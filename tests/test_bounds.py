@@ -8,7 +8,7 @@ A plain run of pytest has a short choice of them, in a process of its own (25 se
 What is read beyond an array is mostly a number like others, and no test fails.  With NUMBA_BOUNDSCHECK=1 it is an
 IndexError.  Kernels that were compiled without this switch stay as they were when they come from Numba's cache, so
 those of here have a cache of their own; and before the first test it is checked that they are checked.  What
-npgpt/tiles.py has LLVM read and write is not: each of its entries checks its arguments (tests/test_tiles.py).
+npgpt/kernels/tiles.py has LLVM read and write is not: each of its entries checks its arguments (tests/test_tiles.py).
 """
 
 import inspect
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npgpt import jit
+from npgpt.kernels import jit
 
 ROOT = Path(__file__).resolve().parent.parent
 WHOLE = [f"tests/test_{name}.py" for name in ("ops", "decode", "parallel", "tiles")]

@@ -8,8 +8,8 @@ import struct
 import numpy as np
 import pytest
 
-from npgpt.checkpoint import Reader, load, save
 from npgpt.errors import CheckpointError
+from npgpt.files.checkpoint import Reader, load, save
 
 ARRAYS = {
     "w": np.arange(12, dtype=np.float32).reshape(3, 4),

@@ -11,12 +11,13 @@ import sys
 import numpy as np
 import pytest
 
-from npgpt import plot, sample, sampling, train
+from npgpt import plot, sample, train
 from npgpt.config import PRESETS, GPTConfig, TrainConfig
+from npgpt.data.tokenizer import ByteTokenizer
 from npgpt.errors import NpgptError, UsageError
-from npgpt.folder import RunFolder
+from npgpt.files.folder import RunFolder
+from npgpt.generate import sampling
 from npgpt.model import GPT
-from npgpt.tokenizer import ByteTokenizer
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
 SHAPE = "--n-layer 1 --n-head 2 --n-embd 16 --block-size 8 --batch-size 4"

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from npgpt import GPT, GPTConfig, Tensor, random_stream
-from npgpt.engine import next_random_key
+from npgpt.kernels.masks import dropout_mask_ref, next_random_key
 from npgpt.ops.attention import causal_attention
 from npgpt.ops.cross_entropy import cross_entropy
-from npgpt.ops.dropout import dropout, dropout_mask_ref
+from npgpt.ops.dropout import dropout
 from npgpt.ops.embedding import embedding
 from npgpt.ops.layernorm import layernorm
 from npgpt.ops.linear import linear

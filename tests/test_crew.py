@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from npgpt.crew import Crew
+from npgpt.kernels.crew import Crew
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_a_thread_that_begins_after_the_job_was_called_off_does_nothing(crew, mo
 
 INTERRUPTED = """
 import gc, sys
-from npgpt.crew import Crew
+from npgpt.kernels.crew import Crew
 gc.disable()  # it would come at any step as well, and end the threads of another crew
 
 def interrupted(k):

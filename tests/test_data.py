@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npgpt import data, folder, sample
-from npgpt.data import Blocks, Corpus, EvaluationBlocks, load_text, map_tokens, open_data, repeated_lines, split
+from npgpt import sample
+from npgpt.data.text import Blocks, Corpus, EvaluationBlocks, load_text, map_tokens, open_data, repeated_lines, split
+from npgpt.data import text as data
 from npgpt.errors import StoppedError, UsageError
-from npgpt.stop import Stop
+from npgpt.files import folder
+from npgpt.signals import Stop
 
 
 def test_pydoc_needs_no_download_and_is_prose_and_code():

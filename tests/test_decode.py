@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from test_crew import begins_late
 
-from npgpt import decode, jit
 from npgpt.config import Controls, GPTConfig
-from npgpt.decode import AHEAD, CHUNK, Decoder, decode_ref, quantize
+from npgpt.generate import decode
+from npgpt.generate.decode import AHEAD, CHUNK, Decoder, decode_ref, quantize
+from npgpt.generate.sampling import choose, probabilities
+from npgpt.kernels import jit
 from npgpt.model import GPT
-from npgpt.sampling import choose, probabilities
 
 decode.ONE_CORE = 0  # models are small here: with more threads than one there shall be as many
 

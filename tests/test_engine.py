@@ -12,8 +12,11 @@ import weakref
 import numpy as np
 import pytest
 
-from npgpt import GPT, GPTConfig, Tensor, engine, no_grad, random_stream
-from npgpt.engine import BufferPool, as_rows, empty, next_random_key, observed, record, reuse_buffers, zeros
+from npgpt import GPT, GPTConfig, Tensor, no_grad, random_stream
+from npgpt.engine import observed, record
+from npgpt.kernels import buffers
+from npgpt.kernels.buffers import BufferPool, as_rows, empty, reuse_buffers, zeros
+from npgpt.kernels.masks import next_random_key
 from npgpt.ops import primitives
 from npgpt.ops.embedding import embedding
 from npgpt.ops.layernorm import layernorm
@@ -704,7 +707,7 @@ def test_a_forward_without_backward_gives_its_buffers_back():
 
 
 def test_nan_fill_makes_unwritten_memory_loud(monkeypatch):
-    monkeypatch.setattr(engine, "NAN_FILL", True)
+    monkeypatch.setattr(buffers, "NAN_FILL", True)
     for pool in (None, BufferPool()):
         with reuse_buffers(pool):
             for shape in ((3,), SHAPE):
@@ -715,7 +718,7 @@ def test_nan_fill_makes_unwritten_memory_loud(monkeypatch):
 
 
 def test_without_the_switch_nothing_is_written(monkeypatch):
-    monkeypatch.setattr(engine, "NAN_FILL", False)
+    monkeypatch.setattr(buffers, "NAN_FILL", False)
     with reuse_buffers(BufferPool()):
         empty(SHAPE, np.float32).fill(7)
         assert (empty(SHAPE, np.float32) == 7).all()
@@ -725,7 +728,7 @@ def test_no_op_reads_what_was_never_written(monkeypatch):
     model, idx, targets = small_gpt(dropout=0.2)
     results = []
     for fill in (False, True):
-        monkeypatch.setattr(engine, "NAN_FILL", fill)
+        monkeypatch.setattr(buffers, "NAN_FILL", fill)
         model.zero_grad()
         with reuse_buffers(BufferPool()), random_stream(3):
             _, loss = model(idx, targets)

@@ -12,10 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from npgpt import errors, exercise, hints, jit
+from npgpt import errors, exercise
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.exercise import EXERCISES, LEVELS, PACKAGE, exercise_text, main, with_kernels
-from npgpt.faults import BUGS, FAULTS
+from npgpt.kernels import jit
+from npgpt.study import hints
+from npgpt.study.faults import BUGS, FAULTS
 
 
 @pytest.fixture

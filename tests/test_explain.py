@@ -24,10 +24,10 @@ import npgpt.ops.linear
 import npgpt.ops.mlp
 from npgpt import explain
 from npgpt.config import GPTConfig
+from npgpt.data.tokenizer import CharTokenizer
 from npgpt.engine import Tensor
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.model import GPT
-from npgpt.tokenizer import CharTokenizer
 
 IDX = np.array([[3, 1, 4, 1, 5, 0]])
 TARGETS = np.array([[1, 4, 1, 5, 0, 2]])
@@ -294,9 +294,9 @@ def test_a_wrong_backward_is_named_and_ends_with_exit_code_1(run, tmp_path, monk
 
 
 def test_one_parameter_is_left_to_the_receipt(run, monkeypatch, capsys):
-    module, given = types.ModuleType("npgpt.receipt"), []
+    module, given = types.ModuleType("npgpt.study.receipt"), []
     module.receipt = lambda *args: given.extend(args) or "where it comes from"
-    monkeypatch.setitem(sys.modules, "npgpt.receipt", module)
+    monkeypatch.setitem(sys.modules, "npgpt.study.receipt", module)
     assert explain.main(["--out-dir", str(run), "--text", "to be", "--param", "wte[1,2]"]) == 0
     model, idx, targets, param = given
     assert capsys.readouterr().out == "where it comes from\n" and param == "wte[1,2]"

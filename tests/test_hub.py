@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npgpt import checkpoint, folder, hub, sample
+from npgpt import sample
 from npgpt.config import GPTConfig, TrainConfig
+from npgpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, from_dict
 from npgpt.errors import CheckpointError, UsageError
+from npgpt.files import checkpoint, folder, hub
 from npgpt.model import GPT
-from npgpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, from_dict
-from npgpt.trainer import Evaluation, Trainer
+from npgpt.run.trainer import Evaluation, Trainer
 
 CONFIG = GPTConfig(vocab_size=13, block_size=7, n_layer=2, n_head=3, n_embd=15, bias=True)
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")

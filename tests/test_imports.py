@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from npgpt.faults import FAULTS
+from npgpt.study.faults import FAULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {  # "ops.linear" -> its path
@@ -17,63 +17,29 @@ FILES = {  # "ops.linear" -> its path
 }
 TREES = {name: ast.parse(path.read_text(encoding="utf-8"), str(path)) for name, path in FILES.items()}
 
-# From the ground up: a module may import those that stand in a line above its own, and no others.
-LINES = [
-    ["errors", "faults", "kinds", "machine"],
-    ["config", "profiler", "stop", "memory", "private"],
-    ["engine", "jit", "crew"],
-    ["tiles", "ranks"],
-    ["blas"],
-    ["tokenizer", "checkpoint"],
-    ["folder"],
-    ["ops"],
-    ["decode"],
-    ["nn", "sampling"],
-    ["hub"],
-    ["model"],
-    ["command"],
-    ["gradcheck", "optim"],
-    ["parallel"],
-    ["data", "audit", "hints"],
-    ["trainer"],
-    ["train", "sample", "receipt", "plot", "exercise"],
-    ["explain"],
-]
-# Some may import less than that.
-ONLY = {
-    "errors": set(),
-    "faults": set(),
-    "kinds": set(),
-    "config": {"errors"},
-    "engine": {"errors"},
-    "profiler": set(),
-    "stop": set(),
-    "ranks": {"errors", "machine", "profiler", "stop"},
-    "machine": set(),
-    "memory": {"machine"},
-    "private": {"machine"},
-    "jit": {"errors", "machine", "private", "profiler"},
-    "crew": set(),
-    "tiles": {"jit"},
-    "blas": {"crew", "engine", "jit", "machine", "tiles"},
-    "ops": {"blas", "engine", "jit", "tiles", "ops"},
-    "decode": {"crew", "jit", "machine", "tiles", "ops"},
-    "sampling": {"config", "engine", "errors", "jit", "decode"},
-    "optim": {"blas", "errors", "engine", "jit", "tiles", "profiler"},
-    "data": {"errors", "kinds", "config", "machine", "folder"},
-    "tokenizer": {"errors", "kinds", "config", "jit"},
-    "checkpoint": {"errors", "kinds", "config", "jit"},
-    "folder": {"errors", "checkpoint"},
-    "hub": {"errors", "kinds", "config", "ops", "tokenizer", "checkpoint", "folder"},
+# From the ground up: a module may import its own floor and those below it.  run and study do not see each other.
+FLOORS = [["leaves"], ["kernels"], ["core"], ["data"], ["files"], ["generate"], ["run", "study"], ["commands"]]
+TOP = {  # the modules that stand directly in npgpt/; all others belong to the folder in which they stand
+    "leaves": ["errors", "config", "context", "machine", "signals", "command"],
+    "core": ["engine", "ops", "nn", "model", "optim", "gradcheck"],
+    "commands": ["train", "sample", "exercise", "explain", "plot"],
 }
+# The only imports that go up, each within a function: GPT.from_pretrained, save_pretrained and generate.
+UPWARD = {("model", "files.hub"), ("model", "generate.sampling")}
+CORE_LINES = 2900  # that `import npgpt.model` loads, at most, beside kernels/
 EXTRAS = {"torch", "safetensors", "tokenizers", "matplotlib", "mpi4py"}  # never needed by npgpt itself
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 FORBIDDEN_CALLS = {"eval", "exec", "__import__"}
 
 
-def layer(module):
-    """The name in LINES for a module: its own, or its folder's."""
-    return module.split(".")[0]
+def room(module):
+    """The room in FLOORS that a module belongs to."""
+    first = module.split(".")[0]
+    return next((name for name, modules in TOP.items() if first in modules), first)
+
+
+def floor(module):
+    return next((n for n, rooms in enumerate(FLOORS) if room(module) in rooms), None)
 
 
 def imported_names(tree):
@@ -105,21 +71,37 @@ def top_level(tree):
             todo.extend(ast.iter_child_nodes(node))
 
 
-MODULES = [name for name in FILES if name != "__init__" and not name.endswith(".__init__")]
+MODULES = [name for name in FILES if name.rpartition(".")[2] != "__init__"]
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_one_way(module):
-    place = {name: i for i, line in enumerate(LINES) for name in line}
-    assert layer(module) in place, f"npgpt/{module.replace('.', '/')}.py needs a place in LINES"
-    for other in imported_modules(module):
+    assert floor(module) is not None, f"npgpt/{module.replace('.', '/')}.py needs a place in TOP"
+    for other in set(imported_modules(module)):
         if other == "__init__":
-            assert layer(module) in ("trainer", "train", "sample"), f"{module} imports the package itself"
-            continue
-        if layer(module) in ONLY:
-            assert layer(other) in ONLY[layer(module)], f"{module} imports {other}"
-        else:
-            assert place[layer(other)] < place[layer(module)], f"{module} imports {other}"
+            assert room(module) in ("run", "commands"), f"{module} imports the package itself"
+        elif (module, other) not in UPWARD:
+            allowed = floor(other) < floor(module) or room(other) == room(module)
+            assert allowed, f"{module}, in {room(module)}, imports {other}, in {room(other)}"
+
+
+def test_what_goes_up_is_imported_within_functions():
+    for module, other in UPWARD:
+        full = {name for node in top_level(TREES[module]) for name in imported_names_of(node)}
+        assert other in imported_modules(module) and not any(name.startswith(f"npgpt.{other}") for name in full)
+
+
+def test_the_core_closes(capsys):
+    """`import npgpt.model` loads nothing from the wings, and no more than somebody can read."""
+    code = "import sys, npgpt.model; print(*(name for name in sys.modules if name.startswith('npgpt')))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = [name.removeprefix("npgpt.") for name in done.stdout.split()]
+    modules = [name for name in loaded if name in FILES and room(name) != "kernels"]
+    lines = sum(len(FILES[name].read_text(encoding="utf-8").splitlines()) for name in modules)
+    with capsys.disabled():
+        print(f"\nimport npgpt.model: {len(modules)} files beside kernels/, {lines:,} lines; none of the wings")
+    assert {room(name) for name in modules} == {"leaves", "core"}
+    assert lines <= CORE_LINES
 
 
 def test_nothing_imports_itself_in_a_circle():
@@ -129,6 +111,8 @@ def test_nothing_imports_itself_in_a_circle():
         assert module not in path, " -> ".join([*path, module])
         if module not in done:
             for other in set(imported_modules(module)) - {"__init__"}:
+                if (module, other) in UPWARD:
+                    continue
                 visit(other, [*path, module])
             done.add(module)
 
@@ -185,7 +169,7 @@ def test_settings_and_errors_need_the_standard_library_only():
 
 
 def test_numba_is_not_loaded_when_the_references_are_asked_for():
-    loaded = loaded_modules("import npgpt.model, npgpt.parallel, npgpt.gradcheck", NPGPT_KERNELS="numpy")
+    loaded = loaded_modules("import npgpt.model, npgpt.run.parallel, npgpt.gradcheck", NPGPT_KERNELS="numpy")
     assert "numpy" in loaded and not loaded & ({"numba", "llvmlite"} | EXTRAS)
 
 

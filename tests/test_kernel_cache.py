@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from npgpt import jit, private
-from npgpt.private import NotPrivate, private_folder
+from npgpt.kernels import jit, private
+from npgpt.kernels.private import NotPrivate, private_folder
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="the system has no owners and modes of POSIX")
 ROOT = Path(__file__).resolve().parent.parent
@@ -318,7 +318,7 @@ def test_a_link_that_leads_nowhere_is_an_error_of_the_system(base):
 
 SCRIPT = """
 import numpy as np
-from npgpt import jit
+from npgpt.kernels import jit
 
 @jit.kernel
 def double(y, x):
@@ -474,12 +474,12 @@ def test_a_folder_is_named_after_what_its_file_imports_and_after_nothing_else(ba
 
     shutil.copytree(ROOT / "npgpt", base / "npgpt", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(jit, "ROOT", base)
-    monkeypatch.setattr(jit, "JIT", base / "npgpt" / "jit.py")
+    monkeypatch.setattr(jit, "JIT", base / "npgpt" / "kernels" / "jit.py")
     first = names()
     for file, touched in (
         ("ops/layernorm.py", {"ops/layernorm.py"}),
-        ("tiles.py", {"ops/mlp.py", "optim.py"}),
-        ("jit.py", {"ops/mlp.py", "ops/layernorm.py", "optim.py"}),
+        ("kernels/tiles.py", {"ops/mlp.py", "optim.py"}),
+        ("kernels/jit.py", {"ops/mlp.py", "ops/layernorm.py", "optim.py"}),
         ("engine.py", set()),
     ):
         path = base / "npgpt" / file
@@ -587,7 +587,7 @@ def test_a_disk_without_room_for_the_folder_is_a_line(base, monkeypatch, capsys)
 
 def test_numbas_own_switch_for_no_kernels_is_npgpts(base):
     code = (
-        "import sys; from npgpt import jit, gradcheck; assert jit.KERNELS == 'numpy'; "
+        "import sys; from npgpt import gradcheck; from npgpt.kernels import jit; assert jit.KERNELS == 'numpy'; "
         "sys.exit(gradcheck.main(['linear', 'layernorm']))"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_DISABLE_JIT": "1"}

@@ -17,21 +17,23 @@ import numpy as np
 import pytest
 from fuzz_library import Relu
 
-from npgpt import GPT, AdamW, DataParallel, GPTConfig, Tensor, TrainConfig, folder, no_grad, random_stream
-from npgpt.audit import Auditor
-from npgpt.decode import Decoder
-from npgpt.engine import BufferPool, record, reuse_buffers
+from npgpt import GPT, AdamW, DataParallel, GPTConfig, Tensor, TrainConfig, no_grad, random_stream
+from npgpt.data.tokenizer import BPETokenizer
+from npgpt.engine import record
 from npgpt.errors import CheckpointError, UsageError
+from npgpt.files import folder
+from npgpt.generate.decode import Decoder
+from npgpt.generate.sampling import Generation
 from npgpt.gradcheck import GradcheckError, gradcheck
+from npgpt.kernels.buffers import BufferPool, reuse_buffers
 from npgpt.nn import Module, Parameter
 from npgpt.ops.linear import linear
 from npgpt.ops.primitives import concatenate, stack, where
 from npgpt.optim import FlatParameters, Muon
-from npgpt.receipt import ways
-from npgpt.sampling import Generation
-from npgpt.stop import Stop
-from npgpt.tokenizer import BPETokenizer
-from npgpt.trainer import Progress, Trainer
+from npgpt.run.audit import Auditor
+from npgpt.run.trainer import Progress, Trainer
+from npgpt.signals import Stop
+from npgpt.study.receipt import ways
 
 TOKENS = np.random.default_rng(0).integers(0, 11, (4, 9))
 X, Y = TOKENS[:, :-1], TOKENS[:, 1:]

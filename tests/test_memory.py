@@ -1,7 +1,7 @@
 """The estimate of a run's memory; tests/endurance.py measures whether it holds."""
 
-from npgpt import memory
 from npgpt.config import TrainConfig
+from npgpt.run import memory
 
 
 def test_every_part_grows_with_what_it_depends_on():

@@ -9,7 +9,7 @@ from npgpt.config import GPTConfig
 from npgpt.errors import UsageError
 from npgpt.model import GPT
 from npgpt.optim import AdamW
-from npgpt.parallel import DataParallel
+from npgpt.run.parallel import DataParallel
 
 CONFIG = GPTConfig(vocab_size=11, block_size=9, n_layer=2, n_head=2, n_embd=24)
 

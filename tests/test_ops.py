@@ -9,17 +9,19 @@ import numpy as np
 import pytest
 
 import npgpt.optim  # noqa: F401  (its pairs, too, are to be found in jit.PAIRS)
-from npgpt import GPT, GPTConfig, Tensor, blas, jit, random_stream
-from npgpt.blas import DEPTH, HEIGHT
+from npgpt import GPT, GPTConfig, Tensor, random_stream
+from npgpt.kernels import blas, jit
+from npgpt.kernels.blas import DEPTH, HEIGHT
+from npgpt.kernels.masks import dropout_mask_ref, mix32_ref
+from npgpt.kernels.tiles import VECTOR
 from npgpt.ops import primitives
 from npgpt.ops.attention import QUERY_BLOCK, attention_forward_ref, causal_attention
 from npgpt.ops.cross_entropy import cross_entropy, cross_entropy_forward_ref
-from npgpt.ops.dropout import dropout, dropout_mask_ref, mix32_ref
+from npgpt.ops.dropout import dropout
 from npgpt.ops.embedding import embedding
 from npgpt.ops.layernorm import layernorm, layernorm_forward_ref
 from npgpt.ops.linear import linear
 from npgpt.ops.mlp import gelu_ref, mlp, mlp_forward_ref
-from npgpt.tiles import VECTOR
 
 KEY = np.uint32(0xC0FFEE)
 DTYPES = [np.float32, np.float64]

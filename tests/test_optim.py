@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from npgpt import GPT, AdamW, GPTConfig, Tensor
-from npgpt.jit import KERNELS
+from npgpt.kernels.jit import KERNELS
 from npgpt.nn import Linear, Module
 from npgpt.optim import ALIGN, FlatParameters, Muon, clip_scale, cosine_lr, inverse_root, sum_of_squares
 from npgpt.optim import symmetric_product as product

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from test_crew import Busy, begins_late
 
-from npgpt import GPT, AdamW, DataParallel, GPTConfig, blas, jit, no_grad, parallel, random_stream
-from npgpt.blas import blas_kernels, blas_threads, get_blas_threads
+from npgpt import GPT, AdamW, DataParallel, GPTConfig, no_grad, random_stream
+from npgpt.kernels import blas, jit
+from npgpt.kernels.blas import blas_kernels, blas_threads, get_blas_threads
+from npgpt.kernels.tiles import VECTOR
 from npgpt.optim import Muon, clip_scale
-from npgpt.parallel import choose_threads
-from npgpt.tiles import VECTOR
+from npgpt.run import parallel
+from npgpt.run.parallel import choose_threads
 
 
 def small_gpt(dropout=0.0, dtype=np.float32):
@@ -331,12 +333,13 @@ def test_results_come_in_the_order_of_the_workers(workers):
 
 
 def test_a_closed_model_has_no_threads_left():
-    before = threading.active_count()
+    before = set(threading.enumerate())
     data_parallel = DataParallel(small_gpt(), 3)
     train(data_parallel, 1)
-    assert threading.active_count() > before
+    begun = {thread for thread in threading.enumerate() if thread.name == "npgpt-worker"} - before
+    assert begun
     data_parallel.close()
-    assert threading.active_count() == before
+    assert not any(thread.is_alive() for thread in begun)
 
 
 needs_known_blas = pytest.mark.skipif(get_blas_threads() is None, reason="NumPy's BLAS is not one we know how to ask")
@@ -409,7 +412,7 @@ def test_the_workers_products_use_their_number_of_blas_threads(workers):
 def test_the_blas_kernels_are_those_that_openblas_was_told_to_use():
     if blas_kernels() is None or platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("NumPy's BLAS is not an OpenBLAS for this kind of processor")
-    code = "from npgpt.blas import blas_kernels; print(blas_kernels())"
+    code = "from npgpt.kernels.blas import blas_kernels; print(blas_kernels())"
     for wanted in ("Nehalem", "Sandybridge"):
         environment = {**os.environ, "OPENBLAS_CORETYPE": wanted}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
@@ -417,7 +420,7 @@ def test_the_blas_kernels_are_those_that_openblas_was_told_to_use():
 
 
 def test_an_unknown_blas_is_left_alone(monkeypatch):
-    monkeypatch.setattr("npgpt.blas._blas_functions", lambda: None)
+    monkeypatch.setattr("npgpt.kernels.blas._blas_functions", lambda: None)
     assert get_blas_threads() is blas_kernels() is None
     with blas_threads(3):
         pass

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from npgpt import GPT, GPTConfig, plot
+from npgpt.data.tokenizer import CharTokenizer
 from npgpt.engine import no_grad, observed
 from npgpt.errors import CheckpointError, UsageError, one_line
-from npgpt.folder import RunFolder, read_log
+from npgpt.files.folder import RunFolder, read_log
 from npgpt.ops.attention import merged_heads, split_heads
 from npgpt.plot import Axis, attention_maps, attention_svg, points_of, segments, smoothed
-from npgpt.tokenizer import CharTokenizer
 
 SVG = "{http://www.w3.org/2000/svg}"
 

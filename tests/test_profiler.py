@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from npgpt import GPT, AdamW, DataParallel, GPTConfig
+from npgpt.kernels.profiler import Profile, measured, profiling
 from npgpt.optim import Muon
-from npgpt.profiler import Profile, measured, profiling
 
 
 @measured("sleep", cost=lambda seconds: (3, 5))

@@ -23,14 +23,16 @@ import numpy as np
 import pytest
 from runs import MPIEXEC, ROOT, TEXT, metrics, mpiexec, run, variant
 
-from npgpt import blas, folder, parallel, ranks
 from npgpt.config import TrainConfig
 from npgpt.errors import BusyError, DivergedError, GradientError, NpgptError, StoppedError, UsageError
-from npgpt.folder import RunFolder
+from npgpt.files import folder
+from npgpt.files.folder import RunFolder
+from npgpt.kernels import blas
 from npgpt.ops import layernorm
-from npgpt.ranks import ALONE, MPIWorld, ToldError, joined, share
-from npgpt.stop import SIGNALS, Stop, StopNow, catch_signals, held
-from npgpt.trainer import Evaluation, Notice, Progress, Trainer
+from npgpt.run import parallel, ranks
+from npgpt.run.ranks import ALONE, MPIWorld, ToldError, joined, share
+from npgpt.run.trainer import Evaluation, Notice, Progress, Trainer
+from npgpt.signals import SIGNALS, Stop, StopNow, catch_signals, held
 
 STEPS = 50
 
@@ -369,7 +371,7 @@ def test_the_first_threads_clock_decides_when_all_save(config, monkeypatch):
         trainer = first.get(threading.get_ident())
         return 1e9 if trainer is None else trainer.iter * 60.0
 
-    monkeypatch.setattr("npgpt.trainer.clock", clock)
+    monkeypatch.setattr("npgpt.run.trainer.clock", clock)
 
     def work(world):
         trainer = Trainer(variant(config, eval_interval=100, save_minutes=3.0), world=world)
@@ -458,8 +460,8 @@ def test_numbers_are_summed_and_one_signal_stops_all_threads():
 
 
 def test_other_threads_do_not_see_the_tokens(config, monkeypatch):
-    monkeypatch.setattr("npgpt.trainer.SEEN_WITHIN", 1)
-    monkeypatch.setattr("npgpt.trainer.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("npgpt.run.trainer.SEEN_WITHIN", 1)
+    monkeypatch.setattr("npgpt.run.trainer.time.sleep", lambda seconds: None)
 
     def work(world):
         if world.rank:

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from runs import TEXT, variant
 
-from npgpt import checkpoint, folder, trainer
 from npgpt.config import TrainConfig
+from npgpt.data.tokenizer import BPETokenizer
 from npgpt.errors import BusyError, CheckpointError, DivergedError, StoppedError, UsageError
-from npgpt.stop import Stop
-from npgpt.tokenizer import BPETokenizer
-from npgpt.trainer import Evaluation, Notice, Progress, Trainer
+from npgpt.files import checkpoint, folder
+from npgpt.run import trainer
+from npgpt.run.trainer import Evaluation, Notice, Progress, Trainer
+from npgpt.signals import Stop
 
 END, INTERVAL = 17, 4
 # The model learns until iteration 8.  Then the rate leaps to 3, which ruins it, on every processor.

@@ -16,12 +16,12 @@ import pytest
 from runs import TEXT, metrics, run, variant
 from test_resume import RUINED, StopAt, log
 
-from npgpt import checkpoint, folder
 from npgpt.config import TrainConfig
-from npgpt.data import Corpus
+from npgpt.data.text import Corpus
 from npgpt.errors import BusyError, CheckpointError, DivergedError, StoppedError, UsageError
+from npgpt.files import checkpoint, folder
+from npgpt.run.trainer import Evaluation, Notice, Progress, Trainer
 from npgpt.train import describe
-from npgpt.trainer import Evaluation, Notice, Progress, Trainer
 
 
 @pytest.fixture
@@ -422,7 +422,7 @@ from pathlib import Path
 import numpy as np
 from npgpt.config import TrainConfig
 from npgpt.errors import UsageError
-from npgpt.trainer import Progress, Trainer
+from npgpt.run.trainer import Progress, Trainer
 
 config, name, how = TrainConfig(**json.loads(sys.argv[1])), sys.argv[2], sys.argv[3]
 trainer = Trainer(config)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 from npgpt.config import Controls, GPTConfig
-from npgpt.decode import _draw
+from npgpt.data.tokenizer import ByteTokenizer, CharTokenizer
 from npgpt.errors import CheckpointError, UsageError
-from npgpt.jit import KERNELS, kernel
+from npgpt.generate.decode import _draw
+from npgpt.generate.sampling import SIDE_BY_SIDE, Generation, Writer, choose, context_start, probabilities, write
+from npgpt.kernels.jit import KERNELS, kernel
 from npgpt.model import GPT
-from npgpt.sampling import SIDE_BY_SIDE, Generation, Writer, choose, context_start, probabilities, write
-from npgpt.tokenizer import ByteTokenizer, CharTokenizer
 
 CONFIG = GPTConfig(vocab_size=11, block_size=9, n_layer=2, n_head=2, n_embd=24)
 

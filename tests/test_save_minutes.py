@@ -10,10 +10,11 @@ import pytest
 from runs import TEXT, variant
 from test_resume import StopAt, outcome
 
-from npgpt import checkpoint, folder, trainer
 from npgpt.config import TrainConfig
 from npgpt.errors import CheckpointError, StoppedError
-from npgpt.trainer import Notice, Progress, Trainer
+from npgpt.files import checkpoint, folder
+from npgpt.run import trainer
+from npgpt.run.trainer import Notice, Progress, Trainer
 
 SECONDS = 0.5  # that an update takes, as the made-up clock shows it; it is looked at just before an update is made
 

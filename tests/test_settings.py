@@ -6,11 +6,12 @@ import pytest
 from runs import TEXT, run, variant
 from test_init_from import OTHER, config_of
 
-from npgpt import folder, sample, train
+from npgpt import sample, train
 from npgpt.config import FINE_TUNING, PRESETS, TrainConfig, composed, contradictions
+from npgpt.files import folder
 from npgpt.model import GPT
 from npgpt.optim import cosine_lr
-from npgpt.trainer import Notice, Trainer
+from npgpt.run.trainer import Notice, Trainer
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "default"])

@@ -10,9 +10,9 @@ import sys
 import pytest
 from runs import ROOT, TEXT
 
-from npgpt import folder
 from npgpt.command import say
-from npgpt.stop import ASKED, SIGNALS, TOLD, catch_signals
+from npgpt.files import folder
+from npgpt.signals import ASKED, SIGNALS, TOLD, catch_signals
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="needs signals")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npgpt import blas, jit
-from npgpt.tiles import ROWS, VECTOR, dots, fetch, product, transpose
+from npgpt.kernels import blas, jit
+from npgpt.kernels.tiles import ROWS, VECTOR, dots, fetch, product, transpose
 
 pytestmark = pytest.mark.skipif(jit.KERNELS == "numpy", reason="tiles exist inside kernels only")
 

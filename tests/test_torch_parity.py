@@ -9,7 +9,7 @@ import pytest
 from npgpt.config import GPTConfig
 from npgpt.model import GPT
 from npgpt.optim import AdamW, clip_scale
-from npgpt.parallel import DataParallel
+from npgpt.run.parallel import DataParallel
 
 PRECISIONS = [pytest.param(np.float64, 1e-9, id="float64"), pytest.param(np.float32, 1e-5, id="float32")]
 

@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 from runs import TEXT, metrics, run, variant
 
-from npgpt import checkpoint, folder, machine, memory
-from npgpt import tokenizer as tokenizers
+from npgpt import machine
 from npgpt.config import TrainConfig
+from npgpt.data.text import tokenizer as tokenizers
 from npgpt.errors import BusyError, CheckpointError, DivergedError, StoppedError, UsageError
+from npgpt.files import checkpoint, folder
 from npgpt.model import GPT
-from npgpt.stop import Stop
-from npgpt.trainer import Evaluation, Progress, Trainer
+from npgpt.run import memory
+from npgpt.run.trainer import Evaluation, Progress, Trainer
+from npgpt.signals import Stop
 
 
 @pytest.fixture
@@ -355,7 +357,7 @@ def test_tokens_do_not_count_when_the_memory_is_too_small(config, monkeypatch):
 MEASURED = """
 import json, sys
 from npgpt.config import TrainConfig
-from npgpt.trainer import Trainer
+from npgpt.run.trainer import Trainer
 peak = lambda: next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
 before = peak()
 trainer = Trainer(TrainConfig(**json.loads(sys.argv[1])))

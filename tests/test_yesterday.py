@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npgpt import GPT, checkpoint, folder, plot, sample, train
+from npgpt import GPT, plot, sample, train
 from npgpt.errors import CheckpointError
-from npgpt.trainer import Trainer
+from npgpt.files import checkpoint, folder
+from npgpt.run.trainer import Trainer
 
 DATA = Path(__file__).resolve().parent / "data"
 VERSIONS = [path.name.removeprefix("run-") for path in sorted(DATA.glob("run-*"))]

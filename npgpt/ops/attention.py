@@ -29,10 +29,12 @@ import math
 
 import numpy as np
 
-from npgpt.engine import as_rows, empty, next_random_key, record
-from npgpt.jit import exp, helper, in_two, keeps, kernel, largest, replaces, row_key
-from npgpt.ops.dropout import check_p, dropout_mask_ref
-from npgpt.tiles import ROWS, fetch, product, transpose
+from npgpt.engine import record
+from npgpt.kernels.buffers import as_rows, empty
+from npgpt.kernels.jit import exp, helper, in_two, kernel, largest, replaces
+from npgpt.kernels.masks import dropout_mask_ref, keeps, next_random_key, row_key
+from npgpt.kernels.tiles import ROWS, fetch, product, transpose
+from npgpt.ops.dropout import check_p
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reference

@@ -20,8 +20,9 @@ gradient dloss of the loss itself,
 
 import numpy as np
 
-from npgpt.engine import as_rows, empty, record
-from npgpt.jit import exp, in_two, kernel, largest, replaces
+from npgpt.engine import record
+from npgpt.kernels.buffers import as_rows, empty
+from npgpt.kernels.jit import exp, in_two, kernel, largest, replaces
 from npgpt.ops.embedding import check_indices
 
 # --------------------------------------------------------------------------------------------------------------------

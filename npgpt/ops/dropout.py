@@ -8,46 +8,25 @@ Backward: the mask does not depend on x, so y is linear in x and the gradient ta
 
     dx = dy mask / (1 - p)
 
-The mask is not stored.  It is a pure function of (key, row, column) (npgpt/jit.py), so forward and backward are the
+The mask is not stored.  It is a pure function of (key, row, column) (kernels/masks.py), so forward and backward are the
 same function, and the backward makes the mask again.
 """
 
 import numpy as np
 
-from npgpt.engine import as_rows, empty, next_random_key, record
-from npgpt.jit import keeps, kernel, replaces, row_key
+from npgpt.engine import record
+from npgpt.kernels.buffers import as_rows, empty
+from npgpt.kernels.jit import kernel, replaces
+from npgpt.kernels.masks import dropout_mask_ref, keeps, next_random_key, row_key
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reference
-
-
-def mix32_ref(x):
-    """npgpt.jit.mix32 for an array of uint32."""
-    x = x ^ (x >> np.uint32(16))
-    x = x * np.uint32(0x85EBCA6B)
-    x = x ^ (x >> np.uint32(13))
-    x = x * np.uint32(0xC2B2AE35)
-    return x ^ (x >> np.uint32(16))
-
-
-def dropout_mask_ref(key, first_row, shape, p):
-    """Zeros and ones, shape (N, C), for rows first_row ... first_row + N - 1 of the mask named by key (uint32)."""
-    rows = np.uint64(first_row) + np.arange(shape[0], dtype=np.uint64)
-    low, high = rows.astype(np.uint32), (rows >> np.uint64(32)).astype(np.uint32)
-    bits = mix32_ref(mix32_ref(low ^ key) + mix32_ref(high + np.uint32(0x9E3779B9)))  # (N,) jit.row_key
-    columns = np.arange(shape[1], dtype=np.uint32) * np.uint32(0x9E3779B9)
-    return mix32_ref(bits[:, None] + columns) >= threshold(p)
 
 
 def dropout_ref(x, key, first_row, p):
     """x (N, C), uint32 key, number of the first row in the whole batch, probability p -> y (N, C)."""
     mask = dropout_mask_ref(key, first_row, x.shape, p)
     return np.where(mask, x * x.dtype.type(1 / (1 - p)), x.dtype.type(0))
-
-
-def threshold(p):
-    """A mask's element is 0 where its 32 random bits are below this number."""
-    return np.uint32(p * 2**32)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -79,7 +58,7 @@ def dropout(x, p):
     """Set each element to zero with probability p and scale the others by 1 / (1 - p).
 
     x (B, ..., C), first axis the batch -> y of the same shape.  The mask comes from the thread's random stream
-    (engine.random_stream).  Raises ValueError unless 0 <= p < 1.
+    (npgpt.random_stream).  Raises ValueError unless 0 <= p < 1.
     """
     check_p("dropout", p)
     if p == 0:

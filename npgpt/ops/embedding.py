@@ -16,8 +16,9 @@ the output layer left there; and it touches few of the V rows.  Hence this op ad
 
 import numpy as np
 
-from npgpt.engine import as_rows, empty, record
-from npgpt.jit import kernel, replaces
+from npgpt.engine import record
+from npgpt.kernels.buffers import as_rows, empty
+from npgpt.kernels.jit import kernel, replaces
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reference

@@ -32,8 +32,9 @@ two directions changes only the mean and the scale, which the normalisation remo
 
 import numpy as np
 
-from npgpt.engine import as_rows, check_dtypes, empty, record
-from npgpt.jit import kernel, replaces
+from npgpt.engine import check_dtypes, record
+from npgpt.kernels.buffers import as_rows, empty
+from npgpt.kernels.jit import kernel, replaces
 
 EPS = 1e-5  # as in GPT-2
 

@@ -30,9 +30,10 @@ import math
 
 import numpy as np
 
-from npgpt.blas import matmul
-from npgpt.engine import as_rows, check_dtypes, empty, record
-from npgpt.jit import exp, kernel, replaces
+from npgpt.engine import check_dtypes, record
+from npgpt.kernels.blas import matmul
+from npgpt.kernels.buffers import as_rows, empty
+from npgpt.kernels.jit import exp, kernel, replaces
 from npgpt.ops.linear import (
     add_bias,
     check_linear,

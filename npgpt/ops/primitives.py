@@ -13,7 +13,8 @@ import operator
 
 import numpy as np
 
-from npgpt.engine import Tensor, check_numbers, empty, plain, record
+from npgpt.engine import Tensor, check_numbers, plain, record
+from npgpt.kernels.buffers import empty
 
 
 def _as_tensor(x, like):

@@ -1,4 +1,4 @@
-"""Matrix products inside kernels: small ones as they are, and the blocks of large ones (npgpt/blas.py).
+"""Matrix products inside kernels: small ones as they are, and the blocks of large ones (npgpt/kernels/blas.py).
 
 BLAS is made for large matrices.  The products of attention are (T, hs) times (hs, T) for one head of one sequence: of
 its peak BLAS reaches there a half, and it has no word for "only the keys that the causal mask leaves".
@@ -14,14 +14,14 @@ adds 2 ROWS vectors:
 The compiler would vectorise the loop over columns, but store the sums to memory in every step.  So `_tile` spells it
 out in LLVM's own vectors.
 
-A product of few rows with a large matrix (npgpt/decode.py) is another matter: there it is w that must be fetched from
+A product of few rows with a large matrix (npgpt/generate/decode.py) is another matter: there w must be fetched from
 memory, row by row, and each sum is a dot product along a row (`dots`).
 
 LLVM reads and writes where it is told, also beyond an array, and Numba's bounds checks do not see it.  So `product`,
 `transpose` and `dots` compare the shapes first, once in a call: ValueError if they do not fit, and nothing is written.
 """
 
-from npgpt.jit import KERNELS, helper
+from npgpt.kernels.jit import KERNELS, helper
 
 LINE = 64  # bytes of a line of the cache
 
@@ -369,7 +369,7 @@ else:
     VECTOR, ROWS = 16, 4
 
     def _tile(out, a, b, i, j, add):
-        raise TypeError("npgpt.tiles: tiles exist inside kernels only")
+        raise TypeError("npgpt.kernels.tiles: tiles exist inside kernels only")
 
     _one_row = _four_rows = _fetch = _turn = _tile
 

@@ -37,11 +37,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from npgpt.config import AUDIT
-from npgpt.engine import next_random_key, no_grad, random_stream, reuse_buffers
+from npgpt.engine import no_grad
 from npgpt.gradcheck import POINTS, replaced, slope
+from npgpt.kernels.buffers import reuse_buffers
+from npgpt.kernels.masks import next_random_key, random_stream
 from npgpt.model import GPT
 from npgpt.optim import FlatParameters
-from npgpt.parallel import DataParallel
+from npgpt.run.parallel import DataParallel
 
 # Worst error that passes at first sight.  What float32 loses in a right gradient is some 1e-5 in the presets and 3e-4
 # in a batch of 16 tokens.  A mistake in the queries or keys may show as little as 2e-3 at first, when attention is

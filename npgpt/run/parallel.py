@@ -8,7 +8,7 @@ arrays.
 Only one kind of thread may be busy: either workers, with one BLAS thread each, or one worker with all BLAS threads.
 Two pools of threads that both spin for work on the same cores make everything several times slower.
 
-Where there are several ranks (npgpt/ranks.py), each of them does this with its share of the sequences, and their
+Where there are several ranks (npgpt/run/ranks.py), each of them does this with its share of the sequences, and their
 gradients are added up on top, in buckets: while the last micro-step's backward is still busy with the first blocks, the
 gradients of the last ones are on their way to other machines.
 """
@@ -21,14 +21,16 @@ from types import NoneType
 
 import numpy as np
 
-from npgpt.blas import blas_threads
-from npgpt.crew import Crew
-from npgpt.engine import BufferPool, no_grad, random_stream, record, reuse_buffers
+from npgpt.engine import no_grad, record
 from npgpt.gradcheck import replaced
+from npgpt.kernels.blas import blas_threads
+from npgpt.kernels.buffers import BufferPool, reuse_buffers
+from npgpt.kernels.crew import Crew
+from npgpt.kernels.masks import random_stream
 from npgpt.machine import cores, processors
 from npgpt.nn import Module, Parameter, structure
 from npgpt.optim import FlatParameters, sum_of_squares
-from npgpt.ranks import ALONE
+from npgpt.run.ranks import ALONE
 
 # --------------------------------------------------------------------------------------------------------------------
 # How many

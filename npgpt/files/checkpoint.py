@@ -27,8 +27,8 @@ from pathlib import Path
 
 import numpy as np
 
+from npgpt.data.kinds import LENGTH, TEMPORARY, is_text, kind_of
 from npgpt.errors import CANNOT, CheckpointError
-from npgpt.kinds import LENGTH, is_text, kind_of
 
 DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}  # what is written
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -38,7 +38,6 @@ READABLE |= {f"{sign}{8 * size}": np.dtype(f"<{sign.lower()}{size}") for sign in
 FLOATS = ("F32", "F64", "F16", "BF16")
 MAX_HEADER = 2**24  # bytes
 CHUNK = 2**20  # bytes that are hashed at a time
-TEMPORARY = ".tmp"  # ending of a file that is being written
 
 _HASH = b'"sha256": "%s"'
 _ZEROS = b"0" * 64

@@ -29,23 +29,17 @@ import json
 import math
 import os
 import platform
-import re
 import shutil
 import time
 from pathlib import Path
 
-from npgpt import checkpoint
+from npgpt.data import kinds
+from npgpt.data.kinds import LOCK, LOG
 from npgpt.errors import CANNOT, BusyError, CheckpointError, UsageError, quoted
+from npgpt.files import checkpoint
 
 FORMAT = 1
-LOCK = "lock"
-LOG = "metrics.jsonl"
-_NAME = re.compile(r"iter-(\d{8,})\.safetensors")
-_TOKENS = re.compile(r"tokens-[0-9a-f]{16}-[0-9a-f]{16}\.bin")
-_HALF = re.compile(r"(iter-\d{8,}\.safetensors|tokens-[0-9a-f]{16}\.bin)\.\d+" + re.escape(checkpoint.TEMPORARY))
-_ASIDE = re.compile(r"(iter-\d{8,}\.safetensors|metrics\.jsonl)\.set-aside(-\d+)?")
 MOST_NEAR = 1000  # entries of a folder that are looked at for a model
-_HOLDER = re.compile(r"process \d+ on .*")  # what a lock says
 
 
 def _name_of(iteration):
@@ -62,7 +56,7 @@ def checkpoints(path):
 
 def _numbered(path):
     """[(the number in its name, path)] of a folder's checkpoints."""
-    return [(int(_NAME.fullmatch(found.name)[1]), found) for found in _files(path, _NAME)]
+    return [(int(kinds.NAME.fullmatch(found.name)[1]), found) for found in _files(path, kinds.NAME)]
 
 
 def _files(path, pattern):
@@ -122,7 +116,7 @@ def choice(path):
     found = checkpoints(path)
     if not found:
         return None
-    numbers = [int(_NAME.fullmatch(taken.name)[1]) for taken in (best(path), found[0])]
+    numbers = [int(kinds.NAME.fullmatch(taken.name)[1]) for taken in (best(path), found[0])]
     if numbers[0] == numbers[1] != 0:
         return None
     newest = f", and the newest is of iteration {numbers[1]:,}" if numbers[0] != numbers[1] else ""
@@ -205,7 +199,7 @@ def opened(path):
 
 def _good_before(path):
     """Words that name the newest good checkpoint of a folder that is older than this one, if there is one."""
-    name = _NAME.fullmatch(Path(path).name)  # (of another file none comes before it)
+    name = kinds.NAME.fullmatch(Path(path).name)  # (of another file none comes before it)
     for older in checkpoints(Path(path).parent):
         if name and older.name < name[0]:
             with contextlib.suppress(CheckpointError), checkpoint.Reader(older):
@@ -275,13 +269,13 @@ class RunFolder:
             words = f"process {os.getpid()} on {platform.node()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
             os.write(self._lock, words.encode("utf-8"))
         with contextlib.suppress(CheckpointError):
-            self._remove(_files(self.path, _HALF))  # what processes left that were killed
+            self._remove(_files(self.path, kinds.HALF))  # what processes left that were killed
 
     def _take_lock(self):
         """Lock the folder.  Raises BusyError, and CheckpointError."""
         try:
             holder = os.read(self._lock, 200).decode("utf-8", "replace").strip()
-            if holder and not _HOLDER.fullmatch(holder):
+            if holder and not kinds.HOLDER.fullmatch(holder):
                 raise CheckpointError(f"{self.path / LOCK} is not the lock of a training; choose another --out-dir")
             _lock(self._lock)
         except OSError as error:
@@ -317,7 +311,7 @@ class RunFolder:
                 os.replace(log, free_name(log))
         except OSError as error:
             raise CheckpointError(f"cannot rename {log}: {error.strerror}; nothing was removed") from None
-        self._remove([*old, log, *(path for path in _files(self.path, _TOKENS) if path.name != tokens)])
+        self._remove([*old, log, *(path for path in _files(self.path, kinds.TOKENS) if path.name != tokens)])
 
     def go_on_from(self, iteration, opened, arrays, state, changed):
         """Set aside what a run leaves behind that goes on from a checkpoint: later checkpoints, and the log as it is.
@@ -375,7 +369,7 @@ class RunFolder:
 
         Returns its path, which begins with `name`; tokens_file finds it.
         """
-        temporary = self.path / f"{name}.bin.{os.getpid()}{checkpoint.TEMPORARY}"
+        temporary = self.path / f"{name}.bin.{os.getpid()}{kinds.TEMPORARY}"
         digest = hashlib.sha256()
 
         def hashed():
@@ -502,21 +496,6 @@ def _lock(file):
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def is_run(path):
-    """Whether a training has written to a folder, or has begun to."""
-    try:
-        with open(Path(path) / LOCK, encoding="utf-8", errors="replace") as lock:
-            holder = lock.read(200).strip()
-        return bool(_HOLDER.fullmatch(holder)) or (not holder and any(is_made(p.name) for p in Path(path).iterdir()))
-    except OSError:
-        return False
-
-
-def is_made(name):
-    """Whether a file of this name in a run folder is the run's: but for the lock, whose name others use as well."""
-    return name == LOG or any(pattern.fullmatch(name) for pattern in (_NAME, _TOKENS, _HALF, _ASIDE))
 
 
 def refuse_earlier_run(path):

@@ -1,8 +1,8 @@
 """The matrix products that training is made of: by tiles of our own where these are quicker, else by NumPy's BLAS.
 
 OpenBLAS multiplies as fast as a processor can, if its kernels are for this processor and both matrices are large.  With
-the tiles of npgpt/tiles.py a plain blocked product, `multiply`, is as fast where the processor has AVX-512, and faster
-for the small weights of a small model; and it does not depend on what the BLAS at hand makes of the processor.
+the tiles of tiles.py a plain blocked product, `multiply`, is as fast where the processor has AVX-512, and faster for
+the small weights of a small model; and it does not depend on what the BLAS at hand makes of the processor.
 """
 
 import contextlib
@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from npgpt.crew import Crew
-from npgpt.engine import empty
-from npgpt.jit import helper, kernel, replaces
+from npgpt.kernels.buffers import empty
+from npgpt.kernels.crew import Crew
+from npgpt.kernels.jit import helper, kernel, replaces
+from npgpt.kernels.tiles import VECTOR, in_line, product_unchecked, transpose
 from npgpt.machine import processors
-from npgpt.tiles import VECTOR, in_line, product_unchecked, transpose
 
 # --------------------------------------------------------------------------------------------------------------------
 # NumPy's BLAS

@@ -22,11 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from npgpt import __version__, checkpoint, folder, hub, jit, machine, memory
-from npgpt.audit import BOUND, Audit, Auditor
-from npgpt.blas import blas_kernels, blas_threads, sgemm_peak
+from npgpt import __version__, machine
 from npgpt.config import BPE_VOCAB_SIZE, DROPOUT, SAMPLE, TOKENIZERS, TrainConfig, check_tokenizer, contradictions
-from npgpt.data import (
+from npgpt.data.text import (
     PIECE,
     SPLITS,
     Blocks,
@@ -39,7 +37,8 @@ from npgpt.data import (
     repeated_lines,
     split,
 )  # fmt: skip
-from npgpt.engine import NotFinite, finite_checks, random_stream
+from npgpt.data.tokenizer import BPE_FILES, BPETokenizer, ByteTokenizer, CharTokenizer, find_bpe, from_dict, name_of
+from npgpt.engine import NotFinite, finite_checks
 from npgpt.errors import (
     BusyError,
     CheckpointError,
@@ -50,14 +49,19 @@ from npgpt.errors import (
     quoted,
     user_path,
 )
+from npgpt.files import checkpoint, folder, hub
+from npgpt.generate.sampling import Writer, unprompted
+from npgpt.kernels import jit
+from npgpt.kernels.blas import blas_kernels, blas_threads, sgemm_peak
+from npgpt.kernels.masks import random_stream
+from npgpt.kernels.profiler import profiling
 from npgpt.model import GPT
 from npgpt.optim import AdamW, Muon, clip_scale, cosine_lr
-from npgpt.parallel import DataParallel, choose_threads
-from npgpt.profiler import profiling
-from npgpt.ranks import ALONE, share
-from npgpt.sampling import Writer, unprompted
-from npgpt.stop import SIGNALS, Stop, StopNow, held, interrupts_noted
-from npgpt.tokenizer import BPE_FILES, BPETokenizer, ByteTokenizer, CharTokenizer, find_bpe, from_dict, name_of
+from npgpt.run import memory
+from npgpt.run.audit import BOUND, Audit, Auditor
+from npgpt.run.parallel import DataParallel, choose_threads
+from npgpt.run.ranks import ALONE, share
+from npgpt.signals import SIGNALS, Stop, StopNow, held, interrupts_noted
 
 MOST_SKIPPED = 5  # updates in a row that may be skipped because something was not finite
 SAVE_SHARE = 0.01  # of the time that saves by the clock may take

@@ -109,7 +109,7 @@ class Crew:
         try:
             jobs = [self.submit(_take_turns, left, work, results, errors) for _ in range(min(self.threads, n - 1))]
             _take_turns([0], work, results, errors)
-            if n - 1 > self.threads:  # else number 0 is all that npgpt/profiler.py sees of the work, every time
+            if n - 1 > self.threads:  # else number 0 is all that npgpt/kernels/profiler.py sees of the work, every time
                 _take_turns(left, work, results, errors)
             for job in jobs:
                 job.result()

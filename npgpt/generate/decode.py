@@ -31,13 +31,13 @@ import os
 
 import numpy as np
 
-from npgpt.crew import Crew
-from npgpt.jit import KERNELS, SLEEPS, array_at, claim, count_up, exp, helper, kernel, largest, meet, next_job
+from npgpt.kernels.crew import Crew
+from npgpt.kernels.jit import KERNELS, SLEEPS, array_at, claim, count_up, exp, helper, kernel, largest, meet, next_job
+from npgpt.kernels.tiles import dots_unchecked as dots  # (Decoder allocates or checks all that it is given, once)
 from npgpt.machine import cores, processors
 from npgpt.ops.layernorm import EPS, layernorm_forward_ref
 from npgpt.ops.linear import linear_forward_ref
 from npgpt.ops.mlp import A, K, gelu_ref
-from npgpt.tiles import dots_unchecked as dots  # (Decoder allocates or checks all that it is given, once)
 
 # the parameters of a block in the order in which the kernel is told where they lie
 BLOCK = (
@@ -248,7 +248,7 @@ def _decode(
 def _draw(z, uniform, temperature):
     """The token that a number in [0, 1) picks from softmax(z / temperature), the likeliest one for a temperature of 0.
 
-    What choose(probabilities(z)) in npgpt/sampling.py does.  z (V,) is used up; -1 if it is not finite.
+    What choose(probabilities(z)) in npgpt/generate/sampling.py does.  z (V,) is used up; -1 if it is not finite.
     """
     m, total = largest(z, len(z)), 0.0
     for i in range(len(z)):
@@ -413,7 +413,7 @@ class Decoder:
         temperature, vocab_size       of Controls; only tokens below vocab_size are drawn
 
         The last ones are not in the cache yet.  A token of -1 stands for logits that are not finite.  This is for
-        kernels only: with NPGPT_KERNELS=numpy, npgpt/sampling.py chooses all tokens.
+        kernels only: with NPGPT_KERNELS=numpy, npgpt/generate/sampling.py chooses all tokens.
         """
         R, steps = len(tokens), len(uniforms)
         rows = self._place(tokens, streams, positions, R)

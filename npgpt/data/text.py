@@ -23,10 +23,9 @@ from pathlib import Path
 
 import numpy as np
 
-from npgpt import folder
 from npgpt.config import ORDER
+from npgpt.data.kinds import LENGTH, LFS, LOCK, is_made, is_run, kind_of
 from npgpt.errors import CANNOT, CheckpointError, NpgptError, StoppedError, UsageError
-from npgpt.kinds import LENGTH, LFS, kind_of
 from npgpt.machine import cache_folder
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -198,12 +197,12 @@ def _files(path, what, numbered, notes):
         files = sorted(_walk(path, what, {_identity(path)}, above))
         if numbered:
             files.sort(key=lambda file: [_numbers_in(part) for part in file.parts])
-        runs = {p.parent for p in files if p.name == folder.LOCK and folder.is_run(p.parent)}
+        runs = {p.parent for p in files if p.name == LOCK and is_run(p.parent)}
         texts = [p for p in files if runs.isdisjoint(p.parents)]
         if not texts:
             where = " outside of run folders, whose files are left out; name the text itself" * bool(runs)
             raise UsageError(f"{what}: the folder {path} has no files{where}")
-        its_own = {p for p in files if p.parent in runs and (p.name == folder.LOCK or folder.is_made(p.name))}
+        its_own = {p for p in files if p.parent in runs and (p.name == LOCK or is_made(p.name))}
         beside = [p for p in files if p not in its_own and not runs.isdisjoint(p.parents)]
         if beside:
             notes.append(

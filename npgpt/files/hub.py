@@ -1,7 +1,7 @@
 """The door to the Hugging Face world: GPT-2 folders read and written.  And the one way from a path to weights.
 
     config.json                     the model's shape; of a folder that npgpt wrote, the tokenizer too
-    model.safetensors               the weights, in the layout of npgpt/checkpoint.py, or instead of it
+    model.safetensors               the weights, in the layout of npgpt/files/checkpoint.py, or instead of it
     model.safetensors.index.json    {"weight_map": {name: file}}, and the files that it names
 
 Hugging Face's GPT-2 is the model of npgpt/model.py with these differences:
@@ -26,12 +26,12 @@ from pathlib import Path
 
 import numpy as np
 
-from npgpt import checkpoint, folder
 from npgpt.config import GPTConfig
+from npgpt.data.kinds import kind_of
+from npgpt.data.tokenizer import BPE_FILES, OTHER_FILES, SETTINGS, TEMPLATES, BPETokenizer, find_bpe, from_dict
 from npgpt.errors import CheckpointError, UsageError, user_path
-from npgpt.kinds import kind_of
+from npgpt.files import checkpoint, folder
 from npgpt.ops.layernorm import EPS
-from npgpt.tokenizer import BPE_FILES, OTHER_FILES, SETTINGS, TEMPLATES, BPETokenizer, find_bpe, from_dict
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = "pytorch_model.bin", "pytorch_model.bin.index.json"

@@ -26,8 +26,8 @@ from threading import Thread
 
 import numpy as np
 
+from npgpt.data.kinds import kind_of
 from npgpt.errors import CheckpointError, UsageError
-from npgpt.kinds import kind_of
 
 
 def name_of(char):
@@ -320,7 +320,10 @@ def find_bpe(path):
 
 
 # what a process of its own runs to learn a tokenizer: that is one call of the package, which only its end interrupts
-_LEARN = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from npgpt import tokenizer; tokenizer.learn_alone()"
+_LEARN = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from npgpt.data import tokenizer; tokenizer.learn_alone()"
+)
 
 
 def _learnt(pieces, vocab_size, check):

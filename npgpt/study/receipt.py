@@ -88,7 +88,7 @@ def made_at(function, name):
     for statement in ast.parse("".join(lines)).body[0].body:
         if any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(statement)):
             file = Path(inspect.getsourcefile(function)).resolve()
-            return f"{file.relative_to(Path(__file__).resolve().parents[1]).as_posix()}:{first + statement.lineno - 1}"
+            return f"{file.relative_to(Path(__file__).resolve().parents[2]).as_posix()}:{first + statement.lineno - 1}"
     raise LookupError(f"{function.__name__} has no variable {name}")
 
 

@@ -21,9 +21,9 @@ import zlib
 from array import array as numbers_of
 
 from npgpt.errors import NpgptError, UsageError
+from npgpt.kernels.profiler import measured
 from npgpt.machine import core_ids, cores, quota
-from npgpt.profiler import measured
-from npgpt.stop import SIGNALS, StopNow
+from npgpt.signals import SIGNALS, StopNow
 
 # Where a launcher tells its processes how many they are, and which one each is: Open MPI's mpiexec, that of MPICH and
 # Intel MPI, Slurm's srun.

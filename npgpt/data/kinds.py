@@ -1,4 +1,7 @@
-"""What a file is, by its first bytes: people name one file for another, and downloads leave another than asked for."""
+"""What a file is: by its first bytes, as people name one file for another; by its name, in a run folder."""
+
+import re
+from pathlib import Path
 
 LFS = b"version https://git-lfs"  # the text that Git leaves in place of a file that it has elsewhere
 # how a file begins -> what it is
@@ -41,3 +44,30 @@ def kind_of(raw):
 def is_text(raw):
     """Whether the first bytes of a file may be those of a text, in ASCII at least."""
     return bool(raw) and all(0x20 <= byte < 0x7F or byte in b"\t\r\n" for byte in raw[:LENGTH])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The files of a run folder (npgpt/files/folder.py)
+
+LOCK, LOG = "lock", "metrics.jsonl"
+TEMPORARY = ".tmp"  # how the name of a file ends that is being written
+NAME = re.compile(r"iter-(\d{8,})\.safetensors")
+TOKENS = re.compile(r"tokens-[0-9a-f]{16}-[0-9a-f]{16}\.bin")
+HALF = re.compile(r"(iter-\d{8,}\.safetensors|tokens-[0-9a-f]{16}\.bin)\.\d+" + re.escape(TEMPORARY))
+ASIDE = re.compile(r"(iter-\d{8,}\.safetensors|metrics\.jsonl)\.set-aside(-\d+)?")
+HOLDER = re.compile(r"process \d+ on .*")  # what a lock says
+
+
+def is_run(path):
+    """Whether a training has written to a folder, or has begun to."""
+    try:
+        with open(Path(path) / LOCK, encoding="utf-8", errors="replace") as lock:
+            holder = lock.read(200).strip()
+        return bool(HOLDER.fullmatch(holder)) or (not holder and any(is_made(p.name) for p in Path(path).iterdir()))
+    except OSError:
+        return False
+
+
+def is_made(name):
+    """Whether a file of this name in a run folder is the run's: but for the lock, whose name others use as well."""
+    return name == LOG or any(pattern.fullmatch(name) for pattern in (NAME, TOKENS, HALF, ASIDE))

@@ -12,9 +12,9 @@ reference instead: the whole model can then be stepped through with a debugger, 
 
 What makes the kernels fast (measured in benchmarks/kernels.py):
 
-- they are serial and release the GIL; all parallelism is one thread per share of the batch (npgpt/parallel.py), so
-  no second pool of threads fights with BLAS over the cores.  (In npgpt/decode.py, where no BLAS is at work, threads
-  share a token: `meet` and what follows it is for them);
+- they are serial and release the GIL; all parallelism is one thread per share of the batch (npgpt/run/parallel.py), so
+  no second pool of threads fights with BLAS over the cores.  (In npgpt/generate/decode.py, where no BLAS is at work,
+  threads share a token: `meet` and what follows it is for them);
 - `error_model="numpy"`: a division is a division, without a check that would keep the loop from vectorising;
 - `fastmath` lets sums be reassociated, so that they vectorise, but keeps NaN and infinity meaning what they mean;
 - `exp` is a polynomial in float32, because the one in the C library is called a number at a time.
@@ -34,9 +34,9 @@ from pathlib import Path
 import numpy as np
 
 from npgpt.errors import UsageError
+from npgpt.kernels.private import NotPrivate, private_folder
+from npgpt.kernels.profiler import measured
 from npgpt.machine import cache_folder
-from npgpt.private import NotPrivate, private_folder
-from npgpt.profiler import measured
 
 KERNELS = os.environ.get("NPGPT_KERNELS", "numba")
 if KERNELS not in ("numba", "numpy"):
@@ -100,7 +100,7 @@ def replaces(reference, flops=None, nbytes=None):
 # --------------------------------------------------------------------------------------------------------------------
 # Where compiled kernels are kept
 
-ROOT, JIT = Path(__file__).parents[1], Path(__file__)
+ROOT, JIT = Path(__file__).parents[2], Path(__file__)
 _IMPORT = re.compile(r"^(?:from|import) (npgpt[\w.]*)(?: import (\([^)]*\)|.*))?", re.MULTILINE)
 
 
@@ -186,7 +186,7 @@ def exp(x):
     float32: within 1e-7 relative of the exact value; below -87.7 it is 0, above 88.3 it stays at 2.4e38.  So GELU's
     slope, made with it in npgpt/ops/mlp.py, is within 1e-6 of its reference down to z = -1e11, and far off from -1e12.
     """
-    raise TypeError("npgpt.jit.exp exists inside kernels only")
+    raise TypeError("npgpt.kernels.jit.exp exists inside kernels only")
 
 
 def largest(row, n):
@@ -194,7 +194,7 @@ def largest(row, n):
 
     float32: NaN if there is one, unless its sign bit is set: such a NaN counts as less than -inf.
     """
-    raise TypeError("npgpt.jit.largest exists inside kernels only")
+    raise TypeError("npgpt.kernels.jit.largest exists inside kernels only")
 
 
 def array_at(address, n, like):
@@ -202,12 +202,12 @@ def array_at(address, n, like):
 
     So a kernel can be told of any number of arrays by a table of their addresses.  0 is no array: it has no numbers.
     """
-    raise TypeError("npgpt.jit.array_at exists inside kernels only")
+    raise TypeError("npgpt.kernels.jit.array_at exists inside kernels only")
 
 
 def count_up(counter):
     """counter[0] += 1, inside a kernel only; what this thread wrote before is seen by whoever sees the new number."""
-    raise TypeError("npgpt.jit.count_up exists inside kernels only")
+    raise TypeError("npgpt.kernels.jit.count_up exists inside kernels only")
 
 
 def meet(counter, n):
@@ -217,7 +217,7 @@ def meet(counter, n):
     the tens of it that a sleeping thread needs to wake up, but each of them needs a core.  Who makes the counter
     negative sets all of them free, here and at every later meeting.
     """
-    raise TypeError("npgpt.jit.meet exists inside kernels only")
+    raise TypeError("npgpt.kernels.jit.meet exists inside kernels only")
 
 
 def next_job(jobs, seen, state):
@@ -227,7 +227,7 @@ def next_job(jobs, seen, state):
     state (1,) tells what is the case, and changes from one to the next in one indivisible step: WAITS; CLAIMED by
     somebody who will count jobs[0] up (see `claim`), for whom the thread waits as long as it takes; or SLEEPS.
     """
-    raise TypeError("npgpt.jit.next_job exists inside kernels only")
+    raise TypeError("npgpt.kernels.jit.next_job exists inside kernels only")
 
 
 def claim(states):
@@ -236,7 +236,7 @@ def claim(states):
     states (n, any): a row for each thread, whose first number is its state.  Returns the threads that sleep already, as
     the bits of a number.
     """
-    raise TypeError("npgpt.jit.claim exists inside kernels only")
+    raise TypeError("npgpt.kernels.jit.claim exists inside kernels only")
 
 
 WAITS, CLAIMED, SLEEPS = 0, 1, 2
@@ -520,35 +520,3 @@ def in_two(lse, like):
     """
     high = like.dtype.type(lse)
     return high, like.dtype.type(lse - high) if abs(lse) > 16 else like.dtype.type(0)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Random bits without a state: a dropout mask is a pure function of (key, row, column), so the backward makes it again
-# instead of storing it, and how the batch is split over workers does not change it.
-
-
-@helper
-def mix32(x):
-    """Scramble 32 bits: the finaliser of MurmurHash3 (Appleby 2011), in which each input bit flips half of the output.
-
-    Numba widens the result of integer arithmetic to 64 bits; np.uint32 cuts it back.
-    """
-    x = np.uint32(x ^ (x >> np.uint32(16)))
-    x = np.uint32(x * np.uint32(0x85EBCA6B))
-    x = np.uint32(x ^ (x >> np.uint32(13)))
-    x = np.uint32(x * np.uint32(0xC2B2AE35))
-    return np.uint32(x ^ (x >> np.uint32(16)))
-
-
-@helper
-def row_key(key, row):
-    """32 random bits for row number `row` (uint64) of the mask with this `key` (uint32)."""
-    low = np.uint32(row & np.uint64(0xFFFFFFFF))
-    high = np.uint32(row >> np.uint64(32))
-    return mix32(np.uint32(mix32(np.uint32(low ^ key)) + mix32(np.uint32(high + np.uint32(0x9E3779B9)))))
-
-
-@helper
-def keeps(bits, column, threshold):
-    """Whether the element in `column` (uint32) of the row with these `bits` is kept; `threshold` = rate * 2^32."""
-    return mix32(np.uint32(bits + column * np.uint32(0x9E3779B9))) >= threshold

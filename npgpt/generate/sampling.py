@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from npgpt.config import Controls
-from npgpt.decode import AHEAD, Decoder
 from npgpt.engine import no_dropout, no_grad
 from npgpt.errors import CheckpointError
-from npgpt.jit import KERNELS
+from npgpt.generate.decode import AHEAD, Decoder
+from npgpt.kernels.jit import KERNELS
 
 SIDE_BY_SIDE = 8  # texts that grow together; more would take more memory, and be little faster
 AT_ONCE = 1e8  # bytes of weights, about, that are read before a text is shown again, when tokens are drawn ahead

@@ -1,0 +1,97 @@
+"""Where arrays come from: `empty`, which within `reuse_buffers(pool)` takes memory that is used no more."""
+
+import ctypes
+import math
+import os
+import weakref
+
+import numpy as np
+
+from npgpt.context import ThreadState
+
+# With NPGPT_NAN_FILL=1 every array from `empty` starts as NaN, so that reading what was never written fails loudly.
+NAN_FILL = os.environ.get("NPGPT_NAN_FILL", "0") not in ("", "0")
+
+
+class _State(ThreadState):
+    pool = None
+
+
+_state = _State()
+
+
+class BufferPool:
+    """Memory that is used again.
+
+    An array handed out by `empty` stands on a block of memory; when the last reference to the array (or to a view of
+    it) is gone, the block goes back to the pool.  So a block is never given out while anybody can still see it, and
+    the second training step finds every block that the first one needed.  One pool serves one thread at a time.
+    """
+
+    SMALL = 2048  # bytes; below this the memory allocator is as fast
+
+    def __init__(self):
+        self.free = {}  # size in bytes -> blocks not in use
+        self._loans = {}  # id of a weak reference -> that reference, with the block it will bring back
+        self.nbytes = 0  # memory owned, in use or not
+
+    def empty(self, shape, dtype):
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes < self.SMALL:
+            return np.empty(shape, dtype)
+        blocks = self.free.get(nbytes)
+        if blocks is None:
+            blocks = self.free[nbytes] = []
+        if blocks:
+            block = blocks.pop()
+        else:
+            block = _aligned_block(nbytes)
+            self.nbytes += nbytes
+        array = np.ndarray(shape, dtype, block)
+        loan = _Loan(array, self._bring_back)
+        loan.block, loan.blocks = block, blocks
+        self._loans[id(loan)] = loan
+        return array
+
+    def _bring_back(self, loan):
+        del self._loans[id(loan)]
+        loan.blocks.append(loan.block)
+
+
+class _Loan(weakref.ref):
+    __slots__ = ("block", "blocks")
+
+
+def _aligned_block(nbytes, align=64):
+    # NumPy allocates (it asks for huge pages where they pay), and ctypes holds: an array made on a ctypes object keeps
+    # itself, not the memory beneath, as the base of its views, so a view keeps the loan alive.
+    memory = np.empty(nbytes + align, np.uint8)
+    return (ctypes.c_char * nbytes).from_buffer(memory, -memory.ctypes.data % align)
+
+
+def reuse_buffers(pool):
+    """Within this context `empty` takes its memory from `pool`, a BufferPool kept from step to step."""
+    return _state.within(pool=pool)
+
+
+def empty(shape, dtype):
+    """An uninitialised array, C-contiguous, from the current pool if there is one."""
+    pool = _state.pool
+    array = np.empty(shape, dtype) if pool is None else pool.empty(shape, np.dtype(dtype))
+    if NAN_FILL and array.dtype.kind == "f":
+        array.fill(np.nan)
+    return array
+
+
+def zeros(shape, dtype):
+    """Like `empty`, filled with zeros."""
+    array = empty(shape, dtype)
+    array.fill(0)
+    return array
+
+
+def as_rows(array):
+    """An (..., C) array as C-contiguous, writeable (N, C) rows, which is what kernels take.  Copies only if it must."""
+    if not (array.flags.c_contiguous and array.flags.writeable):
+        array = array.copy()
+    return array.reshape(-1, array.shape[-1])

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from npgpt import sample
-from npgpt.data.text import Blocks, Corpus, EvaluationBlocks, load_text, map_tokens, open_data, repeated_lines, split
 from npgpt.data import text as data
+from npgpt.data.text import Blocks, Corpus, EvaluationBlocks, load_text, map_tokens, open_data, repeated_lines, split
 from npgpt.errors import StoppedError, UsageError
 from npgpt.files import folder
 from npgpt.signals import Stop

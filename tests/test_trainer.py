@@ -14,7 +14,7 @@ from runs import TEXT, metrics, run, variant
 
 from npgpt import machine
 from npgpt.config import TrainConfig
-from npgpt.data.text import tokenizer as tokenizers
+from npgpt.data import tokenizer as tokenizers
 from npgpt.errors import BusyError, CheckpointError, DivergedError, StoppedError, UsageError
 from npgpt.files import checkpoint, folder
 from npgpt.model import GPT

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 from npgpt.command import FileName, Parser, showing_all
 from npgpt.errors import CheckpointError, UsageError, one_line, run_command
-from npgpt.files.pretrained import open_model
 
 PROG = "python -m npgpt.plot"
 MOST_POINTS = 2000  # of a line; of longer ones the lowest and the highest point of each stretch are drawn
@@ -346,6 +345,8 @@ def attention_svg(maps, words):
 
 def draw_attention(run, text):
     """The picture of a run's model that reads a text, as bytes.  Raises UsageError and CheckpointError."""
+    from npgpt.files.pretrained import open_model
+
     model = open_model(run)
     tokenizer = model.tokenizer
     try:

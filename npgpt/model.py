@@ -29,7 +29,6 @@ from npgpt.nn import (
     Parameter,
     structure,
 )
-from npgpt.ops import primitives  # noqa: F401  (gives Tensor its operators)
 from npgpt.ops.cross_entropy import cross_entropy
 from npgpt.ops.embedding import embedding
 

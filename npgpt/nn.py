@@ -5,12 +5,13 @@ from types import NoneType
 
 import numpy as np
 
-from npgpt.engine import FLOATS, Tensor, dropout_acts, plain
+from npgpt.engine import dropout_acts
 from npgpt.ops.attention import causal_attention
 from npgpt.ops.dropout import dropout
 from npgpt.ops.layernorm import layernorm
 from npgpt.ops.linear import linear
 from npgpt.ops.mlp import mlp
+from npgpt.tensor import FLOATS, Tensor, plain
 
 
 class Parameter(Tensor):

@@ -28,6 +28,7 @@ TIMEOUT, TOO_LONG = 600, "timeout"  # seconds, for one run of the tests
 # Which tests have to do with a source file: (files, words of which one is in the test's name; "" for all).
 RELEVANT = {
     "npgpt/engine.py": (["test_engine.py"], ""),
+    "npgpt/tensor.py": (["test_gradcheck.py", "test_ops.py", "test_engine.py"], "not attention and not gpt"),
     "npgpt/ops/primitives.py": (["test_gradcheck.py", "test_ops.py", "test_engine.py"], "not attention and not gpt"),
     "npgpt/kernels/tiles.py": (["test_tiles.py"], ""),
     "npgpt/ops/embedding.py": (["test_ops.py", "test_gradcheck.py", "test_compositions.py"], "embedding or gpt"),
@@ -72,6 +73,7 @@ AUDITED = (
 AGREE, NO_IGNORED = "forward and backward agree", "a training ignores no target"
 TIED = "the output layer has put its share of the tied gradient in its own place"
 UNSEEN = {
+    "npgpt/tensor.py": "the model uses none of these primitives",
     "npgpt/ops/primitives.py": "the model uses none of these primitives",
     "npgpt/optim.py": "what is done with a right gradient",
     "npgpt/generate/decode.py": "not used in training",

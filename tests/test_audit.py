@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from runs import TEXT, metrics, run, variant
 
-from npgpt import engine
+from npgpt import engine, random_stream
 from npgpt.config import GPTConfig, TrainConfig
 from npgpt.errors import GradientError, StoppedError, UsageError
 from npgpt.files import checkpoint, folder
@@ -74,7 +74,7 @@ def test_what_a_block_puts_out_stands_for_all_before_it():
     for parameter in parallel.model.parameters():
         parameter.data[...] = rng.normal(size=parameter.shape)
     x, y = rng.integers(5, size=(2, 3, 7))
-    with engine.no_grad(), engine.random_stream(8):
+    with engine.no_grad(), random_stream(8):
         whole = parallel.model(x, y)[1].item()
     kept = outputs(parallel.model, x, y, 8)
     assert len(kept) == 3
@@ -226,9 +226,9 @@ def first_sequence_only(function):
 
 
 def replaced(function):
-    def changed(self, grad):
-        self.grad = None
-        function(self, grad)
+    def changed(self, *args):
+        self.value = None
+        function(self, *args)
 
     return changed
 
@@ -252,7 +252,7 @@ FAULTY = {
     "cross-entropy's p - y": (cross_entropy, "cross_entropy_backward", scaled(0, 1.03)),
     # a worker's share begins elsewhere in the batch; what the shadow computes is whole
     "dropout's first row": (dropout, "next_random_key", lambda f: lambda: (f()[0], 0)),
-    "the engine's sums": (engine.Tensor, "_add_grad", replaced),
+    "the engine's sums": (engine.Gradient, "add", replaced),
     "a worker's gradient": (DataParallel, "gather_grads", lost),
     "the weight of a micro-step": (
         DataParallel, "forward_backward", lambda f: lambda *args, weight, **rest: f(*args, **rest),

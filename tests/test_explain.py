@@ -25,9 +25,9 @@ import npgpt.ops.mlp
 from npgpt import explain
 from npgpt.config import GPTConfig
 from npgpt.data.tokenizer import CharTokenizer
-from npgpt.engine import Tensor
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.model import GPT
+from npgpt.tensor import Tensor
 
 IDX = np.array([[3, 1, 4, 1, 5, 0]])
 TARGETS = np.array([[1, 4, 1, 5, 0, 2]])

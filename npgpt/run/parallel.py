@@ -21,7 +21,7 @@ from types import NoneType
 
 import numpy as np
 
-from npgpt.engine import no_grad, record
+from npgpt.engine import no_grad
 from npgpt.gradcheck import replaced
 from npgpt.kernels.blas import blas_threads
 from npgpt.kernels.buffers import BufferPool, reuse_buffers
@@ -31,6 +31,7 @@ from npgpt.machine import cores, processors
 from npgpt.nn import Module, Parameter, structure
 from npgpt.optim import FlatParameters, sum_of_squares
 from npgpt.run.ranks import ALONE
+from npgpt.tensor import record
 
 # --------------------------------------------------------------------------------------------------------------------
 # How many
@@ -307,7 +308,7 @@ def _noticed(block, passed, *args):
             passed(*args)
             return (dy,)
 
-        return block(record(x.data, (x,), backward))
+        return block(record("passed", x.data, (x,), backward))
 
     return forward
 

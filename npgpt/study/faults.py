@@ -993,8 +993,8 @@ FAULTS = [
     Fault(
         "ranks: gradients are sent before all workers are through",
         "npgpt/run/parallel.py",
-        "self.sent_after.get(max(at), 0)",
-        "self.sent_after.get(min(at), 0)",
+        "self._send(min(done))",
+        "self._send(max(done))",
         "A block's gradient is complete when the slowest worker has passed the block.",
     ),
     Fault(

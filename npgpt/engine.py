@@ -3,12 +3,14 @@
 A node of the graph is any object with
 
     data, requires_grad   its array, and whether a gradient is wanted for it, or for something it was computed from
-    _op, _parents         the name of the op that computed it, and what from; a leaf, which was not computed, has ()
-    _backward             the function from the gradient of data to the gradients of the parents; None for a leaf
-    _read                 the parents' data as the forward saw it, if that of a leaf can be replaced
     _gradient             its Gradient
+    _op, _parents         the name of the op that computed it, and the nodes it was computed from
+    _backward             the function from the gradient of data to the gradients of the parents
+    _read                 the parents' data as the forward saw it, if that of a leaf can be replaced; else ()
 
-The nodes of npgpt are Tensors (npgpt/tensor.py).  `backward` sorts the graph so that every node comes after all nodes
+A leaf was not computed: it has no parents, and None for _backward.  The nodes of npgpt are Tensors (npgpt/tensor.py).
+
+`backward` sorts the graph so that every node comes after all nodes
 computed from it, and walks it once: by the time a node's turn comes, all contributions to its gradient have been added
 up.
 

@@ -12,7 +12,7 @@ import weakref
 import numpy as np
 import pytest
 
-from npgpt import GPT, GPTConfig, Tensor, no_grad, random_stream
+from npgpt import GPT, GPTConfig, Tensor, engine, no_grad, random_stream
 from npgpt.engine import watched
 from npgpt.kernels import buffers
 from npgpt.kernels.buffers import BufferPool, as_rows, empty, reuse_buffers, zeros
@@ -948,6 +948,41 @@ def test_an_observer_sees_every_tensor_with_its_parents_and_may_change_it(rng):
 
     with watched(nudge):
         np.testing.assert_allclose((a * b).data - c.data, [1, 0, 0], atol=1e-15)
+
+
+def test_who_watches_is_told_of_each_backward_before_its_gradients_are_added(rng):
+    x, w, seen = leaf(rng, 3), leaf(rng, 3), []
+
+    def passed(op, parents, grads):
+        seen.append((op, parents, [grad.copy() for grad in grads], x.grad is None))
+
+    with watched(passed=passed):
+        (x * w).tanh().sum().backward()
+    (x * 1).sum().backward()  # no longer
+    assert [op for op, *_ in seen] == ["sum", "tanh", "mul"]
+    _, parents, grads, first = seen[-1]
+    assert parents == (x, w) and first
+    np.testing.assert_array_equal(grads[1], w.grad)
+
+
+class Number:
+    """A node of a graph that is no Tensor."""
+
+    def __init__(self, data, op=None, parents=(), backward=None):
+        self.data, self.requires_grad, self._gradient = np.array(data), True, engine.Gradient()
+        self._op, self._parents, self._backward, self._read = op, parents, backward, ()
+
+    def __mul__(self, other):
+        return Number(self.data * other.data, "mul", (self, other), lambda dy: (dy * other.data, dy * self.data))
+
+
+def test_the_walk_takes_any_node():
+    a, b = Number(3.0), Number(4.0)
+    c = a * b * a
+    engine.backward(c, np.array(1.0))
+    assert (a._gradient.value, b._gradient.value, c._gradient.value) == (24.0, 9.0, None)
+    with pytest.raises(RuntimeError, match="used up"):
+        engine.backward(c, np.array(1.0))
 
 
 @pytest.mark.parametrize("partner", [None, "2", [None, 1], np.array([1 + 2j, 3])])

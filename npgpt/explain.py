@@ -245,7 +245,7 @@ def _source(function):
     """name, file:line, text of a function."""
     lines, number = inspect.getsourcelines(function)
     file = Path(inspect.getsourcefile(function)).relative_to(Path(__file__).parents[1]).as_posix()
-    return function.__name__, f"{file}:{number}", textwrap.dedent("".join(lines))
+    return function.__name__, f"{file}:{number}", "".join(lines)
 
 
 def describe_boxes(model, nodes):

@@ -19,7 +19,6 @@ from npgpt.command import Parser, showing_all
 from npgpt.engine import no_grad, topological_order
 from npgpt.errors import NpgptError, UsageError, run_command
 from npgpt.kernels import buffers
-from npgpt.kernels.masks import random_stream
 from npgpt.tensor import Tensor
 
 PROG = "python -m npgpt.gradcheck"
@@ -107,6 +106,8 @@ def gradcheck(f, inputs, names=None, bound=BOUND, seed=0):
 
 def _compare(f, inputs, names, seed):
     """(name, worst relative error, its index, analytic, numeric) for each input that requires a gradient."""
+    from npgpt.kernels.masks import random_stream  # it may refuse what NPGPT_KERNELS says: in one line, by the command
+
     names = names or [f"input {i}" for i in range(len(inputs))]
     for name, x in zip(names, inputs, strict=True):
         if x.dtype != np.float64:
@@ -253,6 +254,8 @@ def cases(seed=0):
 
 def later_rows(f):
     """f as a worker computes it whose sequences come after five others of the batch: dropout counts from there."""
+
+    from npgpt.kernels.masks import random_stream
 
     def of_the_batch(*inputs):
         with random_stream(1, batch_offset=5):

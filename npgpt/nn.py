@@ -34,7 +34,7 @@ class Parameter(Tensor):
     @data.setter
     def data(self, values):
         values = plain(values, "Parameter: data")
-        if getattr(self, "grad_buffer", None) is None:
+        if self.grad_buffer is None:
             if values.dtype not in FLOATS:
                 raise TypeError(f"Parameter: data must be float32 or float64, got dtype {values.dtype}")
             _data.__set__(self, values)

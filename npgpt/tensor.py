@@ -61,7 +61,7 @@ def record(op, data, parents, backward):
     if state.recording and any(parent.requires_grad for parent in parents):
         out.requires_grad = True
         out._op, out._parents, out._backward = op, parents, backward
-        if any(parent._backward is None and parent.grad_buffer is None for parent in parents):  # no home
+        if any(parent._backward is None and parent._gradient.place is None for parent in parents):  # no home
             out._read = tuple([parent.data for parent in parents])
     if state.made is not None:
         state.made(op, out, parents, backward)
@@ -88,7 +88,7 @@ class Tensor:
         if data.dtype not in FLOATS:
             check_numbers(data, "Tensor: data must be numbers")
             data = data.astype(np.float64 if data.dtype.kind == "f" and data.itemsize >= 8 else np.float32)
-        self._gradient = engine.Gradient()
+        self._gradient = engine.Gradient()  # first: a Parameter's data asks it for the place
         self.data = data
         self.requires_grad = requires_grad
         self._op = self._backward = None

@@ -28,6 +28,8 @@ TIMEOUT, TOO_LONG = 600, "timeout"  # seconds, for one run of the tests
 # Which tests have to do with a source file: (files, words of which one is in the test's name; "" for all).
 RELEVANT = {
     "npgpt/engine.py": (["test_engine.py"], ""),
+    "npgpt/kernels/buffers.py": (["test_engine.py"], ""),
+    "npgpt/kernels/masks.py": (["test_engine.py"], ""),
     "npgpt/tensor.py": (["test_gradcheck.py", "test_ops.py", "test_engine.py"], "not attention and not gpt"),
     "npgpt/ops/primitives.py": (["test_gradcheck.py", "test_ops.py", "test_engine.py"], "not attention and not gpt"),
     "npgpt/kernels/tiles.py": (["test_tiles.py"], ""),

@@ -5,6 +5,6 @@
 3. the kernels: the same figures, written into given buffers, outputs first;
 4. the op: checks shapes, asks for buffers, calls forward, records backward.
 
-A reader may stop at any depth.  The small operations that everything can
-be composed from are operators of a Tensor (npgpt/tensor.py), and three of them functions (primitives.py).
+A reader may stop at any depth.  The small operations that everything can be composed from are the operators of a Tensor
+(npgpt/tensor.py); primitives.py has three more.
 """

@@ -121,7 +121,7 @@ def check(model, idx, targets, nodes, seed=0):
 
 def _stepped(model, idx, targets, nodes, steps, k):
     """One forward, in which every node meets k times its step: how much sum(dy * y) has changed, for each node."""
-    place_of = {}  # id of a y -> the Tensor that takes its place in this forward; parameters stay what they are
+    stand_ins = {}  # id of a y -> the Tensor that takes its place in this forward; parameters stay what they are
     changes = []
     undo = []  # (array, flat index, number) of the step that is made now
 
@@ -130,7 +130,7 @@ def _stepped(model, idx, targets, nodes, steps, k):
         if n < len(nodes) and steps[n] is not None:
             j, i, h = steps[n]
             parent = nodes[n].parents[j]
-            array = place_of.get(id(parent), parent).data
+            array = stand_ins.get(id(parent), parent).data
             undo.append((array, i, array.flat[i]))
             array.flat[i] += k * h
 
@@ -141,7 +141,7 @@ def _stepped(model, idx, targets, nodes, steps, k):
             array.flat[i] = value
         changes.append(float(np.sum(node.y.grad * (out.data - node.y.data))))
         out.data[...] = node.y.data
-        place_of[id(node.y)] = out
+        stand_ins[id(node.y)] = out
         make_step()
 
     make_step()

@@ -88,6 +88,8 @@ UNSEEN = {
     "engine: a leaf keeps the array": "in a training every parameter has a place for its gradient",
     "engine: embedding adds to an array": TIED,
     "engine: what the output layer left": TIED,
+    "engine: a place that a failed walk": "no walk fails in a training",
+    "engine: the place is taken for": "the optimizer fetches a gradient from where it lies instead",
     "engine: records within no_grad": "memory is lost, and no gradient",
     "engine: one mask for all dropouts": AGREE,
     "attention: sees one position": AGREE,

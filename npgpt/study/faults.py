@@ -68,6 +68,20 @@ FAULTS = [
         "The second op that asks for the place overwrites what the first one wrote there.",
     ),
     Fault(
+        "engine: a place that a failed walk has lent stays taken",
+        "npgpt/engine.py",
+        "        node._gradient.own = None  # forget what a walk that failed has left\n",
+        "",
+        "The op that had asked for the place will never return it: the next one may have it.",
+    ),
+    Fault(
+        "engine: the place is taken for somebody else's array",
+        "npgpt/engine.py",
+        "        return self.value is self.own or self.value is self.place\n",
+        "        return self.value is self.own\n",
+        "What a leaf holds in its place is added to there, by the next walk too; its owner reads the gradient there.",
+    ),
+    Fault(
         "engine: embedding adds to an array that others see",
         "npgpt/engine.py",
         "        if self.value is None or not self._may_change():\n",

@@ -6,7 +6,7 @@ You will understand
 - why a node must wait until everything computed from it has had its turn,
 - why one walk over the graph is enough, however many ways lead through it.
 
-Counterpart: npgpt/engine.py does the same with arrays.  Node below is its Tensor, `backward` its Tensor.backward.
+Counterpart: npgpt/engine.py does the same with arrays.  Node below is the Tensor of npgpt/tensor.py.
 Next: 02_broadcasting.py, where the numbers become arrays.
 Try it: let `small` return d * d, work out the gradient of a in your head, and only then run it.
 

@@ -6,7 +6,7 @@ You will understand
 - why copying and summing are each other's backward,
 - why a gradient always has the shape of the thing whose gradient it is, and how to give it that shape.
 
-Counterpart: `_unbroadcast` in npgpt/ops/primitives.py, which every operator of npgpt's Tensor goes through.
+Counterpart: `unbroadcast` in npgpt/tensor.py, which every operator of npgpt's Tensor goes through.
 Next: 03_linear.py, where a bias is broadcast over all rows of a batch.
 Try it: leave the last sum out of `unbroadcast` (return grad as it is), and say first which shapes will notice.
 

@@ -10,9 +10,9 @@ import importlib
 
 __version__ = "0.1.0"
 
-# public name -> module that defines it; Tensor comes by way of the primitives, which give it its operators
+# public name -> module that defines it
 _WHERE = {
-    "Tensor": "npgpt.ops.primitives",
+    "Tensor": "npgpt.tensor",
     "no_grad": "npgpt.engine",
     "random_stream": "npgpt.kernels.masks",
     "GPT": "npgpt.model",

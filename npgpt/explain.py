@@ -28,7 +28,7 @@ import numpy as np
 
 from npgpt.command import FileName, Parser, add_model, showing_all
 from npgpt.config import SAMPLE
-from npgpt.engine import no_grad, observed
+from npgpt.engine import no_grad, watched
 from npgpt.errors import UsageError, run_command
 from npgpt.files import checkpoint
 from npgpt.files.pretrained import open_model
@@ -39,6 +39,7 @@ from npgpt.kernels.jit import PAIRS
 from npgpt.model import GPT
 from npgpt.ops.attention import attention_weights_ref
 from npgpt.ops.cross_entropy import cross_entropy_forward_ref
+from npgpt.tensor import Tensor
 
 PROG = "python -m npgpt.explain"
 TOKENS = 24  # positions that the model reads at most: as many as can be told apart on a page
@@ -55,22 +56,23 @@ BEST = 5  # guesses shown for each token
 class Node:
     """A call of an op: its output y with the gradient dy, and what it was computed from."""
 
+    op: str  # its name
     y: object  # Tensor
     parents: tuple  # Tensors
     backward: object
     gradients: list = None  # of the parents, as far as they come from this op
     checks: list = None  # for each parent [(flat index, gradient, what was measured, relative error)]
 
-    @property
-    def op(self):
-        return self.backward.__qualname__.partition(".")[0]
-
 
 def trace(model, idx, targets):
     """The Nodes of one forward and backward, in the order of the forward; the last one's y is the loss."""
     nodes = []
+
+    def made(op, out, parents, backward):
+        nodes.append(Node(op, out.retain_grad(), parents, backward))
+
     model.zero_grad()
-    with observed(lambda out, parents, backward: nodes.append(Node(out.retain_grad(), parents, backward))):
+    with watched(made):
         _, loss = model(idx, targets)
     loss.backward()
     for node in nodes:
@@ -119,7 +121,7 @@ def check(model, idx, targets, nodes, seed=0):
 
 def _stepped(model, idx, targets, nodes, steps, k):
     """One forward, in which every node meets k times its step: how much sum(dy * y) has changed, for each node."""
-    made = {}  # id of a y -> the Tensor that takes its place in this forward; parameters stay what they are
+    stand_ins = {}  # id of a y -> the Tensor that takes its place in this forward; parameters stay what they are
     changes = []
     undo = []  # (array, flat index, number) of the step that is made now
 
@@ -128,22 +130,22 @@ def _stepped(model, idx, targets, nodes, steps, k):
         if n < len(nodes) and steps[n] is not None:
             j, i, h = steps[n]
             parent = nodes[n].parents[j]
-            array = made.get(id(parent), parent).data
+            array = stand_ins.get(id(parent), parent).data
             undo.append((array, i, array.flat[i]))
             array.flat[i] += k * h
 
-    def observer(out, parents, backward):
+    def made(op, out, parents, backward):
         node = nodes[len(changes)]
         while undo:
             array, i, value = undo.pop()
             array.flat[i] = value
         changes.append(float(np.sum(node.y.grad * (out.data - node.y.data))))
         out.data[...] = node.y.data
-        made[id(node.y)] = out
+        stand_ins[id(node.y)] = out
         make_step()
 
     make_step()
-    with no_grad(), observed(observer):
+    with no_grad(), watched(made):
         model(idx, targets)
     return changes
 
@@ -206,8 +208,8 @@ def heat_map(array):
 
 def describe_op(node):
     """What an op's file tells of it: its formulas, from the docstring, and its sources."""
-    module = sys.modules[node.backward.__module__]
-    op = getattr(module, node.op)
+    op = _function(node)
+    module = sys.modules[op.__module__]
     doc = next(doc for doc in map(_docstring, (op, module)) if "\nBackward" in doc)
     forward, _, backward = doc.partition("\nBackward")
     sources = []
@@ -222,9 +224,14 @@ def describe_op(node):
     }
 
 
+def _function(node):
+    """What the node is a call of: the function of that name in its module, or the operator of Tensor."""
+    return getattr(sys.modules[node.backward.__module__], node.op, None) or getattr(Tensor, f"__{node.op}__")
+
+
 def _docstring(thing):
     """The docstring of a function or module as its source has it: `python -OO` drops what Python would know."""
-    tree = ast.parse(inspect.getsource(thing))
+    tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
     return ast.get_docstring(tree if inspect.ismodule(thing) else tree.body[0]) or ""
 
 
@@ -261,7 +268,7 @@ def describe_boxes(model, nodes):
             label = f"x + {boxes[places[id(node.parents[1])]]['label']}"
         else:
             label = node.op.removeprefix("causal_")
-        arguments = list(inspect.signature(getattr(sys.modules[node.backward.__module__], node.op)).parameters)
+        arguments = list(inspect.signature(_function(node)).parameters)
         inputs = []
         for j, (x, dx, checks) in enumerate(zip(node.parents, node.gradients, node.checks, strict=True)):
             row = {"shape": list(x.shape), "dx": heat_map(dx), "uses": uses[id(x)]}

@@ -15,11 +15,11 @@ import contextlib
 
 import numpy as np
 
-from npgpt import engine
 from npgpt.command import Parser, showing_all
-from npgpt.engine import Tensor, no_grad
+from npgpt.engine import no_grad, topological_order
 from npgpt.errors import NpgptError, UsageError, run_command
 from npgpt.kernels import buffers
+from npgpt.tensor import Tensor
 
 PROG = "python -m npgpt.gradcheck"
 BOUND = 1e-6  # worst relative error that passes
@@ -106,8 +106,7 @@ def gradcheck(f, inputs, names=None, bound=BOUND, seed=0):
 
 def _compare(f, inputs, names, seed):
     """(name, worst relative error, its index, analytic, numeric) for each input that requires a gradient."""
-    import npgpt.ops.primitives  # noqa: F401  (f may use a Tensor's operators, which they are)
-    from npgpt.kernels.masks import random_stream
+    from npgpt.kernels.masks import random_stream  # it may refuse what NPGPT_KERNELS says: in one line, by the command
 
     names = names or [f"input {i}" for i in range(len(inputs))]
     for name, x in zip(names, inputs, strict=True):
@@ -132,7 +131,7 @@ def _compare(f, inputs, names, seed):
         raise ValueError("gradcheck: f gives other values at a second call; what is random in it must repeat itself")
     dy = np.random.default_rng([seed, 1]).normal(size=y.shape)  # not what default_rng(seed) made the inputs from
     given, before = dy.copy(), [x.data.copy() for x in inputs]
-    leaves = [tensor for tensor in engine._topological_order(y) if tensor._backward is None]
+    leaves = [tensor for tensor in topological_order(y) if tensor._backward is None]
     kept = [(leaf, leaf.grad, None if leaf.grad is None else leaf.grad.copy()) for leaf in [*leaves, *inputs]]
     for leaf, _, _ in kept:
         leaf.grad = None
@@ -175,7 +174,6 @@ def _compare(f, inputs, names, seed):
 
 def cases(seed=0):
     """(title, f, inputs, names) for every op and for a whole GPT."""
-    from npgpt.ops import primitives as p
     from npgpt.ops.attention import causal_attention
     from npgpt.ops.cross_entropy import cross_entropy
     from npgpt.ops.dropout import dropout
@@ -183,6 +181,7 @@ def cases(seed=0):
     from npgpt.ops.layernorm import layernorm
     from npgpt.ops.linear import linear
     from npgpt.ops.mlp import mlp
+    from npgpt.ops.primitives import concatenate, stack, where
 
     rng = np.random.default_rng(seed)
 
@@ -208,20 +207,20 @@ def cases(seed=0):
     yield "matmul, a row", lambda a, b: a @ b, [new(4), new(2, 4, 5)], ["a", "b"]
     yield "matmul, a column", lambda a, b: a @ b, [new(2, 3, 4), new(4)], ["a", "b"]
     yield "matmul, two vectors", lambda a, b: a @ b, [new(4), new(4)], ["a", "b"]
-    yield "exp", p.exp, [new(3, 4)], ["a"]
-    yield "log", p.log, [positive(3, 4)], ["a"]
-    yield "sqrt", p.sqrt, [positive(3, 4)], ["a"]
-    yield "tanh", p.tanh, [new(3, 4)], ["a"]
-    yield "relu", p.relu, [apart(3, 4)], ["a"]
-    yield "sum", lambda a: p.sum(a, axis=(0, 2)), [new(2, 3, 4)], ["a"]
-    yield "mean", lambda a: p.mean(a, axis=-1, keepdims=True), [new(3, 4)], ["a"]
-    yield "max", lambda a: p.max(a, axis=1), [apart(3, 4)], ["a"]
-    yield "reshape", lambda a: p.reshape(a, 4, 3) @ np.ones((3, 2)), [new(2, 6)], ["a"]
-    yield "transpose", lambda a: p.transpose(a, 2, 0, 1), [new(2, 3, 4)], ["a"]
+    yield "exp", Tensor.exp, [new(3, 4)], ["a"]
+    yield "log", Tensor.log, [positive(3, 4)], ["a"]
+    yield "sqrt", Tensor.sqrt, [positive(3, 4)], ["a"]
+    yield "tanh", Tensor.tanh, [new(3, 4)], ["a"]
+    yield "relu", Tensor.relu, [apart(3, 4)], ["a"]
+    yield "sum", lambda a: a.sum(axis=(0, 2)), [new(2, 3, 4)], ["a"]
+    yield "mean", lambda a: a.mean(axis=-1, keepdims=True), [new(3, 4)], ["a"]
+    yield "max", lambda a: a.max(axis=1), [apart(3, 4)], ["a"]
+    yield "reshape", lambda a: a.reshape(4, 3) @ np.ones((3, 2)), [new(2, 6)], ["a"]
+    yield "transpose", lambda a: a.transpose(2, 0, 1), [new(2, 3, 4)], ["a"]
     yield "getitem", lambda a: a[[2, 0, 2], 1:], [new(3, 4)], ["a"]
-    yield "concatenate", lambda a, b: p.concatenate([a, b, a], axis=1), [new(3, 2, 4), new(3, 1, 4)], ["a", "b"]
-    yield "stack", lambda a, b: p.stack([a, b, a], axis=-2), [new(3, 4), new(3, 4)], ["a", "b"]
-    yield "where", lambda a, b: p.where(np.arange(4) % 2 == 0, a, b), [new(3, 4), new(4)], ["a", "b"]
+    yield "concatenate", lambda a, b: concatenate([a, b, a], axis=1), [new(3, 2, 4), new(3, 1, 4)], ["a", "b"]
+    yield "stack", lambda a, b: stack([a, b, a], axis=-2), [new(3, 4), new(3, 4)], ["a", "b"]
+    yield "where", lambda a, b: where(np.arange(4) % 2 == 0, a, b), [new(3, 4), new(4)], ["a", "b"]
 
     idx = np.array([[1, 0, 1], [3, 1, 4]])  # 1 occurs three times, 2 never
     yield "embedding", lambda wte, wpe: embedding(idx, wte, wpe), [new(5, 7), new(4, 7)], ["wte", "wpe"]
@@ -255,6 +254,7 @@ def cases(seed=0):
 
 def later_rows(f):
     """f as a worker computes it whose sequences come after five others of the batch: dropout counts from there."""
+
     from npgpt.kernels.masks import random_stream
 
     def of_the_batch(*inputs):

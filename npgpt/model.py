@@ -29,7 +29,6 @@ from npgpt.nn import (
     Parameter,
     structure,
 )
-from npgpt.ops import primitives  # noqa: F401  (gives Tensor its operators)
 from npgpt.ops.cross_entropy import cross_entropy
 from npgpt.ops.embedding import embedding
 
@@ -132,11 +131,15 @@ class GPT(Module):
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
                 parameter.data[...] = rng.normal(0.0, std, parameter.shape)
 
-    def features(self, idx):
-        """idx (B, T) integers -> the last layer's output (B, T, C), from which the logits are made."""
+    def features(self, idx, x=None, first=0):
+        """idx (B, T) integers -> the last layer's output (B, T, C), from which the logits are made.
+
+        x: what the blocks before number `first` put out (B, T, C), if that is known; then idx is not looked at.
+        """
         transformer = self.transformer
-        x = transformer.drop(embedding(idx, transformer.wte.weight, transformer.wpe.weight))
-        for block in transformer.h:
+        if x is None:
+            x = transformer.drop(embedding(idx, transformer.wte.weight, transformer.wpe.weight))
+        for block in transformer.h[first:]:
             x = block(x)
         return transformer.ln_f(x)
 

@@ -5,12 +5,13 @@ from types import NoneType
 
 import numpy as np
 
-from npgpt.engine import FLOATS, Tensor, dropout_acts, plain
+from npgpt.engine import dropout_acts
 from npgpt.ops.attention import causal_attention
 from npgpt.ops.dropout import dropout
 from npgpt.ops.layernorm import layernorm
 from npgpt.ops.linear import linear
 from npgpt.ops.mlp import mlp
+from npgpt.tensor import FLOATS, Tensor, plain
 
 
 class Parameter(Tensor):
@@ -33,7 +34,7 @@ class Parameter(Tensor):
     @data.setter
     def data(self, values):
         values = plain(values, "Parameter: data")
-        if getattr(self, "grad_buffer", None) is None:
+        if self.grad_buffer is None:
             if values.dtype not in FLOATS:
                 raise TypeError(f"Parameter: data must be float32 or float64, got dtype {values.dtype}")
             _data.__set__(self, values)

@@ -12,7 +12,7 @@ import numpy as np
 from npgpt.kernels.blas import matmul
 from npgpt.kernels.buffers import BufferPool, empty, reuse_buffers
 from npgpt.kernels.jit import kernel, replaces
-from npgpt.kernels.profiler import measured
+from npgpt.kernels.profiler import measuring
 from npgpt.kernels.tiles import product, transpose
 
 ALIGN = 16  # parameters start at multiples of this many elements (64 bytes in float32)
@@ -323,7 +323,7 @@ def nesterov(momentum, g, scale, mu):
         g[i] = m * mu + new
 
 
-def _muon_cost(muon, m, members, lr, scale):
+def _muon_cost(muon, m, members):
     """(FLOPs, bytes) of Muon._update_group: 17 products in inverse_root, one before and one after it."""
     sizes = sum(weights.size for weights, _, _ in members)
     return 17 * m**2 * (m + 1) * len(members) + 4 * m * sizes, 3 * sizes * muon.m.itemsize
@@ -359,9 +359,9 @@ class Muon(AdamW):
                     groups.setdefault(min(matrices[0].shape), []).append(matrices)
         with reuse_buffers(self.pools.setdefault(start, BufferPool())):
             for m, members in groups.items():
-                self._update_group(m, members, lr, scale)
+                with measuring("muon", _muon_cost, self, m, members):
+                    self._update_group(m, members, lr, scale)
 
-    @measured("muon", cost=_muon_cost)
     def _update_group(self, m, members, lr, scale):
         gram, norms = empty((len(members), m, m), self.m.dtype), []
         for g, (_, momentum, x) in zip(gram, members, strict=True):

@@ -291,16 +291,16 @@ def attention_maps(model, tokens):
     """The attention weights (n_head, T, T) of each layer of a GPT that reads (T,) tokens; rows are queries."""
     import numpy as np
 
-    from npgpt.engine import no_grad, observed
+    from npgpt.engine import no_grad, watched
     from npgpt.ops.attention import attention_weights_ref
 
     maps = []
 
-    def observer(out, parents, backward):
-        if backward.__qualname__.startswith("causal_attention."):
+    def made(op, out, parents, backward):
+        if op == "causal_attention":
             maps.append(attention_weights_ref(parents[0].data, model.config.n_head)[0])
 
-    with no_grad(), observed(observer):
+    with no_grad(), watched(made):
         model.features(np.asarray(tokens)[None])
     return maps
 

@@ -28,6 +28,9 @@ TIMEOUT, TOO_LONG = 600, "timeout"  # seconds, for one run of the tests
 # Which tests have to do with a source file: (files, words of which one is in the test's name; "" for all).
 RELEVANT = {
     "npgpt/engine.py": (["test_engine.py"], ""),
+    "npgpt/kernels/buffers.py": (["test_engine.py"], ""),
+    "npgpt/kernels/masks.py": (["test_engine.py"], ""),
+    "npgpt/tensor.py": (["test_gradcheck.py", "test_ops.py", "test_engine.py"], "not attention and not gpt"),
     "npgpt/ops/primitives.py": (["test_gradcheck.py", "test_ops.py", "test_engine.py"], "not attention and not gpt"),
     "npgpt/kernels/tiles.py": (["test_tiles.py"], ""),
     "npgpt/ops/embedding.py": (["test_ops.py", "test_gradcheck.py", "test_compositions.py"], "embedding or gpt"),
@@ -72,6 +75,7 @@ AUDITED = (
 AGREE, NO_IGNORED = "forward and backward agree", "a training ignores no target"
 TIED = "the output layer has put its share of the tied gradient in its own place"
 UNSEEN = {
+    "npgpt/tensor.py": "the model uses none of these primitives",
     "npgpt/ops/primitives.py": "the model uses none of these primitives",
     "npgpt/optim.py": "what is done with a right gradient",
     "npgpt/generate/decode.py": "not used in training",
@@ -84,6 +88,8 @@ UNSEEN = {
     "engine: a leaf keeps the array": "in a training every parameter has a place for its gradient",
     "engine: embedding adds to an array": TIED,
     "engine: what the output layer left": TIED,
+    "engine: a place that a failed walk": "no walk fails in a training",
+    "engine: the place is taken for": "the optimizer fetches a gradient from where it lies instead",
     "engine: records within no_grad": "memory is lost, and no gradient",
     "engine: one mask for all dropouts": AGREE,
     "attention: sees one position": AGREE,

@@ -12,8 +12,8 @@ import weakref
 import numpy as np
 import pytest
 
-from npgpt import GPT, GPTConfig, Tensor, no_grad, random_stream
-from npgpt.engine import observed, record
+from npgpt import GPT, GPTConfig, Tensor, engine, no_grad, random_stream
+from npgpt.engine import watched
 from npgpt.kernels import buffers
 from npgpt.kernels.buffers import BufferPool, as_rows, empty, reuse_buffers, zeros
 from npgpt.kernels.masks import next_random_key
@@ -21,6 +21,7 @@ from npgpt.ops import primitives
 from npgpt.ops.embedding import embedding
 from npgpt.ops.layernorm import layernorm
 from npgpt.ops.linear import linear
+from npgpt.tensor import record
 
 
 @pytest.fixture
@@ -121,7 +122,7 @@ def test_every_use_of_a_tensor_is_counted_before_its_own_backward_runs(rng):
     """A long and a short way from x to y: the short way must wait for the long one."""
     x, dy = leaf(rng, 4), rng.normal(size=4)
     calls = []
-    a = record(x.data * 1, (x,), lambda da: (calls.append(1), (da,))[1])
+    a = record("op", x.data * 1, (x,), lambda da: (calls.append(1), (da,))[1])
     long = a
     for _ in range(5):
         long = long * 2
@@ -177,7 +178,7 @@ def test_a_backward_may_return_an_array_of_its_own_and_keep_it(rng):
             kept.append(dy.copy())
             return (kept[-1],)
 
-        return record(x.data.copy(), (x,), backward)
+        return record("op", x.data.copy(), (x,), backward)
 
     x, dy = leaf(rng, 3), rng.normal(size=3)
     a = x * 1
@@ -194,7 +195,7 @@ def test_an_array_that_an_op_asked_for_is_taken_over_without_a_copy(rng):
             handed_out[-1][...] = dy
             return (handed_out[-1],)
 
-        return record(x.data.copy(), (x,), backward)
+        return record("op", x.data.copy(), (x,), backward)
 
     x, buffered, dy, arrays = leaf(rng, 3), leaf(rng, 3), rng.normal(size=3), []
     buffered.grad_buffer = np.full(3, np.nan)
@@ -217,7 +218,7 @@ def test_a_backward_that_failed_does_not_disturb_the_next_one(rng):
             x.new_grad()
             raise ZeroDivisionError
 
-        return record(x.data.copy(), (x,), backward)
+        return record("op", x.data.copy(), (x,), backward)
 
     w, dy = leaf(rng, 2, 3), rng.normal(size=(4, 2))
     w.grad_buffer = np.full((2, 3), np.nan)
@@ -242,7 +243,7 @@ def failing(x, times=1):
             raise MemoryError
         return (dy * 2,)
 
-    return record(x.data * 2, (x,), backward)
+    return record("op", x.data * 2, (x,), backward)
 
 
 def test_a_backward_that_failed_can_be_made_again(rng):
@@ -283,7 +284,7 @@ def test_a_place_that_was_handed_out_in_vain_is_still_the_gradients(rng, frozen)
 
 def test_none_is_no_gradient_and_tensors_without_requires_grad_get_none(rng):
     x, c = leaf(rng, 3), Tensor(rng.normal(size=3))
-    y = record(x.data * c.data, (x, c), lambda dy: (None, dy * x.data))
+    y = record("op", x.data * c.data, (x, c), lambda dy: (None, dy * x.data))
     assert y.requires_grad
     y.backward(np.ones(3))
     assert x.grad is None and c.grad is None
@@ -858,7 +859,7 @@ def test_a_tensor_looks_like_its_array():
 
 def broken(grads):
     """A graph whose backward returns `grads` for one parent of shape (3,)."""
-    return record(np.ones(3), (Tensor(np.ones(3), requires_grad=True),), lambda dy: grads)
+    return record("op", np.ones(3), (Tensor(np.ones(3), requires_grad=True),), lambda dy: grads)
 
 
 MISTAKES = [
@@ -923,7 +924,7 @@ def test_operators_of_arrays_leave_it_to_the_tensor(rng):
 
 def test_primitives_of_the_module_are_the_methods_of_tensor(rng):
     x = leaf(rng, 2, 3)
-    np.testing.assert_array_equal(primitives.exp(x).data, x.exp().data)
+    np.testing.assert_array_equal(Tensor.exp(x).data, x.exp().data)
     np.testing.assert_array_equal(x.T.data, x.data.T)
 
 
@@ -934,7 +935,7 @@ def test_primitives_of_the_module_are_the_methods_of_tensor(rng):
 def test_an_observer_sees_every_tensor_with_its_parents_and_may_change_it(rng):
     a, b = Tensor(rng.normal(size=3), requires_grad=True), Tensor(rng.normal(size=3))
     seen = []
-    with observed(lambda out, parents, backward: seen.append((out, parents, backward.__qualname__.split(".")[0]))):
+    with watched(lambda op, out, parents, backward: seen.append((out, parents, op))):
         c = a * b
         with no_grad():
             d = c.exp()
@@ -942,11 +943,46 @@ def test_an_observer_sees_every_tensor_with_its_parents_and_may_change_it(rng):
     assert [name for _, _, name in seen] == ["mul", "exp"]
     assert seen[0][0] is c and seen[0][1] == (a, b) and seen[1][0] is d and seen[1][1] == (c,)
 
-    def nudge(out, parents, backward):
+    def nudge(op, out, parents, backward):
         out.data[0] += 1
 
-    with observed(nudge):
+    with watched(nudge):
         np.testing.assert_allclose((a * b).data - c.data, [1, 0, 0], atol=1e-15)
+
+
+def test_who_watches_is_told_of_each_backward_before_its_gradients_are_added(rng):
+    x, w, seen = leaf(rng, 3), leaf(rng, 3), []
+
+    def passed(op, parents, grads):
+        seen.append((op, parents, [grad.copy() for grad in grads], x.grad is None))
+
+    with watched(passed=passed):
+        (x * w).tanh().sum().backward()
+    (x * 1).sum().backward()  # no longer
+    assert [op for op, *_ in seen] == ["sum", "tanh", "mul"]
+    _, parents, grads, first = seen[-1]
+    assert parents == (x, w) and first
+    np.testing.assert_array_equal(grads[1], w.grad)
+
+
+class Number:
+    """A node of a graph that is no Tensor."""
+
+    def __init__(self, data, op=None, parents=(), backward=None):
+        self.data, self.requires_grad, self._gradient = np.array(data), True, engine.Gradient()
+        self._op, self._parents, self._backward, self._read = op, parents, backward, ()
+
+    def __mul__(self, other):
+        return Number(self.data * other.data, "mul", (self, other), lambda dy: (dy * other.data, dy * self.data))
+
+
+def test_the_walk_takes_any_node():
+    a, b = Number(3.0), Number(4.0)
+    c = a * b * a
+    engine.backward(c, np.array(1.0))
+    assert (a._gradient.value, b._gradient.value, c._gradient.value) == (24.0, 9.0, None)
+    with pytest.raises(RuntimeError, match="used up"):
+        engine.backward(c, np.array(1.0))
 
 
 @pytest.mark.parametrize("partner", [None, "2", [None, 1], np.array([1 + 2j, 3])])

@@ -550,7 +550,8 @@ def word_of(fault):
     """The title of a case of gradcheck that finds the fault quickly."""
     stem = Path(fault.file).stem
     by_file = {"engine": "GPT", "attention": "causal attention", "cross_entropy": "cross-entropy"}
-    return WORDS.get(fault.name) or by_file.get(stem) or (fault.name.split(":")[0] if stem == "primitives" else stem)
+    word = fault.name.split(":")[0] if stem in ("tensor", "primitives") else stem
+    return WORDS.get(fault.name) or by_file.get(stem) or word
 
 
 def fault_of(number):

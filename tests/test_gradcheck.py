@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from npgpt import Tensor, random_stream
-from npgpt.engine import record
 from npgpt.gradcheck import BOUND, GradcheckError, cases, gradcheck, main, numeric_grad, relative_error
 from npgpt.kernels import buffers
 from npgpt.kernels.buffers import NAN_FILL
 from npgpt.ops import layernorm as layernorm_file
 from npgpt.ops.dropout import dropout
+from npgpt.tensor import record
 
 # --------------------------------------------------------------------------------------------------------------------
 # All of npgpt's gradients
@@ -45,11 +45,11 @@ def test_titles_are_unique_and_every_op_of_the_graph_is_among_them():
 
 def product(backward):
     """An op x * w with the given backward(dy, x, w)."""
-    return lambda x, w: record(x.data * w.data, (x, w), lambda dy: backward(dy, x.data, w.data))
+    return lambda x, w: record("op", x.data * w.data, (x, w), lambda dy: backward(dy, x.data, w.data))
 
 
 def matrix_product(backward):
-    return lambda x, w: record(x.data @ w.data, (x, w), lambda dy: backward(dy, x.data, w.data))
+    return lambda x, w: record("op", x.data @ w.data, (x, w), lambda dy: backward(dy, x.data, w.data))
 
 
 def except_in_one_entry(array):
@@ -122,7 +122,7 @@ def test_the_upstream_gradient_is_not_one_of_the_inputs_again():
 
 def test_a_gradient_where_there_is_none_is_caught():
     def floor(x):
-        return record(np.floor(x.data), (x,), lambda dy: (dy,))
+        return record("op", np.floor(x.data), (x,), lambda dy: (dy,))
 
     with pytest.raises(GradcheckError):
         gradcheck(floor, [Tensor(np.array([0.3, 1.7]), requires_grad=True)])
@@ -139,7 +139,7 @@ def test_an_error_that_a_sum_would_hide_is_caught():
             centre = (dy * p).sum(axis=1, keepdims=True) if not forgotten_term else dy.mean(axis=1, keepdims=True)
             return (p * (dy - centre),)
 
-        return record(p, (x,), backward)
+        return record("op", p, (x,), backward)
 
     (x,) = inputs((3, 4))
     gradcheck(lambda x: softmax(x, False), [x])
@@ -157,7 +157,7 @@ def test_a_gradient_that_starts_from_what_its_buffer_held_is_caught():
             dx += 2 * dy
             return (dx,)
 
-        return record(x.data * 2, (x,), backward)
+        return record("op", x.data * 2, (x,), backward)
 
     with pytest.raises(GradcheckError, match=r"backward gives nan"):
         gradcheck(double, inputs((3, 4)))
@@ -187,7 +187,7 @@ def test_a_backward_that_changes_what_others_need_is_refused(name):
             array *= 2
             return (dy * 2 * a.data / (2 if name == "a" else 1),)
 
-        return record(a.data**2, (a,), backward)
+        return record("op", a.data**2, (a,), backward)
 
     with pytest.raises(GradcheckError, match=f"gradcheck: the backward changes {name} in place"):
         gradcheck(f, inputs((3,)), ["a"])
@@ -199,7 +199,7 @@ def test_a_large_number_beside_a_small_one_does_not_swallow_it():
 
 
 def test_a_tensor_has_its_operators_once_gradcheck_is_there():
-    code = "from npgpt.gradcheck import gradcheck; from npgpt.engine import Tensor; import numpy as np\n"
+    code = "from npgpt.gradcheck import gradcheck; from npgpt.tensor import Tensor; import numpy as np\n"
     code += "gradcheck(lambda a: a * a, [Tensor(np.ones(2), requires_grad=True)])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -229,7 +229,7 @@ def test_right_gradients_pass_whatever_their_size():
 
 def test_a_gradient_of_zero_passes_where_there_is_none():
     def half(x):
-        return record(x.data[:2] * 2, (x,), lambda dy: (np.concatenate([2 * dy, np.zeros(2)]),))
+        return record("op", x.data[:2] * 2, (x,), lambda dy: (np.concatenate([2 * dy, np.zeros(2)]),))
 
     gradcheck(half, inputs((4,)))
     constant, x = Tensor(np.ones(3)), Tensor(np.ones(3), requires_grad=True)

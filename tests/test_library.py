@@ -19,7 +19,6 @@ from fuzz_library import Relu
 
 from npgpt import GPT, AdamW, DataParallel, GPTConfig, Tensor, TrainConfig, no_grad, random_stream
 from npgpt.data.tokenizer import BPETokenizer
-from npgpt.engine import record
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.files import folder
 from npgpt.generate.decode import Decoder
@@ -34,6 +33,7 @@ from npgpt.run.audit import Auditor
 from npgpt.run.trainer import Progress, Trainer
 from npgpt.signals import Stop
 from npgpt.study.receipt import ways
+from npgpt.tensor import record
 
 TOKENS = np.random.default_rng(0).integers(0, 11, (4, 9))
 X, Y = TOKENS[:, :-1], TOKENS[:, 1:]
@@ -846,7 +846,7 @@ def test_gradcheck_does_not_accuse_the_innocent_and_finds_the_guilty(f, size):
 
     def wrong(a):
         y = f(a)
-        return record(y.data, (y,), lambda dy: (dy * (1 + 1e-5),))
+        return record("op", y.data, (y,), lambda dy: (dy * (1 + 1e-5),))
 
     with pytest.raises(GradcheckError):
         gradcheck(wrong, [a])

@@ -16,9 +16,11 @@ from npgpt import GPT, AdamW, DataParallel, GPTConfig, no_grad, random_stream
 from npgpt.kernels import blas, jit
 from npgpt.kernels.blas import blas_kernels, blas_threads, get_blas_threads
 from npgpt.kernels.tiles import VECTOR
+from npgpt.model import Block
 from npgpt.optim import Muon, clip_scale
 from npgpt.run import parallel
 from npgpt.run.parallel import choose_threads
+from npgpt.run.ranks import World
 
 
 def small_gpt(dropout=0.0, dtype=np.float32):
@@ -55,6 +57,47 @@ def workers():
     yield make
     for data_parallel in opened:
         data_parallel.close()
+
+
+class OtherMachines(World):
+    """The only rank, which notes what it would send to those on other machines."""
+
+    between_machines = True
+
+    def __init__(self):
+        self.begun = []
+
+    def start_sum(self, array):
+        self.begun.append((array, array.copy()))
+
+
+def frozen(model):
+    for parameter in (model.transformer.wte.weight, model.transformer.h[1].attn.c_attn.weight):
+        parameter.requires_grad = False
+
+
+def one_block_in_two_places(model):
+    model.transformer.h[2] = model.transformer.h[0]
+
+
+@pytest.mark.parametrize("n, change, sent", [
+    (1, None, 3), (2, None, None), (1, frozen, 3), (1, one_block_in_two_places, 2),
+])  # fmt: skip
+def test_what_is_sent_early_is_complete_and_the_model_is_left_alone(workers, monkeypatch, n, change, sent):
+    monkeypatch.setattr(parallel, "BUCKET", 1)
+    config = GPTConfig(vocab_size=13, block_size=8, n_layer=3, n_head=2, n_embd=12, dropout=0.1, bias=True)
+    model, world = GPT(config, seed=3), OtherMachines()
+    if change:
+        change(model)
+    split = workers(model, n, 1, world)
+    for (idx, targets), last in zip(batches(2), (False, True), strict=True):
+        assert not world.begun
+        split.forward_backward(idx, targets, last=last)
+    assert sent is None or len(world.begun) == sent
+    for array, when_sent in world.begun:  # block by block, each with all that the backward had to add to it
+        np.testing.assert_array_equal(array, when_sent)
+        assert array.any()
+    assert all(type(block) is Block for block in model.transformer.h)
 
 
 def train(data_parallel, steps=50, batch_size=5, n_micro=1, make_optimizer=AdamW):

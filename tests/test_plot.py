@@ -11,7 +11,7 @@ import pytest
 
 from npgpt import GPT, GPTConfig, plot
 from npgpt.data.tokenizer import CharTokenizer
-from npgpt.engine import no_grad, observed
+from npgpt.engine import no_grad, watched
 from npgpt.errors import CheckpointError, UsageError, one_line
 from npgpt.files.folder import RunFolder, read_log
 from npgpt.ops.attention import merged_heads, split_heads
@@ -280,11 +280,11 @@ def test_attention_maps_are_the_weights_that_the_model_uses():
     model, tokens = a_model(), np.array([1, 3, 0, 6, 2])
     seen = []
 
-    def observer(out, parents, backward):
-        if backward.__qualname__.startswith("causal_attention."):
+    def made(op, out, parents, backward):
+        if op == "causal_attention":
             seen.append((out.data, split_heads(parents[0].data, 3)[2]))
 
-    with no_grad(), observed(observer):
+    with no_grad(), watched(made):
         model(tokens[None])
     maps = attention_maps(model, tokens)
     assert len(maps) == len(seen) == 2

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from npgpt import GPT, AdamW, DataParallel, GPTConfig
-from npgpt.kernels.profiler import Profile, measured, profiling
+from npgpt.kernels.profiler import Profile, measured, measuring, profiling
 from npgpt.optim import Muon
 
 
@@ -96,3 +96,23 @@ def test_a_steps_flops_are_six_for_each_weight_and_token_and_those_of_attention(
     weights = 12 * 12 * 768**2 + 50257 * 768
     assert config.training_flops(1, 1) == 6 * weights + 12 * 12 * 768
     assert config.training_flops(2, 1024) == 2 * (6 * 1024 * weights + 12 * 12 * 768 * 1024 * 1025 // 2)
+
+
+def test_a_kernel_is_wrapped_only_while_a_profile_is_made():
+    """So a debugger's stack shows an op, its kernel's reference, and nothing in between."""
+    import npgpt.ops.linear as linear
+    import npgpt.ops.mlp as mlp
+    from npgpt.kernels import blas
+
+    before = linear.linear_forward, blas.matmul, linear.matmul
+    assert before[1] is before[2] and not hasattr(before[0], "__wrapped__")
+    profile = Profile()
+    with pytest.raises(OSError), profiling(profile):
+        assert linear.linear_forward.__wrapped__ is before[0]
+        assert blas.matmul is linear.matmul is mlp.matmul and blas.matmul.__wrapped__ is before[1]
+        with measuring("outer", lambda n: (n, 1), 7):
+            linear.matmul(np.empty((2, 3)), np.ones((2, 4)), np.ones((4, 3)))
+        blas.matmul(np.empty((2, 3)), np.ones((2, 4)), np.ones((4, 3)))
+        raise OSError
+    assert (linear.linear_forward, blas.matmul, linear.matmul) == before
+    assert profile.rows["outer"].flops == 7 and profile.rows["matmul"].calls == 1

@@ -10,12 +10,12 @@ import pytest
 import npgpt
 from npgpt import GPT, GPTConfig
 from npgpt.data.tokenizer import CharTokenizer
-from npgpt.engine import Tensor
 from npgpt.errors import UsageError
 from npgpt.gradcheck import FLOOR
 from npgpt.ops.cross_entropy import cross_entropy
 from npgpt.ops.embedding import embedding
 from npgpt.study.receipt import RULES, find, gradient, made_at, parts, receipt, ways
+from npgpt.tensor import Tensor
 
 BOUND = 1e-6
 B, T, V = 2, 5, 7

@@ -9,6 +9,7 @@ still stands.
 """
 
 import _thread
+import functools
 import os
 import threading
 import time
@@ -80,7 +81,7 @@ class Crew:
             self._pool, self._at_work = _Pool(), set()
         pool, job = self._pool, Job(work, args)
         pool.unfinished.add(job)
-        pool.jobs.put(lambda: self._run(pool, job))
+        pool.jobs.put(functools.partial(self._run, pool, job))
         if pool.begun < min(self.threads, len(pool.unfinished)):
             pool.begun += 1
             _thread.start_new_thread(_begin, (pool, self.name))

@@ -35,7 +35,7 @@ import numpy as np
 
 from npgpt.errors import UsageError
 from npgpt.kernels.private import NotPrivate, private_folder
-from npgpt.kernels.profiler import measured
+from npgpt.kernels.profiler import measured_kernel
 from npgpt.machine import cache_folder
 
 KERNELS = os.environ.get("NPGPT_KERNELS", "numba")
@@ -80,9 +80,9 @@ def replaces(reference, flops=None, nbytes=None):
         name = getattr(fast, "__name__", reference.__name__)
         PAIRS[name], COSTS[name] = (fast, reference), cost
         if KERNELS == "numba":
-            return measured(name, cost)(fast)
+            return measured_kernel(name, cost)(fast)
 
-        @measured(name, cost)
+        @measured_kernel(name, cost)
         def run_reference(*args):
             results = reference(*args[len(args) - n_in:])
             if not isinstance(results, tuple):

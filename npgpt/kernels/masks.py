@@ -22,13 +22,19 @@ class _State(ThreadState):
 _state = _State()
 
 
-def random_stream(seed, batch_offset=0):
+def random_stream(seed, batch_offset=0, drawn=0):
     """Within this context dropout draws its masks from `seed` (a uint32), one mask after the other.
 
     batch_offset: index of the first sequence of this batch in a larger batch that is split over workers, so that a
     sequence gets the same mask however the batch is split.
+    drawn: number of masks that were drawn before, where the stream goes on (see masks_drawn).
     """
-    return _state.within(seed=int(seed), calls=0, batch_offset=int(batch_offset))
+    return _state.within(seed=int(seed), calls=drawn, batch_offset=int(batch_offset))
+
+
+def masks_drawn():
+    """How many random masks were drawn so far from the stream of this context."""
+    return _state.calls
 
 
 def next_random_key():

@@ -7,10 +7,13 @@
 
 Only what the thread does that entered `profiling` is measured: with several workers, that is the first one's share of
 the batch, and the seconds of all rows and what lies between them add up to the time that went by.
+
+Kernels are wrapped only while a Profile is made: otherwise, a debugger's stack has no frame of this file.
 """
 
 import contextlib
 import functools
+import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -34,6 +37,7 @@ class Profile:
 
 
 _profile, _thread = None, None
+_kernels = {}  # id of a kernel -> (the kernel, what takes its place while a Profile is made)
 
 
 @contextlib.contextmanager
@@ -43,6 +47,15 @@ def profiling(profile):
     if profile is None:
         yield
         return
+    places = [  # in which a module of npgpt has a kernel: in its own one, and wherever it is imported
+        (vars(module), name, value)
+        for full_name, module in list(sys.modules.items())
+        if full_name.partition(".")[0] == "npgpt"
+        for name, value in vars(module).items()
+        if id(value) in _kernels
+    ]
+    for names, name, kernel in places:
+        names[name] = _kernels[id(kernel)][1]
     _profile, _thread = profile, threading.get_ident()
     start = time.perf_counter()
     try:
@@ -51,6 +64,28 @@ def profiling(profile):
         profile.seconds += time.perf_counter() - start
         profile.entries += 1
         _profile = _thread = None
+        for names, name, kernel in places:
+            names[name] = kernel
+
+
+@contextlib.contextmanager
+def measuring(name, cost, *args):
+    """Within this context what goes on is measured while a Profile is made.  cost(*args) -> (FLOPs, bytes)."""
+    global _profile
+    profile = _profile
+    if profile is None or _thread != threading.get_ident():
+        yield
+        return
+    _profile = None  # what is measured within this context belongs to it
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        row = profile.rows.setdefault(name, Row())
+        row.seconds += time.perf_counter() - start
+        flops, nbytes = cost(*args)
+        row.calls, row.flops, row.nbytes = row.calls + 1, row.flops + flops, row.nbytes + nbytes
+        _profile = profile
 
 
 def measured(name, cost):
@@ -59,21 +94,19 @@ def measured(name, cost):
     def decorate(function):
         @functools.wraps(function)
         def call(*args):
-            global _profile
-            profile = _profile
-            if profile is None or _thread != threading.get_ident():
+            with measuring(name, cost, *args):
                 return function(*args)
-            _profile = None  # what is measured within this call belongs to it
-            start = time.perf_counter()
-            try:
-                return function(*args)
-            finally:
-                row = profile.rows.setdefault(name, Row())
-                row.seconds += time.perf_counter() - start
-                flops, nbytes = cost(*args)
-                row.calls, row.flops, row.nbytes = row.calls + 1, row.flops + flops, row.nbytes + nbytes
-                _profile = profile
 
         return call
 
     return decorate
+
+
+def measured_kernel(name, cost):
+    """Decorator for a kernel, which stays what it is: while a Profile is made, `measured` takes its place."""
+
+    def register(kernel):
+        _kernels[id(kernel)] = kernel, measured(name, cost)(kernel)
+        return kernel
+
+    return register

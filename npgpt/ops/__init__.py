@@ -5,5 +5,6 @@
 3. the kernels: the same figures, written into given buffers, outputs first;
 4. the op: checks shapes, asks for buffers, calls forward, records backward.
 
-A reader may stop at any depth.  primitives.py holds the small operations that everything can be composed from.
+A reader may stop at any depth.  The small operations that everything can be composed from are the operators of a Tensor
+(npgpt/tensor.py); primitives.py has three more.
 """

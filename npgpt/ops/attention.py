@@ -29,12 +29,12 @@ import math
 
 import numpy as np
 
-from npgpt.engine import record
 from npgpt.kernels.buffers import as_rows, empty
 from npgpt.kernels.jit import exp, helper, in_two, kernel, largest, replaces
 from npgpt.kernels.masks import dropout_mask_ref, keeps, next_random_key, row_key
 from npgpt.kernels.tiles import ROWS, fetch, product, transpose
 from npgpt.ops.dropout import check_p
+from npgpt.tensor import record
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reference
@@ -318,4 +318,4 @@ def causal_attention(qkv, n_head, p_drop=0.0):
         attention_backward(dqkv, as_rows(dy).reshape(y.shape), data, lse, n_head, p_drop, key, batch_offset)
         return (dqkv,)
 
-    return record(y, (qkv,), backward)
+    return record("causal_attention", y, (qkv,), backward)

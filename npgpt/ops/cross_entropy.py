@@ -20,10 +20,10 @@ gradient dloss of the loss itself,
 
 import numpy as np
 
-from npgpt.engine import record
 from npgpt.kernels.buffers import as_rows, empty
 from npgpt.kernels.jit import exp, in_two, kernel, largest, replaces
 from npgpt.ops.embedding import check_indices
+from npgpt.tensor import record
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reference
@@ -118,4 +118,4 @@ def cross_entropy(logits, targets, ignore_index=-1):
         cross_entropy_backward(dlogits.reshape(rows.shape), float(dy), rows, targets, lse, ignore_index, count)
         return (dlogits,)
 
-    return record(loss, (logits,), backward)
+    return record("cross_entropy", loss, (logits,), backward)

@@ -14,10 +14,10 @@ same function, and the backward makes the mask again.
 
 import numpy as np
 
-from npgpt.engine import record
 from npgpt.kernels.buffers import as_rows, empty
 from npgpt.kernels.jit import kernel, replaces
 from npgpt.kernels.masks import dropout_mask_ref, keeps, next_random_key, row_key
+from npgpt.tensor import record
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reference
@@ -75,4 +75,4 @@ def dropout(x, p):
         dropout_rows(dx.reshape(rows.shape), as_rows(dy), key, first_row, p)
         return (dx,)
 
-    return record(y.reshape(x.shape), (x,), backward)
+    return record("dropout", y.reshape(x.shape), (x,), backward)

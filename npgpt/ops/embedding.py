@@ -16,9 +16,9 @@ the output layer left there; and it touches few of the V rows.  Hence this op ad
 
 import numpy as np
 
-from npgpt.engine import record
 from npgpt.kernels.buffers import as_rows, empty
 from npgpt.kernels.jit import kernel, replaces
+from npgpt.tensor import record
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reference
@@ -112,4 +112,4 @@ def embedding(idx, wte, wpe):
         embedding_backward(dwte, dwpe, as_rows(dy).reshape(B, T, C), idx)
         return None, None  # both are added already
 
-    return record(y, (wte, wpe), backward)
+    return record("embedding", y, (wte, wpe), backward)

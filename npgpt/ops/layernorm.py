@@ -32,9 +32,9 @@ two directions changes only the mean and the scale, which the normalisation remo
 
 import numpy as np
 
-from npgpt.engine import check_dtypes, record
 from npgpt.kernels.buffers import as_rows, empty
 from npgpt.kernels.jit import kernel, replaces
+from npgpt.tensor import check_dtypes, record
 
 EPS = 1e-5  # as in GPT-2
 
@@ -150,4 +150,4 @@ def layernorm(x, weight, bias=None, eps=EPS):
         layernorm_backward(dx.reshape(N, C), dweight, dbias, as_rows(dy), rows, weight.data, mean, rstd)
         return (dx, dweight) if bias is None else (dx, dweight, dbias)
 
-    return record(y.reshape(x.shape), (x, weight) if bias is None else (x, weight, bias), backward)
+    return record("layernorm", y.reshape(x.shape), (x, weight) if bias is None else (x, weight, bias), backward)

@@ -16,10 +16,10 @@ Where N, O and I differ, the shapes alone leave no other way to write the produc
 """
 
 
-from npgpt.engine import check_dtypes, record
 from npgpt.kernels.blas import matmul
 from npgpt.kernels.buffers import as_rows, empty
 from npgpt.kernels.jit import kernel, replaces
+from npgpt.tensor import check_dtypes, record
 
 # --------------------------------------------------------------------------------------------------------------------
 # Reference
@@ -111,4 +111,4 @@ def linear(x, weight, bias=None):
         return (dx, dweight) if bias is None else (dx, dweight, dbias)
 
     y = y.reshape(*x.shape[:-1], weight.shape[0])
-    return record(y, (x, weight) if bias is None else (x, weight, bias), backward)
+    return record("linear", y, (x, weight) if bias is None else (x, weight, bias), backward)

@@ -30,7 +30,6 @@ import math
 
 import numpy as np
 
-from npgpt.engine import check_dtypes, record
 from npgpt.kernels.blas import matmul
 from npgpt.kernels.buffers import as_rows, empty
 from npgpt.kernels.jit import exp, kernel, replaces
@@ -41,6 +40,7 @@ from npgpt.ops.linear import (
     linear_forward_ref,
     sum_rows,
 )
+from npgpt.tensor import check_dtypes, record
 
 K = math.sqrt(2 / math.pi)
 A = 0.044715
@@ -171,4 +171,4 @@ def mlp(x, w_fc, b_fc, w_proj, b_proj):
         )  # fmt: skip
         return (dx, dw_fc, dw_proj) if b_fc is None else (dx, dw_fc, db_fc, dw_proj, db_proj)
 
-    return record(y.reshape(*x.shape[:-1], C_out), parents, backward)
+    return record("mlp", y.reshape(*x.shape[:-1], C_out), parents, backward)

@@ -38,10 +38,12 @@ import numpy as np
 
 from npgpt.config import AUDIT
 from npgpt.engine import no_grad
-from npgpt.gradcheck import POINTS, replaced, slope
+from npgpt.gradcheck import POINTS, slope
 from npgpt.kernels.buffers import reuse_buffers
-from npgpt.kernels.masks import next_random_key, random_stream
+from npgpt.kernels.masks import masks_drawn, random_stream
 from npgpt.model import GPT
+from npgpt.ops.cross_entropy import cross_entropy
+from npgpt.ops.embedding import embedding
 from npgpt.optim import FlatParameters
 from npgpt.run.parallel import DataParallel
 
@@ -51,7 +53,6 @@ from npgpt.run.parallel import DataParallel
 BOUND = 1e-3
 STEP = 5e-6  # length of h d as a share of the tensor's own: an entry is moved further alone than with all others
 SMALLEST = 1e-2  # typical entry of a tensor whose entries are smaller still: biases start at 0
-MASKS = 3  # random masks that a block draws: attention's weights, and what attention and MLP add to the residual stream
 
 # At a second look
 LONGER = 1, 10, 100, 1000, 0.03  # lengths of steps, in STEPs: a tiny gradient wants long ones, curvature a short one
@@ -242,38 +243,24 @@ def last_digit(logits, targets, rng):
 
 
 def outputs(model, x, y, seed):
-    """What each block of a model puts out: a list of Tensors (B, T, C)."""
-    kept = []
-
-    def keeping(block):
-        def forward(x):
-            kept.append(block(x))
-            return kept[-1]
-
-        return forward
-
-    blocks = [keeping(block) for block in model.transformer.h]
-    with replaced(model.transformer, "h", blocks), no_grad(), random_stream(seed):
-        model(x, y)
+    """What each block of a model puts out, and how many masks are drawn by then: a list of (Tensor (B, T, C), n)."""
+    kept, transformer = [], model.transformer
+    with no_grad(), random_stream(seed):
+        h = transformer.drop(embedding(x, transformer.wte.weight, transformer.wpe.weight))
+        for block in transformer.h:
+            h = block(h)
+            kept.append((h, masks_drawn()))
     return kept
 
 
 def loss_from(replica, first, kept, x, y, seed):
     """What computes the loss of a replica's model, whose blocks before number `first` put out what was kept."""
     model = replica.model
-
-    def known(_):
-        for _ in range(MASKS * first if model.config.dropout > 0 else 0):
-            next_random_key()
-        return kept[first - 1]
+    h, drawn = kept[first - 1] if first else (None, 0)
 
     def loss():
-        blocks = [known, *model.transformer.h[first:]] if first else model.transformer.h
-        with (
-            replaced(model.transformer, "h", blocks), no_grad(), random_stream(seed), reuse_buffers(replica.pool),
-            np.errstate(all="ignore"),
-        ):  # fmt: skip
-            return model(x, y)[1].item()
+        with no_grad(), random_stream(seed, drawn=drawn), reuse_buffers(replica.pool), np.errstate(all="ignore"):
+            return cross_entropy(model.lm_head(model.features(x, h, first)), y).item()
 
     return loss
 

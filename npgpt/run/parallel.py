@@ -21,8 +21,7 @@ from types import NoneType
 
 import numpy as np
 
-from npgpt.engine import no_grad, record
-from npgpt.gradcheck import replaced
+from npgpt.engine import no_grad, watched
 from npgpt.kernels.blas import blas_threads
 from npgpt.kernels.buffers import BufferPool, reuse_buffers
 from npgpt.kernels.crew import Crew
@@ -99,6 +98,10 @@ class DataParallel:
         self.slices = _cut(slice(0, size), self.n_threads)
         self.mine = _cut(slice(0, size), world.size)[world.rank]  # this rank's part of the sum of squares
         self.buckets = self._buckets()
+        self.bucket_of = {  # parameter's name -> number of its bucket
+            name: next(n for n, bucket in enumerate(self.buckets) if bucket.start <= place.start < bucket.stop)
+            for name, place in self.flat.names.items()
+        }
         self._crew = Crew(min(self.n_threads, processors()) - 1, "npgpt-worker")
 
     def each(self, work, n=None):
@@ -212,40 +215,57 @@ class DataParallel:
         return sum(self.each(work, len(parts)))
 
     def _buckets(self):
-        """Slices of the gradient, in the order in which a backward is done with them: blocks from the last one on.
-
-        self.sent_after: number of a block -> how many of them are complete when a backward has passed it.
-        """
-        starts, self.sent_after, buckets, end = {}, {}, [], self.flat.n_hidden
+        """Slices of the gradient, in the order in which a backward is done with them: blocks from the last one on."""
+        starts, buckets, end = {}, [], self.flat.n_hidden
         for name, place in self.flat.names.items():
             if place.start < self.flat.n_hidden:
                 starts.setdefault(int(name.split(".h.")[1].split(".")[0]), place.start)
-        for block, start in sorted(starts.items(), reverse=True):
+        for _, start in sorted(starts.items(), reverse=True):
             if end - start >= BUCKET or start == 0:
                 buckets.append(slice(start, end))
                 end = start
-            self.sent_after[block] = len(buckets)
         return [*buckets, slice(self.flat.n_hidden, len(self.flat.grads))]
 
     def _sending(self):
-        """A context for each worker's backward, in which the first one sends what all of them have passed."""
-        at = [len(self.model.transformer.h)] * len(self.replicas)  # the block that each worker passed last
+        """A context for each worker's forward and backward, in which the first one sends what all are done with.
 
-        def passed(rank, block):
-            at[rank] = block
-            ready = self.sent_after.get(max(at), 0)
-            while rank == 0 and self.n_sent < ready:
-                bucket = self.buckets[self.n_sent]
-                self._add_workers(bucket)
-                self.world.start_sum(self.flat.grads[bucket])
-                self.n_sent += 1
+        A bucket is done with when a backward has passed every op of the forward that used a parameter of it.  The last
+        bucket waits for the end.
+        """
+        done = [0] * len(self.replicas)  # buckets that each worker is done with
 
         def context(rank):
-            transformer = self.replicas[rank].model.transformer
-            noticed = [_noticed(block, passed, rank, n) for n, block in enumerate(transformer.h)]
-            return replaced(transformer, "h", noticed)
+            parameters = dict(zip(self.flat.names, self.replicas[rank].flat.parameters, strict=True))
+            bucket_of = {id(parameters[name]): n for name, n in self.bucket_of.items()}
+            uses = [0] * len(self.buckets)  # of each bucket's parameters, which the backward has not passed yet
+
+            def count(parents, change):
+                for parent in parents:
+                    if id(parent) in bucket_of:
+                        uses[bucket_of[id(parent)]] += change
+
+            def made(op, out, parents, backward):
+                if out.requires_grad:
+                    count(parents, 1)
+
+            def passed(op, parents, grads):
+                while done[rank] < len(uses) - 1 and uses[done[rank]] == 0:  # by the ops before this one
+                    done[rank] += 1
+                if rank == 0:
+                    self._send(min(done))
+                count(parents, -1)
+
+            return watched(made, passed)
 
         return context
+
+    def _send(self, n):
+        """Have the first n buckets be on their way to the other ranks."""
+        while self.n_sent < n:
+            bucket = self.buckets[self.n_sent]
+            self._add_workers(bucket)
+            self.world.start_sum(self.flat.grads[bucket])
+            self.n_sent += 1
 
     def update(self, optimizer, lr, scale):
         """One update of the weights with flat.grads * scale; a .grad that was assigned to a Parameter counts."""
@@ -297,19 +317,6 @@ def _cut(whole, n):
     start, length = whole.start, whole.stop - whole.start
     cuts = [start + length * i // n // 16 * 16 for i in range(n)] + [whole.stop]
     return [slice(a, b) for a, b in itertools.pairwise(cuts)]
-
-
-def _noticed(block, passed, *args):
-    """A block that calls passed(*args) when a backward has been through all of it."""
-
-    def forward(x):
-        def backward(dy):
-            passed(*args)
-            return (dy,)
-
-        return block(record(x.data, (x,), backward))
-
-    return forward
 
 
 def _quiet():

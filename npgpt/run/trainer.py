@@ -38,7 +38,6 @@ from npgpt.data.text import (
     split,
 )  # fmt: skip
 from npgpt.data.tokenizer import BPE_FILES, BPETokenizer, ByteTokenizer, CharTokenizer, find_bpe, from_dict, name_of
-from npgpt.engine import NotFinite, finite_checks
 from npgpt.errors import (
     BusyError,
     CheckpointError,
@@ -59,6 +58,7 @@ from npgpt.model import GPT
 from npgpt.optim import AdamW, Muon, clip_scale, cosine_lr
 from npgpt.run import memory
 from npgpt.run.audit import BOUND, Audit, Auditor
+from npgpt.run.finite import NotFinite, finite_checks
 from npgpt.run.parallel import DataParallel, choose_threads
 from npgpt.run.ranks import ALONE, share
 from npgpt.signals import SIGNALS, Stop, StopNow, held, interrupts_noted

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from npgpt.engine import Tensor
 from npgpt.gradcheck import BOUND, numeric_grad, relative_error
 from npgpt.kernels.masks import dropout_mask_ref
 from npgpt.ops.attention import _dropout_scale_ref, _scores_ref, merged_heads, split_heads
 from npgpt.ops.dropout import dropout_ref
 from npgpt.ops.mlp import A, K, gelu_ref, gelu_slope_ref
+from npgpt.tensor import Tensor
 
 CLOSE = 1e-6  # two arrays are the same if they differ by less than this share of the larger one's largest entry
 

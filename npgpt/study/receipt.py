@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from npgpt.engine import Tensor, no_grad, observed, record
+from npgpt.engine import no_grad, watched
 from npgpt.errors import UsageError
 from npgpt.gradcheck import numeric_grad
 from npgpt.ops.cross_entropy import cross_entropy, cross_entropy_backward_ref
@@ -41,6 +41,7 @@ from npgpt.ops.embedding import embedding, embedding_backward_ref
 from npgpt.ops.layernorm import EPS, layernorm_backward_ref, layernorm_forward_ref
 from npgpt.ops.linear import linear_backward_ref
 from npgpt.ops.mlp import gelu_ref, gelu_slope_ref
+from npgpt.tensor import Tensor, record
 
 SHOWN = 5  # positions of a path that get a line of their own: the largest
 
@@ -161,7 +162,7 @@ class Way(NamedTuple):
 def _mlp(module, x):
     """What module(x) computes, but for dropout, op by op."""
     pre = module.c_fc(x)
-    act = record(gelu_ref(pre.data), (pre,), lambda dy: (dy * gelu_slope_ref(pre.data),))
+    act = record("gelu", gelu_ref(pre.data), (pre,), lambda dy: (dy * gelu_slope_ref(pre.data),))
     return module.c_proj(act)
 
 
@@ -178,11 +179,11 @@ def _back(f, x, dy, parameter):
     """f(x) and its backward with dy: (dx, [(op, its dy, its input) for each use of the parameter in f])."""
     x, seen = Tensor(x, requires_grad=True), []
 
-    def observer(out, parents, backward):
+    def made(op, out, parents, backward):
         if any(parent is parameter for parent in parents):
-            seen.append((backward.__qualname__.partition(".")[0], out.retain_grad(), parents[0]))
+            seen.append((op, out.retain_grad(), parents[0]))
 
-    with observed(observer):
+    with watched(made):
         y = f(x)
     y.backward(dy)
     return x.grad, [(op, out.grad, parent.data) for op, out, parent in seen]

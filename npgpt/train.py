@@ -205,7 +205,7 @@ def train(argv, stop, world):
     with contextlib.redirect_stdout(io.StringIO() if world.rank else sys.stdout):  # --help is one text for all ranks
         given, flags = world.agree(lambda: parse(argv))
     if given.get("init_from") is not None and not flags["resume"]:
-        from npgpt.run.trainer import settings_of
+        from npgpt.run.beginning import settings_of
 
         given = {**world.first(lambda: settings_of(given["init_from"])), **given}
         if "tokenizer" not in given:
@@ -214,7 +214,8 @@ def train(argv, stop, world):
         config = TrainConfig(**given)  # before NumPy and Numba take their time to load: a mistake shows at once
 
     from npgpt.kernels.profiler import Profile
-    from npgpt.run.trainer import Audited, Evaluation, Notice, Progress, Trainer
+    from npgpt.run.events import Audited, Evaluation, Notice, Progress
+    from npgpt.run.trainer import Trainer
 
     profile = Profile() if flags["profile"] else None
     if flags["resume"]:

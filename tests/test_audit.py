@@ -16,8 +16,9 @@ from npgpt.model import GPT
 from npgpt.ops import attention, cross_entropy, dropout, embedding, layernorm, linear, mlp
 from npgpt.run import audit, memory
 from npgpt.run.audit import BOUND, Probes, length, loss_from, outputs
+from npgpt.run.events import Audited, Evaluation, Notice
 from npgpt.run.parallel import DataParallel
-from npgpt.run.trainer import Audited, Evaluation, Notice, Trainer
+from npgpt.run.trainer import Trainer
 from npgpt.signals import Stop
 from npgpt.study.faults import FAULTS
 from npgpt.train import main

@@ -31,7 +31,8 @@ from npgpt.ops.linear import linear
 from npgpt.ops.primitives import concatenate, stack, where
 from npgpt.optim import FlatParameters, Muon
 from npgpt.run.audit import Auditor
-from npgpt.run.trainer import Progress, Trainer
+from npgpt.run.events import Progress
+from npgpt.run.trainer import Trainer
 from npgpt.signals import Stop
 from npgpt.study.receipt import ways
 

@@ -30,8 +30,9 @@ from npgpt.files.folder import RunFolder
 from npgpt.kernels import blas
 from npgpt.ops import layernorm
 from npgpt.run import parallel, ranks
+from npgpt.run.events import Evaluation, Notice, Progress
 from npgpt.run.ranks import ALONE, MPIWorld, ToldError, joined, share
-from npgpt.run.trainer import Evaluation, Notice, Progress, Trainer
+from npgpt.run.trainer import Trainer
 from npgpt.signals import SIGNALS, Stop, StopNow, catch_signals, held
 
 STEPS = 50

@@ -14,7 +14,8 @@ from npgpt.data.tokenizer import BPETokenizer
 from npgpt.errors import BusyError, CheckpointError, DivergedError, StoppedError, UsageError
 from npgpt.files import checkpoint, folder
 from npgpt.run import trainer
-from npgpt.run.trainer import Evaluation, Notice, Progress, Trainer
+from npgpt.run.events import Evaluation, Notice, Progress
+from npgpt.run.trainer import Trainer
 from npgpt.signals import Stop
 
 END, INTERVAL = 17, 4

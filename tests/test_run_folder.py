@@ -20,7 +20,8 @@ from npgpt.config import TrainConfig
 from npgpt.data.text import Corpus
 from npgpt.errors import BusyError, CheckpointError, DivergedError, StoppedError, UsageError
 from npgpt.files import checkpoint, folder
-from npgpt.run.trainer import Evaluation, Notice, Progress, Trainer
+from npgpt.run.events import Evaluation, Notice, Progress
+from npgpt.run.trainer import Trainer
 from npgpt.train import describe
 
 
@@ -422,7 +423,8 @@ from pathlib import Path
 import numpy as np
 from npgpt.config import TrainConfig
 from npgpt.errors import UsageError
-from npgpt.run.trainer import Progress, Trainer
+from npgpt.run.trainer import Trainer
+from npgpt.run.events import Progress
 
 config, name, how = TrainConfig(**json.loads(sys.argv[1])), sys.argv[2], sys.argv[3]
 trainer = Trainer(config)

@@ -14,7 +14,8 @@ from npgpt.config import TrainConfig
 from npgpt.errors import CheckpointError, StoppedError
 from npgpt.files import checkpoint, folder
 from npgpt.run import trainer
-from npgpt.run.trainer import Notice, Progress, Trainer
+from npgpt.run.events import Notice, Progress
+from npgpt.run.trainer import Trainer
 
 SECONDS = 0.5  # that an update takes, as the made-up clock shows it; it is looked at just before an update is made
 

@@ -19,7 +19,8 @@ from npgpt.errors import BusyError, CheckpointError, DivergedError, StoppedError
 from npgpt.files import checkpoint, folder
 from npgpt.model import GPT
 from npgpt.run import memory
-from npgpt.run.trainer import Evaluation, Progress, Trainer
+from npgpt.run.events import Evaluation, Progress
+from npgpt.run.trainer import Trainer
 from npgpt.signals import Stop
 
 

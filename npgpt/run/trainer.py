@@ -17,18 +17,16 @@ import os
 import signal
 import time
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from npgpt import __version__, machine
-from npgpt.config import BPE_VOCAB_SIZE, DROPOUT, SAMPLE, TOKENIZERS, TrainConfig, check_tokenizer, contradictions
+from npgpt.config import DROPOUT, SAMPLE, TrainConfig, check_tokenizer, contradictions
 from npgpt.data.text import (
     PIECE,
     SPLITS,
     Blocks,
-    Corpus,
     EvaluationBlocks,
     TokenFiles,
     Watch,
@@ -37,7 +35,7 @@ from npgpt.data.text import (
     repeated_lines,
     split,
 )  # fmt: skip
-from npgpt.data.tokenizer import BPE_FILES, BPETokenizer, ByteTokenizer, CharTokenizer, find_bpe, from_dict, name_of
+from npgpt.data.tokenizer import from_dict
 from npgpt.engine import NotFinite, finite_checks
 from npgpt.errors import (
     BusyError,
@@ -58,7 +56,9 @@ from npgpt.kernels.profiler import profiling
 from npgpt.model import GPT
 from npgpt.optim import AdamW, Muon, clip_scale, cosine_lr
 from npgpt.run import memory
-from npgpt.run.audit import BOUND, Audit, Auditor
+from npgpt.run.audit import BOUND, Auditor
+from npgpt.run.beginning import beginning
+from npgpt.run.events import Audited, Evaluation, Notice, Progress
 from npgpt.run.parallel import DataParallel, choose_threads
 from npgpt.run.ranks import ALONE, share
 from npgpt.signals import SIGNALS, Stop, StopNow, held, interrupts_noted
@@ -74,44 +74,6 @@ FIXED = (
 )  # fmt: skip
 
 clock = time.perf_counter
-
-
-@dataclass(frozen=True)
-class Progress:
-    """One update."""
-
-    iter: int
-    train_loss: float
-    lr: float
-    grad_norm: float
-    tokens_per_second: float  # since the last Progress that was logged
-    seconds_left: float | None  # None after the first update, which compiles kernels or loads them
-    skipped: bool = False  # whether the weights were left as they are, because loss or gradient was not finite
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Validation loss, in nats per token, of the weights after `iter` updates."""
-
-    iter: int
-    val_loss: float  # on eval_iters batches of the validation split, always the same ones
-    is_best: bool
-    val_loss_whole: float | None = None  # on all of the split; at the end of the run only
-
-
-@dataclass(frozen=True)
-class Audited:
-    """What an audit of the gradient found, just before the update that was made with it."""
-
-    iter: int
-    audit: Audit
-
-
-@dataclass(frozen=True)
-class Notice:
-    """Something that a person should know, in a line."""
-
-    text: str
 
 
 class TokensChanged(UsageError):
@@ -224,7 +186,7 @@ class Trainer:
             if self.out_dir.is_dir() and self.out_dir.resolve() in texts:
                 raise UsageError(f"--out-dir {self.out_dir} is --data as well, but a run is no text; name another")
             if state is None:
-                model, tokenizer = _beginning(config, data, stop)
+                model, tokenizer = beginning(config, data, stop)
             else:
                 self._check_same_text(state, data)
                 tokenizer = from_dict(state.get("tokenizer"))
@@ -949,107 +911,6 @@ def _blocks(config, train_tokens, val_tokens):
     """The two splits as Blocks and EvaluationBlocks.  Raises UsageError if one is too short."""
     blocks = Blocks(train_tokens, config.block_size, config.seed)
     return blocks, EvaluationBlocks(val_tokens, config.block_size)
-
-
-def settings_of(path):
-    """The settings that a run has which begins with the model at a path (see GPT.from_pretrained), as a dict.
-
-    Raises CheckpointError.
-    """
-    with hub.opened(path) as found:
-        settings = dataclasses.asdict(found.config)
-        if found.tokenizer is not None:
-            settings["tokenizer"] = found.tokenizer.kind
-        elif any((Path(path) / name).exists() for name in BPE_FILES):
-            settings["tokenizer"] = "bpe"  # its package is missing, which will be said: no other fits the weights
-    return {name: value for name, value in settings.items() if name not in ("vocab_size", "dropout")}
-
-
-def _beginning(config, data, stop):
-    """(model to begin with or None, tokenizer) of a new run.  Raises UsageError, and CheckpointError for init_from."""
-    if config.init_from is None:
-        return None, _make_tokenizer(config, data, stop)
-    model = GPT.from_pretrained(config.init_from).train()
-    for name in ("n_layer", "n_head", "n_embd", "bias", "block_size"):
-        has, asked = getattr(model.config, name), getattr(config, name)
-        if has != asked and not (name == "block_size" and asked < has):
-            raise UsageError(f"init_from: the model in {config.init_from} has {name} = {has}, not {asked}")
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        tokenizer = _make_tokenizer(config, data, stop)
-    elif config.tokenizer != tokenizer.kind:
-        tokenizer = _same_tokenizer(config, data, stop, tokenizer)
-    elif config.vocab_size not in (None, tokenizer.vocab_size):
-        raise UsageError(
-            f"init_from: the tokenizer in {config.init_from} has {tokenizer.vocab_size} tokens, not vocab_size = "
-            f"{config.vocab_size}"
-        )
-    elif isinstance(data, Corpus):
-        _check_characters(tokenizer, data, config.init_from)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UsageError(
-            f"init_from: the model in {config.init_from} knows {model.config.vocab_size} tokens, but the tokenizer "
-            f"{config.tokenizer} has {tokenizer.vocab_size}"
-        )
-    model.crop_block_size(config.block_size)
-    model.set_dropout(config.dropout)
-    return model, tokenizer
-
-
-def _same_tokenizer(config, data, stop, before):
-    """The tokenizer that --tokenizer names, if its tokens mean what they mean to the model that the run begins with.
-
-    Raises UsageError if they do not: the weights would be of no use, and nothing but the loss would tell.
-    """
-    lead = f"init_from: the model in {config.init_from} was trained with other tokens than {config.tokenizer}:"
-    if config.tokenizer in TOKENIZERS:
-        raise UsageError(f"{lead} its tokenizer is {before.kind}; leave out --tokenizer, or --init-from")
-    after = _make_tokenizer(config, data, stop)
-    for token in range(before.vocab_size):
-        was, is_now = (t.bytes_of(token) if token < t.vocab_size else b"" for t in (before, after))
-        if was != is_now:
-            was, is_now = (repr(text.decode("utf-8", "replace")) if text else "none" for text in (was, is_now))
-            raise UsageError(f"{lead} token {token} was {was} and is {is_now}; leave out --tokenizer, or --init-from")
-    return after
-
-
-def _make_tokenizer(config, data, stop):
-    """The tokenizer of a new run.  Raises UsageError."""
-    has_text = isinstance(data, Corpus)
-    if config.tokenizer in ("char", "bpe") and not has_text:
-        lead = f"data: {data.path} holds tokens and no text;"
-        if (data.path / "meta.pkl").exists():
-            lead = f"data: {data.path} holds tokens; its meta.pkl is pickle, which can run code, and is not read;"
-        raise UsageError(
-            f"{lead} pass the vocabulary with --tokenizer input.txt (the text whose characters it is) or tokenizer.json"
-        )
-    if config.tokenizer == "char":
-        return CharTokenizer(data.characters)
-    if config.tokenizer == "byte":
-        return ByteTokenizer()
-    if config.tokenizer == "bpe":
-
-        def check():
-            if stop.number is not None:
-                raise StoppedError(stop.number, "stopped before anything was trained")
-
-        return BPETokenizer.learn(data.pieces(), config.vocab_size or BPE_VOCAB_SIZE, check)
-    file = find_bpe(config.tokenizer)
-    if file is not None:
-        return BPETokenizer.load(file)
-    tokenizer = CharTokenizer(Corpus([Path(config.tokenizer)], stop, "tokenizer").characters)
-    if has_text:
-        _check_characters(tokenizer, data, config.tokenizer)
-    return tokenizer
-
-
-def _check_characters(tokenizer, data, source):
-    """Raise UsageError if a text has characters that a tokenizer of characters does not know."""
-    unknown = sorted(set(data.characters) - set(tokenizer.chars)) if isinstance(tokenizer, CharTokenizer) else []
-    if unknown:
-        raise UsageError(
-            f"data: the text has {len(unknown)} characters that {source} does not have, such as {name_of(unknown[0])}"
-        )
 
 
 def _changes_of(state, path):

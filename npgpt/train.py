@@ -17,7 +17,7 @@ from npgpt.command import NANOGPT, FileName, Parser, say, showing_all
 from npgpt.config import PRESETS, TrainConfig, check_tokenizer, composed
 from npgpt.errors import StoppedError, UsageError, quoted, run_command
 from npgpt.run.ranks import joined
-from npgpt.signals import Stop, StopNow, catch_signals
+from npgpt.signals import NEVER, StopNow, catch_signals
 
 PROG = "python -m npgpt.train"
 
@@ -195,7 +195,7 @@ def _print_sample(trainer, n_tokens, stop):
 
 
 @showing_all()
-def main(argv=None, stop=Stop):
+def main(argv=None, stop=NEVER):
     with joined() as world:
         return train(sys.argv[1:] if argv is None else argv, stop, world)
 

@@ -33,7 +33,7 @@ from npgpt.optim import FlatParameters, Muon
 from npgpt.run.audit import Auditor
 from npgpt.run.events import Progress
 from npgpt.run.trainer import Trainer
-from npgpt.signals import Stop
+from npgpt.signals import NEVER
 from npgpt.study.receipt import ways
 
 TOKENS = np.random.default_rng(0).integers(0, 11, (4, 9))
@@ -572,7 +572,7 @@ def audited(model, folder):
     parallel.zero_grad()
     parallel.forward_backward(X, Y)
     parallel.gather_grads()
-    return Auditor(parallel, 2).audit([(X, Y, 0)], [1], Stop)
+    return Auditor(parallel, 2).audit([(X, Y, 0)], [1], NEVER)
 
 
 KNOWS_GPT_ONLY = {

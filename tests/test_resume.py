@@ -16,7 +16,7 @@ from npgpt.files import checkpoint, folder
 from npgpt.run import trainer
 from npgpt.run.events import Evaluation, Notice, Progress
 from npgpt.run.trainer import Trainer
-from npgpt.signals import Stop
+from npgpt.signals import NEVER, Stop
 
 END, INTERVAL = 17, 4
 # The model learns until iteration 8.  Then the rate leaps to 3, which ruins it, on every processor.
@@ -39,7 +39,7 @@ def made_up_clock(monkeypatch):
     running = []
     monkeypatch.setattr(trainer, "clock", lambda: running[-1].iter * 0.5 if running else 0.0)
 
-    def run(one, stop=Stop):
+    def run(one, stop=NEVER):
         running.append(one)
         return list(one.run(stop))
 

@@ -16,6 +16,7 @@ from npgpt.files import checkpoint, folder
 from npgpt.run import trainer
 from npgpt.run.events import Notice, Progress
 from npgpt.run.trainer import Trainer
+from npgpt.signals import NEVER, Stop
 
 SECONDS = 0.5  # that an update takes, as the made-up clock shows it; it is looked at just before an update is made
 
@@ -34,7 +35,7 @@ def config(tmp_path):
 def made_up_clock(monkeypatch):
     """Iterates over a run's events, on a clock that shows SECONDS for each update, and `extra` for each save."""
 
-    def run(one, extra=0.0, stop=trainer.Stop):
+    def run(one, extra=0.0, stop=NEVER):
         late, save = [0.0], checkpoint.save
 
         def slow_save(*args):
@@ -137,7 +138,7 @@ def test_a_save_that_fails_is_tried_again_and_costs_nothing(config, made_up_cloc
 
 
 def test_a_clocks_save_is_what_a_run_that_is_stopped_there_goes_on_from(config, made_up_clock):
-    one, stop = Trainer(config), trainer.Stop()
+    one, stop = Trainer(config), Stop()
     with pytest.raises(StoppedError, match="stopped at iteration 4"):
         for event in made_up_clock(one, stop=stop):
             if isinstance(event, Progress) and event.iter == 3:

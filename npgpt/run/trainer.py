@@ -61,7 +61,7 @@ from npgpt.run.beginning import beginning
 from npgpt.run.events import Audited, Evaluation, Notice, Progress
 from npgpt.run.parallel import DataParallel, choose_threads
 from npgpt.run.ranks import ALONE, share
-from npgpt.signals import SIGNALS, Stop, StopNow, held, interrupts_noted
+from npgpt.signals import NEVER, SIGNALS, StopNow, held, until_interrupted
 
 MOST_SKIPPED = 5  # updates in a row that may be skipped because something was not finite
 SAVE_SHARE = 0.01  # of the time that saves by the clock may take
@@ -92,7 +92,7 @@ class Trainer:
     world      the World of ranks that share the work; all of them must be given the same settings
     """
 
-    def __init__(self, config, overwrite=False, profile=None, force=False, stop=Stop, world=ALONE):
+    def __init__(self, config, overwrite=False, profile=None, force=False, stop=NEVER, world=ALONE):
         self.config, self.profile, self.force, self.world = config, profile, force, world
         self.out_dir = Path(config.out_dir)
         self.overwrite = overwrite
@@ -114,7 +114,7 @@ class Trainer:
         check_tokenizer(self.config)
 
     @classmethod
-    def resume(cls, path, changes=None, profile=None, force=False, stop=Stop, world=ALONE):
+    def resume(cls, path, changes=None, profile=None, force=False, stop=NEVER, world=ALONE):
         """The run in a folder, or in a checkpoint file, as it stood when its newest checkpoint was written.
 
         changes    settings that are to be other than before, as a dict
@@ -453,7 +453,7 @@ class Trainer:
             min_lr, decay_iters = config.learning_rate, 0
         return cosine_lr(iteration, config.learning_rate, min_lr, config.warmup_iters, decay_iters)
 
-    def step(self, stop=Stop):
+    def step(self, stop=NEVER):
         """One update -> (loss, learning rate, gradient norm, whether it was skipped).
 
         If the loss or the gradient's norm is not finite, the update is skipped: weights and moments stay as they are.
@@ -534,7 +534,7 @@ class Trainer:
                 return f", first in {error}"
         return ""
 
-    def evaluate(self, blocks, stop=Stop):
+    def evaluate(self, blocks, stop=NEVER):
         """Mean loss over EvaluationBlocks.  Raises DivergedError if it is not finite, and TokensChanged."""
         loss = self._mean_loss(blocks, stop)
         if not math.isfinite(loss):
@@ -567,7 +567,7 @@ class Trainer:
             yield writer.feed(generation.step()[0][0])
         yield writer.end()
 
-    def run(self, stop=Stop):
+    def run(self, stop=NEVER):
         """Train to the end; yields a Progress after each logged update and an Evaluation at each evaluation.
 
         stop: a Stop; when it has a number, the work ends within a micro-step, a checkpoint is written, and StoppedError
@@ -583,20 +583,10 @@ class Trainer:
         """
         if self.at_end:
             return
-        if stop is not Stop:
+        if stop is NEVER:
+            yield from until_interrupted(self._run_in_folder)
+        else:
             yield from self._run_in_folder(stop)
-            return
-        stop = Stop()
-        with contextlib.closing(self._run_in_folder(stop)) as events:
-            while True:
-                try:
-                    with interrupts_noted(stop):
-                        event = next(events)
-                except StopIteration:
-                    return
-                except StoppedError as stopped:
-                    raise KeyboardInterrupt(str(stopped)) from None
-                yield event
 
     def _check_model(self):
         if other := self.model.difference():
@@ -607,7 +597,7 @@ class Trainer:
         self._check_model()
         try:
             self.world.first(self._open_folder)
-            if self.world.size > 1 and isinstance(stop, Stop):
+            if self.world.size > 1:
                 stop.warned = self._save_aside
             for _, values in self._arrays():
                 self.world.broadcast(values)

@@ -103,7 +103,7 @@ def test_a_tensor_is_looked_at_entry_by_entry_and_as_a_whole():
 
 def gradient_of(trainer):
     """[first micro-batch of the next update], and its gradients by name, as they stand in trainer.parallel."""
-    batch = [next(trainer._micro_batches())]
+    batch = [next(trainer.setup.micro_batches(trainer.iter))]
     trainer.parallel.zero_grad()
     trainer.parallel.forward_backward(*batch[0])
     trainer.parallel.gather_grads()
@@ -113,10 +113,10 @@ def gradient_of(trainer):
 def test_one_wrong_entry_shows_in_the_direction(config):
     trainer = Trainer(variant(config, gradcheck_entries=0))
     batch, gradients = gradient_of(trainer)
-    assert trainer.auditor.audit(batch, (1, 2), NEVER).passed
+    assert trainer.setup.auditor.audit(batch, (1, 2), NEVER).passed
     name = "transformer.h.1.attn.c_attn.weight"
     gradients[name][7, 3] += 3 * BOUND * length(gradients[name])
-    found = trainer.auditor.audit(batch, (1, 2), NEVER)
+    found = trainer.setup.auditor.audit(batch, (1, 2), NEVER)
     assert not found.passed and found.worst.name == name and found.worst.error > BOUND
     assert [each.name for each in found.worst_of if each.error > BOUND] == [name]
 
@@ -136,7 +136,7 @@ def certain(tmp_path):
     ))  # fmt: skip
     list(trainer.run())
     dict(trainer.model.named_parameters())["transformer.ln_f.weight"].data *= 1.5
-    assert trainer.parallel.loss(*next(trainer._micro_batches())[:2])[0] / 64 < 1e-4
+    assert trainer.parallel.loss(*next(trainer.setup.micro_batches(trainer.iter))[:2])[0] / 64 < 1e-4
     return trainer
 
 
@@ -145,7 +145,7 @@ def test_a_model_that_knows_its_text_passes(certain):
     flat = certain.parallel.flat
     before = flat.weights.tobytes(), flat.grads.tobytes()
     for seed in range(3):
-        found = certain.auditor.audit(batch, (seed, 0), NEVER)
+        found = certain.setup.auditor.audit(batch, (seed, 0), NEVER)
         assert found.passed and found.worst.error > BOUND and found.worst.name in found.rounding
         assert "(rounding is that coarse)" in str(found)
     assert (flat.weights.tobytes(), flat.grads.tobytes()) == before
@@ -161,7 +161,7 @@ def test_a_stop_ends_a_second_look(certain, monkeypatch):
         return digits(*args)
 
     monkeypatch.setattr(audit, "last_digit", stopping)
-    assert certain.auditor.audit(batch, (0, 0), stop) is None and len(repeats) == 1
+    assert certain.setup.auditor.audit(batch, (0, 0), stop) is None and len(repeats) == 1
 
 
 def test_a_gradient_that_drowns_in_the_rounding_of_the_loss_passes(config):

@@ -13,7 +13,7 @@ from npgpt.config import TrainConfig
 from npgpt.data.tokenizer import BPETokenizer
 from npgpt.errors import BusyError, CheckpointError, DivergedError, StoppedError, UsageError
 from npgpt.files import checkpoint, folder
-from npgpt.run import trainer
+from npgpt.run import setup, times
 from npgpt.run.events import Evaluation, Notice, Progress
 from npgpt.run.trainer import Trainer
 from npgpt.signals import NEVER, Stop
@@ -37,7 +37,7 @@ def config(tmp_path):
 def made_up_clock(monkeypatch):
     """A clock that shows half a second for each update: then the log's times repeat themselves as well."""
     running = []
-    monkeypatch.setattr(trainer, "clock", lambda: running[-1].iter * 0.5 if running else 0.0)
+    monkeypatch.setattr(times, "clock", lambda: running[-1].iter * 0.5 if running else 0.0)
 
     def run(one, stop=NEVER):
         running.append(one)
@@ -246,8 +246,8 @@ def test_what_may_change_is_said_and_logged(interrupted):
 
 
 def test_other_surroundings_are_said(interrupted, monkeypatch):
-    was = trainer.blas_kernels()
-    monkeypatch.setattr(trainer, "blas_kernels", lambda: "Other")
+    was = setup.blas_kernels()
+    monkeypatch.setattr(setup, "blas_kernels", lambda: "Other")
     again = Trainer.resume(interrupted.out_dir, {"workers": 1})
     texts = [event.text for event in again.run() if isinstance(event, Notice)]
     for name, before, now in (("workers", 2, 1), ("blas_kernels", was, "Other")):

@@ -13,7 +13,7 @@ from test_resume import StopAt, outcome
 from npgpt.config import TrainConfig
 from npgpt.errors import CheckpointError, StoppedError
 from npgpt.files import checkpoint, folder
-from npgpt.run import trainer
+from npgpt.run import times
 from npgpt.run.events import Notice, Progress
 from npgpt.run.trainer import Trainer
 from npgpt.signals import NEVER, Stop
@@ -42,7 +42,7 @@ def made_up_clock(monkeypatch):
             late[0] += extra
             save(*args)
 
-        monkeypatch.setattr(trainer, "clock", lambda: one.iter * SECONDS + late[0])
+        monkeypatch.setattr(times, "clock", lambda: one.iter * SECONDS + late[0])
         monkeypatch.setattr(checkpoint, "save", slow_save)
         yield from one.run(stop)
 
@@ -99,7 +99,7 @@ def test_without_minutes_the_clock_saves_nothing(config, made_up_clock):
     for event in made_up_clock(one):
         if isinstance(event, Progress):
             assert saved(config.out_dir)[1] == []
-    assert one.next_save == math.inf
+    assert one.saving.next_save == math.inf
 
 
 def test_a_save_that_takes_long_comes_less_often_and_it_is_said_once(config, made_up_clock):
@@ -134,7 +134,7 @@ def test_a_save_that_fails_is_tried_again_and_costs_nothing(config, made_up_cloc
         elif isinstance(event, Progress) and event.iter == 16:
             assert saved(config.out_dir)[1] == [14]
     assert len(texts) == 1 and texts[0].endswith("; the training goes on, and tries again at the next save")
-    assert one.unsaved is None
+    assert one.saving.unsaved is None
 
 
 def test_a_clocks_save_is_what_a_run_that_is_stopped_there_goes_on_from(config, made_up_clock):

@@ -1,5 +1,6 @@
 """What a run tells of itself while it goes on, and the rows of its log."""
 
+import math
 from dataclasses import dataclass
 
 from npgpt.run.audit import Audit
@@ -41,3 +42,20 @@ class Notice:
     """Something that a person should know, in a line."""
 
     text: str
+
+
+def log_row(iteration, seconds, progress=None, evaluation=None, audit=None):
+    """A row of the log; numbers that are not finite are null.  seconds: that the run has taken."""
+    row = {"iter": iteration, "train_loss": None if progress is None else progress.train_loss}
+    if evaluation is not None:
+        row["val_loss"] = evaluation.val_loss
+        if evaluation.val_loss_whole is not None:
+            row["val_loss_whole"] = evaluation.val_loss_whole
+    for name in ("lr", "grad_norm", "tokens_per_second"):
+        row[name] = None if progress is None else getattr(progress, name)
+    if audit is not None:
+        row["gradcheck"] = audit.errors
+    row["elapsed_s"] = round(seconds, 3)
+    if progress is not None and progress.skipped:
+        row["skipped"] = True
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

@@ -1,6 +1,7 @@
 """What a new run begins with: its tokenizer, and with --init-from a model that has learnt something before."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 from npgpt.config import BPE_VOCAB_SIZE, TOKENIZERS
@@ -54,6 +55,17 @@ def beginning(config, data, stop):
     model.crop_block_size(config.block_size)
     model.set_dropout(config.dropout)
     return model, tokenizer
+
+
+def doubt_of(config, model, loss):
+    """Words for a model to begin with whose validation loss is worse than that of one that knows nothing, or None."""
+    ignorance = math.log(model.config.vocab_size)
+    if config.init_from is None or loss <= ignorance + 0.1:
+        return None
+    return (
+        f"the model that this run begins with has the validation loss {loss:.2f}, and one that knows nothing "
+        f"{ignorance:.2f} (ln vocab_size): did it learn other tokens, or another kind of text?"
+    )
 
 
 def _same_tokenizer(config, data, stop, before):

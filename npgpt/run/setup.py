@@ -104,6 +104,18 @@ class Setup:
             min_lr, decay_iters = config.learning_rate, 0
         return cosine_lr(iteration, config.learning_rate, min_lr, config.warmup_iters, decay_iters)
 
+    def broadcast(self):
+        """Make all that a checkpoint holds what it is on rank 0."""
+        for _, values in self.arrays():
+            self.world.broadcast(values)
+
+    def brought_together(self):
+        """Whether the ranks' weights were no longer the same; then all have those of rank 0 now."""
+        drifted = not self.world.all_same(self.parallel.flat.weights)
+        if drifted:
+            self.broadcast()
+        return drifted
+
     @functools.cached_property
     def sgemm_peak(self):
         """FLOP/s of large matrix products with all threads of this run, measured when it is first asked for."""

@@ -23,6 +23,7 @@ from npgpt.kernels.profiler import profiling
 from npgpt.optim import clip_scale
 from npgpt.run import state, times
 from npgpt.run.audit import BOUND
+from npgpt.run.beginning import doubt_of
 from npgpt.run.divergence import diverged, first_not_finite
 from npgpt.run.evaluation import mean_loss
 from npgpt.run.events import Audited, Evaluation, Notice, Progress, log_row
@@ -165,8 +166,7 @@ class Trainer:
             world.first(saving.open)
             if world.size > 1:
                 stop.warned = saving.save_aside
-            for _, values in self.setup.arrays():
-                world.broadcast(values)
+            self.setup.broadcast()
             yield
         except (StopNow, TokensChanged) as stopped:
             world.first(saving.check_weights)
@@ -250,28 +250,22 @@ class Trainer:
             yield from saving.save()
             raise diverged(f"the validation loss is {loss}", setup.config, at.iter)
         is_best = at.evaluated(loss)
-        if not setup.world.all_same(setup.parallel.flat.weights):
+        if setup.brought_together():
             yield Notice(
                 "the ranks' weights were no longer the same (are their processors, and numbers of threads?); "
                 "now all have those of rank 0"
             )
-            for _, values in setup.arrays():
-                setup.world.broadcast(values)
         setup.world.first(saving.check_weights)
         yield from saving.save(loss)
-        ignorance = math.log(setup.model.config.vocab_size)
-        if at.iter == 0 and setup.config.init_from is not None and loss > ignorance + 0.1:
-            yield Notice(
-                f"the model that this run begins with has the validation loss {loss:.2f}, and one that knows nothing "
-                f"{ignorance:.2f} (ln vocab_size): did it learn other tokens, or another kind of text?"
-            )
+        if at.iter == 0 and (words := doubt_of(setup.config, setup.model, loss)):
+            yield Notice(words)
         evaluation = Evaluation(at.iter, loss, is_best)
         out_of_patience = patience is not None and at.since_best >= patience
         if at.iter < setup.max_iters and not out_of_patience:
             yield evaluation
             self.pace.restart(at.iter)
             return evaluation
-        # (it may have come when the disk was full)
+        # (the best may have come when the disk was full)
         at.best_loss, at.best_iter = setup.world.first(
             lambda: folder.best_there(setup.out_dir, at.iter, at.best_loss, at.best_iter)
         )

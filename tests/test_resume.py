@@ -393,6 +393,15 @@ def test_a_folder_is_for_one_training_at_a_time(config):
     list(Trainer(config).run())
 
 
+def test_a_run_whose_folder_was_anothers_begins_when_it_is_asked_again(config):
+    one, other = Trainer(config), folder.RunFolder(config.out_dir)
+    with pytest.raises(BusyError):
+        list(one.run())
+    other.close()
+    list(one.run())
+    assert one.iter == END and folder.newest(config.out_dir).name == f"iter-{END:08d}.safetensors"
+
+
 def test_patience_ends_a_run_that_no_longer_gets_better(config):
     one = Trainer(variant(config, patience=2, learning_rate=0.0, max_iters=1000))
     events = list(one.run())

@@ -1,9 +1,11 @@
 """The training loop: what it writes, that it repeats itself bit for bit, and that it stops where it must."""
 
 import dataclasses
+import inspect
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +80,20 @@ def test_accumulating_micro_steps_equals_one_large_batch(config):
     run(variant(config, batch_size=4, gradient_accumulation_steps=2), overwrite=True)
     small = [row["train_loss"] for row in metrics(config)[:-1]]
     assert np.allclose(small, large, rtol=1e-4)
+
+
+def test_the_loop_is_read_in_one_sitting(config):
+    """It is short, begins with what a reader came for, has few attributes, and keeps what is its own to itself."""
+    path = Path(inspect.getfile(Trainer))
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+    assert [name for name, value in vars(Trainer).items() if inspect.isfunction(value)][:2] == ["run", "step"]
+    trainer, _ = run(config)
+    assert len(vars(trainer)) <= 15 and Trainer.__mro__ == (Trainer, object)
+    own = [name for name in vars(Trainer) if name.startswith("_") and not name.startswith("__")]
+    root = Path(__file__).resolve().parents[1]
+    for other in {*root.glob("npgpt/**/*.py"), *root.glob("tests/*.py"), *root.glob("benchmarks/*.py")} - {path}:
+        source = other.read_text(encoding="utf-8")
+        assert not [name for name in own if re.search(rf"(?i:trainer|\bone|\bagain)\.{name}\b", source)], other
 
 
 def test_epochs_instead_of_iterations(config):

@@ -52,7 +52,7 @@ from npgpt.errors import run_command
 from npgpt.gradcheck import replaced
 from npgpt.kernels.profiler import Profile, measured, profiling
 from npgpt.run.ranks import ALONE, joined
-from npgpt.signals import SIGNALS, Stop
+from npgpt.signals import NEVER, SIGNALS
 
 TOLERANCE = 1e-5  # relative: the sides add in different orders
 SIZES = [4096 * 4**i for i in range(8)]  # bytes of the arrays that are summed
@@ -126,7 +126,7 @@ def serve_steps(pipe, world, name, cores=None):
                 seconds.append(time.perf_counter() - start)
             waited += getattr(world, "waited", 0.0)
             rows = [row for name, row in profile.rows.items() if name.startswith("all-reduce")]  # with all the waiting
-            spent = world.sum(Stop, sum(row.seconds for row in rows) - waited, waited)
+            spent = world.sum(NEVER, sum(row.seconds for row in rows) - waited, waited)
             answer(pipe, (seconds, [total / world.size for total in spent], sum(row.nbytes for row in rows) / n))
 
 
@@ -135,10 +135,10 @@ def serve_sums(pipe, world):
     for n, repeats in questions(pipe, world):
         array, seconds = np.ones(n // 4, np.float32), []
         for i in range(repeats + 1):
-            world.sum(Stop)  # so that all begin at once
+            world.sum(NEVER)  # so that all begin at once
             start = time.perf_counter()
             world.finish_sums(array)
-            (took,) = world.sum(Stop, time.perf_counter() - start)
+            (took,) = world.sum(NEVER, time.perf_counter() - start)
             seconds.append(took / world.size)
             if i == 0:
                 world.agree(lambda array=array: check_sum(array, world.size))

@@ -30,7 +30,7 @@ from benchmarks.common import PAUSE, BenchmarkError, Process, machine, machine_l
 from benchmarks.workloads import WORKLOADS, initial_weights
 from npgpt.errors import UsageError, run_command
 from npgpt.run.ranks import ALONE, share
-from npgpt.signals import Stop
+from npgpt.signals import NEVER
 
 LEARNING_RATE, BETAS, WEIGHT_DECAY, GRAD_CLIP = 1e-3, (0.9, 0.99), 0.1, 1.0
 CHECKED = 3  # steps whose losses must agree
@@ -63,7 +63,7 @@ def npgpt_step(workload, workers, blas, world=ALONE):
     def step(idx, targets):
         parallel.zero_grad()
         loss = parallel.forward_backward(idx[mine], targets[mine], weight=1 / world.size, last=True) / world.size
-        loss, squares = world.sum(Stop, loss, parallel.gather_grads())
+        loss, squares = world.sum(NEVER, loss, parallel.gather_grads())
         parallel.update(optimizer, LEARNING_RATE, clip_scale(math.sqrt(squares), GRAD_CLIP))
         return loss
 

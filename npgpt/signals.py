@@ -5,6 +5,8 @@ import os
 import signal
 import threading
 
+from npgpt.errors import StoppedError
+
 
 def _there(*names):
     return [getattr(signal, name) for name in names if hasattr(signal, name)]
@@ -25,6 +27,9 @@ class Stop:
     """
 
     number = warned = None
+
+
+NEVER = Stop()  # of whoever is not to be stopped; nobody changes it
 
 
 class StopNow(Exception):
@@ -75,6 +80,24 @@ def interrupts_noted(stop):
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def until_interrupted(run):
+    """Iterates over run(stop), which is told of Ctrl-C by its Stop, and is to end with a StoppedError then.
+
+    That is raised as a KeyboardInterrupt.  Between two of its events Ctrl-C does what it did before.
+    """
+    stop = Stop()
+    with contextlib.closing(run(stop)) as events:
+        while True:
+            try:
+                with interrupts_noted(stop):
+                    event = next(events)
+            except StopIteration:
+                return
+            except StoppedError as stopped:
+                raise KeyboardInterrupt(str(stopped)) from None
+            yield event
 
 
 def catch_signals():

@@ -17,7 +17,7 @@ from npgpt.command import NANOGPT, FileName, Parser, say, showing_all
 from npgpt.config import PRESETS, TrainConfig, check_tokenizer, composed
 from npgpt.errors import StoppedError, UsageError, quoted, run_command
 from npgpt.run.ranks import joined
-from npgpt.signals import Stop, StopNow, catch_signals
+from npgpt.signals import NEVER, StopNow, catch_signals
 
 PROG = "python -m npgpt.train"
 
@@ -122,10 +122,10 @@ def describe(trainer):
     from npgpt.kernels import jit
     from npgpt.kernels.blas import blas_kernels
 
-    config, model, world = trainer.config, trainer.model.config, trainer.world
+    setup, config, model, world = trainer.setup, trainer.config, trainer.model.config, trainer.setup.world
     length = ""
-    if trainer.n_characters is not None:
-        length = f"{trainer.n_bytes:,} bytes of UTF-8, {trainer.n_characters:,} characters, "
+    if setup.n_characters is not None:
+        length = f"{setup.n_bytes:,} bytes of UTF-8, {setup.n_characters:,} characters, "
     kernels = f"numba {jit.numba.__version__}" if jit.KERNELS == "numba" else "NumPy references instead of kernels"
     blas = blas_kernels()
     ranks = [f"ranks   | {world.size}, {world.local_size} of them on this machine; workers and memory are each one's"]
@@ -133,41 +133,41 @@ def describe(trainer):
         (
             f"npgpt   | version {__version__}, numpy {np.__version__}, {kernels}",
             f"device  | {machine.cpu_name()}, {machine.cores()} cores: "
-            f"{trainer.workers} workers x {trainer.blas_threads} BLAS threads, "
-            f"sgemm {trainer.sgemm_peak / 1e9:,.0f} GFLOP/s{f' by kernels for {blas}' if blas else ''}",
+            f"{setup.workers} workers x {setup.blas_threads} BLAS threads, "
+            f"sgemm {setup.sgemm_peak / 1e9:,.0f} GFLOP/s{f' by kernels for {blas}' if blas else ''}",
             *(ranks if world.size > 1 else ()),
-            f"data    | {' '.join(config.data)}: {length}{trainer.tokenizer.vocab_size:,} different tokens",
-            *(f"        | {line}" for line in examine(trainer)),
-            f"model   | {trainer.model.num_params():,} parameters: n_layer {model.n_layer}, n_head {model.n_head}, "
+            f"data    | {' '.join(config.data)}: {length}{setup.tokenizer.vocab_size:,} different tokens",
+            *(f"        | {line}" for line in examine(setup)),
+            f"model   | {setup.model.num_params():,} parameters: n_layer {model.n_layer}, n_head {model.n_head}, "
             f"n_embd {model.n_embd}, block_size {model.block_size}, dropout {model.dropout}",
-            f"run     | {trainer.max_iters:,} iterations of {trainer.tokens_per_iter:,} tokens, "
-            f"about {trainer.memory_needed / 1e6:,.0f} MB of memory; files go to {trainer.out_dir}{os.sep}",
+            f"run     | {setup.max_iters:,} iterations of {setup.tokens_per_iter:,} tokens, "
+            f"about {setup.memory_needed / 1e6:,.0f} MB of memory; files go to {setup.out_dir}{os.sep}",
         )
     )
 
 
-def examine(trainer):
+def examine(setup):
     """What to know of the data before hours are spent on it, a line each."""
-    n, epochs = len(trainer.train_tokens), trainer.max_iters / trainer.iters_per_epoch
-    per_parameter = n / trainer.model.num_params()
+    n, epochs = len(setup.tokens.train), setup.max_iters / setup.iters_per_epoch
+    per_parameter = n / setup.model.num_params()
     yield (
-        f"{n:,} tokens to train on, {len(trainer.val_tokens):,} held back; {per_parameter:.2g} tokens per parameter, "
-        f"{epochs:.1f} epochs of {trainer.iters_per_epoch:,.0f} iterations"
+        f"{n:,} tokens to train on, {len(setup.tokens.val):,} held back; {per_parameter:.2g} tokens per parameter, "
+        f"{epochs:.1f} epochs of {setup.iters_per_epoch:,.0f} iterations"
     )
-    if trainer.repeated_lines is not None:
-        words = f"{trainer.repeated_lines:.1%} of the held-back lines stand in the training text too"
-        if trainer.repeated_lines > 0.1:
+    if setup.tokens.repeated_lines is not None:
+        words = f"{setup.tokens.repeated_lines:.1%} of the held-back lines stand in the training text too"
+        if setup.tokens.repeated_lines > 0.1:
             words += ": the validation loss will look better than it is"
         yield words
-    yield from trainer.data_notes
+    yield from setup.tokens.notes
     if epochs > 5 and per_parameter < 5:
         yield "overfitting is to be expected: try --dropout 0.2, --patience 3, more text, or a smaller model"
 
 
-def profile_table(profile, trainer):
+def profile_table(profile, workers):
     """Where the time of an update went, a line for each op's forward and backward."""
     n, total = profile.entries, profile.seconds
-    whose = f", of which the first of {trainer.workers} workers does this share" if trainer.workers > 1 else ""
+    whose = f", of which the first of {workers} workers does this share" if workers > 1 else ""
     lines = [
         "-" * 60,
         f"an update, the mean of {n:,}, takes {total / n * 1e3:,.2f} ms{whose}:",
@@ -195,7 +195,7 @@ def _print_sample(trainer, n_tokens, stop):
 
 
 @showing_all()
-def main(argv=None, stop=Stop):
+def main(argv=None, stop=NEVER):
     with joined() as world:
         return train(sys.argv[1:] if argv is None else argv, stop, world)
 
@@ -205,7 +205,7 @@ def train(argv, stop, world):
     with contextlib.redirect_stdout(io.StringIO() if world.rank else sys.stdout):  # --help is one text for all ranks
         given, flags = world.agree(lambda: parse(argv))
     if given.get("init_from") is not None and not flags["resume"]:
-        from npgpt.run.trainer import settings_of
+        from npgpt.run.beginning import settings_of
 
         given = {**world.first(lambda: settings_of(given["init_from"])), **given}
         if "tokenizer" not in given:
@@ -214,7 +214,8 @@ def train(argv, stop, world):
         config = TrainConfig(**given)  # before NumPy and Numba take their time to load: a mistake shows at once
 
     from npgpt.kernels.profiler import Profile
-    from npgpt.run.trainer import Audited, Evaluation, Notice, Progress, Trainer
+    from npgpt.run.events import Audited, Evaluation, Notice, Progress
+    from npgpt.run.trainer import Trainer
 
     profile = Profile() if flags["profile"] else None
     if flags["resume"]:
@@ -234,7 +235,7 @@ def train(argv, stop, world):
         if isinstance(event, Notice):
             say(f"{PROG}: {event.text}", file=sys.stderr)
         elif isinstance(event, Progress):
-            share = trainer.share_of_peak(event.tokens_per_second)
+            share = trainer.setup.share_of_peak(event.tokens_per_second)
             say(
                 f"iter {event.iter:>6,} | loss {event.train_loss:.4f} | lr {event.lr:.2e} | "
                 f"{event.tokens_per_second:>8,.0f} tokens/s, {share:3.0%} of sgemm"
@@ -255,7 +256,7 @@ def train(argv, stop, world):
             say(f"  python -m npgpt.sample --out-dir {quoted(trainer.out_dir)}")
             say(f"its loss curve:\n  python -m npgpt.plot {quoted(trainer.out_dir)}")
     if profile is not None and profile.entries and world.rank == 0:
-        say(profile_table(profile, trainer))
+        say(profile_table(profile, trainer.setup.workers))
     return 0
 
 

@@ -446,7 +446,7 @@ trainer = Trainer(TrainConfig(**json.loads(sys.argv[1])))
 for event in trainer.run():
     pass
 peak = next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
-print(trainer.memory_needed, peak)
+print(trainer.setup.memory_needed, peak)
 """
     worst = 0.0
     for shape in shapes[:4] if short else shapes:
@@ -486,7 +486,9 @@ seconds = time.perf_counter() - start
 for event in trainer.run():
     pass
 peak = next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith("VmHWM"))
-print(seconds, peak, trainer.memory_needed, trainer.n_tokens, (trainer.out_dir / trainer.tokens_file).stat().st_size)
+tokens = trainer.setup.tokens
+size = (trainer.out_dir / tokens.file).stat().st_size
+print(seconds, peak, trainer.setup.memory_needed, len(tokens), size)
 """
     worst = 0.0
     for kind in ("char", "bpe"):

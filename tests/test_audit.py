@@ -12,13 +12,15 @@ from npgpt import engine, random_stream
 from npgpt.config import GPTConfig, TrainConfig
 from npgpt.errors import GradientError, StoppedError, UsageError
 from npgpt.files import checkpoint, folder
+from npgpt.kernels.masks import random_stream
 from npgpt.model import GPT
 from npgpt.ops import attention, cross_entropy, dropout, embedding, layernorm, linear, mlp
 from npgpt.run import audit, memory
 from npgpt.run.audit import BOUND, Probes, length, loss_from, outputs
+from npgpt.run.events import Audited, Evaluation, Notice
 from npgpt.run.parallel import DataParallel
-from npgpt.run.trainer import Audited, Evaluation, Notice, Trainer
-from npgpt.signals import Stop
+from npgpt.run.trainer import Trainer
+from npgpt.signals import NEVER, Stop
 from npgpt.study.faults import FAULTS
 from npgpt.train import main
 
@@ -93,7 +95,7 @@ def test_a_tensor_is_looked_at_entry_by_entry_and_as_a_whole():
     for longer, most in ((None, 1e-9), (1, 1e-9), (1000, 1e-12)):
         probes.measured[:] = 0
         for _ in range(2):  # two micro-batches of equal weight
-            probes.measure(x, lambda: float(x[0] ** 2 + x[2] ** 2 + x[3] ** 2), Stop, 0.5, longer)
+            probes.measure(x, lambda: float(x[0] ** 2 + x[2] ** 2 + x[3] ** 2), NEVER, 0.5, longer)
         assert probes.compare(gradient).error < most and np.array_equal(x, [1, 2, 0.5, -1])
     assert probes.compare(gradient / 2).error > 0.3
     assert probes.compare(gradient / 2, 1e6 * length(gradient)).error < BOUND  # were it that long, nobody would see it
@@ -101,7 +103,7 @@ def test_a_tensor_is_looked_at_entry_by_entry_and_as_a_whole():
 
 def gradient_of(trainer):
     """[first micro-batch of the next update], and its gradients by name, as they stand in trainer.parallel."""
-    batch = [next(trainer._micro_batches())]
+    batch = [next(trainer.setup.micro_batches(trainer.iter))]
     trainer.parallel.zero_grad()
     trainer.parallel.forward_backward(*batch[0])
     trainer.parallel.gather_grads()
@@ -111,10 +113,10 @@ def gradient_of(trainer):
 def test_one_wrong_entry_shows_in_the_direction(config):
     trainer = Trainer(variant(config, gradcheck_entries=0))
     batch, gradients = gradient_of(trainer)
-    assert trainer.auditor.audit(batch, (1, 2), Stop).passed
+    assert trainer.setup.auditor.audit(batch, (1, 2), NEVER).passed
     name = "transformer.h.1.attn.c_attn.weight"
     gradients[name][7, 3] += 3 * BOUND * length(gradients[name])
-    found = trainer.auditor.audit(batch, (1, 2), Stop)
+    found = trainer.setup.auditor.audit(batch, (1, 2), NEVER)
     assert not found.passed and found.worst.name == name and found.worst.error > BOUND
     assert [each.name for each in found.worst_of if each.error > BOUND] == [name]
 
@@ -134,7 +136,7 @@ def certain(tmp_path):
     ))  # fmt: skip
     list(trainer.run())
     dict(trainer.model.named_parameters())["transformer.ln_f.weight"].data *= 1.5
-    assert trainer.parallel.loss(*next(trainer._micro_batches())[:2])[0] / 64 < 1e-4
+    assert trainer.parallel.loss(*next(trainer.setup.micro_batches(trainer.iter))[:2])[0] / 64 < 1e-4
     return trainer
 
 
@@ -143,7 +145,7 @@ def test_a_model_that_knows_its_text_passes(certain):
     flat = certain.parallel.flat
     before = flat.weights.tobytes(), flat.grads.tobytes()
     for seed in range(3):
-        found = certain.auditor.audit(batch, (seed, 0), Stop)
+        found = certain.setup.auditor.audit(batch, (seed, 0), NEVER)
         assert found.passed and found.worst.error > BOUND and found.worst.name in found.rounding
         assert "(rounding is that coarse)" in str(found)
     assert (flat.weights.tobytes(), flat.grads.tobytes()) == before
@@ -159,7 +161,7 @@ def test_a_stop_ends_a_second_look(certain, monkeypatch):
         return digits(*args)
 
     monkeypatch.setattr(audit, "last_digit", stopping)
-    assert certain.auditor.audit(batch, (0, 0), stop) is None and len(repeats) == 1
+    assert certain.setup.auditor.audit(batch, (0, 0), stop) is None and len(repeats) == 1
 
 
 def test_a_gradient_that_drowns_in_the_rounding_of_the_loss_passes(config):

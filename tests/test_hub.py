@@ -22,7 +22,8 @@ from npgpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, fro
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.files import checkpoint, folder, hub
 from npgpt.model import GPT
-from npgpt.run.trainer import Evaluation, Trainer
+from npgpt.run.events import Evaluation
+from npgpt.run.trainer import Trainer
 
 CONFIG = GPTConfig(vocab_size=13, block_size=7, n_layer=2, n_head=3, n_embd=15, bias=True)
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")

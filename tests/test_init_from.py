@@ -15,7 +15,9 @@ from npgpt.data.tokenizer import BPETokenizer, CharTokenizer
 from npgpt.engine import no_grad
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.model import GPT
-from npgpt.run.trainer import Evaluation, Trainer, settings_of
+from npgpt.run.beginning import settings_of
+from npgpt.run.events import Evaluation
+from npgpt.run.trainer import Trainer
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40
 OTHER = "a lazy fox quits the brown dog.\n" * 60  # another sentence of the same characters

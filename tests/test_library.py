@@ -30,8 +30,9 @@ from npgpt.ops.linear import linear
 from npgpt.ops.primitives import concatenate, stack, where
 from npgpt.optim import FlatParameters, Muon
 from npgpt.run.audit import Auditor
-from npgpt.run.trainer import Progress, Trainer
-from npgpt.signals import Stop
+from npgpt.run.events import Progress
+from npgpt.run.trainer import Trainer
+from npgpt.signals import NEVER
 from npgpt.study.receipt import ways
 from npgpt.tensor import record
 
@@ -571,7 +572,7 @@ def audited(model, folder):
     parallel.zero_grad()
     parallel.forward_backward(X, Y)
     parallel.gather_grads()
-    return Auditor(parallel, 2).audit([(X, Y, 0)], [1], Stop)
+    return Auditor(parallel, 2).audit([(X, Y, 0)], [1], NEVER)
 
 
 KNOWS_GPT_ONLY = {

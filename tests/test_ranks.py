@@ -29,9 +29,10 @@ from npgpt.files import folder
 from npgpt.files.folder import RunFolder
 from npgpt.kernels import blas
 from npgpt.ops import layernorm
-from npgpt.run import parallel, ranks
+from npgpt.run import parallel, ranks, tokens
+from npgpt.run.events import Evaluation, Notice, Progress
 from npgpt.run.ranks import ALONE, MPIWorld, ToldError, joined, share
-from npgpt.run.trainer import Evaluation, Notice, Progress, Trainer
+from npgpt.run.trainer import Trainer
 from npgpt.signals import SIGNALS, Stop, StopNow, catch_signals, held
 
 STEPS = 50
@@ -316,11 +317,11 @@ def test_a_process_of_its_own_saves_when_a_warning_comes(config):
         for event in trainer.run(stop if world.rank == 0 else Stop()):
             if isinstance(event, Progress) and event.iter == 1 and world.rank == 0:
                 stop.warned()
-                aside = trainer._aside
+                aside = trainer.saving.aside.process
                 stop.warned()  # once is enough
-                assert aside is trainer._aside and aside[1] == 2 == trainer.iter
-                trainer._wait_for_aside()
-                assert trainer.saved_iter == 2 and trainer._aside is None
+                assert aside is trainer.saving.aside.process and aside[1] == 2 == trainer.iter
+                trainer.saving.wait_for_aside()
+                assert trainer.saving.saved_iter == 2 and trainer.saving.aside.process is None
                 assert folder.load(folder.newest(config.out_dir))[1]["iter"] == 2
         return trainer.parallel.flat.weights
 
@@ -371,7 +372,7 @@ def test_the_first_threads_clock_decides_when_all_save(config, monkeypatch):
         trainer = first.get(threading.get_ident())
         return 1e9 if trainer is None else trainer.iter * 60.0
 
-    monkeypatch.setattr("npgpt.run.trainer.clock", clock)
+    monkeypatch.setattr("npgpt.run.times.clock", clock)
 
     def work(world):
         trainer = Trainer(variant(config, eval_interval=100, save_minutes=3.0), world=world)
@@ -460,19 +461,18 @@ def test_numbers_are_summed_and_one_signal_stops_all_threads():
 
 
 def test_other_threads_do_not_see_the_tokens(config, monkeypatch):
-    monkeypatch.setattr("npgpt.run.trainer.SEEN_WITHIN", 1)
-    monkeypatch.setattr("npgpt.run.trainer.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("npgpt.run.tokens.SEEN_WITHIN", 1)
+    monkeypatch.setattr("npgpt.run.tokens.time.sleep", lambda seconds: None)
 
     def work(world):
         if world.rank:
-            monkeypatch.setattr(Trainer, "_map_tokens", elsewhere)
+            monkeypatch.setattr(tokens, "seen_from_here", elsewhere)
         return Trainer(config, world=world)
 
-    map_tokens = Trainer._map_tokens
+    seen_from_here = tokens.seen_from_here
 
-    def elsewhere(self):
-        self.out_dir = self.out_dir / "not-shared"
-        map_tokens(self)
+    def elsewhere(config, *args):
+        return seen_from_here(variant(config, out_dir=config.out_dir + "/not-shared"), *args)
 
     errors = on_threads(2, work)
     assert all(isinstance(error, UsageError | ToldError) and error.exit_code == 2 for error in errors)

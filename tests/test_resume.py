@@ -13,9 +13,10 @@ from npgpt.config import TrainConfig
 from npgpt.data.tokenizer import BPETokenizer
 from npgpt.errors import BusyError, CheckpointError, DivergedError, StoppedError, UsageError
 from npgpt.files import checkpoint, folder
-from npgpt.run import trainer
-from npgpt.run.trainer import Evaluation, Notice, Progress, Trainer
-from npgpt.signals import Stop
+from npgpt.run import setup, times
+from npgpt.run.events import Evaluation, Notice, Progress
+from npgpt.run.trainer import Trainer
+from npgpt.signals import NEVER, Stop
 
 END, INTERVAL = 17, 4
 # The model learns until iteration 8.  Then the rate leaps to 3, which ruins it, on every processor.
@@ -36,9 +37,9 @@ def config(tmp_path):
 def made_up_clock(monkeypatch):
     """A clock that shows half a second for each update: then the log's times repeat themselves as well."""
     running = []
-    monkeypatch.setattr(trainer, "clock", lambda: running[-1].iter * 0.5 if running else 0.0)
+    monkeypatch.setattr(times, "clock", lambda: running[-1].iter * 0.5 if running else 0.0)
 
-    def run(one, stop=Stop):
+    def run(one, stop=NEVER):
         running.append(one)
         return list(one.run(stop))
 
@@ -245,8 +246,8 @@ def test_what_may_change_is_said_and_logged(interrupted):
 
 
 def test_other_surroundings_are_said(interrupted, monkeypatch):
-    was = trainer.blas_kernels()
-    monkeypatch.setattr(trainer, "blas_kernels", lambda: "Other")
+    was = setup.blas_kernels()
+    monkeypatch.setattr(setup, "blas_kernels", lambda: "Other")
     again = Trainer.resume(interrupted.out_dir, {"workers": 1})
     texts = [event.text for event in again.run() if isinstance(event, Notice)]
     for name, before, now in (("workers", 2, 1), ("blas_kernels", was, "Other")):
@@ -390,6 +391,15 @@ def test_a_folder_is_for_one_training_at_a_time(config):
     assert error.value.exit_code == 5
     first.close()
     list(Trainer(config).run())
+
+
+def test_a_run_whose_folder_was_anothers_begins_when_it_is_asked_again(config):
+    one, other = Trainer(config), folder.RunFolder(config.out_dir)
+    with pytest.raises(BusyError):
+        list(one.run())
+    other.close()
+    list(one.run())
+    assert one.iter == END and folder.newest(config.out_dir).name == f"iter-{END:08d}.safetensors"
 
 
 def test_patience_ends_a_run_that_no_longer_gets_better(config):

@@ -20,7 +20,9 @@ from npgpt.config import TrainConfig
 from npgpt.data.text import Corpus
 from npgpt.errors import BusyError, CheckpointError, DivergedError, StoppedError, UsageError
 from npgpt.files import checkpoint, folder
-from npgpt.run.trainer import Evaluation, Notice, Progress, Trainer
+from npgpt.run.divergence import diverged
+from npgpt.run.events import Evaluation, Notice, Progress
+from npgpt.run.trainer import Trainer
 from npgpt.train import describe
 
 
@@ -110,8 +112,8 @@ def test_what_a_run_goes_on_from_lies_under_its_own_name_before_others_go(config
         own.rename(named)
     expected, wpe = named.read_bytes(), folder.load(named)[0]["transformer.wpe.weight"].tobytes()
     trainer = Trainer.resume(named)
-    trainer._open_folder()  # and is killed right then
-    trainer.folder.close()
+    trainer.saving.open()  # and is killed right then
+    trainer.saving.folder.close()
     assert folder.newest(path) == own
     arrays, state = folder.load(own)
     assert state["iter"] == 4 and wpe == arrays["transformer.wpe.weight"].tobytes()
@@ -295,7 +297,7 @@ def test_a_validation_loss_that_is_not_finite_costs_no_updates(config):
     for event in (events := trainer.run()):
         if isinstance(event, Progress) and event.iter == 3:
             break
-    trainer._mean_loss = lambda blocks, stop: math.inf
+    trainer.parallel.loss = lambda *batch: (math.inf, 1)
     with pytest.raises(DivergedError, match=r"the validation loss is inf at iteration 6; the last good.*iter-00000006"):
         list(events)
     _, state = folder.load(folder.newest(config.out_dir))
@@ -313,8 +315,7 @@ def test_a_validation_loss_that_is_not_finite_costs_no_updates(config):
     ],
 )
 def test_the_hint_of_a_run_that_diverges_names_the_flag_that_matters(config, changes, flag):
-    trainer = Trainer(variant(config, **changes))
-    assert str(trainer._diverged("the loss is nan")).endswith(f". Try a smaller {flag}")
+    assert str(diverged("the loss is nan", variant(config, **changes), 0)).endswith(f". Try a smaller {flag}")
 
 
 def test_a_learning_rate_that_is_nearly_none_is_refused(config):
@@ -393,7 +394,7 @@ def test_a_file_system_that_cannot_flush_loses_nothing(config, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", cannot)
     trainer, events = run(variant(config, keep=1))
-    assert texts(events) == [] and trainer.unsaved is None
+    assert texts(events) == [] and trainer.saving.unsaved is None
     assert len(folder.checkpoints(config.out_dir)) <= 2
 
 
@@ -422,7 +423,8 @@ from pathlib import Path
 import numpy as np
 from npgpt.config import TrainConfig
 from npgpt.errors import UsageError
-from npgpt.run.trainer import Progress, Trainer
+from npgpt.run.trainer import Trainer
+from npgpt.run.events import Progress
 
 config, name, how = TrainConfig(**json.loads(sys.argv[1])), sys.argv[2], sys.argv[3]
 trainer = Trainer(config)

@@ -13,8 +13,10 @@ from test_resume import StopAt, outcome
 from npgpt.config import TrainConfig
 from npgpt.errors import CheckpointError, StoppedError
 from npgpt.files import checkpoint, folder
-from npgpt.run import trainer
-from npgpt.run.trainer import Notice, Progress, Trainer
+from npgpt.run import times
+from npgpt.run.events import Notice, Progress
+from npgpt.run.trainer import Trainer
+from npgpt.signals import NEVER, Stop
 
 SECONDS = 0.5  # that an update takes, as the made-up clock shows it; it is looked at just before an update is made
 
@@ -33,14 +35,14 @@ def config(tmp_path):
 def made_up_clock(monkeypatch):
     """Iterates over a run's events, on a clock that shows SECONDS for each update, and `extra` for each save."""
 
-    def run(one, extra=0.0, stop=trainer.Stop):
+    def run(one, extra=0.0, stop=NEVER):
         late, save = [0.0], checkpoint.save
 
         def slow_save(*args):
             late[0] += extra
             save(*args)
 
-        monkeypatch.setattr(trainer, "clock", lambda: one.iter * SECONDS + late[0])
+        monkeypatch.setattr(times, "clock", lambda: one.iter * SECONDS + late[0])
         monkeypatch.setattr(checkpoint, "save", slow_save)
         yield from one.run(stop)
 
@@ -97,7 +99,7 @@ def test_without_minutes_the_clock_saves_nothing(config, made_up_clock):
     for event in made_up_clock(one):
         if isinstance(event, Progress):
             assert saved(config.out_dir)[1] == []
-    assert one.next_save == math.inf
+    assert one.saving.next_save == math.inf
 
 
 def test_a_save_that_takes_long_comes_less_often_and_it_is_said_once(config, made_up_clock):
@@ -132,11 +134,11 @@ def test_a_save_that_fails_is_tried_again_and_costs_nothing(config, made_up_cloc
         elif isinstance(event, Progress) and event.iter == 16:
             assert saved(config.out_dir)[1] == [14]
     assert len(texts) == 1 and texts[0].endswith("; the training goes on, and tries again at the next save")
-    assert one.unsaved is None
+    assert one.saving.unsaved is None
 
 
 def test_a_clocks_save_is_what_a_run_that_is_stopped_there_goes_on_from(config, made_up_clock):
-    one, stop = Trainer(config), trainer.Stop()
+    one, stop = Trainer(config), Stop()
     with pytest.raises(StoppedError, match="stopped at iteration 4"):
         for event in made_up_clock(one, stop=stop):
             if isinstance(event, Progress) and event.iter == 3:

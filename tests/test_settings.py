@@ -11,7 +11,8 @@ from npgpt.config import FINE_TUNING, PRESETS, TrainConfig, composed, contradict
 from npgpt.files import folder
 from npgpt.model import GPT
 from npgpt.optim import cosine_lr
-from npgpt.run.trainer import Notice, Trainer
+from npgpt.run.events import Notice
+from npgpt.run.trainer import Trainer
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name != "default"])

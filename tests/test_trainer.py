@@ -1,9 +1,11 @@
 """The training loop: what it writes, that it repeats itself bit for bit, and that it stops where it must."""
 
 import dataclasses
+import inspect
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,14 +14,15 @@ import numpy as np
 import pytest
 from runs import TEXT, metrics, run, variant
 
-from npgpt import machine
 from npgpt.config import TrainConfig
 from npgpt.data import tokenizer as tokenizers
 from npgpt.errors import BusyError, CheckpointError, DivergedError, StoppedError, UsageError
 from npgpt.files import checkpoint, folder
 from npgpt.model import GPT
 from npgpt.run import memory
-from npgpt.run.trainer import Evaluation, Progress, Trainer
+from npgpt.run.events import Evaluation, Progress
+from npgpt.run.ranks import ALONE
+from npgpt.run.trainer import Trainer
 from npgpt.signals import Stop
 
 
@@ -79,23 +82,37 @@ def test_accumulating_micro_steps_equals_one_large_batch(config):
     assert np.allclose(small, large, rtol=1e-4)
 
 
+def test_the_loop_is_read_in_one_sitting(config):
+    """It is short, begins with what a reader came for, has few attributes, and keeps what is its own to itself."""
+    path = Path(inspect.getfile(Trainer))
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+    assert [name for name, value in vars(Trainer).items() if inspect.isfunction(value)][:2] == ["run", "step"]
+    trainer, _ = run(config)
+    assert len(vars(trainer)) <= 15 and Trainer.__mro__ == (Trainer, object)
+    own = [name for name in vars(Trainer) if name.startswith("_") and not name.startswith("__")]
+    root = Path(__file__).resolve().parents[1]
+    for other in {*root.glob("npgpt/**/*.py"), *root.glob("tests/*.py"), *root.glob("benchmarks/*.py")} - {path}:
+        source = other.read_text(encoding="utf-8")
+        assert not [name for name in own if re.search(rf"(?i:trainer|\bone|\bagain)\.{name}\b", source)], other
+
+
 def test_epochs_instead_of_iterations(config):
     trainer = Trainer(variant(config, epochs=2.0))
-    blocks = (len(trainer.train_tokens) - 8) // 8
+    blocks = (len(trainer.setup.tokens.train) - 8) // 8
     assert trainer.max_iters == math.ceil(2 * blocks / 4)
 
 
 def test_learning_rate_defaults_follow_the_run(config):
     trainer = Trainer(config)
-    assert math.isclose(trainer.learning_rate(2), 1e-2)
-    assert math.isclose(trainer.learning_rate(12), 1e-3)
-    assert Trainer(variant(config, decay_lr=False)).learning_rate(11) == 1e-2
-    assert Trainer(variant(config, min_lr=5e-3, lr_decay_iters=6)).learning_rate(8) == 5e-3
+    assert math.isclose(trainer.setup.learning_rate(2), 1e-2)
+    assert math.isclose(trainer.setup.learning_rate(12), 1e-3)
+    assert Trainer(variant(config, decay_lr=False)).setup.learning_rate(11) == 1e-2
+    assert Trainer(variant(config, min_lr=5e-3, lr_decay_iters=6)).setup.learning_rate(8) == 5e-3
 
 
 def test_whole_split_loss_is_the_mean_over_all_its_tokens(config):
     trainer, events = run(config)
-    tokens = trainer.val_tokens
+    tokens = trainer.setup.tokens.val
     total = 0.0
     for start in range(0, len(tokens) - 1, 8):
         block = tokens[start : start + 9]
@@ -198,9 +215,10 @@ def test_tokens_are_mapped_from_a_file_in_the_run_folder(config, kind):
     (path,) = token_files(config)
     expected = trainer.tokenizer.encode(TEXT)
     assert np.fromfile(path, "<u2").tolist() == expected.tolist()
-    assert isinstance(trainer.train_tokens.base.base, np.memmap) and not trainer.train_tokens.flags.writeable
-    assert np.concatenate([trainer.train_tokens, trainer.val_tokens]).tolist() == expected.tolist()
-    assert trainer.n_tokens == len(expected)
+    tokens = trainer.setup.tokens
+    assert isinstance(tokens.train.base.base, np.memmap) and not tokens.train.flags.writeable
+    assert np.concatenate([tokens.train, tokens.val]).tolist() == expected.tolist()
+    assert len(tokens) == len(expected)
 
 
 def test_more_than_65536_tokens_take_four_bytes(config, tmp_path):
@@ -208,7 +226,7 @@ def test_more_than_65536_tokens_take_four_bytes(config, tmp_path):
     (tmp_path / "vocabulary.txt").write_text("".join(characters), encoding="utf-8")
     trainer = Trainer(variant(config, tokenizer=str(tmp_path / "vocabulary.txt")))
     (path,) = token_files(config)
-    assert trainer.tokenizer.vocab_size > 65536 and trainer.train_tokens.dtype == np.uint32
+    assert trainer.tokenizer.vocab_size > 65536 and trainer.setup.tokens.train.dtype == np.uint32
     assert np.fromfile(path, "<u4").tolist() == trainer.tokenizer.encode(TEXT).tolist()
 
 
@@ -227,7 +245,7 @@ def test_what_was_encoded_before_is_used_again(config, monkeypatch):
     assert token_files(config) == [path] and path.stat().st_mtime_ns == before
     path.write_bytes(path.read_bytes()[:-2])  # but not if it has another length
     trainer = Trainer.resume(config.out_dir)
-    assert trainer.n_tokens == len(TEXT) == path.stat().st_size // 2
+    assert len(trainer.setup.tokens) == len(TEXT) == path.stat().st_size // 2
 
 
 def test_bpe_tokens_of_another_length_are_noticed_in_a_resume(config):
@@ -236,7 +254,7 @@ def test_bpe_tokens_of_another_length_are_noticed_in_a_resume(config):
     (path,) = token_files(config)
     whole = path.read_bytes()
     path.write_bytes(whole[:-2])
-    assert Trainer.resume(config.out_dir).n_tokens == trainer.n_tokens
+    assert len(Trainer.resume(config.out_dir).setup.tokens) == len(trainer.setup.tokens)
     assert path.read_bytes() == whole
 
 
@@ -280,12 +298,12 @@ class FullDisk:
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_tokens_that_are_damaged_are_made_anew(config, overwrite):
     whole, _ = run(config)
-    expected = whole.train_tokens.copy()
+    expected = whole.setup.tokens.train.copy()
     (path,) = token_files(config)
     good = path.read_bytes()
     path.write_bytes(good[::-1])
     again = Trainer(config, overwrite=True) if overwrite else Trainer.resume(config.out_dir)
-    assert np.array_equal(again.train_tokens, expected)
+    assert np.array_equal(again.setup.tokens.train, expected)
     assert token_files(config) == [path] and path.read_bytes() == good
 
 
@@ -343,15 +361,15 @@ def test_who_is_asked_to_stop_while_the_text_is_read_does(config):
 def test_tokens_do_not_count_when_the_memory_is_too_small(config, monkeypatch):
     trainer, n = Trainer(config), 10**10
     monkeypatch.setattr(memory, "in_use", lambda: 0)
-    asked = config, trainer.tokenizer.vocab_size, n, trainer.workers
+    asked = config, trainer.tokenizer.vocab_size, n, trainer.setup.workers
     parts = memory.parts(*asked)
     needed, mapped = memory.total(parts), parts[memory.MAPPED]
     assert mapped == 2 * n
-    monkeypatch.setattr(machine, "available", lambda: needed - mapped)
-    trainer._check_memory(n)
-    monkeypatch.setattr(machine, "available", lambda: needed - mapped - 1)
+    monkeypatch.setattr(memory, "available", lambda: needed - mapped)
+    memory.check(parts, ALONE)
+    monkeypatch.setattr(memory, "available", lambda: needed - mapped - 1)
     with pytest.raises(UsageError, match="GB of memory"):
-        trainer._check_memory(n)
+        memory.check(parts, ALONE)
 
 
 MEASURED = """

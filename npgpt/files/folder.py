@@ -10,8 +10,8 @@
 The hashes in the names of token files are twice as long.  What has another name than these is not a run's: it is never
 removed.
 
-FORMAT is the number of what a training writes about itself into a checkpoint, its state (Trainer._save), and of the
-names of arrays and files beside it.  A file without a number has format 1.  What may change within a format:
+FORMAT is the number of what a training writes about itself into a checkpoint, its state (npgpt/run/state.py), and of
+the names of arrays and files beside it.  A file without a number has format 1.  What may change within a format:
 
 - the state gets a new key, which a file may lack: who reads it says what holds then (as a run is not "by_clock");
 - a run gets a new setting (npgpt/config.py), whose default does what was done before there was one.

@@ -1,6 +1,9 @@
 """How much memory a training run will need, told before it begins."""
 
-from npgpt.machine import in_use
+import dataclasses
+
+from npgpt.errors import UsageError
+from npgpt.machine import available, in_use
 
 FLOAT = 4  # bytes
 KERNELS = 50e6  # bytes that compiled kernels and BLAS take once they run
@@ -52,3 +55,30 @@ def parts(config, vocab_size, n_tokens, workers):
         "the order of the text's blocks": 8 * n_tokens / T,
         **audit,
     }
+
+
+def of_rank(config, world, vocab_size, n_tokens, n_sequences, workers):
+    """What one rank will need memory for, as `parts` says it; n_sequences: its share of a micro-step."""
+    found = parts(
+        dataclasses.replace(config, batch_size=n_sequences, gradcheck_every=0), vocab_size, n_tokens, workers
+    )
+    if config.gradcheck_every and world.rank == 0:  # which audits alone, whole micro-steps
+        found[AUDIT] = parts(config, vocab_size, n_tokens, workers)[AUDIT]
+    return found
+
+
+def check(parts, world, force=False):
+    """Raise UsageError if a rank's run, which needs these parts, will need more memory than there is.
+
+    The tokens themselves do not count: they are mapped from a file, which may be larger than the memory.
+    """
+    parts = {words: size for words, size in parts.items() if words != MAPPED}
+    others = KERNELS + sum(size for words, size in parts.items() if words != AUDIT)
+    needed, there_is = total(parts) + (world.local_size - 1) * others, available()
+    if there_is is not None and needed > there_is and not force:
+        most = sorted(parts.items(), key=lambda part: -part[1])[:3]
+        raise UsageError(
+            f"this run needs about {needed / 1e9:,.1f} GB of memory, and there are "
+            f"{there_is / 1e9:,.1f} GB ({', '.join(f'{words} {size / 1e9:,.1f}' for words, size in most)}). "
+            f"Lower --batch-size, --block-size, --n-embd, --n-layer or --workers; --force tries it all the same"
+        )

@@ -88,6 +88,10 @@ class World:
         """The result of work() on rank 0, for all ranks: numbers, strings, and lists and dicts of them."""
         return work()
 
+    def first_keeps(self, work):
+        """(mine, told) = work() on rank 0, which keeps `mine`; the others get None and `told`, as from `first`."""
+        return work()
+
     def check_same(self, facts):
         """Raise UsageError if the values of a dict are not the same on all ranks."""
 
@@ -168,6 +172,10 @@ class MPIWorld(World):
     def first(self, work):
         result = self.agree(lambda: work() if self.rank == 0 else None)
         return self.comm.bcast(result)
+
+    def first_keeps(self, work):
+        mine, told = self.agree(lambda: work() if self.rank == 0 else (None, None))
+        return mine, self.comm.bcast(told)
 
     def check_same(self, facts):
         def compare():

@@ -1014,8 +1014,8 @@ FAULTS = [
     Fault(
         "ranks: gradients of all micro-steps but the last are sent",
         "npgpt/run/trainer.py",
-        "last=i == self.micro_steps[-1]",
-        "last=i == self.micro_steps[0]",
+        "last=i == setup.micro_steps[-1]",
+        "last=i == setup.micro_steps[0]",
         "Micro-steps add to the gradient: it is complete after the last one.",
     ),
     Fault(
@@ -1035,8 +1035,8 @@ FAULTS = [
     Fault(
         "ranks: each rank's share counts as the whole update",
         "npgpt/run/trainer.py",
-        "mine, n, loss = self.sequences, len(self.micro_steps) * self.world.size, 0.0",
-        "mine, n, loss = self.sequences, len(self.micro_steps), 0.0",
+        "mine, n, loss = setup.sequences, len(setup.micro_steps) * setup.world.size, 0.0",
+        "mine, n, loss = setup.sequences, len(setup.micro_steps), 0.0",
         "The gradient of an update is the mean over all ranks' sequences.",
     ),
     Fault(

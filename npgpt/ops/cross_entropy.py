@@ -22,7 +22,8 @@ import numpy as np
 
 from npgpt.engine import record
 from npgpt.kernels.buffers import as_rows, empty
-from npgpt.kernels.jit import exp, in_two, kernel, largest, replaces
+from npgpt.kernels.jit import kernel, replaces
+from npgpt.kernels.maths import exp, in_two, largest
 from npgpt.ops.embedding import check_indices
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -117,12 +117,14 @@ def environment(processor, folder):
 
 def disobeyed(processor):
     """A line for each part that, in this process, does not use what the processor has."""
-    from npgpt.kernels import blas, tiles
+    from npgpt.kernels import blas
+    from npgpt.kernels.tiles import ROWS
+    from npgpt.kernels.vectors import VECTOR
 
-    if (tiles.VECTOR, tiles.ROWS) != (processor.vector, processor.rows):
-        yield f"npgpt/kernels/tiles.py has VECTOR, ROWS = {tiles.VECTOR}, {tiles.ROWS}"
+    if (VECTOR, ROWS) != (processor.vector, processor.rows):
+        yield f"npgpt/kernels has VECTOR, ROWS = {VECTOR}, {ROWS}"
     a = np.ones((64, 64), np.float32)
-    panel = np.empty((blas.DEPTH, 2 * tiles.VECTOR // a.itemsize), a.dtype)
+    panel = np.empty((blas.DEPTH, 2 * VECTOR // a.itemsize), a.dtype)
     blas.multiply(np.empty_like(a), a, a, False, panel, 0, len(a))
     assembly = "".join(blas.multiply.inspect_asm().values())
     widest = max((register for register in REGISTERS if register in assembly), default="no")

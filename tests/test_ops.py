@@ -13,7 +13,7 @@ from npgpt import GPT, GPTConfig, Tensor, random_stream
 from npgpt.kernels import blas, jit, maths
 from npgpt.kernels.blas import DEPTH, HEIGHT
 from npgpt.kernels.masks import dropout_mask_ref, mix32_ref
-from npgpt.kernels.tiles import VECTOR
+from npgpt.kernels.vectors import VECTOR
 from npgpt.ops import primitives
 from npgpt.ops.attention import QUERY_BLOCK, attention_forward_ref, causal_attention
 from npgpt.ops.cross_entropy import cross_entropy, cross_entropy_forward_ref

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from npgpt.kernels import blas, jit
-from npgpt.kernels.tiles import ROWS, VECTOR, dots, fetch, product, transpose
+from npgpt.kernels.tiles import ROWS, dots, fetch, product, transpose
+from npgpt.kernels.vectors import VECTOR
 
 pytestmark = pytest.mark.skipif(jit.KERNELS == "numpy", reason="tiles exist inside kernels only")
 

@@ -19,7 +19,8 @@ import numpy as np
 from npgpt.kernels.buffers import empty
 from npgpt.kernels.crew import Crew
 from npgpt.kernels.jit import helper, kernel, replaces
-from npgpt.kernels.tiles import VECTOR, in_line, product_unchecked, transpose
+from npgpt.kernels.tiles import in_line, product_unchecked, transpose
+from npgpt.kernels.vectors import VECTOR
 from npgpt.machine import processors
 
 # --------------------------------------------------------------------------------------------------------------------

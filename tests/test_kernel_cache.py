@@ -479,6 +479,7 @@ def test_a_folder_is_named_after_what_its_file_imports_and_after_nothing_else(ba
     first = names()
     for file, touched in (
         ("ops/layernorm.py", {layernorm, decode}),
+        ("kernels/matmul.py", {mlp, optim, decode}),
         ("kernels/vectors.py", {mlp, optim, decode}),
         ("kernels/tiles.py", {mlp, optim, decode}),
         ("kernels/maths.py", {mlp, decode}),

@@ -1,4 +1,4 @@
-"""Matrix products inside kernels: small ones as they are, and the blocks of large ones (npgpt/kernels/blas.py).
+"""Matrix products inside kernels: small ones as they are, and the blocks of large ones (npgpt/kernels/matmul.py).
 
 BLAS is made for large matrices.  The products of attention are (T, hs) times (hs, T) for one head of one sequence: of
 its peak BLAS reaches there a half, and it has no word for "only the keys that the causal mask leaves".

@@ -117,19 +117,22 @@ def environment(processor, folder):
 
 def disobeyed(processor):
     """A line for each part that, in this process, does not use what the processor has."""
-    from npgpt.kernels import blas, tiles
+    from npgpt.kernels.blas import blas_kernels
+    from npgpt.kernels.matmul import DEPTH, multiply
+    from npgpt.kernels.tiles import ROWS
+    from npgpt.kernels.vectors import VECTOR
 
-    if (tiles.VECTOR, tiles.ROWS) != (processor.vector, processor.rows):
-        yield f"npgpt/kernels/tiles.py has VECTOR, ROWS = {tiles.VECTOR}, {tiles.ROWS}"
+    if (VECTOR, ROWS) != (processor.vector, processor.rows):
+        yield f"npgpt/kernels has VECTOR, ROWS = {VECTOR}, {ROWS}"
     a = np.ones((64, 64), np.float32)
-    panel = np.empty((blas.DEPTH, 2 * tiles.VECTOR // a.itemsize), a.dtype)
-    blas.multiply(np.empty_like(a), a, a, False, panel, 0, len(a))
-    assembly = "".join(blas.multiply.inspect_asm().values())
+    panel = np.empty((DEPTH, 2 * VECTOR // a.itemsize), a.dtype)
+    multiply(np.empty_like(a), a, a, False, panel, 0, len(a))
+    assembly = "".join(multiply.inspect_asm().values())
     widest = max((register for register in REGISTERS if register in assembly), default="no")
     if REGISTERS.get(widest) != processor.vector:
         yield f"the kernel of a product uses {widest} registers"
-    if blas.blas_kernels() not in (None, processor.openblas):
-        yield f"OpenBLAS uses its kernels for {blas.blas_kernels()}"
+    if blas_kernels() not in (None, processor.openblas):
+        yield f"OpenBLAS uses its kernels for {blas_kernels()}"
     if beyond := sorted(numpy_features()[1] - processor.numpy_features):
         yield f"NumPy uses {', '.join(beyond)}"
 

@@ -32,6 +32,7 @@ RELEVANT = {
     "npgpt/kernels/masks.py": (["test_engine.py"], ""),
     "npgpt/tensor.py": (["test_gradcheck.py", "test_ops.py", "test_engine.py"], "not attention and not gpt"),
     "npgpt/ops/primitives.py": (["test_gradcheck.py", "test_ops.py", "test_engine.py"], "not attention and not gpt"),
+    "npgpt/kernels/vectors.py": (["test_tiles.py"], ""),
     "npgpt/kernels/tiles.py": (["test_tiles.py"], ""),
     "npgpt/ops/embedding.py": (["test_ops.py", "test_gradcheck.py", "test_compositions.py"], "embedding or gpt"),
     "npgpt/ops/layernorm.py": (["test_ops.py", "test_gradcheck.py", "test_compositions.py"], "layernorm"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from runs import TEXT, metrics, run, variant
 
-from npgpt import engine, random_stream
+from npgpt import engine
 from npgpt.config import GPTConfig, TrainConfig
 from npgpt.errors import GradientError, StoppedError, UsageError
 from npgpt.files import checkpoint, folder

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npgpt.kernels import jit
+from npgpt.kernels import jit, maths
 
 ROOT = Path(__file__).resolve().parent.parent
 WHOLE = [f"tests/test_{name}.py" for name in ("ops", "decode", "parallel", "tiles")]
@@ -58,12 +58,12 @@ def read_by_helper(out, x, i):
 
 @jit.kernel
 def read_by_overload(out, x, i):
-    out[0] = jit.largest(x, i + 1)
+    out[0] = maths.largest(x, i + 1)
 
 
 @jit.kernel
 def read_at_address(out, x, i):
-    out[0] = jit.array_at(x.ctypes.data, len(x), x)[i]
+    out[0] = maths.array_at(x.ctypes.data, len(x), x)[i]
 
 
 @jit.kernel

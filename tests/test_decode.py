@@ -13,7 +13,7 @@ from npgpt.config import Controls, GPTConfig
 from npgpt.generate import decode
 from npgpt.generate.decode import AHEAD, CHUNK, Decoder, decode_ref, quantize
 from npgpt.generate.sampling import choose, probabilities
-from npgpt.kernels import jit
+from npgpt.kernels import jit, maths, spin
 from npgpt.model import GPT
 
 decode.ONE_CORE = 0  # models are small here: with more threads than one there shall be as many
@@ -377,7 +377,7 @@ def test_threads_meet():
         assert steps.tolist() == [500] * threads and not seen.any()
 
 
-jit_meet = jit.meet
+jit_meet = spin.meet
 
 
 @kernels_only
@@ -425,4 +425,4 @@ def test_an_array_at_an_address_is_the_array_itself():
         assert double(0, 5, values[:0]) == 0
 
 
-jit_array_at, jit_claim, jit_count_up, jit_next_job = jit.array_at, jit.claim, jit.count_up, jit.next_job
+jit_array_at, jit_claim, jit_count_up, jit_next_job = maths.array_at, spin.claim, spin.count_up, spin.next_job

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from npgpt.kernels import jit, private
+from npgpt.kernels import cache, jit, private
 from npgpt.kernels.private import NotPrivate, private_folder
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="the system has no owners and modes of POSIX")
@@ -400,14 +400,14 @@ def test_numba_keeps_kernels_in_no_other_folder(base, monkeypatch):
         monkeypatch.setenv(name, str(base))
     monkeypatch.setattr(numba.config, "CACHE_LOCATOR_CLASSES", "UserWideCacheLocator", raising=False)
     place = jit.kernel(mode).stats.cache_path
-    ours = jit._kernel_cache(Path(__file__))
+    ours = cache._kernel_folder(Path(__file__))
     assert place is None or Path(place).parent == ours  # the latter: an older Numba, which has no such variable
 
 
 def made():
     """The folder for the kernels of this file, looked for anew."""
-    jit._said.clear()
-    return jit._kernel_cache.__wrapped__(Path(__file__))
+    cache._said.clear()
+    return cache._kernel_folder.__wrapped__(Path(__file__))
 
 
 def test_where_there_can_be_no_folder_nothing_is_said(base, monkeypatch, capsys):
@@ -418,7 +418,7 @@ def test_where_there_can_be_no_folder_nothing_is_said(base, monkeypatch, capsys)
 
 def test_a_folder_below_home_is_refused_with_a_line_and_not_used(base, monkeypatch, capsys):
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
-    monkeypatch.setattr(jit, "cache_folder", lambda: base / "npgpt")
+    monkeypatch.setattr(cache, "cache_folder", lambda: base / "npgpt")
     (folder,) = [made()]
     assert folder.parent == base / "npgpt" and mode(folder) == 0o700 and capsys.readouterr() == ("", "")
     base.chmod(0o777)
@@ -461,25 +461,31 @@ def test_a_kernel_that_has_changed_or_settings_that_have_get_a_folder_of_their_o
 def test_a_setting_of_numbas_changes_the_folders_name(monkeypatch, name):
     import numba
 
-    before = jit._key(Path(__file__))
+    before = cache._key(Path(__file__))
     monkeypatch.setattr(numba.config, name, 7)
-    assert jit._key(Path(__file__)) != before
+    assert cache._key(Path(__file__)) != before
 
 
 @numba_only
 def test_a_folder_is_named_after_what_its_file_imports_and_after_nothing_else(base, monkeypatch):
+    mlp, layernorm, optim, decode = files = "ops/mlp.py", "ops/layernorm.py", "optim.py", "generate/decode.py"
+
     def names():
-        jit._read.cache_clear()
-        return {name: jit._key(base / "npgpt" / name) for name in ("ops/mlp.py", "ops/layernorm.py", "optim.py")}
+        cache._read.cache_clear()
+        return {name: cache._key(base / "npgpt" / name) for name in files}
 
     shutil.copytree(ROOT / "npgpt", base / "npgpt", ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(jit, "ROOT", base)
-    monkeypatch.setattr(jit, "JIT", base / "npgpt" / "kernels" / "jit.py")
+    monkeypatch.setattr(cache, "ROOT", base)
     first = names()
     for file, touched in (
-        ("ops/layernorm.py", {"ops/layernorm.py"}),
-        ("kernels/tiles.py", {"ops/mlp.py", "optim.py"}),
-        ("kernels/jit.py", {"ops/mlp.py", "ops/layernorm.py", "optim.py"}),
+        ("ops/layernorm.py", {layernorm, decode}),
+        ("kernels/matmul.py", {mlp, optim, decode}),
+        ("kernels/vectors.py", {mlp, optim, decode}),
+        ("kernels/tiles.py", {mlp, optim, decode}),
+        ("kernels/maths.py", {mlp, decode}),
+        ("kernels/spin.py", {decode}),
+        ("kernels/jit.py", set(files)),
+        ("kernels/cache.py", set(files)),
         ("engine.py", set()),
     ):
         path = base / "npgpt" / file
@@ -488,7 +494,7 @@ def test_a_folder_is_named_after_what_its_file_imports_and_after_nothing_else(ba
         assert {name for name, key in names().items() if key != first[name]} == touched, file
         path.write_text(text, encoding="utf-8")
     assert names() == first
-    jit._read.cache_clear()
+    cache._read.cache_clear()
 
 
 @numba_only
@@ -497,21 +503,20 @@ def test_a_kernel_uses_nothing_of_a_file_that_its_folder_is_not_named_after():
     checked = 0
     for path in (ROOT / "npgpt").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        known = set(jit.kernel_sources(path))
+        known = set(cache.kernel_sources(path))
         elsewhere = {
             alias.asname or alias.name
             for node in tree.body if isinstance(node, ast.ImportFrom) and node.module.startswith("npgpt")
             for alias in node.names
             if ROOT.joinpath(*node.module.split(".")).with_suffix(".py") not in known
         }  # fmt: skip
-        for node in tree.body:
-            if isinstance(node, ast.FunctionDef) and {"kernel", "helper"} & {
-                decorator.id for decorator in node.decorator_list if isinstance(decorator, ast.Name)
-            }:
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
+            decorators = {part.id for d in node.decorator_list for part in ast.walk(d) if isinstance(part, ast.Name)}
+            if decorators & {"kernel", "helper", "inside_kernels", "intrinsic"}:
                 used = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
                 assert not used & elsewhere, f"{path.name}: {node.name}"
                 checked += 1
-    assert checked > 15
+    assert checked > 25
 
 
 @numba_only
@@ -577,7 +582,7 @@ def test_a_disk_without_room_for_the_folder_is_a_line(base, monkeypatch, capsys)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(base))
-    monkeypatch.setattr(jit, "private_folder", full)
+    monkeypatch.setattr(cache, "private_folder", full)
     assert made() is None
     assert f"the kernels cannot be kept in {base}: No space left on device" in capsys.readouterr().err
 

@@ -10,10 +10,11 @@ import pytest
 
 import npgpt.optim  # noqa: F401  (its pairs, too, are to be found in jit.PAIRS)
 from npgpt import GPT, GPTConfig, Tensor, random_stream
-from npgpt.kernels import blas, jit
-from npgpt.kernels.blas import DEPTH, HEIGHT
+from npgpt.kernels import jit, maths, matmul
+from npgpt.kernels.blas import blas_threads
 from npgpt.kernels.masks import dropout_mask_ref, mix32_ref
-from npgpt.kernels.tiles import VECTOR
+from npgpt.kernels.matmul import DEPTH, HEIGHT
+from npgpt.kernels.vectors import VECTOR
 from npgpt.ops import primitives
 from npgpt.ops.attention import QUERY_BLOCK, attention_forward_ref, causal_attention
 from npgpt.ops.cross_entropy import cross_entropy, cross_entropy_forward_ref
@@ -230,20 +231,20 @@ def assert_pair_agrees(name, args, bound):
 @pytest.mark.skipif(jit.KERNELS == "numpy" or VECTOR < 64, reason="tiles are for kernels, and for AVX-512")
 def test_products_that_are_made_by_tiles(monkeypatch):
     made = []
-    monkeypatch.setattr(blas, "multiply", lambda out, *args: made.append(args[-2:]))
+    monkeypatch.setattr(matmul, "multiply", lambda out, *args: made.append(args[-2:]))
 
     def by_tiles(M, K, N, threads, how="C"):
         made.clear()
-        with contextlib.nullcontext() if threads is None else blas.blas_threads(threads):
-            blas.matmul(np.zeros((M, N)), np.zeros((M, K)), as_it_lies(np.zeros((K, N)), how))
+        with contextlib.nullcontext() if threads is None else blas_threads(threads):
+            matmul.matmul(np.zeros((M, N)), np.zeros((M, K)), as_it_lies(np.zeros((K, N)), how))
         return made
 
     assert by_tiles(384, 128, 256, 1) == by_tiles(384, 128, 256, 1, "F") == [(0, 256)]
     assert by_tiles(16, 32, 128, 2) == by_tiles(16, 32, 128, None) == [(0, 128)]  # too small to be shared
     assert not by_tiles(384, 128, 256, None) and not by_tiles(9, 5, 33, 1, "gaps")
-    monkeypatch.setattr(blas, "blas_kernels", lambda: "SkylakeX")
+    monkeypatch.setattr(matmul, "blas_kernels", lambda: "SkylakeX")
     assert not by_tiles(384, 128, 256, 2)  # BLAS shares it out
-    monkeypatch.setattr(blas, "blas_kernels", lambda: "Zen")
+    monkeypatch.setattr(matmul, "blas_kernels", lambda: "Zen")
     assert sorted(by_tiles(384, 128, 257, 3)) == [(0, 85), (85, 171), (171, 257)]  # but not to all of the processor
 
 
@@ -251,19 +252,19 @@ def test_products_that_are_made_by_tiles(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_products_that_threads_share(monkeypatch, dtype, threads):
-    monkeypatch.setattr(blas, "blas_kernels", lambda: "Zen")
+    monkeypatch.setattr(matmul, "blas_kernels", lambda: "Zen")
     for sizes in MATMULS:
         a, b = matmul_case(New(dtype), *sizes)
         out = np.full((len(a), b.shape[1]), np.nan, dtype)
-        monkeypatch.setattr(blas, "TINY", 0)
-        with blas.blas_threads(threads):
-            blas.matmul(out, a, b)
+        monkeypatch.setattr(matmul, "TINY", 0)
+        with blas_threads(threads):
+            matmul.matmul(out, a, b)
         np.testing.assert_allclose(out, a @ b, rtol=0, atol=BOUND[dtype] * np.abs(a @ b).max())
 
 
 def test_a_product_of_nothing_is_zero():
     out = np.full((3, 4), np.nan)
-    blas.matmul(out, np.ones((3, 0)), np.ones((0, 4)))
+    matmul.matmul(out, np.ones((3, 0)), np.ones((0, 4)))
     assert (out == 0).all()
 
 
@@ -843,10 +844,10 @@ def test_no_dropout_with_probability_zero():
 @jit.kernel
 def exp_of_each(y, x):
     for i in range(x.size):
-        y[i] = jit.exp(x[i])
+        y[i] = maths.exp(x[i])
 
 
-needs_kernels = pytest.mark.skipif(jit.KERNELS == "numpy", reason="jit.exp exists inside kernels only")
+needs_kernels = pytest.mark.skipif(jit.KERNELS == "numpy", reason="maths.exp exists inside kernels only")
 
 
 @needs_kernels
@@ -881,4 +882,4 @@ def test_exp_of_float64_is_numpys():
 
 def test_exp_outside_a_kernel_says_so():
     with pytest.raises(TypeError, match="inside kernels only"):
-        jit.exp(1.0)
+        maths.exp(1.0)

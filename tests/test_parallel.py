@@ -13,9 +13,9 @@ import pytest
 from test_crew import Busy, begins_late
 
 from npgpt import GPT, AdamW, DataParallel, GPTConfig, no_grad, random_stream
-from npgpt.kernels import blas, jit
+from npgpt.kernels import blas, jit, matmul
 from npgpt.kernels.blas import blas_kernels, blas_threads, get_blas_threads
-from npgpt.kernels.tiles import VECTOR
+from npgpt.kernels.vectors import VECTOR
 from npgpt.model import Block
 from npgpt.optim import Muon, clip_scale
 from npgpt.run import parallel
@@ -41,7 +41,7 @@ def batches(n, batch_size=5, T=7, seed=0):
 @pytest.fixture(autouse=True)
 def many_processors(monkeypatch):
     """Workers run side by side, and BLAS threads too, also where there are few processors."""
-    for module in (blas, parallel):
+    for module in (blas, matmul, parallel):
         monkeypatch.setattr(module, "processors", lambda: 64)
 
 
@@ -423,22 +423,23 @@ def test_blas_has_no_more_threads_than_there_are_processors(monkeypatch):
 
 @pytest.mark.skipif(jit.KERNELS == "numpy" or VECTOR < 64, reason="tiles are for kernels, and for AVX-512")
 def test_a_product_has_the_same_shares_and_fewer_threads_where_there_are_fewer_processors(monkeypatch):
-    monkeypatch.setattr(blas, "blas_kernels", lambda: "Zen")  # then tiles are quicker, and are shared out
+    monkeypatch.setattr(matmul, "blas_kernels", lambda: "Zen")  # then tiles are quicker, and are shared out
     a, b = np.random.default_rng(0).standard_normal((2, 300, 300), np.float32)
-    results, threads, multiply = [], set(), blas.multiply
+    results, threads, multiply = [], set(), matmul.multiply
 
     def seen(*args):
         threads.add(threading.current_thread())
         multiply(*args)
 
-    monkeypatch.setattr(blas, "multiply", seen)
+    monkeypatch.setattr(matmul, "multiply", seen)
     for processors, least in ((64, 2), (2, 1), (1, 1)):
-        monkeypatch.setattr(blas, "processors", lambda n=processors: n)
-        monkeypatch.setattr(blas, "_helpers", blas._Helpers())
+        for module in (blas, matmul):
+            monkeypatch.setattr(module, "processors", lambda n=processors: n)
+        monkeypatch.setattr(matmul, "_helpers", matmul._Helpers())
         threads.clear()
         with blas_threads(8):
             results.append(np.empty((300, 300), np.float32))
-            blas.matmul(results[-1], a, b)
+            matmul.matmul(results[-1], a, b)
         assert least <= len(threads) <= processors
     assert np.array_equal(results[1], results[0]) and np.array_equal(results[2], results[0])
 

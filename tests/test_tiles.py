@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npgpt.kernels import blas, jit
-from npgpt.kernels.tiles import ROWS, VECTOR, dots, fetch, product, transpose
+from npgpt.kernels import jit, matmul
+from npgpt.kernels.tiles import ROWS, dots, fetch, product, transpose
+from npgpt.kernels.vectors import VECTOR
 
 pytestmark = pytest.mark.skipif(jit.KERNELS == "numpy", reason="tiles exist inside kernels only")
 
@@ -249,13 +250,13 @@ def test_fetch_knows_nothing_of_what_lies_around(dtype, steps, turned):
 @pytest.mark.parametrize("turned", [False, True])
 def test_a_blocked_product_knows_nothing_of_what_lies_around(dtype, turned):
     width = 2 * VECTOR // np.dtype(dtype).itemsize
-    for M, N, K in ((1, 1, 1), (9, width + 1, 33), (blas.HEIGHT + 3, 5, 2), (3, 2 * width + 1, blas.DEPTH + 5)):
+    for M, N, K in ((1, 1, 1), (9, width + 1, 33), (matmul.HEIGHT + 3, 5, 2), (3, 2 * width + 1, matmul.DEPTH + 5)):
         left, right = np.resize(RANDOM, (M, K)), np.resize(RANDOM, (K, N))
         a, b = Guarded(left, dtype), Guarded(right.T if turned else right, dtype)
-        panel = Guarded(np.full((min(K, blas.DEPTH), width), np.nan), dtype)
+        panel = Guarded(np.full((min(K, matmul.DEPTH), width), np.nan), dtype)
         for first, last in ((0, N), (N // 3, N - N // 4)):
             out = Guarded(np.full((M, N), 7), dtype)
-            blas.multiply(out.array, a.array, b.array, turned, panel.array, first, last)
+            matmul.multiply(out.array, a.array, b.array, turned, panel.array, first, last)
             assert_close(out.array[:, first:last] / K, (left @ right / K)[:, first:last])
             out.assert_unchanged(slice(None), slice(first, last))
         panel.assert_unchanged(...)
@@ -296,8 +297,8 @@ def walk_along_borders():
             if dtype == np.float32:
                 run_dots(out, a, at_a_border((N, K), np.int8, keep), scale, scale, 0, N, False)
             panel = at_a_border((K, 2 * VECTOR // a.itemsize), dtype, keep)
-            blas.multiply(out, a, b, False, panel, 0, N)
-            blas.multiply(out, a, w, True, panel, 0, N)
+            matmul.multiply(out, a, b, False, panel, 0, N)
+            matmul.multiply(out, a, w, True, panel, 0, N)
     print("all borders stand", flush=True)
     if "cross" in sys.argv:
         ctypes.string_at(a[-1].ctypes.data, a[-1].nbytes + 1)
@@ -402,7 +403,7 @@ def test_a_blocked_product_refuses_what_does_not_fit(change):
     args = MULTIPLY | change
     args["out"][...] = 7
     with pytest.raises(ValueError, match=r"^(multiply|product|transpose): .* needs "):
-        blas.multiply(*args.values())
+        matmul.multiply(*args.values())
     assert (args["out"] == 7).all()
 
 

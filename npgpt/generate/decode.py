@@ -32,7 +32,9 @@ import os
 import numpy as np
 
 from npgpt.kernels.crew import Crew
-from npgpt.kernels.jit import KERNELS, SLEEPS, array_at, claim, count_up, exp, helper, kernel, largest, meet, next_job
+from npgpt.kernels.jit import KERNELS, helper, kernel
+from npgpt.kernels.maths import array_at, exp, largest
+from npgpt.kernels.spin import SLEEPS, claim, count_up, meet, next_job
 from npgpt.kernels.tiles import dots_unchecked as dots  # (Decoder allocates or checks all that it is given, once)
 from npgpt.machine import cores, processors
 from npgpt.ops.layernorm import EPS, layernorm_forward_ref

@@ -1,6 +1,11 @@
-"""All that knows Numba, LLVM, BLAS and this processor.
+"""All that knows Numba, LLVM, BLAS and this processor.  It imports the leaves only: errors, context, machine.
 
-Imports the leaves only: errors, config, context, machine.  Start with jit.py: how a kernel is compiled, and tied to its
-NumPy reference.  tiles.py and blas.py multiply matrices, buffers.py and masks.py are where arrays and random bits come
-from, crew.py has the threads, profiler.py measures.  Whoever studies the mathematics need not open any of them.
+    jit.py          how a kernel is compiled, and tied to its NumPy reference: start here
+    maths.py        what kernels call for their numbers, such as `exp`; spin.py: for threads that wait for each other
+    matmul.py       large products, by tiles.py, which is made of vectors.py, or by blas.py
+    buffers.py      where arrays come from; masks.py: where random bits do
+    cache.py        where compiled kernels are kept: in folders that private.py looks after
+    crew.py         threads; profiler.py: where their time goes
+
+Whoever studies the mathematics need not open any of them.
 """

@@ -1,4 +1,4 @@
-"""Matrix products inside kernels: small ones as they are, and the blocks of large ones (npgpt/kernels/blas.py).
+"""Matrix products inside kernels: small ones as they are, and the blocks of large ones (npgpt/kernels/matmul.py).
 
 BLAS is made for large matrices.  The products of attention are (T, hs) times (hs, T) for one head of one sequence: of
 its peak BLAS reaches there a half, and it has no word for "only the keys that the causal mask leaves".
@@ -21,363 +21,43 @@ LLVM reads and writes where it is told, also beyond an array, and Numba's bounds
 `transpose` and `dots` compare the shapes first, once in a call: ValueError if they do not fit, and nothing is written.
 """
 
-from npgpt.kernels.jit import KERNELS, helper
-
-LINE = 64  # bytes of a line of the cache
+from npgpt.kernels.jit import KERNELS, helper, intrinsic
+from npgpt.kernels.vectors import (
+    VECTOR,
+    are_fit,
+    below,
+    constant,
+    load_vector,
+    not_beyond,
+    pick,
+    pointer_to,
+    prefetch,
+    splat,
+    store_vector,
+    sum_each,
+    unpack,
+    vector_of,
+)
 
 if KERNELS == "numba":
-    import llvmlite.binding
     from llvmlite import ir
     from numba import config, types
     from numba.core import cgutils
-    from numba.extending import intrinsic
 
-    _FEATURES = llvmlite.binding.get_host_cpu_features()
-    # bytes of a vector, and rows of a tile: its 2 ROWS sums must fit into the registers, of which AVX-512 has 32, the
-    # others 16 (or 32 short ones)
-    VECTOR, ROWS = (64, 8) if _FEATURES.get("avx512f") else (32, 4) if _FEATURES.get("avx") else (16, 4)
-
-    def _number(n):
-        return ir.Constant(ir.IntType(64), n)
-
-    def _are_fit(out, *others):
-        """Whether arrays of these kinds are all of one dtype that vectors are made of, and the first may be written."""
-        is_real = out.dtype in (types.float32, types.float64)
-        return is_real and out.mutable and all(array.dtype == out.dtype for array in others)
-
-    def _arrays(context, builder, signature, args):
-        """The arrays among an intrinsic's arguments, with their fields, and the other arguments."""
-        n = sum(isinstance(kind, types.Array) for kind in signature.args)
-        arrays = [
-            cgutils.create_struct_proxy(kind)(context, builder, value=value)
-            for kind, value in zip(signature.args[:n], args[:n], strict=True)
-        ]
-        return arrays, args[n:]
-
-    def _vector_of(context, kind):
-        """(bytes of a number, numbers in a vector, the vector) for arrays of this kind."""
-        real = context.get_value_type(kind.dtype)
-        itemsize = context.get_abi_sizeof(real)
-        return itemsize, VECTOR // itemsize, ir.VectorType(real, VECTOR // itemsize)
-
-    def _place(builder, array, row, column, kind):
-        """Pointer to array[row, column], as a pointer to `kind`."""
-        strides = cgutils.unpack_tuple(builder, array.strides)
-        offset = builder.add(builder.mul(row, strides[0]), builder.mul(column, strides[1]))
-        start = builder.bitcast(array.data, ir.IntType(8).as_pointer())
-        return builder.bitcast(builder.gep(start, [offset]), kind.as_pointer())
-
-    def _splat(builder, value, lanes):
-        """A vector with this value in all lanes."""
-        undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
-        first = builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
-        zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
-        return builder.shuffle_vector(first, undefined, zeros)
-
-    def _below(builder, start, limit, lanes):
-        """For each lane i, whether start + i < limit."""
-        steps = ir.Constant(ir.VectorType(ir.IntType(64), lanes), list(range(lanes)))
-        return builder.icmp_signed(
-            "<", builder.add(_splat(builder, start, lanes), steps), _splat(builder, limit, lanes)
-        )  # fmt: skip
-
-    def _not_beyond(builder, n, last):
-        return builder.select(builder.icmp_signed("<", n, last), n, last)
-
-    def _load(builder, pointer, itemsize, mask=None):
-        """The vector that a pointer to one points to; lanes whose mask is 0 are not read, but 0."""
-        kind, alignment = pointer.type.pointee, ir.Constant(ir.IntType(32), itemsize)
-        if mask is None:
-            loaded = builder.load(pointer)
-            loaded.align = itemsize
-            return loaded
-        zeros = ir.Constant(kind, [0 if isinstance(kind.element, ir.IntType) else 0.0] * kind.count)
-        return _masked(builder, "load", kind, itemsize, kind, [pointer, alignment, mask, zeros])
-
-    def _store(builder, values, pointer, itemsize, mask=None):
-        """Write a vector; lanes whose mask is 0 are left alone."""
-        if mask is None:
-            builder.store(values, pointer).align = itemsize
-            return
-        alignment = ir.Constant(ir.IntType(32), itemsize)
-        _masked(builder, "store", values.type, itemsize, ir.VoidType(), [values, pointer, alignment, mask])
-
-    def _masked(builder, name, kind, itemsize, result, arguments):
-        function = ir.FunctionType(result, [argument.type for argument in arguments])
-        letter = "i" if isinstance(kind.element, ir.IntType) else "f"
-        full_name = f"llvm.masked.{name}.v{kind.count}{letter}{8 * itemsize}.p0"
-        return builder.call(cgutils.get_or_insert_function(builder.module, function, full_name), arguments)
-
-    def _pick(builder, a, b, lane_of):
-        """The vector whose lane i is lane lane_of(i) of a, or lane lane_of(i) - lanes of b if that is not below 0."""
-        lanes = a.type.count
-        chosen = [lane_of(lane) for lane in range(lanes)]
-        return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), lanes), chosen))
-
-    def _sum_each(builder, vectors):
-        """The sums of the lanes of n vectors, as a vector of n lanes; n, a power of 2, is not above the lanes.
-
-        As in a tournament: two vectors of partial sums become one that has every other lane of each, until one is left.
-        """
-        lanes, n, step = vectors[0].type.count, len(vectors), 1
-
-        def add(a, b, step):
-            # lanes with bit `step` take from b, the others from a; each adds the lane that differs in this bit
-            here = _pick(builder, a, b, lambda lane: lane + lanes if lane & step else lane)
-            other = _pick(builder, a, b, lambda lane: (lane ^ step) + lanes if lane & step else lane ^ step)
-            return builder.fadd(here, other)
-
-        while step < lanes:
-            if len(vectors) > 1:
-                vectors = [add(a, b, step) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
-            else:
-                vectors = [add(vectors[0], vectors[0], step)]
-            step *= 2
-        first = ir.Constant(ir.VectorType(ir.IntType(32), n), list(range(n)))
-        return builder.shuffle_vector(vectors[0], vectors[0], first)
-
-    def _prefetch(builder, pointer):
-        """Have the line of the cache that a pointer to bytes points into fetched; what it points to need not exist."""
-        kinds = [pointer.type] + [ir.IntType(32)] * 3
-        name = "llvm.prefetch.p0"
-        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), kinds), name)
-        how = [ir.Constant(ir.IntType(32), number) for number in (0, 3, 1)]  # to read, to keep near, data
-        builder.call(function, [pointer, *how])
-
-    @intrinsic
-    def _fetch(typingctx, x, row, column):
-        """Have the line of the cache with x[row, column] fetched."""
-
-        def codegen(context, builder, signature, args):
-            (array,), place = _arrays(context, builder, signature, args)
-            _prefetch(builder, _place(builder, array, *place, ir.IntType(8)))
-            return context.get_dummy_value()
-
-        return types.void(x, types.intp, types.intp), codegen
-
-    @intrinsic
-    def _turn(typingctx, out, x, i, j):
-        """out[j:j+n, i:i+n] = x[i:i+n, j:j+n].T, where n numbers fill a vector; the last row stands for those beyond.
-
-        What lies beyond the edges of x or out is neither read nor written.
-        """
-        if not (_are_fit(out, x) and out.ndim == x.ndim == 2):
-            return None
-
-        def codegen(context, builder, signature, args):
-            itemsize, lanes, vector = _vector_of(context, x)
-            (out_array, x_array), (i_value, j_value) = _arrays(context, builder, signature, args)
-            M, N = cgutils.unpack_tuple(builder, x_array.shape)
-            _, columns = cgutils.unpack_tuple(builder, out_array.shape)
-            last = builder.sub(M, _number(1))
-
-            def exchange(a, b, step):
-                """Rows a and b, `step` apart: of a the lanes with bit `step` change places with those of b without."""
-                upper = _pick(builder, a, b, lambda lane: (lane ^ step) + lanes if lane & step else lane)
-                lower = _pick(builder, a, b, lambda lane: lane + lanes if lane & step else lane ^ step)
-                return upper, lower
-
-            def body(read, write):
-                vectors = []
-                for r in range(lanes):
-                    row = _not_beyond(builder, builder.add(i_value, _number(r)), last)
-                    vectors.append(_load(builder, _place(builder, x_array, row, j_value, vector), itemsize, read))
-                # the corners off the diagonal change places: of blocks of 2 by 2, then of those of 4 by 4, ...
-                step = 1
-                while step < lanes:
-                    for r in range(lanes):
-                        if not r & step:
-                            vectors[r], vectors[r + step] = exchange(vectors[r], vectors[r + step], step)
-                    step *= 2
-                for r in range(lanes):
-                    row = builder.add(j_value, _number(r))
-                    with builder.if_then(builder.icmp_signed("<", row, N)):
-                        _store(builder, vectors[r], _place(builder, out_array, row, i_value, vector), itemsize, write)
-
-            n = _number(lanes)
-            is_whole = builder.and_(
-                builder.icmp_signed("<=", builder.add(j_value, n), N),
-                builder.icmp_signed("<=", builder.add(i_value, n), columns),
-            )
-            with builder.if_else(is_whole, likely=True) as (whole, edge):
-                with whole:
-                    body(None, None)
-                with edge:
-                    body(_below(builder, j_value, N, lanes), _below(builder, i_value, columns, lanes))
-            return context.get_dummy_value()
-
-        return types.void(out, x, types.intp, types.intp), codegen
-
-    AHEAD = 16384  # bytes that `dots` is ahead of itself, at least, in what it has fetched from memory
-
-    @intrinsic
-    def _tile(typingctx, out, a, b, i, j, add):
-        """out[i:i+ROWS, j:j+WIDTH] = a[i:i+ROWS] @ b[:, j:j+WIDTH], or += where `add` is true.
-
-        WIDTH is 2 VECTOR / itemsize.  What lies beyond the edges of out is neither read nor written.
-        """
-        if not (_are_fit(out, a, b) and out.ndim == a.ndim == b.ndim == 2):
-            return None
-
-        def codegen(context, builder, signature, args):
-            itemsize, lanes, vector = _vector_of(context, out)
-            (out_array, a_array, b_array), (i_value, j_value, add_value) = _arrays(context, builder, signature, args)
-            M, N = cgutils.unpack_tuple(builder, out_array.shape)
-            _, K = cgutils.unpack_tuple(builder, a_array.shape)
-            # rows beyond the last one are the last one again: the same sums go to the same place twice
-            last = builder.sub(M, _number(1))
-            rows = [_not_beyond(builder, builder.add(i_value, _number(r)), last) for r in range(ROWS)]
-            columns = [builder.add(j_value, _number(v * lanes)) for v in range(2)]
-
-            def body(masks):
-                sums = [[cgutils.alloca_once(builder, vector) for _ in range(2)] for _ in range(ROWS)]
-                for row_sums in sums:
-                    for total in row_sums:
-                        builder.store(ir.Constant(vector, [0.0] * lanes), total)
-                with cgutils.for_range(builder, K, intp=ir.IntType(64)) as loop:
-                    factors = []
-                    for v in range(2):
-                        pointer = _place(builder, b_array, loop.index, columns[v], vector)
-                        factors.append(_load(builder, pointer, itemsize, masks[v]))
-                    for r in range(ROWS):
-                        number = builder.load(_place(builder, a_array, rows[r], loop.index, vector.element))
-                        copies = _splat(builder, number, lanes)
-                        for v in range(2):
-                            product = builder.fmul(copies, factors[v], flags=("contract",))
-                            total = builder.fadd(builder.load(sums[r][v]), product, flags=("contract",))
-                            builder.store(total, sums[r][v])
-                places = [[_place(builder, out_array, row, column, vector) for column in columns] for row in rows]
-                with builder.if_then(add_value):  # all is read before anything is written: see `rows`
-                    olds = [[_load(builder, places[r][v], itemsize, masks[v]) for v in range(2)] for r in range(ROWS)]
-                    for r in range(ROWS):
-                        for v in range(2):
-                            builder.store(builder.fadd(olds[r][v], builder.load(sums[r][v])), sums[r][v])
-                for r in range(ROWS):
-                    for v in range(2):
-                        _store(builder, builder.load(sums[r][v]), places[r][v], itemsize, masks[v])
-
-            is_whole = builder.icmp_signed("<=", builder.add(j_value, _number(2 * lanes)), N)
-            with builder.if_else(is_whole, likely=True) as (whole, edge):
-                with whole:
-                    body((None, None))
-                with edge:
-                    body([_below(builder, column, N, lanes) for column in columns])
-            return context.get_dummy_value()
-
-        return types.void(out, a, b, types.intp, types.intp, types.boolean), codegen
-
-    def _make_dots(m, n):
-        """The intrinsic that computes m rows and n columns of `dots`, from row i and column j on."""
-
-        @intrinsic
-        def dots(typingctx, out, x, w, scale, bias, i, j, last, add):
-            if not (_are_fit(out, x, scale, bias) and out.ndim == x.ndim == w.ndim == 2):
-                return None
-            if not (scale.ndim == bias.ndim == 1 and w.dtype in (out.dtype, types.int8)):
-                return None
-
-            def codegen(context, builder, signature, args):
-                itemsize, lanes, vector = _vector_of(context, x)
-                weight = context.get_value_type(w.dtype)
-                w_itemsize = context.get_abi_sizeof(weight)
-                arrays, (i_value, j_value, last_value, add_value) = _arrays(context, builder, signature, args)
-                out_array, x_array, w_array, scale_array, bias_array = arrays
-                M, K = cgutils.unpack_tuple(builder, x_array.shape)
-                # rows beyond the last one are the last one again: the same sums go to the same place twice
-                last_x, last_w = builder.sub(M, _number(1)), builder.sub(last_value, _number(1))
-                x_rows = [_not_beyond(builder, builder.add(i_value, _number(a)), last_x) for a in range(m)]
-                w_rows = [_not_beyond(builder, builder.add(j_value, _number(b)), last_w) for b in range(n)]
-                # what the processor does not foresee: after a short row the next one of these n follows
-                tile = builder.mul(K, _number(n * w_itemsize))
-                ahead = builder.mul(tile, builder.add(builder.udiv(_number(AHEAD), tile), _number(1)))
-                byte = ir.IntType(8).as_pointer()
-                totals = [cgutils.alloca_once(builder, vector) for _ in range(m * n)]
-                for total in totals:
-                    builder.store(ir.Constant(vector, [0.0] * lanes), total)
-
-                def step(k, mask=None):
-                    """The products of `lanes` columns from k on."""
-                    pointers = [_place(builder, x_array, row, k, vector) for row in x_rows]
-                    factors = [_load(builder, pointer, itemsize, mask) for pointer in pointers]
-                    for b in range(n):
-                        pointer = _place(builder, w_array, w_rows[b], k, ir.VectorType(weight, lanes))
-                        _prefetch(builder, builder.gep(builder.bitcast(pointer, byte), [ahead]))
-                        weights = _load(builder, pointer, w_itemsize, mask)
-                        if isinstance(weight, ir.IntType):
-                            wide = ir.VectorType(ir.IntType(32), lanes)
-                            weights = builder.sitofp(builder.sext(weights, wide), vector)
-                        for a in range(m):
-                            product = builder.fmul(factors[a], weights, flags=("contract",))
-                            total = builder.fadd(builder.load(totals[a * n + b]), product, flags=("contract",))
-                            builder.store(total, totals[a * n + b])
-
-                whole = builder.udiv(K, _number(lanes))
-                with cgutils.for_range(builder, whole, intp=ir.IntType(64)) as loop:
-                    step(builder.mul(loop.index, _number(lanes)))
-                done = builder.mul(whole, _number(lanes))
-                with builder.if_then(builder.icmp_signed("<", done, K), likely=False):
-                    step(done, _below(builder, done, K, lanes))
-                sums = []
-                for first in range(0, m * n, min(n, lanes)):
-                    group = [builder.load(total) for total in totals[first : first + min(n, lanes)]]
-                    sums.append(_sum_each(builder, group))
-                # now n columns of a row are one vector, or several where a vector is short
-                width = sums[0].type.count
-                places = []
-                for at, part in enumerate(sums):
-                    place = cgutils.alloca_once(builder, part.type)
-                    builder.store(part, place)
-                    column = builder.add(j_value, _number(at * width % n))
-                    pointer = _place(builder, out_array, x_rows[at * width // n], column, part.type)
-                    places.append((place, column, pointer, _below(builder, column, last_value, width)))
-
-                def change(condition, operation, pointer_of):
-                    """Where the condition holds, combine each part with what lies at pointer_of(column, pointer)."""
-                    with builder.if_then(condition):
-                        changed = []
-                        for place, column, pointer, mask in places:
-                            other = _load(builder, pointer_of(column, pointer), itemsize, mask)
-                            changed.append(operation(builder.load(place), other))
-                        for (place, *_), value in zip(places, changed, strict=True):
-                            builder.store(value, place)
-
-                def along(array):
-                    """Pointer to the numbers of a vector that belong to these columns."""
-
-                    def pointer_of(column, pointer):
-                        start = builder.bitcast(array.data, vector.element.as_pointer())
-                        return builder.bitcast(builder.gep(start, [column]), pointer.type)
-
-                    return pointer_of
-
-                for array, operation in ((scale_array, builder.fmul), (bias_array, builder.fadd)):
-                    (length,) = cgutils.unpack_tuple(builder, array.shape)
-                    change(builder.icmp_signed(">", length, _number(0)), operation, along(array))
-                change(add_value, builder.fadd, lambda column, pointer: pointer)
-                for place, _, pointer, mask in places:
-                    _store(builder, builder.load(place), pointer, itemsize, mask)
-                return context.get_dummy_value()
-
-            return types.void(out, x, w, scale, bias, i, j, last, types.boolean), codegen
-
-        return dots
-
-    _one_row, _four_rows = _make_dots(1, 8), _make_dots(4, 4)
-
-else:
-
-    VECTOR, ROWS = 16, 4
-
-    def _tile(out, a, b, i, j, add):
-        raise TypeError("npgpt.kernels.tiles: tiles exist inside kernels only")
-
-    _one_row = _four_rows = _fetch = _turn = _tile
+# rows of a tile: its 2 ROWS sums must fit into the registers, of which AVX-512 has 32, the others 16 (or 32 short ones)
+ROWS = 8 if VECTOR == 64 else 4
+LINE = 64  # bytes of a line of the cache
+AHEAD = 16384  # bytes that `dots` is ahead of itself, at least, in what it has fetched from memory
 
 
 @helper
 def in_line(x):
     """Whether the numbers along the last axis of x lie side by side, if there are any."""
     return x.strides[-1] == x.itemsize or x.shape[-1] < 2 or x.size == 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A product: out = a @ b
 
 
 @helper
@@ -402,6 +82,67 @@ def _product(out, a, b, add):
             _tile(out, a, b, i, j, add)
 
 
+@intrinsic
+def _tile(typingctx, out, a, b, i, j, add):
+    """out[i:i+ROWS, j:j+WIDTH] = a[i:i+ROWS] @ b[:, j:j+WIDTH], or += where `add` is true.
+
+    WIDTH is 2 VECTOR / itemsize.  What lies beyond the edges of out is neither read nor written.
+    """
+    if not (are_fit(out, a, b) and out.ndim == a.ndim == b.ndim == 2):
+        return None
+
+    def codegen(context, builder, signature, args):
+        itemsize, lanes, vector = vector_of(context, out)
+        (out_array, a_array, b_array), (i_value, j_value, add_value) = unpack(context, builder, signature, args)
+        M, N = cgutils.unpack_tuple(builder, out_array.shape)
+        _, K = cgutils.unpack_tuple(builder, a_array.shape)
+        # rows beyond the last one are the last one again: the same sums go to the same place twice
+        last = builder.sub(M, constant(1))
+        rows = [not_beyond(builder, builder.add(i_value, constant(r)), last) for r in range(ROWS)]
+        columns = [builder.add(j_value, constant(v * lanes)) for v in range(2)]
+
+        def body(masks):
+            sums = [[cgutils.alloca_once(builder, vector) for _ in range(2)] for _ in range(ROWS)]
+            for row_sums in sums:
+                for total in row_sums:
+                    builder.store(ir.Constant(vector, [0.0] * lanes), total)
+            with cgutils.for_range(builder, K, intp=ir.IntType(64)) as loop:
+                factors = []
+                for v in range(2):
+                    pointer = pointer_to(builder, b_array, loop.index, columns[v], vector)
+                    factors.append(load_vector(builder, pointer, itemsize, masks[v]))
+                for r in range(ROWS):
+                    number = builder.load(pointer_to(builder, a_array, rows[r], loop.index, vector.element))
+                    copies = splat(builder, number, lanes)
+                    for v in range(2):
+                        product = builder.fmul(copies, factors[v], flags=("contract",))
+                        total = builder.fadd(builder.load(sums[r][v]), product, flags=("contract",))
+                        builder.store(total, sums[r][v])
+            places = [[pointer_to(builder, out_array, row, column, vector) for column in columns] for row in rows]
+            with builder.if_then(add_value):  # all is read before anything is written: see `rows`
+                olds = [[load_vector(builder, places[r][v], itemsize, masks[v]) for v in range(2)] for r in range(ROWS)]
+                for r in range(ROWS):
+                    for v in range(2):
+                        builder.store(builder.fadd(olds[r][v], builder.load(sums[r][v])), sums[r][v])
+            for r in range(ROWS):
+                for v in range(2):
+                    store_vector(builder, builder.load(sums[r][v]), places[r][v], itemsize, masks[v])
+
+        is_whole = builder.icmp_signed("<=", builder.add(j_value, constant(2 * lanes)), N)
+        with builder.if_else(is_whole, likely=True) as (whole, edge):
+            with whole:
+                body((None, None))
+            with edge:
+                body([below(builder, column, N, lanes) for column in columns])
+        return context.get_dummy_value()
+
+    return types.void(out, a, b, types.intp, types.intp, types.boolean), codegen
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A transpose: out = x.T
+
+
 @helper
 def transpose(out, x):
     """Inside a kernel: out[:N, :M] = x.T for x (M, N), of one dtype; the last axes contiguous.
@@ -417,6 +158,65 @@ def transpose(out, x):
             _turn(out, x, i, j)
 
 
+@intrinsic
+def _turn(typingctx, out, x, i, j):
+    """out[j:j+n, i:i+n] = x[i:i+n, j:j+n].T, where n numbers fill a vector; the last row stands for those beyond.
+
+    What lies beyond the edges of x or out is neither read nor written.
+    """
+    if not (are_fit(out, x) and out.ndim == x.ndim == 2):
+        return None
+
+    def codegen(context, builder, signature, args):
+        itemsize, lanes, vector = vector_of(context, x)
+        (out_array, x_array), (i_value, j_value) = unpack(context, builder, signature, args)
+        M, N = cgutils.unpack_tuple(builder, x_array.shape)
+        _, columns = cgutils.unpack_tuple(builder, out_array.shape)
+        last = builder.sub(M, constant(1))
+
+        def exchange(a, b, step):
+            """Rows a and b, `step` apart: of a the lanes with bit `step` change places with those of b without."""
+            upper = pick(builder, a, b, lambda lane: (lane ^ step) + lanes if lane & step else lane)
+            lower = pick(builder, a, b, lambda lane: lane + lanes if lane & step else lane ^ step)
+            return upper, lower
+
+        def body(read, write):
+            vectors = []
+            for r in range(lanes):
+                row = not_beyond(builder, builder.add(i_value, constant(r)), last)
+                vectors.append(load_vector(builder, pointer_to(builder, x_array, row, j_value, vector), itemsize, read))
+            # the corners off the diagonal change places: of blocks of 2 by 2, then of those of 4 by 4, ...
+            step = 1
+            while step < lanes:
+                for r in range(lanes):
+                    if not r & step:
+                        vectors[r], vectors[r + step] = exchange(vectors[r], vectors[r + step], step)
+                step *= 2
+            for r in range(lanes):
+                row = builder.add(j_value, constant(r))
+                with builder.if_then(builder.icmp_signed("<", row, N)):
+                    pointer = pointer_to(builder, out_array, row, i_value, vector)
+                    store_vector(builder, vectors[r], pointer, itemsize, write)
+
+        n = constant(lanes)
+        is_whole = builder.and_(
+            builder.icmp_signed("<=", builder.add(j_value, n), N),
+            builder.icmp_signed("<=", builder.add(i_value, n), columns),
+        )
+        with builder.if_else(is_whole, likely=True) as (whole, edge):
+            with whole:
+                body(None, None)
+            with edge:
+                body(below(builder, j_value, N, lanes), below(builder, i_value, columns, lanes))
+        return context.get_dummy_value()
+
+    return types.void(out, x, types.intp, types.intp), codegen
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What will be needed soon
+
+
 @helper
 def fetch(x):
     """Inside a kernel: x (M, N) will be read or written soon; it changes nothing, wherever it points.
@@ -426,6 +226,22 @@ def fetch(x):
     for i in range(x.shape[0]):
         for j in range(0, x.shape[1], LINE // x.itemsize):
             _fetch(x, i, j)
+
+
+@intrinsic
+def _fetch(typingctx, x, row, column):
+    """Have the line of the cache with x[row, column] fetched."""
+
+    def codegen(context, builder, signature, args):
+        (array,), place = unpack(context, builder, signature, args)
+        prefetch(builder, pointer_to(builder, array, *place, ir.IntType(8)))
+        return context.get_dummy_value()
+
+    return types.void(x, types.intp, types.intp), codegen
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Products of few rows with a large matrix: out = x @ w.T
 
 
 @helper
@@ -458,6 +274,108 @@ def _dots(out, x, w, scale, bias, first, last, add):
             for i in range(0, R, 4):
                 _four_rows(out, x, w, scale, bias, i, j, last, add)
 
+
+def _make_dots(m, n):
+    """The intrinsic that computes m rows and n columns of `dots`, from row i and column j on."""
+
+    @intrinsic
+    def dots(typingctx, out, x, w, scale, bias, i, j, last, add):
+        if not (are_fit(out, x, scale, bias) and out.ndim == x.ndim == w.ndim == 2):
+            return None
+        if not (scale.ndim == bias.ndim == 1 and w.dtype in (out.dtype, types.int8)):
+            return None
+
+        def codegen(context, builder, signature, args):
+            itemsize, lanes, vector = vector_of(context, x)
+            weight = context.get_value_type(w.dtype)
+            w_itemsize = context.get_abi_sizeof(weight)
+            arrays, (i_value, j_value, last_value, add_value) = unpack(context, builder, signature, args)
+            out_array, x_array, w_array, scale_array, bias_array = arrays
+            M, K = cgutils.unpack_tuple(builder, x_array.shape)
+            # rows beyond the last one are the last one again: the same sums go to the same place twice
+            last_x, last_w = builder.sub(M, constant(1)), builder.sub(last_value, constant(1))
+            x_rows = [not_beyond(builder, builder.add(i_value, constant(a)), last_x) for a in range(m)]
+            w_rows = [not_beyond(builder, builder.add(j_value, constant(b)), last_w) for b in range(n)]
+            # what the processor does not foresee: after a short row the next one of these n follows
+            tile = builder.mul(K, constant(n * w_itemsize))
+            ahead = builder.mul(tile, builder.add(builder.udiv(constant(AHEAD), tile), constant(1)))
+            byte = ir.IntType(8).as_pointer()
+            totals = [cgutils.alloca_once(builder, vector) for _ in range(m * n)]
+            for total in totals:
+                builder.store(ir.Constant(vector, [0.0] * lanes), total)
+
+            def step(k, mask=None):
+                """The products of `lanes` columns from k on."""
+                pointers = [pointer_to(builder, x_array, row, k, vector) for row in x_rows]
+                factors = [load_vector(builder, pointer, itemsize, mask) for pointer in pointers]
+                for b in range(n):
+                    pointer = pointer_to(builder, w_array, w_rows[b], k, ir.VectorType(weight, lanes))
+                    prefetch(builder, builder.gep(builder.bitcast(pointer, byte), [ahead]))
+                    weights = load_vector(builder, pointer, w_itemsize, mask)
+                    if isinstance(weight, ir.IntType):
+                        wide = ir.VectorType(ir.IntType(32), lanes)
+                        weights = builder.sitofp(builder.sext(weights, wide), vector)
+                    for a in range(m):
+                        product = builder.fmul(factors[a], weights, flags=("contract",))
+                        total = builder.fadd(builder.load(totals[a * n + b]), product, flags=("contract",))
+                        builder.store(total, totals[a * n + b])
+
+            whole = builder.udiv(K, constant(lanes))
+            with cgutils.for_range(builder, whole, intp=ir.IntType(64)) as loop:
+                step(builder.mul(loop.index, constant(lanes)))
+            done = builder.mul(whole, constant(lanes))
+            with builder.if_then(builder.icmp_signed("<", done, K), likely=False):
+                step(done, below(builder, done, K, lanes))
+            sums = []
+            for first in range(0, m * n, min(n, lanes)):
+                group = [builder.load(total) for total in totals[first : first + min(n, lanes)]]
+                sums.append(sum_each(builder, group))
+            # now n columns of a row are one vector, or several where a vector is short
+            width = sums[0].type.count
+            places = []
+            for at, part in enumerate(sums):
+                place = cgutils.alloca_once(builder, part.type)
+                builder.store(part, place)
+                column = builder.add(j_value, constant(at * width % n))
+                pointer = pointer_to(builder, out_array, x_rows[at * width // n], column, part.type)
+                places.append((place, column, pointer, below(builder, column, last_value, width)))
+
+            def change(condition, operation, pointer_of):
+                """Where the condition holds, combine each part with what lies at pointer_of(column, pointer)."""
+                with builder.if_then(condition):
+                    changed = []
+                    for place, column, pointer, mask in places:
+                        other = load_vector(builder, pointer_of(column, pointer), itemsize, mask)
+                        changed.append(operation(builder.load(place), other))
+                    for (place, *_), value in zip(places, changed, strict=True):
+                        builder.store(value, place)
+
+            def along(array):
+                """Pointer to the numbers of a vector that belong to these columns."""
+
+                def pointer_of(column, pointer):
+                    start = builder.bitcast(array.data, vector.element.as_pointer())
+                    return builder.bitcast(builder.gep(start, [column]), pointer.type)
+
+                return pointer_of
+
+            for array, operation in ((scale_array, builder.fmul), (bias_array, builder.fadd)):
+                (length,) = cgutils.unpack_tuple(builder, array.shape)
+                change(builder.icmp_signed(">", length, constant(0)), operation, along(array))
+            change(add_value, builder.fadd, lambda column, pointer: pointer)
+            for place, _, pointer, mask in places:
+                store_vector(builder, builder.load(place), pointer, itemsize, mask)
+            return context.get_dummy_value()
+
+        return types.void(out, x, w, scale, bias, i, j, last, types.boolean), codegen
+
+    return dots
+
+
+_one_row, _four_rows = _make_dots(1, 8), _make_dots(4, 4)
+
+# --------------------------------------------------------------------------------------------------------------------
+# The same without checks
 
 # For kernels that check their arrays once, not at every call: 5 % of a small model's token, 2 % of its step.
 product_unchecked = product if KERNELS == "numba" and config.BOUNDSCHECK else _product

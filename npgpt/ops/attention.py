@@ -30,8 +30,9 @@ import math
 import numpy as np
 
 from npgpt.kernels.buffers import as_rows, empty
-from npgpt.kernels.jit import exp, helper, in_two, kernel, largest, replaces
+from npgpt.kernels.jit import helper, kernel, replaces
 from npgpt.kernels.masks import dropout_mask_ref, keeps, next_random_key, row_key
+from npgpt.kernels.maths import exp, in_two, largest
 from npgpt.kernels.tiles import ROWS, fetch, product, transpose
 from npgpt.ops.dropout import check_p
 from npgpt.tensor import record

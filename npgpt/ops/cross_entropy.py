@@ -21,7 +21,8 @@ gradient dloss of the loss itself,
 import numpy as np
 
 from npgpt.kernels.buffers import as_rows, empty
-from npgpt.kernels.jit import exp, in_two, kernel, largest, replaces
+from npgpt.kernels.jit import kernel, replaces
+from npgpt.kernels.maths import exp, in_two, largest
 from npgpt.ops.embedding import check_indices
 from npgpt.tensor import record
 

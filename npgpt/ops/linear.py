@@ -16,9 +16,9 @@ Where N, O and I differ, the shapes alone leave no other way to write the produc
 """
 
 
-from npgpt.kernels.blas import matmul
 from npgpt.kernels.buffers import as_rows, empty
 from npgpt.kernels.jit import kernel, replaces
+from npgpt.kernels.matmul import matmul
 from npgpt.tensor import check_dtypes, record
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ def linear_backward_ref(dy, x, weight):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Kernels.  The products are BLAS calls, or tiles of our own (kernels/blas.py); what lies between them is compiled.
+# Kernels.  The products are BLAS calls, or tiles of our own (kernels/matmul.py); what lies between them is compiled.
 
 
 @kernel

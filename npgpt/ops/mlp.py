@@ -30,9 +30,10 @@ import math
 
 import numpy as np
 
-from npgpt.kernels.blas import matmul
 from npgpt.kernels.buffers import as_rows, empty
-from npgpt.kernels.jit import exp, kernel, replaces
+from npgpt.kernels.jit import kernel, replaces
+from npgpt.kernels.maths import exp
+from npgpt.kernels.matmul import matmul
 from npgpt.ops.linear import (
     add_bias,
     check_linear,

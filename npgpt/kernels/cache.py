@@ -1,0 +1,184 @@
+"""Where compiled kernels are kept, so that the next process need not compile them: only jit.py, with Numba, needs it.
+
+A file's kernels have a folder of their own, which nobody but the user can write to (private.py), because what lies in
+it is run.  It is named after all that the kernels are made of: Numba itself notices a change in their own file only.
+"""
+
+import contextlib
+import errno
+import functools
+import hashlib
+import io
+import os
+import re
+import sys
+from pathlib import Path
+
+import llvmlite
+import numba
+from numba.core import caching
+
+from npgpt.kernels.private import NotPrivate, private_folder
+from npgpt.machine import cache_folder
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a kernel is made of
+
+ROOT = Path(__file__).parents[2]
+_IMPORT = re.compile(r"^(?:from|import) (npgpt[\w.]*)(?: import (\([^)]*\)|.*))?", re.MULTILINE)
+
+
+@functools.cache
+def _read(path):
+    """A file's content, and the files of npgpt that it imports at its top."""
+    raw, imported = path.read_bytes(), set()
+    for module, names in _IMPORT.findall(raw.decode("utf-8", "replace")):
+        place = ROOT.joinpath(*module.split("."))
+        files = place.with_suffix(".py"), *(place / f"{name}.py" for name in re.findall(r"\w+", names))
+        imported.update(filter(Path.is_file, files))
+    return raw, imported
+
+
+def kernel_sources(file):
+    """path -> content of the files whose change may change a kernel that stands in a file, or how it is kept.
+
+    They are itself, jit.py, this one, and of those that it imports, and so on, the ones that import jit.py: no other
+    can hold a helper.  What a kernel is made of comes from nowhere else.
+    """
+    jit, cache = (ROOT / "npgpt" / "kernels" / name for name in ("jit.py", "cache.py"))
+    found, todo = {}, [file, jit, cache]
+    while todo:
+        path = todo.pop()
+        raw, imported = _read(path)
+        if path not in found and (path in (file, jit, cache) or jit in imported):
+            found[path] = raw
+            todo += imported
+    return found
+
+
+def _key(file):
+    """A hash of all that a kernel in a file is made of: sources, Numba, and its settings but for places and threads."""
+    settings = [item for item in vars(numba.config).items() if re.fullmatch("(?!CACHE|NUMBA)[A-Z_]+", item[0])]
+    digest = hashlib.sha256(repr((numba.__version__, llvmlite.__version__, sorted(settings))).encode())
+    for _, raw in sorted(kernel_sources(file).items()):
+        digest.update(raw)
+    return digest.hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The folder
+
+_said = set()
+
+
+def _say(kind, text):
+    """Tell of something about the cache, once of each kind."""
+    if kind in _said:
+        return
+    _said.add(kind)
+    with contextlib.suppress(OSError):  # behind standard error there may be a full disk
+        print(f"npgpt: {text}", file=sys.stderr, flush=True)
+
+
+@functools.cache
+def _kernel_folder(file):
+    """Folder of the compiled kernels of a file, or None where none is writable (then they compile anew each time).
+
+    What Numba reads there can run code.  A folder that others could change is not used, and a line says so.
+    """
+    if not file.is_file():
+        if not Path(__file__).is_file():
+            _say("zip", f"the kernels compile anew in each process, because {ROOT} is not a folder: unpack it")
+        return None
+    base = Path(os.path.expanduser(os.environ.get("NUMBA_CACHE_DIR") or cache_folder()))
+    try:
+        folder = private_folder(base / f"kernels-{_key(file)}")
+        probe = folder / f"probe-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+        return folder
+    except NotPrivate as error:
+        words = f"{error}, or set NUMBA_CACHE_DIR to a folder of your own"
+        _say("private", f"the kernels compile anew in each process, because {words}")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _say("kept", f"the kernels cannot be kept in {base}: {error.strerror}; they compile anew each time")
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Numba's cache of a kernel
+
+
+def keep(kernel):
+    """Have what Numba compiles for a kernel kept in the folder for its file; in no other, if there is none."""
+    folder = _kernel_folder(Path(kernel.py_func.__code__.co_filename))
+    if folder is None:
+        return
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(folder)  # read when a cache is chosen; a user's own functions keep theirs
+    try:
+        kernel.enable_caching()
+    except RuntimeError:  # Numba has found no folder that it can write to
+        return
+    finally:
+        numba.config.CACHE_DIR = before
+    if os.path.dirname(kernel.stats.cache_path) == str(folder):
+        kernel._cache = _KernelCache(kernel._cache, folder)
+    else:  # Numba took a folder that nobody has checked
+        kernel._cache = caching.NullCache()
+
+
+class _KernelFiles(caching.IndexDataCacheFile):
+    """Numba's files for one kernel, each named after the key that Numba would look up in an index.
+
+    Processes that start together race for an index: it may name a file that has another kernel's code by then.
+    A file ends in a hash of what it holds, so that no damaged one is read.
+    """
+
+    def _name(self, key):
+        return f"{self._index_name}-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.nbc"
+
+    def save(self, key, data):
+        self._save_data(self._name(key), data)
+
+    def load(self, key):
+        path = Path(self._data_path(self._name(key)))
+        if not path.exists():
+            return None
+        raw = path.read_bytes()
+        if hashlib.sha256(raw[:-32]).digest() != raw[-32:]:
+            raise ValueError(f"{path.name} is damaged")
+        return self._load_data(path.name)
+
+    @contextlib.contextmanager
+    def _open_for_write(self, path):
+        with super()._open_for_write(path) as file:
+            content = io.BytesIO()
+            yield content
+            file.write(content.getvalue() + hashlib.sha256(content.getvalue()).digest())
+
+
+class _KernelCache:
+    """Numba's cache of one kernel, which no error in it keeps from running: then it compiles anew."""
+
+    def __init__(self, cache, folder):
+        cache._cache_file = _KernelFiles(cache.cache_path, cache._impl.filename_base, None)
+        self._cache, self._base = cache, folder.parent
+
+    def __getattr__(self, name):
+        return getattr(self._cache, name)
+
+    def load_overload(self, *args):
+        try:
+            return self._cache.load_overload(*args)
+        except Exception as error:  # Numba's, of pickle, of LLVM: whatever is wrong with what lies there
+            _say("read", f"compiled kernels in {self._base} cannot be read: {error}; they compile anew")
+            return None
+
+    def save_overload(self, *args):
+        try:
+            self._cache.save_overload(*args)
+        except Exception as error:
+            why = getattr(error, "strerror", None) or error
+            _say("kept", f"the kernels cannot be kept in {self._base}: {why}; they compile anew each time")

@@ -1,0 +1,151 @@
+"""Vectors in LLVM's own words: what tiles.py builds its loops of.
+
+An intrinsic is a function that writes LLVM's instructions, one by one, through a `builder`.  The functions here write
+a few of them each: they take the builder, and LLVM's values, and return LLVM's values.  Lanes are a vector's numbers.
+"""
+
+from npgpt.kernels.jit import KERNELS
+
+VECTOR = 16  # bytes of a vector
+if KERNELS == "numba":
+    import llvmlite.binding
+    from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils
+
+    _FEATURES = llvmlite.binding.get_host_cpu_features()
+    VECTOR = 64 if _FEATURES.get("avx512f") else 32 if _FEATURES.get("avx") else 16
+
+# --------------------------------------------------------------------------------------------------------------------
+# An intrinsic's arguments
+
+
+def are_fit(out, *others):
+    """Whether arrays of these kinds are all of one dtype that vectors are made of, and the first may be written."""
+    is_real = out.dtype in (types.float32, types.float64)
+    return is_real and out.mutable and all(array.dtype == out.dtype for array in others)
+
+
+def unpack(context, builder, signature, args):
+    """The arrays among an intrinsic's arguments, with their fields, and the other arguments."""
+    n = sum(isinstance(kind, types.Array) for kind in signature.args)
+    arrays = [
+        cgutils.create_struct_proxy(kind)(context, builder, value=value)
+        for kind, value in zip(signature.args[:n], args[:n], strict=True)
+    ]
+    return arrays, args[n:]
+
+
+def vector_of(context, kind):
+    """(bytes of a number, numbers in a vector, the vector) for arrays of this kind."""
+    real = context.get_value_type(kind.dtype)
+    itemsize = context.get_abi_sizeof(real)
+    return itemsize, VECTOR // itemsize, ir.VectorType(real, VECTOR // itemsize)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Numbers and places
+
+
+def constant(n):
+    """The number n, in 64 bits."""
+    return ir.Constant(ir.IntType(64), n)
+
+
+def not_beyond(builder, n, last):
+    """n, or the last number if n is greater."""
+    return builder.select(builder.icmp_signed("<", n, last), n, last)
+
+
+def pointer_to(builder, array, row, column, kind):
+    """Pointer to array[row, column], as a pointer to `kind`."""
+    strides = cgutils.unpack_tuple(builder, array.strides)
+    offset = builder.add(builder.mul(row, strides[0]), builder.mul(column, strides[1]))
+    start = builder.bitcast(array.data, ir.IntType(8).as_pointer())
+    return builder.bitcast(builder.gep(start, [offset]), kind.as_pointer())
+
+
+def prefetch(builder, pointer):
+    """Have the line of the cache that a pointer to bytes points into fetched; what it points to need not exist."""
+    kinds = [pointer.type] + [ir.IntType(32)] * 3
+    name = "llvm.prefetch.p0"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), kinds), name)
+    how = [ir.Constant(ir.IntType(32), number) for number in (0, 3, 1)]  # to read, to keep near, data
+    builder.call(function, [pointer, *how])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Vectors
+
+
+def splat(builder, value, lanes):
+    """A vector with this value in all lanes."""
+    undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+    first = builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
+    zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
+    return builder.shuffle_vector(first, undefined, zeros)
+
+
+def below(builder, start, limit, lanes):
+    """For each lane i, whether start + i < limit."""
+    steps = ir.Constant(ir.VectorType(ir.IntType(64), lanes), list(range(lanes)))
+    return builder.icmp_signed(
+        "<", builder.add(splat(builder, start, lanes), steps), splat(builder, limit, lanes)
+    )  # fmt: skip
+
+
+def load_vector(builder, pointer, itemsize, mask=None):
+    """The vector that a pointer to one points to; lanes whose mask is 0 are not read, but 0."""
+    kind, alignment = pointer.type.pointee, ir.Constant(ir.IntType(32), itemsize)
+    if mask is None:
+        loaded = builder.load(pointer)
+        loaded.align = itemsize
+        return loaded
+    zeros = ir.Constant(kind, [0 if isinstance(kind.element, ir.IntType) else 0.0] * kind.count)
+    return _masked(builder, "load", kind, itemsize, kind, [pointer, alignment, mask, zeros])
+
+
+def store_vector(builder, values, pointer, itemsize, mask=None):
+    """Write a vector; lanes whose mask is 0 are left alone."""
+    if mask is None:
+        builder.store(values, pointer).align = itemsize
+        return
+    alignment = ir.Constant(ir.IntType(32), itemsize)
+    _masked(builder, "store", values.type, itemsize, ir.VoidType(), [values, pointer, alignment, mask])
+
+
+def _masked(builder, name, kind, itemsize, result, arguments):
+    function = ir.FunctionType(result, [argument.type for argument in arguments])
+    letter = "i" if isinstance(kind.element, ir.IntType) else "f"
+    full_name = f"llvm.masked.{name}.v{kind.count}{letter}{8 * itemsize}.p0"
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, full_name), arguments)
+
+
+def pick(builder, a, b, lane_of):
+    """The vector whose lane i is lane lane_of(i) of a, or lane lane_of(i) - lanes of b if that is not below 0."""
+    lanes = a.type.count
+    chosen = [lane_of(lane) for lane in range(lanes)]
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), lanes), chosen))
+
+
+def sum_each(builder, vectors):
+    """The sums of the lanes of n vectors, as a vector of n lanes; n, a power of 2, is not above the lanes.
+
+    As in a tournament: two vectors of partial sums become one that has every other lane of each, until one is left.
+    """
+    lanes, n, step = vectors[0].type.count, len(vectors), 1
+
+    def add(a, b, step):
+        # lanes with bit `step` take from b, the others from a; each adds the lane that differs in this bit
+        here = pick(builder, a, b, lambda lane: lane + lanes if lane & step else lane)
+        other = pick(builder, a, b, lambda lane: (lane ^ step) + lanes if lane & step else lane ^ step)
+        return builder.fadd(here, other)
+
+    while step < lanes:
+        if len(vectors) > 1:
+            vectors = [add(a, b, step) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
+        else:
+            vectors = [add(vectors[0], vectors[0], step)]
+        step *= 2
+    first = ir.Constant(ir.VectorType(ir.IntType(32), n), list(range(n)))
+    return builder.shuffle_vector(vectors[0], vectors[0], first)

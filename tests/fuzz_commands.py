@@ -40,7 +40,7 @@ from npgpt.errors import run_command  # noqa: E402
 SECONDS, BYTES = 20, 2 * 10**9
 ALL = {"train": train, "sample": sample, "explain": explain, "plot": plot, "exercise": exercise, "gradcheck": gradcheck}
 # what commands load when they need it
-LATER = "run.trainer generate.sampling files.hub files.pretrained study.plots study.receipt study.hints"
+LATER = "run.trainer generate.sampling files.hub files.pretrained study.page study.plots study.receipt study.hints"
 CHECKS = {"gradcheck", "explain", "exercise"}  # may end with 1
 CODES = {0, 2, 3, 4, 5, 6}
 WRITES = {"train": {"out"}, "explain": {"explain.html"}, "exercise": {f"bug-{n}" for n in range(100)}}  # by default

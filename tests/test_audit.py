@@ -12,6 +12,7 @@ from npgpt import engine
 from npgpt.config import GPTConfig, TrainConfig
 from npgpt.errors import GradientError, StoppedError, UsageError
 from npgpt.files import checkpoint, folder
+from npgpt.kernels.masks import random_stream
 from npgpt.model import GPT
 from npgpt.ops import attention, cross_entropy, dropout, embedding, layernorm, linear, mlp
 from npgpt.run import audit, memory
@@ -74,7 +75,7 @@ def test_what_a_block_puts_out_stands_for_all_before_it():
     for parameter in parallel.model.parameters():
         parameter.data[...] = rng.normal(size=parameter.shape)
     x, y = rng.integers(5, size=(2, 3, 7))
-    with engine.no_grad(), engine.random_stream(8):
+    with engine.no_grad(), random_stream(8):
         whole = parallel.model(x, y)[1].item()
     kept = outputs(parallel.model, x, y, 8)
     assert len(kept) == 3

@@ -64,6 +64,12 @@ class GPTConfig:
         return linear + attention
 
 
+def _setting_of_gpt(name):
+    """A field as GPTConfig has it, with the same default, help text and range."""
+    same = next(f for f in dataclasses.fields(GPTConfig) if f.name == name)
+    return field(default=same.default, metadata=same.metadata)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """All settings of a training run.  The defaults are the preset `default`."""
@@ -87,12 +93,12 @@ class TrainConfig:
     init_from: str | None = _setting(
         None, "run folder, checkpoint or Hugging Face GPT-2 folder to begin with", is_path=True
     )
-    n_layer: int = _setting(4, "number of transformer blocks", low=1)
-    n_head: int = _setting(4, "number of attention heads; must divide n_embd", low=1)
-    n_embd: int = _setting(128, "width of the model", low=1)
-    block_size: int = _setting(64, "longest context, in tokens", low=1)
-    dropout: float = _setting(0.0, "probability of dropping an activation in training", low=0, below=1)
-    bias: bool = _setting(False, "biases in the linear layers and layer norms, as in GPT-2")
+    n_layer: int = _setting_of_gpt("n_layer")
+    n_head: int = _setting_of_gpt("n_head")
+    n_embd: int = _setting_of_gpt("n_embd")
+    block_size: int = _setting_of_gpt("block_size")
+    dropout: float = _setting_of_gpt("dropout")
+    bias: bool = _setting_of_gpt("bias")
 
     batch_size: int = _setting(12, "sequences per micro-step", low=1)
     gradient_accumulation_steps: int = _setting(1, "micro-steps per update", low=1)

@@ -254,7 +254,6 @@ def cases(seed=0):
 
 def later_rows(f):
     """f as a worker computes it whose sequences come after five others of the batch: dropout counts from there."""
-
     from npgpt.kernels.masks import random_stream
 
     def of_the_batch(*inputs):

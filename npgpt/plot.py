@@ -1,30 +1,17 @@
 """Draw loss curves, or what a model's attention looks at: python -m npgpt.plot RUN [RUN ...] [--attention TEXT] ...
 
-Pictures are SVG, which any browser shows, light or dark as the system is; curves can be PNG where matplotlib is there.
-Exit codes are listed in npgpt/errors.py.
+This file reads flags and prints; the pictures are made in npgpt/study/plots.py.  Exit codes are listed in
+npgpt/errors.py.
 """
 
-import html
-import io
-import itertools
-import math
 import os
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 from npgpt.command import FileName, Parser, showing_all
-from npgpt.errors import CheckpointError, UsageError, one_line, run_command
+from npgpt.errors import CheckpointError, UsageError, quoted, run_command
 
 PROG = "python -m npgpt.plot"
-MOST_POINTS = 2000  # of a line; of longer ones the lowest and the highest point of each stretch are drawn
-SMOOTHING = 1 / 100  # of a run: how far the smoothed training loss looks to either side
-
-# a run's colour on a light and on a dark ground; the ninth run begins again
-COLORS = (
-    ("#1f6fb4", "#6cb4ee"), ("#d1342f", "#ff7b72"), ("#2b8a3e", "#7ee787"), ("#8250b8", "#c4a5f5"),
-    ("#c96a00", "#ffb06b"), ("#0b8a99", "#6fe0ec"), ("#805044", "#d0a090"), ("#c2458f", "#f5a9dc"),
-)  # fmt: skip
 
 
 def parse(argv):
@@ -32,7 +19,7 @@ def parse(argv):
     parser.add_argument("runs", nargs="+", type=FileName, metavar="RUN", help="run folder of npgpt.train")
     parser.add_argument(
         "--out", type=FileName, metavar="FILE",
-        help="a .svg, or a .png of curves (default: loss.svg, loss-RUN-RUN.svg or attention.svg in the first RUN)",
+        help="a .svg (default: loss.svg, loss-RUN-RUN.svg or attention.svg in the first RUN)",
     )  # fmt: skip
     parser.add_argument(
         "--attention", metavar="TEXT", help="instead, what each head of the first RUN's model looks at in this text"
@@ -43,309 +30,30 @@ def parse(argv):
         curves = "-".join(["loss", *several]) + ".svg"  # a comparison does not take the place of a run's own picture
         args.out = Path(args.runs[0]) / (curves if args.attention is None else "attention.svg")
     args.out = Path(args.out)
-    kinds = (".svg", ".png") if args.attention is None else (".svg",)
-    if args.out.suffix.lower() not in kinds:
-        raise UsageError(f"--out must end in {' or '.join(kinds)}, got {args.out}")
+    if args.out.suffix.lower() != ".svg":
+        better = quoted(os.path.splitext(args.out)[0] + ".svg")
+        raise UsageError(f"--out must end in .svg, got {args.out}; write --out {better}, which any browser shows")
     if args.attention == "":
         raise UsageError("--attention must have one character at least")
     return args
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What is drawn
+def draw_curves(runs):
+    """The picture of the curves of some runs, as bytes.  Raises UsageError and CheckpointError."""
+    from npgpt.files import folder
+    from npgpt.study.plots import curves_svg, labels, panels
 
-
-class Line(NamedTuple):
-    """points: (iteration, number or None), in order; a None parts the line."""
-
-    run: int  # number of the run, which chooses the colour
-    style: str  # "light", "strong" or "dotted"
-    points: list
-
-
-class Panel(NamedTuple):
-    title: str
-    height: int
-    lines: list
-
-
-def points_of(rows, name):
-    """(iteration, number) of the rows of a log that have such a number; None for one that is not finite."""
-    points = []
-    for row in rows:
-        value = row.get(name, "")
-        if value is None or (type(value) in (int, float) and not math.isfinite(value)):
-            points.append((row["iter"], None))
-        elif type(value) in (int, float):
-            points.append((row["iter"], float(value)))
-    while points and points[-1][1] is None:  # the row after the last update has no training loss
-        points.pop()
-    return points
-
-
-def smoothed(points):
-    """The mean of each point and those on both sides of it, with weights that fall exponentially with the distance."""
-    finite = [(x, y) for x, y in points if y is not None]
-    decay = 1 - 1 / max(1.0, len(finite) * SMOOTHING)
-
-    def sums(ys):
-        total = weight = 0.0
-        for y in ys:
-            total, weight = decay * total + y, decay * weight + 1
-            yield total, weight
-
-    before = list(sums(y for _, y in finite))
-    after = reversed(list(sums(y for _, y in reversed(finite))))
-    return [
-        (x, (total + rest - y) / (weight + rest_weight - 1))  # each point is in both of its sums
-        for (x, y), (total, weight), (rest, rest_weight) in zip(finite, before, after, strict=True)
-    ]
-
-
-def panels(logs):
-    """The Panels of the curves of some runs, given the rows of their logs."""
-    loss, norm, rate = [], [], []
-    for n, rows in enumerate(logs):
-        train = points_of(rows, "train_loss")
-        loss += [Line(n, "light", train), Line(n, "strong", smoothed(train))]
-        loss.append(Line(n, "dotted", points_of(rows, "val_loss")))
-        norm.append(Line(n, "light", points_of(rows, "grad_norm")))
-        rate.append(Line(n, "strong", points_of(rows, "lr")))
-    found = Panel("loss", 330, loss), Panel("gradient norm", 90, norm), Panel("learning rate", 90, rate)
-    return [panel for panel in found if any(y is not None for line in panel.lines for _, y in line.points)]
-
-
-def labels(runs, logs):
-    """What the legend says of each run: its name, and its best validation loss if it has one."""
-    for run, rows in zip(runs, logs, strict=True):
-        finite = [(y, x) for x, y in points_of(rows, "val_loss") if y is not None]
-        best = min(finite, default=None)
-        yield one_line(str(run)) + (f": best validation loss {best[0]:.4f} at iteration {best[1]:,}" if best else "")
-
-
-def segments(points):
-    """The stretches of a line between its gaps, each with not too many points."""
-    for is_gap, group in itertools.groupby(points, lambda point: point[1] is None):
-        if is_gap:
-            continue
-        group = list(group)
-        step = 2 * math.ceil(len(group) / MOST_POINTS)
-        if len(group) <= MOST_POINTS:
-            yield group
-            continue
-        kept = []
-        for start in range(0, len(group), step):
-            part = group[start : start + step]
-            extremes = {min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])}
-            kept += sorted(extremes)
-        yield kept
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Axes
-
-
-class Axis:
-    """Places numbers on the pixels from `start` to `end`, of which a share `margin` stays free at each end."""
-
-    def __init__(self, numbers, start, end, margin=0.0):
-        low, high = min(numbers), max(numbers)
-        room = (high - low) * margin
-        if high - low <= max(1e-9 * max(abs(low), abs(high)), 1e-100):  # a flat line, or a single point
-            room = abs(low) / 10 or 0.5
-        self.low, self.high, self.start, self.end = low - room, high + room, start, end
-
-    def __call__(self, number):
-        return self.start + (number - self.low) / (self.high - self.low) * (self.end - self.start)
-
-    def ticks(self, most):
-        """(number, text) of round numbers on the axis, at most about as many."""
-        step = (self.high - self.low) / most
-        power = 10.0 ** math.floor(math.log10(step))
-        step = next(power * n for n in (1, 2, 5, 10, 20) if power * n >= step)
-        digits = max(0, -math.floor(math.log10(step) + 1e-9))  # behind the point
-        figures = math.ceil(math.log10(max(abs(self.low), abs(self.high)) / step)) + 1  # that tell ticks apart
-        for n in range(math.ceil(self.low / step), math.floor(self.high / step) + 1):
-            number = n * step
-            yield number, f"{number:,.{digits}f}" if digits < 7 and abs(number) < 1e7 else f"{number:.{figures}g}"
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# SVG
-
-
-def svg(width, height, title, parts):
-    """An SVG of some parts, as bytes."""
-    light = "".join(f".c{n} {{ color: {color} }} " for n, (color, _) in enumerate(COLORS))
-    dark = "".join(f".c{n} {{ color: {color} }} " for n, (_, color) in enumerate(COLORS))
-    style = (
-        "svg { background: #ffffff; color: #24292f; font: 12px system-ui, sans-serif } text { fill: currentColor } "
-        "polyline { fill: none; stroke: currentColor; stroke-linejoin: round } circle { fill: currentColor } "
-        ".light { stroke-width: 1; opacity: 0.35 } .strong { stroke-width: 2 } "
-        ".dotted { stroke-width: 1.5; stroke-dasharray: 5 3 } "
-        ".grid { stroke: #8885; stroke-width: 1 } .head { font-weight: 600 } .small { font-size: 10px } "
-        f".frame {{ fill: none; stroke: #8888 }} path {{ fill: currentColor }} {light}"
-        f"@media (prefers-color-scheme: dark) {{ svg {{ background: #0d1117; color: #e6edf3 }} {dark}}}"
-    )
-    lines = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">',
-        f"<title>{html.escape(title)}</title>",
-        f"<style>{style}</style>",
-        *parts,
-        "</svg>\n",
-    )
-    return "\n".join(lines).encode("utf-8")
-
-
-def text_at(x, y, text, options=""):
-    return f'<text x="{x:.2f}" y="{y:.2f}"{options}>{html.escape(text)}</text>'
-
-
-def line_svg(line, x_axis, y_axis):
-    """A Line as polylines, and as circles where it has points of its own or is a single point."""
-    color = f"c{line.run % len(COLORS)}"
-    for segment in segments(line.points):
-        places = [f"{x_axis(x):.2f},{y_axis(y):.2f}" for x, y in segment]
-        if len(places) > 1:
-            yield f'<polyline class="{color} {line.style}" points="{" ".join(places)}"/>'
-        if line.style == "dotted" or len(places) == 1:
-            for place in places:
-                x, y = place.split(",")
-                yield f'<circle class="{color}" cx="{x}" cy="{y}" r="2.6"/>'
-
-
-def curves_svg(found, legend):
-    """The picture of some Panels as bytes; legend: a line of text for each run."""
-    width, left, right = 960, 70, 24
-    parts = [text_at(left, 24, "light: training loss; strong: the same, smoothed; dashed with points: validation")]
-    y = 24
-    for n, words in enumerate(legend):
-        y += 20
-        parts.append(f'<circle class="c{n % len(COLORS)}" cx="{left + 5}" cy="{y - 4}" r="5"/>')
-        parts.append(text_at(left + 18, y, words))
-    x_axis = Axis([x for panel in found for line in panel.lines for x, _ in line.points], left, width - right)
-    for panel in found:
-        top, bottom = y + 36, y + 36 + panel.height
-        numbers = [y for line in panel.lines for _, y in line.points if y is not None]
-        y_axis = Axis(numbers, bottom, top, 0.04)
-        parts.append(text_at(left, top - 8, panel.title, ' class="head"'))
-        for number, words in y_axis.ticks(panel.height / 40):
-            at = y_axis(number)
-            parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{at:.2f}" y2="{at:.2f}"/>')
-            parts.append(text_at(left - 8, at + 4, words, ' text-anchor="end" class="y"'))
-        for line in sorted(panel.lines, key=lambda line: ("light", "strong", "dotted").index(line.style)):
-            parts += line_svg(line, x_axis, y_axis)
-        parts.append(
-            f'<rect class="frame" x="{left}" y="{top}" width="{width - right - left}" height="{panel.height}"/>'
-        )
-        y = bottom
-    for number, words in x_axis.ticks(8):
-        if abs(number - round(number)) < 1e-9:  # there is no half an iteration
-            at = x_axis(number)
-            parts.append(f'<line class="frame" x1="{at:.2f}" x2="{at:.2f}" y1="{y}" y2="{y + 5}"/>')
-            parts.append(text_at(at, y + 19, words, ' text-anchor="middle" class="x"'))
-    parts.append(text_at((left + width - right) / 2, y + 38, "iteration", ' text-anchor="middle"'))
-    return svg(width, y + 50, "Loss curves", parts)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# PNG
-
-
-def curves_png(found, legend):
-    """The same picture by matplotlib, as bytes.  Raises UsageError if it is not there."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("a .png needs the package matplotlib (pip install matplotlib); a .svg does not") from None
-    figure = Figure(figsize=(9.6, 6.8), layout="constrained")
-    heights = [panel.height for panel in found]
-    every = figure.subplots(len(found), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-    looks = {
-        "light": {"alpha": 0.35, "linewidth": 1},
-        "strong": {"linewidth": 2},
-        "dotted": {"marker": ".", "linestyle": "--"},
-    }
-    for axes, panel in zip(every, found, strict=True):
-        for line in panel.lines:
-            xs, ys = zip(*line.points, strict=True) if line.points else ((), ())
-            ys = [math.nan if y is None else y for y in ys]
-            look = looks[line.style] | ({"marker": "."} if len(xs) == 1 else {})
-            axes.plot(xs, ys, color=COLORS[line.run % len(COLORS)][0], **look)
-        axes.set_title(panel.title, loc="left")
-        axes.grid(alpha=0.4)
-    for n, words in enumerate(legend):
-        every[0].plot([], [], color=COLORS[n % len(COLORS)][0], label=words.replace("$", r"\$"))
-    every[0].legend()
-    every[-1].set_xlabel("iteration")
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=120)
-    return file.getvalue()
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Attention
-
-
-def attention_maps(model, tokens):
-    """The attention weights (n_head, T, T) of each layer of a GPT that reads (T,) tokens; rows are queries."""
-    import numpy as np
-
-    from npgpt.engine import no_grad, watched
-    from npgpt.ops.attention import attention_weights_ref
-
-    maps = []
-
-    def made(op, out, parents, backward):
-        if op == "causal_attention":
-            maps.append(attention_weights_ref(parents[0].data, model.config.n_head)[0])
-
-    with no_grad(), watched(made):
-        model.features(np.asarray(tokens)[None])
-    return maps
-
-
-def attention_svg(maps, words):
-    """A map for each layer (downwards) and head (to the right); words: what the T tokens are, as text."""
-    T = len(words)
-    cell = max(3, min(14, 420 // T))
-    has_words = cell >= 9
-    words = [one_line(word).replace(" ", "␣") for word in words]
-    words = [word if len(word) <= 9 else word[:8] + "…" for word in words]
-    room = 8 + 6 * max(map(len, words)) if has_words else 8
-    size = T * cell
-    parts = [
-        text_at(12, 22, "Each row is a position, which looks at itself and at those before it."),
-        text_at(12, 38, "A row's weights sum to 1; a square is as dark as the root of its weight."),
-    ]
-    for n, weights in enumerate(maps):
-        for h, p in enumerate(weights):
-            x, y = 12 + room + h * (size + room + 16), 66 + room + n * (size + room + 34)
-            parts.append(text_at(x, y - room - 4 if has_words else y - 8, f"layer {n}, head {h}", ' class="head"'))
-            if has_words:
-                for t, word in enumerate(words):
-                    middle = (t + 0.5) * cell + 3.5
-                    parts.append(text_at(x - 4, y + middle, word, ' text-anchor="end" class="small"'))
-                    turned = f' class="small" transform="rotate(-90 {x + middle:.2f} {y - 4})"'
-                    parts.append(text_at(x + middle, y - 4, word, turned))
-            parts.append(f'<g class="c0" transform="translate({x} {y}) scale({cell})" shape-rendering="crispEdges">')
-            squares = {}  # level of opacity, of 16 -> its squares
-            for t, row in enumerate(p.tolist()):
-                for s in range(t + 1):
-                    squares.setdefault(round(16 * math.sqrt(row[s])), []).append(f"M{s} {t}h1v1h-1z")
-            squares.pop(0, None)
-            for level, those in sorted(squares.items()):
-                parts.append(f'<path fill-opacity="{level / 16}" d="{"".join(those)}"/>')
-            parts.append("</g>")
-            parts.append(f'<rect class="frame" x="{x}" y="{y}" width="{size}" height="{size}"/>')
-    n_head = len(maps[0])
-    width, height = 12 + n_head * (size + room + 16), 66 + len(maps) * (size + room + 34)
-    return svg(max(width, 520), height, "Attention", parts)
+    logs = [folder.read_log(run) for run in runs]
+    found = panels(logs)
+    if not found:
+        raise CheckpointError(f"there is nothing to draw yet: the log of {runs[0]} has no finite number")
+    return curves_svg(found, labels(runs, logs))
 
 
 def draw_attention(run, text):
     """The picture of a run's model that reads a text, as bytes.  Raises UsageError and CheckpointError."""
     from npgpt.files.pretrained import open_model
+    from npgpt.study.plots import attention_maps, attention_svg
 
     model = open_model(run)
     tokenizer = model.tokenizer
@@ -360,27 +68,10 @@ def draw_attention(run, text):
     return attention_svg(attention_maps(model, tokens), [tokenizer.decode([token]) for token in tokens])
 
 
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def draw_curves(runs, is_png):
-    """The picture of the curves of some runs, as bytes.  Raises UsageError and CheckpointError."""
-    from npgpt.files import folder
-
-    logs = [folder.read_log(run) for run in runs]
-    found = panels(logs)
-    if not found:
-        raise CheckpointError(f"there is nothing to draw yet: the log of {runs[0]} has no finite number")
-    return (curves_png if is_png else curves_svg)(found, list(labels(runs, logs)))
-
-
 @showing_all()
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
-    if args.attention is None:
-        picture = draw_curves(args.runs, args.out.suffix.lower() == ".png")
-    else:
-        picture = draw_attention(args.runs[0], args.attention)
+    picture = draw_curves(args.runs) if args.attention is None else draw_attention(args.runs[0], args.attention)
 
     from npgpt.files import checkpoint
 

@@ -202,16 +202,10 @@ def main(argv=None):
 
     import numpy as np
 
-    from npgpt.files import folder, pretrained
+    from npgpt.files.pretrained import open_model
     from npgpt.generate import sampling
 
-    path = args.model
-    if args.checkpoint == "last" and folder.checkpoints(path):
-        path = folder.newest(path)
-    elif args.checkpoint not in ("best", "last"):
-        inside = Path(path, args.checkpoint)
-        path = inside if inside.exists() else args.checkpoint
-    model = pretrained.open_model(path)
+    model = open_model(args.model, args.checkpoint)
     tokenizer = model.tokenizer
 
     def write(idx):

@@ -164,27 +164,6 @@ def examine(setup):
         yield "overfitting is to be expected: try --dropout 0.2, --patience 3, more text, or a smaller model"
 
 
-def profile_table(profile, workers):
-    """Where the time of an update went, a line for each op's forward and backward."""
-    n, total = profile.entries, profile.seconds
-    whose = f", of which the first of {workers} workers does this share" if workers > 1 else ""
-    lines = [
-        "-" * 60,
-        f"an update, the mean of {n:,}, takes {total / n * 1e3:,.2f} ms{whose}:",
-        f"{'':<24}{'calls':>7}{'ms':>10}{'GFLOP':>9}{'GB':>8}{'GFLOP/s':>9}{'GB/s':>7}{'share':>7}",
-    ]
-    rest = total
-    for name, row in sorted(profile.rows.items(), key=lambda item: -item[1].seconds):
-        rest -= row.seconds
-        rate = f"{row.flops / row.seconds / 1e9:.0f}" if row.flops else ""
-        lines.append(
-            f"{name:<24}{row.calls / n:>7.0f}{row.seconds / n * 1e3:>10.3f}{row.flops / n / 1e9:>9.3f}"
-            f"{row.nbytes / n / 1e9:>8.4f}{rate:>9}{row.nbytes / row.seconds / 1e9:>7.0f}{row.seconds / total:>7.1%}"
-        )
-    lines.append(f"{'graph, Python, waiting':<24}{'':>7}{rest / n * 1e3:>10.3f}{'':>33}{rest / total:>7.1%}")
-    return "\n".join(lines)
-
-
 def _print_sample(trainer, n_tokens, stop):
     if n_tokens:
         for piece in trainer.sample(n_tokens):
@@ -213,7 +192,7 @@ def train(argv, stop, world):
     if not flags["resume"]:  # (whose other settings are not known yet)
         config = TrainConfig(**given)  # before NumPy and Numba take their time to load: a mistake shows at once
 
-    from npgpt.kernels.profiler import Profile
+    from npgpt.kernels.profiler import Profile, table
     from npgpt.run.events import Audited, Evaluation, Notice, Progress
     from npgpt.run.trainer import Trainer
 
@@ -256,7 +235,7 @@ def train(argv, stop, world):
             say(f"  python -m npgpt.sample --out-dir {quoted(trainer.out_dir)}")
             say(f"its loss curve:\n  python -m npgpt.plot {quoted(trainer.out_dir)}")
     if profile is not None and profile.entries and world.rank == 0:
-        say(profile_table(profile, trainer.setup.workers))
+        say(table(profile, trainer.setup.workers))
     return 0
 
 

@@ -39,6 +39,8 @@ from npgpt.errors import run_command  # noqa: E402
 
 SECONDS, BYTES = 20, 2 * 10**9
 ALL = {"train": train, "sample": sample, "explain": explain, "plot": plot, "exercise": exercise, "gradcheck": gradcheck}
+# what commands load when they need it
+LATER = "run.trainer generate.sampling files.hub files.pretrained study.page study.plots study.receipt study.hints"
 CHECKS = {"gradcheck", "explain", "exercise"}  # may end with 1
 CODES = {0, 2, 3, 4, 5, 6}
 WRITES = {"train": {"out"}, "explain": {"explain.html"}, "exercise": {f"bug-{n}" for n in range(100)}}  # by default
@@ -223,8 +225,7 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     rng, counts, bad = random.Random(args.seed), {}, 0
-    # what commands load when they need it
-    for module in ("model", "run.trainer", "study.receipt", "study.hints", "files.hub"):
+    for module in LATER.split():
         importlib.import_module(f"npgpt.{module}")
     parsers = {name: parser_of(module, []) for name, module in ALL.items() if name != "exercise"}
     parsers |= {part: parser_of(exercise, [part]) for part in ("list", "show", "check", "bug", "answer")}

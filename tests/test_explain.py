@@ -22,12 +22,16 @@ import npgpt.ops.embedding
 import npgpt.ops.layernorm
 import npgpt.ops.linear
 import npgpt.ops.mlp
+import npgpt.study.page
 from npgpt import explain
 from npgpt.config import GPTConfig
 from npgpt.data.tokenizer import CharTokenizer
 from npgpt.engine import Gradient
 from npgpt.errors import CheckpointError, UsageError
+from npgpt.files import checkpoint
 from npgpt.model import GPT
+from npgpt.study.page import heat_map, html
+from npgpt.study.trace import check, check_whole, trace
 
 IDX = np.array([[3, 1, 4, 1, 5, 0]])
 TARGETS = np.array([[1, 4, 1, 5, 0, 2]])
@@ -44,7 +48,7 @@ def small_gpt(**options):
 
 
 def describe(model):
-    return explain.describe(model, IDX, TARGETS, lambda token: f"<{token}>")
+    return npgpt.study.page.describe(model, IDX, TARGETS, lambda token: f"<{token}>")
 
 
 def wrong(data):
@@ -100,7 +104,7 @@ def test_a_wrong_backward_is_found_in_its_box_and_in_no_other(fault, monkeypatch
             args[spoiled][...] *= 1.001
 
     monkeypatch.setattr(module, name, backward)
-    explain.trace(small_gpt(), IDX, TARGETS)
+    trace(small_gpt(), IDX, TARGETS)
     n = len(calls) // 2
     calls.clear()
     data = describe(small_gpt())
@@ -126,17 +130,17 @@ def test_a_gradient_that_is_not_a_number_is_wrong(monkeypatch):
     monkeypatch.setattr(npgpt.ops.mlp, "mlp_backward", backward)
     data = describe(small_gpt())
     assert wrong(data)["block 1: mlp"] == ["x"]
-    explain.page(data)  # and there is a page, although JSON has no NaN
+    html(data)  # and there is a page, although JSON has no NaN
 
 
 def test_the_checks_leave_model_and_values_as_they_were():
     model = small_gpt()
     before = [parameter.data.copy() for parameter in model.parameters()]
-    nodes = explain.trace(model, IDX, TARGETS)
+    nodes = trace(model, IDX, TARGETS)
     values = [node.y.data.copy() for node in nodes]
     gradients = [parameter.grad.copy() for parameter in model.parameters()]
-    explain.check(model, IDX, TARGETS, nodes)
-    explain.check_whole(model, IDX, TARGETS)
+    check(model, IDX, TARGETS, nodes)
+    check_whole(model, IDX, TARGETS)
     for parameter, value, gradient in zip(model.parameters(), before, gradients, strict=True):
         np.testing.assert_array_equal(parameter.data, value)
         np.testing.assert_array_equal(parameter.grad, gradient)
@@ -154,7 +158,7 @@ def codes_of(row):
 
 def test_a_heat_map_shows_each_entry_of_a_small_array():
     array = np.array([[1.0, -4.0, 0.0], [0.25, 2.0, -0.01]])
-    row = explain.heat_map(array)
+    row = heat_map(array)
     assert (row["shape"], row["cells"], row["min"], row["max"]) == ([2, 3], [2, 3], "-4", "2")
     shown = np.sign(codes_of(row)) * (codes_of(row) / 127) ** 2 * 4
     np.testing.assert_allclose(shown, array, atol=0.04)
@@ -163,17 +167,17 @@ def test_a_heat_map_shows_each_entry_of_a_small_array():
 def test_a_heat_map_shows_the_largest_of_each_block_of_a_large_array():
     array = np.random.default_rng(0).normal(size=(1, 100, 96)) * 0.1
     array[0, 99, 95], array[0, 0, 0] = 3.0, -12.0
-    row = explain.heat_map(array)
+    row = heat_map(array)
     codes = codes_of(row)
     assert row["shape"] == [100, 96] and codes.shape == (48, 48)
     assert codes[0, 0] == -127 and codes[47, 47] == round(127 * np.sqrt(3 / 12))
     assert np.abs(codes[1:47]).max() < 40
-    assert explain.heat_map(np.zeros(1000))["cells"] == [1, 192] and not codes_of(explain.heat_map(np.zeros(5))).any()
+    assert heat_map(np.zeros(1000))["cells"] == [1, 192] and not codes_of(heat_map(np.zeros(5))).any()
 
 
 def test_the_page_holds_everything():
     model = small_gpt()
-    data = json.loads(re.search(DATA, explain.page(describe(model)), re.S)[1])
+    data = json.loads(re.search(DATA, html(describe(model)), re.S)[1])
     logits, loss = model(IDX, TARGETS)
     model.zero_grad()
     loss.backward()
@@ -201,18 +205,18 @@ def test_the_page_holds_everything():
 
 
 def test_no_text_of_the_user_becomes_markup():
-    page = explain.page(explain.describe(small_gpt(), IDX, TARGETS, lambda token: HOSTILE))
-    assert "<img" not in page and page.count("</script>") == explain.page(describe(small_gpt())).count("</script>")
+    page = html(npgpt.study.page.describe(small_gpt(), IDX, TARGETS, lambda token: HOSTILE))
+    assert "<img" not in page and page.count("</script>") == html(describe(small_gpt())).count("</script>")
     assert json.loads(re.search(DATA, page, re.S)[1])["texts"] == [HOSTILE] * 7
 
 
 def test_the_page_of_a_model_of_six_layers_is_small():
     model = GPT(GPTConfig(vocab_size=65, block_size=24, n_layer=6, n_head=6, n_embd=96), dtype=np.float64)
     idx = np.random.default_rng(0).integers(0, 65, (1, 25))
-    data = explain.describe(model, idx[:, :-1], idx[:, 1:], str)
+    data = npgpt.study.page.describe(model, idx[:, :-1], idx[:, 1:], str)
     assert wrong(data) == {} and data["whole"]["ok"]
-    assert len(data["boxes"]) == 52 and len(explain.page(data)) < 1e6
-    one, other = (explain.heat_map(np.ones(shape)) for shape in ((48, 48), (3072, 768)))
+    assert len(data["boxes"]) == 52 and len(html(data)) < 1e6
+    one, other = (heat_map(np.ones(shape)) for shape in ((48, 48), (3072, 768)))
     assert one["codes"] == other["codes"]  # a wider model takes no more than one of 48 channels
 
 
@@ -275,7 +279,7 @@ def test_a_page_that_cannot_be_written_leaves_the_one_before(run, tmp_path, monk
     def full(path, parts):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(explain.checkpoint, "write", full)
+    monkeypatch.setattr(checkpoint, "write", full)
     with pytest.raises(CheckpointError, match=r"cannot write .*x\.html: No space left on device"):
         explain.main(["--model", str(run), "--out", str(tmp_path / "x.html")])
     assert (tmp_path / "x.html").read_text(encoding="utf-8") == "before"
@@ -609,8 +613,8 @@ def test_a_wrong_op_and_a_hostile_text_in_the_page(browser, tmp_path, monkeypatc
 
     monkeypatch.setattr(npgpt.ops.mlp, "mlp_backward", backward)
     path = tmp_path / "wrong.html"
-    data = explain.describe(small_gpt(), IDX, TARGETS, lambda token: HOSTILE)
-    path.write_text(explain.page(data), encoding="utf-8")
+    data = npgpt.study.page.describe(small_gpt(), IDX, TARGETS, lambda token: HOSTILE)
+    path.write_text(html(data), encoding="utf-8")
     browser.open(path, 390)
     verdicts = browser.run("[...document.querySelectorAll('.box .verdict')].map(part => part.textContent)")
     assert [i for i, verdict in enumerate(verdicts) if "WRONG" in verdict] == [7, 15]

@@ -12,10 +12,11 @@ import pytest
 from npgpt import GPT, GPTConfig, plot
 from npgpt.data.tokenizer import CharTokenizer
 from npgpt.engine import no_grad, watched
-from npgpt.errors import CheckpointError, UsageError, one_line
+from npgpt.errors import CheckpointError, UsageError, one_line, quoted
 from npgpt.files.folder import RunFolder, read_log
 from npgpt.ops.attention import merged_heads, split_heads
-from npgpt.plot import Axis, attention_maps, attention_svg, points_of, segments, smoothed
+from npgpt.study import plots
+from npgpt.study.plots import Axis, attention_maps, attention_svg, points_of, segments, smoothed
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -98,7 +99,7 @@ def test_each_run_has_its_lines_and_its_colour(tmp_path):
 
 def test_names_are_escaped_and_made_visible():
     legend = ['a <b> & "c"', one_line("bell \a, half a character \udc80, é")]
-    picture = plot.curves_svg(plot.panels([ROWS, ROWS]), legend)
+    picture = plots.curves_svg(plots.panels([ROWS, ROWS]), legend)
     words = [text.text for text in ET.fromstring(picture).iter(SVG + "text")]
     assert 'a <b> & "c"' in words and "bell \\x07, half a character \\udc80, é" in words
 
@@ -146,7 +147,7 @@ def test_a_long_line_keeps_its_extremes():
     points[65_432] = (65_432, -9.0)
     (kept,) = segments(points)
     assert {(54_321, 9.0), (65_432, -9.0)} <= set(kept) <= set(points)
-    assert plot.MOST_POINTS / 2 <= len(kept) <= plot.MOST_POINTS and kept == sorted(kept)
+    assert plots.MOST_POINTS / 2 <= len(kept) <= plots.MOST_POINTS and kept == sorted(kept)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,8 @@ def test_numbers_too_small_to_be_told_apart_make_a_flat_line(tmp_path):
     [
         ([], "required"),
         (["--outt=x.svg", "run"], "did you mean --out?"),
-        (["run", "--out", "x.pdf"], "--out must end in .svg or .png"),
+        (["run", "--out", "x.pdf"], "--out must end in .svg, got x.pdf; write --out x.svg, which any browser shows"),
+        (["run", "--out", "x y.PNG"], f"--out must end in .svg, got x y.PNG; write --out {quoted('x y.svg')}, which"),
         (["run", "--attention", "hi", "--out", "x.png"], "--out must end in .svg, got"),
         (["run", "--attention", ""], "--attention must have one character"),
     ],
@@ -224,7 +226,7 @@ def test_numbers_too_small_to_be_told_apart_make_a_flat_line(tmp_path):
 def test_flags_that_are_refused(args, words):
     with pytest.raises(UsageError) as caught:
         plot.main(args)
-    assert words in str(caught.value)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path):
@@ -246,22 +248,14 @@ def test_the_command_ends_with_a_line_and_a_code(monkeypatch, capsys):
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# PNG
-
-
-def test_a_png_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UsageError, match=r"pip install matplotlib\); a .svg does not"):
-        plot.main([write_run(tmp_path / "run", ROWS), "--out", str(tmp_path / "x.png")])
-
-
-def test_a_png_with_matplotlib(tmp_path):
-    pytest.importorskip("matplotlib")
-    run = write_run(tmp_path / "a $run$", ROWS)
-    assert plot.main([run, "--out", str(tmp_path / "x.png")]) == 0
-    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+def test_a_png_ends_with_a_line_and_a_code_before_anything_is_read(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plot", "there is none", "--out", "x.png"])
+    with pytest.raises(SystemExit) as end:
+        plot.command()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        "python -m npgpt.plot: --out must end in .svg, got x.png; write --out x.svg, which any browser shows\n"
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -102,17 +102,17 @@ def test_a_kernel_is_wrapped_only_while_a_profile_is_made():
     """So a debugger's stack shows an op, its kernel's reference, and nothing in between."""
     import npgpt.ops.linear as linear
     import npgpt.ops.mlp as mlp
-    from npgpt.kernels import blas
+    from npgpt.kernels import matmul as products
 
-    before = linear.linear_forward, blas.matmul, linear.matmul
+    before = linear.linear_forward, products.matmul, linear.matmul
     assert before[1] is before[2] and not hasattr(before[0], "__wrapped__")
     profile = Profile()
     with pytest.raises(OSError), profiling(profile):
         assert linear.linear_forward.__wrapped__ is before[0]
-        assert blas.matmul is linear.matmul is mlp.matmul and blas.matmul.__wrapped__ is before[1]
+        assert products.matmul is linear.matmul is mlp.matmul and products.matmul.__wrapped__ is before[1]
         with measuring("outer", lambda n: (n, 1), 7):
             linear.matmul(np.empty((2, 3)), np.ones((2, 4)), np.ones((4, 3)))
-        blas.matmul(np.empty((2, 3)), np.ones((2, 4)), np.ones((4, 3)))
+        products.matmul(np.empty((2, 3)), np.ones((2, 4)), np.ones((4, 3)))
         raise OSError
-    assert (linear.linear_forward, blas.matmul, linear.matmul) == before
+    assert (linear.linear_forward, products.matmul, linear.matmul) == before
     assert profile.rows["outer"].flops == 7 and profile.rows["matmul"].calls == 1

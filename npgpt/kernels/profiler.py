@@ -110,3 +110,24 @@ def measured_kernel(name, cost):
         return kernel
 
     return register
+
+
+def table(profile, workers):
+    """Where the time of an update went, as text: a line for each op's forward and backward."""
+    n, total = profile.entries, profile.seconds
+    whose = f", of which the first of {workers} workers does this share" if workers > 1 else ""
+    lines = [
+        "-" * 60,
+        f"an update, the mean of {n:,}, takes {total / n * 1e3:,.2f} ms{whose}:",
+        f"{'':<24}{'calls':>7}{'ms':>10}{'GFLOP':>9}{'GB':>8}{'GFLOP/s':>9}{'GB/s':>7}{'share':>7}",
+    ]
+    rest = total
+    for name, row in sorted(profile.rows.items(), key=lambda item: -item[1].seconds):
+        rest -= row.seconds
+        rate = f"{row.flops / row.seconds / 1e9:.0f}" if row.flops else ""
+        lines.append(
+            f"{name:<24}{row.calls / n:>7.0f}{row.seconds / n * 1e3:>10.3f}{row.flops / n / 1e9:>9.3f}"
+            f"{row.nbytes / n / 1e9:>8.4f}{rate:>9}{row.nbytes / row.seconds / 1e9:>7.0f}{row.seconds / total:>7.1%}"
+        )
+    lines.append(f"{'graph, Python, waiting':<24}{'':>7}{rest / n * 1e3:>10.3f}{'':>33}{rest / total:>7.1%}")
+    return "\n".join(lines)

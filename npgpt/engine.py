@@ -10,9 +10,8 @@ A node of the graph is any object with
 
 A leaf was not computed: it has no parents, and None for _backward.  The nodes of npgpt are Tensors (npgpt/tensor.py).
 
-`backward` sorts the graph so that every node comes after all nodes
-computed from it, and walks it once: by the time a node's turn comes, all contributions to its gradient have been added
-up.
+`backward` sorts the graph so that every node comes after all nodes computed from it, and walks it once: by the time a
+node's turn comes, all contributions to its gradient have been added up.
 
 What the engine promises:
 

@@ -165,6 +165,7 @@ class DataParallel:
         count = _count(targets)
         if count == 0:
             raise ValueError("forward_backward: every target is -1: there is nothing to learn from")
+        sending = self._sending() if last and self.world.between_machines else contextlib.nullcontext
 
         def work(rank):
             (start, stop), replica = shares[rank], self.replicas[rank]
@@ -176,7 +177,6 @@ class DataParallel:
                 loss.backward(weight * share)
                 return share * loss.item()
 
-        sending = self._sending() if last and self.world.between_machines else contextlib.nullcontext
         return sum(self.each(work))
 
     def gather_grads(self):

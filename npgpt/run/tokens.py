@@ -59,7 +59,7 @@ class Tokens:
         return self.gone is not None
 
     def error(self):
-        """The TokensChanged of a rank whose tokens have changed, or another rank's."""
+        """The TokensChanged to raise, on all ranks, if those of one have changed."""
         return TokensChanged(f"data: {self.gone or self._sources} was changed while the run read it")
 
 

@@ -20,6 +20,7 @@ from npgpt.errors import GradientError, StoppedError
 from npgpt.files import folder
 from npgpt.generate.sampling import Writer, unprompted
 from npgpt.kernels.profiler import profiling
+from npgpt.model import GPT
 from npgpt.optim import clip_scale
 from npgpt.run import state, times
 from npgpt.run.audit import BOUND
@@ -27,6 +28,7 @@ from npgpt.run.beginning import doubt_of
 from npgpt.run.divergence import diverged, first_not_finite
 from npgpt.run.evaluation import mean_loss
 from npgpt.run.events import Audited, Evaluation, Notice, Progress, log_row
+from npgpt.run.parallel import DataParallel
 from npgpt.run.ranks import ALONE
 from npgpt.run.saving import Saving
 from npgpt.run.setup import prepare
@@ -47,7 +49,7 @@ class Trainer:
     stop       a Stop; when it has a number while the data is read, StoppedError is raised
     world      the World of ranks that share the work; all of them must be given the same settings
 
-    setup      the Setup: data, model, workers, optimizer, and what else stays the same objects
+    setup      the Setup: data, model, workers, optimizer, and what else is made once
     standing   the Standing: how many updates were made, which evaluation was the best
     saving     the Saving: its checkpoints and its log
     """
@@ -86,7 +88,7 @@ class Trainer:
         If the loss or the gradient's norm is not finite, the update is skipped: weights and moments stay as they are.
         Raises DivergedError at the fifth in a row, and GradientError if the gradient is audited and wrong.
         """
-        setup, at, parallel = self.setup, self.standing, self.setup.parallel
+        setup, at, parallel = self.setup, self.standing, self.parallel
         self.audit = None
         parallel.zero_grad()
         mine, n, loss = setup.sequences, len(setup.micro_steps) * setup.world.size, 0.0
@@ -144,8 +146,8 @@ class Trainer:
     config = property(attrgetter("setup.config"))
     out_dir = property(attrgetter("setup.out_dir"))
     tokenizer = property(attrgetter("setup.tokenizer"))
-    model = property(attrgetter("setup.model"))
-    parallel = property(attrgetter("setup.parallel"))
+    model: GPT = property(attrgetter("setup.model"))
+    parallel: DataParallel = property(attrgetter("setup.parallel"))
     optimizer = property(attrgetter("setup.optimizer"))
     max_iters = property(attrgetter("setup.max_iters"))
     val_sample = property(attrgetter("setup.val_sample"))

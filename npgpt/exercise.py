@@ -26,7 +26,7 @@ from pathlib import Path
 
 from npgpt.command import FileName, Parser, showing_all
 from npgpt.errors import CheckpointError, UsageError, quoted, run_command
-from npgpt.study.faults import BUGS, FAULTS
+from npgpt.study.bugs import BUGS
 
 PROG = "python -m npgpt.exercise"
 PACKAGE = Path(__file__).resolve().parent
@@ -342,10 +342,12 @@ def check(op, answer):
     if changed:
         print(f"  WRONG  it changes {' and '.join(changed)} in place, which others still need: work on a copy")
         return False
-    ours = train()
-    theirs = train(in_place_of(op, answer))
+    from npgpt.study import training
+
+    ours = training.train()
+    theirs = training.train(in_place_of(op, answer))
     for whose, losses in (("yours", theirs), ("npgpt's", ours)):
-        print(f"  a GPT after {STEPS} steps, with {whose + ':':<8} loss {losses[0]:.6f} -> {losses[-1]:.6f}")
+        print(f"  a GPT after {training.STEPS} steps, with {whose + ':':<8} loss {losses[0]:.6f} -> {losses[-1]:.6f}")
     if not all(abs(a - b) <= 1e-6 * abs(b) for a, b in zip(theirs, ours, strict=True)):
         print("  WRONG  in a GPT it makes another gradient: does it hold for other shapes, and for other numbers, too?")
         return False
@@ -363,9 +365,7 @@ def shipped(exercise):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# A GPT that is trained for some steps, on the source of this file
-
-STEPS = 12
+# A GPT that goes back by what a student wrote
 
 
 def in_place_of(op, answer):
@@ -394,38 +394,6 @@ def in_place_of(op, answer):
     return lambda: replaced(module, exercise.replaces or exercise.function(), adapter)
 
 
-def train(backward_context=contextlib.nullcontext):
-    """The losses of a small GPT's first steps; each backward runs inside of backward_context()."""
-    import numpy as np
-
-    from npgpt.config import GPTConfig
-    from npgpt.kernels.masks import random_stream
-    from npgpt.model import GPT
-    from npgpt.optim import AdamW, FlatParameters
-
-    text = SOURCES.joinpath("exercise.py").read_text(encoding="utf-8")
-    characters = sorted(set(text))
-    tokens = np.array([characters.index(c) for c in text])
-    config = GPTConfig(vocab_size=len(characters), block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
-    model, rng = GPT(config, dtype=np.float64), np.random.default_rng(0)
-    flat = FlatParameters(model)
-    optimizer = AdamW(flat)
-    losses = []
-    for step in range(STEPS):
-        starts = rng.integers(0, len(tokens) - config.block_size, 4)
-        rows = starts[:, None] + np.arange(config.block_size)
-        flat.zero_grad()
-        with random_stream(step):
-            _, loss = model(tokens[rows], tokens[rows + 1])
-            with backward_context():
-                loss.backward()
-        flat.finish_grads()
-        optimizer.step += 1
-        optimizer.update(flat.grads, lr=1e-2)
-        losses.append(loss.item())
-    return losses
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Bugs to find
 
@@ -434,8 +402,7 @@ def bug(number):
     """The Fault of this number."""
     if not 1 <= number <= len(BUGS):
         raise UsageError(f"bug: there are bugs 1 to {len(BUGS)}, got {number}")
-    (fault,) = (fault for fault in FAULTS if fault.name == BUGS[number - 1])
-    return fault
+    return BUGS[number - 1]
 
 
 def right_source(fault):
@@ -579,6 +546,8 @@ def run_answer(args):
 
 
 def run_train(args):
+    from npgpt.study.training import train
+
     losses = train()
     print(f"{PACKAGE}: a small GPT's loss, step by step")
     print(" ".join(f"{loss:.4f}" for loss in losses))

@@ -1,4 +1,4 @@
-"""Do the tests notice?  Plants each mistake of study/faults.py, one at a time in a copy of the package, and runs tests.
+"""Do the tests notice?  Plants each mistake of faults.py, one at a time in a copy of the package, and runs tests.
 
     python tests/mutation.py [--jobs 2] [--only WORD]
     python tests/mutation.py --audit       does a training with --gradcheck-every notice, instead of the tests?
@@ -19,8 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from faults import FAULTS
+
 from npgpt.errors import GradientError
-from npgpt.study.faults import FAULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT, TOO_LONG = 600, "timeout"  # seconds, for one run of the tests
@@ -63,7 +64,7 @@ SOONER = {
 # A training in which a wrong gradient has nowhere to hide: biases, dropout, unequal shares of workers, two micro-steps,
 # more positions than attention's blocks of queries, heads no multiple of a vector.  It is audited twice.
 AUDITED = (
-    "--data npgpt/study/faults.py --n-layer 2 --n-head 2 --n-embd 20 --block-size 150 --batch-size 3 --workers 2 "
+    "--data tests/data/text.txt --n-layer 2 --n-head 2 --n-embd 20 --block-size 150 --batch-size 3 --workers 2 "
     "--bias --dropout 0.1 --gradient-accumulation-steps 2 --warmup-iters 0 --max-iters 11 --gradcheck-every 10 "
     "--eval-iters 1 --sample-tokens 0 --final-sample-tokens 0"
 ).split()

@@ -6,6 +6,7 @@ import math
 import mutation
 import numpy as np
 import pytest
+from faults import FAULTS
 from runs import TEXT, metrics, run, variant
 
 from npgpt import engine
@@ -19,7 +20,6 @@ from npgpt.run.audit import BOUND, Probes, length, loss_from, outputs
 from npgpt.run.parallel import DataParallel
 from npgpt.run.trainer import Audited, Evaluation, Notice, Trainer
 from npgpt.signals import Stop
-from npgpt.study.faults import FAULTS
 from npgpt.train import main
 
 

@@ -16,8 +16,8 @@ from npgpt import errors, exercise
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.exercise import EXERCISES, LEVELS, PACKAGE, exercise_text, main, with_kernels
 from npgpt.kernels import jit
-from npgpt.study import hints
-from npgpt.study.faults import BUGS, FAULTS
+from npgpt.study import hints, training
+from npgpt.study.bugs import BUGS
 
 
 @pytest.fixture
@@ -52,8 +52,8 @@ def with_mistake(op, before, after):
 @pytest.mark.parametrize("op", EXERCISES)
 def test_the_op_itself_solves_its_exercise_and_trains_a_gpt(op, check, monkeypatch):
     losses = []
-    train = exercise.train
-    monkeypatch.setattr(exercise, "train", lambda *args: losses.append(train(*args)) or losses[-1])
+    train = training.train
+    monkeypatch.setattr(training, "train", lambda *args: losses.append(train(*args)) or losses[-1])
     code, out = check(solution(op))
     assert code == 0 and f"passed: {op}" in out and "WRONG" not in out
     shown = ["dq", "dk", "dv"] if op == "attention" else EXERCISES[op].results
@@ -295,7 +295,7 @@ def test_what_cannot_be_called_is_named_and_what_has_no_signature_is_called(chec
 
 
 def test_a_mistake_of_npgpt_is_not_taken_for_the_students(check, monkeypatch):
-    monkeypatch.setattr(exercise, "train", lambda *args: 1 / 0)
+    monkeypatch.setattr(training, "train", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         check(solution("linear"))
 
@@ -554,7 +554,7 @@ def word_of(fault):
 
 
 def fault_of(number):
-    return next(fault for fault in FAULTS if fault.name == BUGS[number - 1])
+    return BUGS[number - 1]
 
 
 def gradchecks(lines, kernels):
@@ -583,7 +583,7 @@ def test_gradcheck_finds_every_bug_in_its_copy(tmp_path, capsys):
 
 @pytest.mark.skipif(jit.KERNELS != "numba", reason="compiles kernels")
 def test_gradcheck_finds_a_bug_in_a_compiled_kernel_of_the_copy(tmp_path, capsys):
-    (n,) = (n for n in range(1, len(BUGS) + 1) if BUGS[n - 1].startswith("layernorm kernel"))
+    (n,) = (n for n in range(1, len(BUGS) + 1) if BUGS[n - 1].name.startswith("layernorm kernel"))
     assert main(["bug", str(n), "--dir", str(tmp_path / "bug")]) == 0
     out = capsys.readouterr().out
     assert "\n  python -m npgpt.gradcheck\n" in out and "compiled kernel" in out
@@ -616,13 +616,13 @@ def test_a_copy_is_untouched_but_for_one_file_and_its_own_commands_run_it(tmp_pa
 
 
 def test_a_bug_changes_training(tmp_path):
-    (n,) = (n for n in range(1, len(BUGS) + 1) if BUGS[n - 1].startswith("embedding: the tied"))
+    (n,) = (n for n in range(1, len(BUGS) + 1) if BUGS[n - 1].name.startswith("embedding: the tied"))
     assert main(["bug", str(n), "--dir", str(tmp_path / "bug")]) == 0
     losses = {}
     for folder in (tmp_path / "bug", PACKAGE.parent):
         code, out, _ = command("npgpt.exercise", "train", cwd=folder)
         losses[folder] = [float(number) for number in out.splitlines()[1].split()]
-        assert code == 0 and len(losses[folder]) == exercise.STEPS
+        assert code == 0 and len(losses[folder]) == training.STEPS
     bad, good = losses.values()
     assert bad[0] == good[0] and bad[-1] > good[-1] + 0.1
 

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from npgpt.study.faults import FAULTS
+from faults import FAULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {  # "ops.linear" -> its path

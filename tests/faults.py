@@ -4,7 +4,8 @@ mutation.py plants them one at a time and demands that the tests notice.  The fi
 given to find, `python -m npgpt.exercise bug N`; they stand in npgpt/study/.
 """
 
-from npgpt.study.bugs import BUGS, Fault
+from npgpt.study.bugs import BUGS
+from npgpt.study.lesson import Fault
 
 FAULTS = [
     *BUGS,

@@ -36,6 +36,8 @@ os.environ["NPGPT_KERNELS"] = "numpy"  # nothing is compiled, so a line takes a 
 from npgpt import GPT, exercise, explain, gradcheck, plot, sample, train  # noqa: E402
 from npgpt.command import Parser  # noqa: E402
 from npgpt.errors import run_command  # noqa: E402
+from npgpt.study.blanks import exercise_text  # noqa: E402
+from npgpt.study.lessons import LESSONS  # noqa: E402
 
 SECONDS, BYTES = 20, 2 * 10**9
 ALL = {"train": train, "sample": sample, "explain": explain, "plot": plot, "exercise": exercise, "gradcheck": gradcheck}
@@ -136,8 +138,8 @@ def make(folder):
     for name, raw in (
         ("text.txt", TEXT.encode()), ("utf16.txt", TEXT.encode("utf-16")), ("empty.txt", b""),
         ("binary", bytes(range(256)) * 4), ("two\nlines/text.txt", TEXT.encode()),
-        ("linear.py", exercise.exercise_text("linear", 0, "linear.py").encode()),
-        ("blank.py", exercise.exercise_text("linear", 2, "blank.py").encode()),
+        ("linear.py", exercise_text(LESSONS["linear"], 0, "linear.py").encode()),
+        ("blank.py", exercise_text(LESSONS["linear"], 2, "blank.py").encode()),
     ):  # fmt: skip
         (folder / name).write_bytes(raw)
     with contextlib.redirect_stdout(io.StringIO()):

@@ -1,4 +1,4 @@
-"""Do the tests notice?  Plants each mistake of study/faults.py, one at a time in a copy of the package, and runs tests.
+"""Do the tests notice?  Plants each mistake of faults.py, one at a time in a copy of the package, and runs tests.
 
     python tests/mutation.py [--jobs 2] [--only WORD]
     python tests/mutation.py --audit       does a training with --gradcheck-every notice, instead of the tests?
@@ -19,8 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from faults import FAULTS
+
 from npgpt.errors import GradientError
-from npgpt.study.faults import FAULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT, TOO_LONG = 600, "timeout"  # seconds, for one run of the tests
@@ -30,8 +31,8 @@ RELEVANT = {
     "npgpt/engine.py": (["test_engine.py"], ""),
     "npgpt/kernels/buffers.py": (["test_engine.py"], ""),
     "npgpt/kernels/masks.py": (["test_engine.py"], ""),
-    "npgpt/tensor.py": (["test_gradcheck.py", "test_ops.py", "test_engine.py"], "not attention and not gpt"),
     "npgpt/ops/primitives.py": (["test_gradcheck.py", "test_ops.py", "test_engine.py"], "not attention and not gpt"),
+    "npgpt/tensor.py": (["test_gradcheck.py", "test_ops.py", "test_engine.py"], "not attention and not gpt"),
     "npgpt/kernels/vectors.py": (["test_tiles.py"], ""),
     "npgpt/kernels/tiles.py": (["test_tiles.py"], ""),
     "npgpt/ops/embedding.py": (["test_ops.py", "test_gradcheck.py", "test_compositions.py"], "embedding or gpt"),
@@ -67,7 +68,7 @@ SOONER = {
 # A training in which a wrong gradient has nowhere to hide: biases, dropout, unequal shares of workers, two micro-steps,
 # more positions than attention's blocks of queries, heads no multiple of a vector.  It is audited twice.
 AUDITED = (
-    "--data npgpt/study/faults.py --n-layer 2 --n-head 2 --n-embd 20 --block-size 150 --batch-size 3 --workers 2 "
+    "--data tests/data/text.txt --n-layer 2 --n-head 2 --n-embd 20 --block-size 150 --batch-size 3 --workers 2 "
     "--bias --dropout 0.1 --gradient-accumulation-steps 2 --warmup-iters 0 --max-iters 11 --gradcheck-every 10 "
     "--eval-iters 1 --sample-tokens 0 --final-sample-tokens 0"
 ).split()
@@ -76,8 +77,8 @@ AUDITED = (
 AGREE, NO_IGNORED = "forward and backward agree", "a training ignores no target"
 TIED = "the output layer has put its share of the tied gradient in its own place"
 UNSEEN = {
-    "npgpt/tensor.py": "the model uses none of these primitives",
     "npgpt/ops/primitives.py": "the model uses none of these primitives",
+    "npgpt/tensor.py": "the model uses none of these primitives",
     "npgpt/optim.py": "what is done with a right gradient",
     "npgpt/generate/decode.py": "not used in training",
     "npgpt/generate/sampling.py": "not used in training",

@@ -6,6 +6,7 @@ import math
 import mutation
 import numpy as np
 import pytest
+from faults import FAULTS
 from runs import TEXT, metrics, run, variant
 
 from npgpt import engine
@@ -21,7 +22,6 @@ from npgpt.run.events import Audited, Evaluation, Notice
 from npgpt.run.parallel import DataParallel
 from npgpt.run.trainer import Trainer
 from npgpt.signals import NEVER, Stop
-from npgpt.study.faults import FAULTS
 from npgpt.train import main
 
 

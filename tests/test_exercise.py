@@ -14,10 +14,12 @@ import pytest
 
 from npgpt import errors, exercise
 from npgpt.errors import CheckpointError, UsageError
-from npgpt.exercise import EXERCISES, LEVELS, PACKAGE, exercise_text, main, with_kernels
+from npgpt.exercise import LEVELS, PACKAGE, main, with_kernels
 from npgpt.kernels import jit
-from npgpt.study import hints
-from npgpt.study.faults import BUGS, FAULTS
+from npgpt.study import hints, training
+from npgpt.study.blanks import exercise_text
+from npgpt.study.bugs import BUGS, NUMBERED
+from npgpt.study.lessons import LESSONS
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def check(tmp_path, capsys):
 
 
 def solution(op):
-    return exercise_text(op, 0, "mine.py")
+    return exercise_text(LESSONS[op], 0, "mine.py")
 
 
 def with_mistake(op, before, after):
@@ -49,24 +51,24 @@ def with_mistake(op, before, after):
 # Files
 
 
-@pytest.mark.parametrize("op", EXERCISES)
+@pytest.mark.parametrize("op", LESSONS)
 def test_the_op_itself_solves_its_exercise_and_trains_a_gpt(op, check, monkeypatch):
     losses = []
-    train = exercise.train
-    monkeypatch.setattr(exercise, "train", lambda *args: losses.append(train(*args)) or losses[-1])
+    train = training.train
+    monkeypatch.setattr(training, "train", lambda *args: losses.append(train(*args)) or losses[-1])
     code, out = check(solution(op))
     assert code == 0 and f"passed: {op}" in out and "WRONG" not in out
-    shown = ["dq", "dk", "dv"] if op == "attention" else EXERCISES[op].results
+    shown = ["dq", "dk", "dv"] if op == "attention" else LESSONS[op].results
     assert re.findall(r"^  (\w+) +ok ", out, re.MULTILINE) == list(shown)
     assert losses[0] == pytest.approx(losses[1]) and losses[0][-1] < losses[0][0] - 0.5
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("op", EXERCISES)
+@pytest.mark.parametrize("op", LESSONS)
 def test_a_level_is_the_solution_with_blanks_in_the_backward_only(op, level, check):
-    text, solved = exercise_text(op, level, "mine.py"), solution(op)
-    blank = EXERCISES[op].backward
-    for name in (EXERCISES[op].function(), *(name.removesuffix("_ref") for name in blank[:-1])):
+    text, solved = exercise_text(LESSONS[op], level, "mine.py"), solution(op)
+    blank = LESSONS[op].backward
+    for name in (LESSONS[op].function(), *(name.removesuffix("_ref") for name in blank[:-1])):
         function = re.compile(rf"^def {name}\(.*?(?=\n\n\n|\n*\Z)", re.MULTILINE | re.DOTALL)
         (ours,), (theirs,) = function.findall(text), function.findall(solved)
         assert "..." in ours and ours != theirs
@@ -74,24 +76,25 @@ def test_a_level_is_the_solution_with_blanks_in_the_backward_only(op, level, che
         text = text.replace(ours, theirs)
     head = re.compile(r'^""".*?"""', re.DOTALL)
     assert head.sub("", text) == head.sub("", solved)
-    code, out = check(exercise_text(op, level, "mine.py"))
+    code, out = check(exercise_text(LESSONS[op], level, "mine.py"))
     assert code == 1 and ("blank" in out and "line" in out) and "passed:" not in out
 
 
-@pytest.mark.parametrize("op", EXERCISES)
+@pytest.mark.parametrize("op", LESSONS)
 def test_levels_give_less_and_less_away_and_hints_quote_the_forward(op):
-    trees = [ast.parse(exercise_text(op, level, "mine.py")) for level in (0, *LEVELS)]
+    trees = [ast.parse(exercise_text(LESSONS[op], level, "mine.py")) for level in (0, *LEVELS)]
     names = [sum(isinstance(node, ast.Name) for node in ast.walk(tree)) for tree in trees]
     assert names[0] > names[1] >= names[2] >= names[3]
-    text = exercise_text(op, 3, "mine.py")
+    text = exercise_text(LESSONS[op], 3, "mine.py")
     assert text.endswith('"""\n    ...\n')
     assert "_ref(" not in "".join(line for line in text.splitlines() if line.startswith("def "))
-    case = hints.Case(op, *exercise.shipped(EXERCISES[op])[1:], EXERCISES[op].results)
-    mistakes = list(hints.MISTAKES[op](*case.arguments()))
-    lines = {*hints.LINES[op].values(), *(line for *_, line in mistakes if line), *hints.SHARED.get(op, ())[1:]}
+    lesson = LESSONS[op]
+    case = hints.Case(lesson)
+    mistakes = list(lesson.mistakes(*case.arguments()))
+    lines = {*lesson.lines.values(), *(line for *_, line in mistakes if line), *filter(None, lesson.shared[1:])}
     lines |= {line for _, line in case.factors.values() if line}
     assert all(line in text for line in lines), lines
-    assert {*hints.LINES[op]} >= {*case.parts, *EXERCISES[op].results}
+    assert {*lesson.lines} >= {*case.parts, *lesson.results}
     for result, words, wrong, _ in mistakes:  # each is a mistake, of the right shape
         assert wrong.shape == case.parts[result].shape, words
         change = case.parts[result] - case.so_far.get(result, 0)
@@ -204,7 +207,7 @@ WRONG = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("op", "before", "after", "words"), WRONG, ids=lambda text: text if text in EXERCISES else "")
+@pytest.mark.parametrize(("op", "before", "after", "words"), WRONG, ids=lambda text: text if text in LESSONS else "")
 def test_a_wrong_answer_gets_the_right_hint(op, before, after, words, check):
     code, out = check(with_mistake(op, before, after))
     assert code == 1 and "passed:" not in out
@@ -213,7 +216,7 @@ def test_a_wrong_answer_gets_the_right_hint(op, before, after, words, check):
 
 
 def test_there_are_typical_wrong_answers_for_every_op():
-    assert all(sum(wrong[0] == op for wrong in WRONG) >= 3 for op in EXERCISES)
+    assert all(sum(wrong[0] == op for wrong in WRONG) >= 3 for op in LESSONS)
 
 
 def test_what_is_right_stays_right_beside_what_is_wrong(check):
@@ -227,7 +230,7 @@ def test_blank_results_are_named_and_the_others_are_checked(check):
     code, out = check(text)
     assert code == 1 and f"dweight  blank  see line {line}\n" in out and out.count(" ok ") == 2
     begun = "    dbias = dy.sum(axis=0)\n    dx = dy.mean()\n"
-    text = exercise_text("linear", 2, "mine.py").replace("    ...\n", begun)
+    text = exercise_text(LESSONS["linear"], 2, "mine.py").replace("    ...\n", begun)
     code, out = check(text)
     assert code == 1 and re.findall(r"^  (\w+) +(\w+)", out, re.M) == [
         ("dx", "WRONG"), ("dweight", "blank"), ("dbias", "ok"),
@@ -295,7 +298,7 @@ def test_what_cannot_be_called_is_named_and_what_has_no_signature_is_called(chec
 
 
 def test_a_mistake_of_npgpt_is_not_taken_for_the_students(check, monkeypatch):
-    monkeypatch.setattr(exercise, "train", lambda *args: 1 / 0)
+    monkeypatch.setattr(training, "train", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         check(solution("linear"))
 
@@ -443,11 +446,11 @@ def test_show_prints_or_writes_and_never_overwrites(tmp_path, capsys):
     ],
 )
 def test_a_name_never_gets_into_the_code_of_an_exercise(name, shown):
-    text = exercise_text("linear", 2, name)
+    text = exercise_text(LESSONS["linear"], 2, name)
     if shown is None:  # a backslash is part of a name here, and parts folders on Windows
         shown = "FILE" if os.name == "posix" else Path(name).name
     assert ast.get_docstring(ast.parse(text)).count(f"exercise check {shown}\n") == 1
-    assert text.replace(f"check {shown}\n", "check mine.py\n") == exercise_text("linear", 2, "mine.py")
+    assert text.replace(f"check {shown}\n", "check mine.py\n") == exercise_text(LESSONS["linear"], 2, "mine.py")
 
 
 @pytest.mark.parametrize(
@@ -508,7 +511,7 @@ def test_a_full_disk_leaves_no_half_of_anything(tmp_path, monkeypatch):
 def test_list_names_every_exercise(capsys):
     assert main(["list"]) == 0
     out = capsys.readouterr().out
-    for op, one in EXERCISES.items():
+    for op, one in LESSONS.items():
         assert op in out and f"npgpt/ops/{one.file}.py" in out and (PACKAGE / "ops" / f"{one.file}.py").is_file()
 
 
@@ -555,7 +558,7 @@ def word_of(fault):
 
 
 def fault_of(number):
-    return next(fault for fault in FAULTS if fault.name == BUGS[number - 1])
+    return BUGS[number - 1]
 
 
 def gradchecks(lines, kernels):
@@ -584,7 +587,7 @@ def test_gradcheck_finds_every_bug_in_its_copy(tmp_path, capsys):
 
 @pytest.mark.skipif(jit.KERNELS != "numba", reason="compiles kernels")
 def test_gradcheck_finds_a_bug_in_a_compiled_kernel_of_the_copy(tmp_path, capsys):
-    (n,) = (n for n in range(1, len(BUGS) + 1) if BUGS[n - 1].startswith("layernorm kernel"))
+    (n,) = (n for n in range(1, len(BUGS) + 1) if BUGS[n - 1].name.startswith("layernorm kernel"))
     assert main(["bug", str(n), "--dir", str(tmp_path / "bug")]) == 0
     out = capsys.readouterr().out
     assert "\n  python -m npgpt.gradcheck\n" in out and "compiled kernel" in out
@@ -617,13 +620,13 @@ def test_a_copy_is_untouched_but_for_one_file_and_its_own_commands_run_it(tmp_pa
 
 
 def test_a_bug_changes_training(tmp_path):
-    (n,) = (n for n in range(1, len(BUGS) + 1) if BUGS[n - 1].startswith("embedding: the tied"))
+    (n,) = (n for n in range(1, len(BUGS) + 1) if BUGS[n - 1].name.startswith("embedding: the tied"))
     assert main(["bug", str(n), "--dir", str(tmp_path / "bug")]) == 0
     losses = {}
     for folder in (tmp_path / "bug", PACKAGE.parent):
         code, out, _ = command("npgpt.exercise", "train", cwd=folder)
         losses[folder] = [float(number) for number in out.splitlines()[1].split()]
-        assert code == 0 and len(losses[folder]) == exercise.STEPS
+        assert code == 0 and len(losses[folder]) == training.STEPS
     bad, good = losses.values()
     assert bad[0] == good[0] and bad[-1] > good[-1] + 0.1
 
@@ -659,3 +662,4 @@ def test_bug_without_a_number_says_how_many_there_are(capsys):
     assert main(["bug"]) == 0
     assert f"there are {len(BUGS)} bugs" in capsys.readouterr().out
     assert len(set(BUGS)) == len(BUGS) >= 14
+    assert sorted(number for number, _ in NUMBERED) == list(range(1, len(BUGS) + 1))

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from npgpt.study.faults import FAULTS
+from faults import FAULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = {  # "ops.linear" -> its path
@@ -58,7 +57,8 @@ def imported_modules(name):
         parts = full.split(".")
         if parts[0] == "npgpt":
             inner = [".".join(parts[1:end]) for end in range(len(parts), 1, -1)]
-            yield next((module for module in inner if module in FILES), "__init__")
+            names = (name for module in inner for name in (module, f"{module}.__init__"))
+            yield next((name for name in names if name in FILES), "__init__")
 
 
 def top_level(tree):

@@ -1,28 +1,14 @@
 """Wrong gradients, wrong tokens, wrong weights: mistakes that are easily made, each in one place of npgpt.
 
-One list, used twice: tests/mutation.py plants them one at a time and demands that the tests notice, and
-`python -m npgpt.exercise bug N` plants one of the backward's for you to find.
+mutation.py plants them one at a time and demands that the tests notice.  The first ones are those that students are
+given to find, `python -m npgpt.exercise bug N`; they stand in npgpt/study/.
 """
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Fault:
-    name: str
-    file: str
-    before: str  # stands exactly once in the file ...
-    after: str  # ... and this is what the mistake makes of it
-    why: str  # what is wrong, in a sentence
-    kernel: bool = False  # in code that runs with Numba only, not with NPGPT_KERNELS=numpy
-
-    @property
-    def kernels(self):
-        """A value of NPGPT_KERNELS under which the faulty line runs; of both, the one that starts faster."""
-        return "numba" if self.kernel else "numpy"
-
+from npgpt.study.bugs import BUGS
+from npgpt.study.lesson import Fault
 
 FAULTS = [
+    *BUGS,
     # ----------------------------------------------------------------------------------------------------------------
     # engine.py
     Fault(
@@ -31,13 +17,6 @@ FAULTS = [
         "            self.value += grad\n",
         "            self.value = grad\n",
         "A tensor that is used twice gets the sum of both gradients, not the last one.",
-    ),
-    Fault(
-        "engine: the second contribution forgets the first",
-        "npgpt/engine.py",
-        "            np.add(self.value, grad, out=total)\n",
-        "            total[...] = grad\n",
-        "The first contribution was somebody else's array, so the sum needs a new one; but it must be the sum.",
     ),
     Fault(
         "engine: the two halves of a + a are taken for one",
@@ -94,30 +73,6 @@ FAULTS = [
         "            self.value[...] = 0 if so_far is None else so_far\n",
         "            self.value[...] = 0\n",
         "The gradient so far must be carried over into the array that is added to.",
-    ),
-    Fault(
-        "engine: breadth-first instead of topological order",
-        "npgpt/engine.py",
-        """\
-        node, parents = stack[-1]
-        for parent in parents:
-            if parent.requires_grad and id(parent) not in visited:
-                visited.add(id(parent))
-                stack.append((parent, iter(parent._parents)))
-                break
-        else:
-            order.append(node)
-            stack.pop()
-""",
-        """\
-        node, parents = stack.pop(0)
-        order.insert(0, node)
-        for parent in parents:
-            if parent.requires_grad and id(parent) not in visited:
-                visited.add(id(parent))
-                stack.append((parent, iter(parent._parents)))
-""",
-        "A backward that runs before all contributions to its gradient have come passes on only a part of it.",
     ),
     Fault(
         "engine: records within no_grad",
@@ -186,20 +141,6 @@ FAULTS = [
         "Broadcasting copies a number to several places; its gradient is the sum over these places.",
     ),
     Fault(
-        "unbroadcast: stretched axes are not summed",
-        "npgpt/tensor.py",
-        "    grad = grad.sum(axis=tuple(range(extra)) + stretched, keepdims=True)\n",
-        "    grad = grad.sum(axis=tuple(range(extra)))[tuple(slice(0, n) for n in x.shape)]\n",
-        "An axis of length 1 that was stretched was copied too, so it must be summed over, not cut.",
-    ),
-    Fault(
-        "log: multiplied instead of divided",
-        "npgpt/tensor.py",
-        "(dy / a.data,)",
-        "(dy * a.data,)",
-        "The derivative of log x is 1/x.",
-    ),
-    Fault(
         "sqrt: without the 2",
         "npgpt/tensor.py",
         "dy / (2 * y)",
@@ -233,20 +174,6 @@ FAULTS = [
         "tuple(np.moveaxis(dy, axis, 0))",
         "tuple(np.moveaxis(dy, axis, 0)[:1].repeat(len(tensors), 0))",
         "Each slice of the gradient belongs to the tensor that lies there.",
-    ),
-    Fault(
-        "tanh: slope from the input",
-        "npgpt/tensor.py",
-        "dy * (1 - y * y)",
-        "dy * (1 - a.data * a.data)",
-        "The slope 1 - tanh(x)^2 is made of the output, not of the input.",
-    ),
-    Fault(
-        "relu: gate by the gradient",
-        "npgpt/tensor.py",
-        "dy * (a.data > 0)",
-        "dy * (dy > 0)",
-        "ReLU lets a gradient pass where its input was positive, whatever the gradient's own sign.",
     ),
     Fault(
         "mean: not divided by the count",
@@ -286,13 +213,6 @@ FAULTS = [
     # ----------------------------------------------------------------------------------------------------------------
     # embedding.py
     Fault(
-        "embedding: of a repeated token one gradient counts",
-        "npgpt/ops/embedding.py",
-        "    np.add.at(dwte, idx, dy)  # not dwte[idx] += dy: a token that occurs twice would count once\n",
-        "    dwte[idx] += dy\n",
-        "A token that occurs twice in the batch used the same row twice; both gradients belong to it.",
-    ),
-    Fault(
         "embedding kernel: of a repeated token the last gradient counts",
         "npgpt/ops/embedding.py",
         "                dwte[v, i] += dy[b, t, i]\n",
@@ -308,13 +228,6 @@ FAULTS = [
         "Every sequence of the batch used the same position embeddings, so their gradients add up.",
     ),
     Fault(
-        "embedding: the tied output layer's share is lost",
-        "npgpt/ops/embedding.py",
-        "        dwte, dwpe = wte.grad_to_add_to(), wpe.grad_to_add_to()\n",
-        "        wte.grad = None\n        dwte, dwpe = wte.grad_to_add_to(), wpe.grad_to_add_to()\n",
-        "The token table is the output layer's weight as well; what that layer left in its gradient must stay.",
-    ),
-    Fault(
         "embedding: what was added in place is added again",
         "npgpt/ops/embedding.py",
         "        return None, None  # both are added already\n",
@@ -324,25 +237,11 @@ FAULTS = [
     # ----------------------------------------------------------------------------------------------------------------
     # layernorm.py
     Fault(
-        "layernorm: without the mean's term",
-        "npgpt/ops/layernorm.py",
-        "    dx = rstd[:, None] * (g - g_mean - xhat * g_xhat_mean)\n",
-        "    dx = rstd[:, None] * (g - xhat * g_xhat_mean)\n",
-        "x reaches the output through the mean, too.",
-    ),
-    Fault(
         "layernorm: without the variance's term",
         "npgpt/ops/layernorm.py",
         "    dx = rstd[:, None] * (g - g_mean - xhat * g_xhat_mean)\n",
         "    dx = rstd[:, None] * (g - g_mean)\n",
         "x reaches the output through the variance, too.",
-    ),
-    Fault(
-        "layernorm: weight's gradient from x instead of xhat",
-        "npgpt/ops/layernorm.py",
-        "    dweight = (dy * xhat).sum(axis=0)\n",
-        "    dweight = (dy * x).sum(axis=0)\n",
-        "The weight multiplied the normalised value.",
     ),
     Fault(
         "layernorm: weight forgotten on the way to x",
@@ -357,14 +256,6 @@ FAULTS = [
         "r * (dy[n, i] * weight[i] - g_mean - xhat * g_xhat_mean)",
         "r * (dy[n, i] * weight[i] - xhat * g_xhat_mean)",
         "x reaches the output through the mean, too.",
-        kernel=True,
-    ),
-    Fault(
-        "layernorm kernel: without the variance's term",
-        "npgpt/ops/layernorm.py",
-        "r * (dy[n, i] * weight[i] - g_mean - xhat * g_xhat_mean)",
-        "r * (dy[n, i] * weight[i] - g_mean)",
-        "x reaches the output through the variance, too.",
         kernel=True,
     ),
     Fault(
@@ -391,13 +282,6 @@ FAULTS = [
         "    dweight = dy.T @ x\n",
         "    dweight = (x.T @ dy).reshape(weight.shape)\n",
         "x^T dy is the transpose of what is wanted; reshaping it makes the shapes agree, and the figures no righter.",
-    ),
-    Fault(
-        "linear: the bias gets the mean",
-        "npgpt/ops/linear.py",
-        "    dbias = dy.sum(axis=0)\n",
-        "    dbias = dy.mean(axis=0)\n",
-        "Every row used the bias; the gradients of the rows add up.",
     ),
     Fault(
         "linear kernel: the weight's gradient is transposed",
@@ -430,34 +314,6 @@ FAULTS = [
         "    dv = (p * drop).swapaxes(-1, -2) @ dy\n",
         "    dv = (p * drop) @ dy\n",
         "The gradient of value j is a sum over the queries that looked at it: a column of the weights, not a row.",
-    ),
-    Fault(
-        "attention: keys transposed, then reshaped",
-        "npgpt/ops/attention.py",
-        "    dk = ds.swapaxes(-1, -2) @ q",
-        "    dk = (q.swapaxes(-1, -2) @ ds).reshape(q.shape)",
-        "q^T ds is the transpose of what is wanted; reshaping it makes the shapes agree, and the figures no righter.",
-    ),
-    Fault(
-        "attention: softmax backward without the sum",
-        "npgpt/ops/attention.py",
-        "    ds = p * (dp - (dp * p).sum(axis=-1, keepdims=True))\n",
-        "    ds = p * dp\n",
-        "The probabilities of a row sum to 1: raising one score lowers all other probabilities.",
-    ),
-    Fault(
-        "attention: queries without the scale",
-        "npgpt/ops/attention.py",
-        "    dq = ds @ k / math.sqrt(q.shape[-1])\n",
-        "    dq = ds @ k\n",
-        "The scores were divided by sqrt(hs), and so is their gradient on its way to q.",
-    ),
-    Fault(
-        "attention: backward without the dropout mask",
-        "npgpt/ops/attention.py",
-        "    dp = da * drop\n",
-        "    dp = da\n",
-        "A weight that was dropped did not reach the output.",
     ),
     Fault(
         "attention: sees one position of the future",
@@ -544,14 +400,6 @@ FAULTS = [
         "                            drop(row_grad, t + 1, p_drop, key, number)  # dp\n",
         "                            pass\n",
         "A weight that was dropped did not reach the output.",
-        kernel=True,
-    ),
-    Fault(
-        "attention kernel: later blocks replace the gradient of the keys",
-        "npgpt/ops/attention.py",
-        "product(dk[j0:j1], grad[rows, j0:j1].T, q[t0:end], end < T)",
-        "product(dk[j0:j1], grad[rows, j0:j1].T, q[t0:end], False)",
-        "A key is seen by the queries of its own block and of all later ones; their contributions add up.",
         kernel=True,
     ),
     Fault(
@@ -687,20 +535,6 @@ FAULTS = [
     # ----------------------------------------------------------------------------------------------------------------
     # mlp.py
     Fault(
-        "mlp: second weight from the value before the activation",
-        "npgpt/ops/mlp.py",
-        "linear_backward_ref(dy, act, w_proj)",
-        "linear_backward_ref(dy, pre, w_proj)",
-        "The second layer multiplied what came out of the GELU.",
-    ),
-    Fault(
-        "mlp: slope at the value after the activation",
-        "npgpt/ops/mlp.py",
-        "    dpre = dact * gelu_slope_ref(pre)\n",
-        "    dpre = dact * gelu_slope_ref(act)\n",
-        "The slope of the GELU is taken where the GELU was: at its input.",
-    ),
-    Fault(
         "mlp: GELU's slope without the product rule's second term",
         "npgpt/ops/mlp.py",
         "    return 0.5 * (1 + t) + 0.5 * z * (1 - t**2) * K * (1 + 3 * A * z**2)\n",
@@ -713,14 +547,6 @@ FAULTS = [
         "    matmul(dw_proj, dy.T, act)\n",
         "    matmul(dw_proj, dy.T, pre)\n",
         "The second layer multiplied what came out of the GELU.",
-        kernel=True,
-    ),
-    Fault(
-        "mlp kernel: GELU's slope without the inner derivative",
-        "npgpt/ops/mlp.py",
-        " * two_k * (one + a3 * z * z)\n",
-        " * two_k\n",
-        "u = k (z + a z^3) has the derivative k (1 + 3 a z^2); near 0 it is nearly k.",
         kernel=True,
     ),
     Fault(
@@ -747,13 +573,6 @@ FAULTS = [
         "    dlogits[rows, targets[rows]] -= 1\n",
         "",
         "The loss has the target's own logit in it with a minus sign.",
-    ),
-    Fault(
-        "cross-entropy: ignored rows get a gradient",
-        "npgpt/ops/cross_entropy.py",
-        "    dlogits[~valid] = 0\n",
-        "",
-        "The loss does not depend on rows whose target is ignored.",
     ),
     Fault(
         "cross-entropy: mean over the ignored rows as well",
@@ -807,13 +626,6 @@ FAULTS = [
         "        dropout_rows(dx.reshape(rows.shape), as_rows(dy), key, first_row, p)\n",
         "        dropout_rows(dx.reshape(rows.shape), as_rows(dy), key, first_row, p)\n        dx *= 1 - p\n",
         "What was kept was scaled up by 1 / (1 - p), and so is its gradient.",
-    ),
-    Fault(
-        "dropout: another mask in the backward",
-        "npgpt/ops/dropout.py",
-        "        dropout_rows(dx.reshape(rows.shape), as_rows(dy), key, first_row, p)\n",
-        "        dropout_rows(dx.reshape(rows.shape), as_rows(dy), next_random_key()[0], first_row, p)\n",
-        "The gradient goes where the forward's mask let the value pass.",
     ),
     Fault(
         "dropout: the same mask in every worker",
@@ -1369,29 +1181,3 @@ FAULTS = [
         "Two matrices cannot be read into one unless they are the same.",
     ),
 ]
-
-# The faults that are given to students to find, from easy to hard: each fails `python -m npgpt.gradcheck`.
-BUGS = (
-    "linear: the bias gets the mean",
-    "log: multiplied instead of divided",
-    "tanh: slope from the input",
-    "relu: gate by the gradient",
-    "cross-entropy: ignored rows get a gradient",
-    "layernorm: weight's gradient from x instead of xhat",
-    "layernorm: without the mean's term",
-    "mlp: second weight from the value before the activation",
-    "mlp: slope at the value after the activation",
-    "attention: queries without the scale",
-    "attention: softmax backward without the sum",
-    "attention: keys transposed, then reshaped",
-    "embedding: of a repeated token one gradient counts",
-    "unbroadcast: stretched axes are not summed",
-    "attention: backward without the dropout mask",
-    "layernorm kernel: without the variance's term",
-    "mlp kernel: GELU's slope without the inner derivative",
-    "embedding: the tied output layer's share is lost",
-    "dropout: another mask in the backward",
-    "engine: the second contribution forgets the first",
-    "engine: breadth-first instead of topological order",
-    "attention kernel: later blocks replace the gradient of the keys",
-)

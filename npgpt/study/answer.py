@@ -1,0 +1,201 @@
+"""A student's file: it is run, and what its backwards return is compared, alone and in a GPT."""
+
+import ast
+import contextlib
+import importlib.machinery
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import numpy as np
+
+from npgpt.errors import UsageError
+from npgpt.gradcheck import replaced
+from npgpt.study import training
+from npgpt.study.blanks import PROG, blank_lines
+from npgpt.study.hints import Case, of_exception
+from npgpt.study.lessons import LESSONS
+
+
+class Wrong(Exception):
+    """What is wrong with a student's file, in a line."""
+
+
+class Answer:
+    """A student's file: its functions by the names of their ops, and the lines that are still blank."""
+
+    def __init__(self, path):
+        if not path.is_file():
+            raise UsageError(f"there is no file {path}; {PROG} show OP --out FILE writes one")
+        self.path = path.resolve()
+        try:
+            tree = ast.parse(path.read_bytes(), str(self.path))
+            code = compile(tree, str(self.path), "exec", dont_inherit=True)  # finds a return outside of a function, too
+        except (SyntaxError, ValueError) as error:  # ValueError: bytes that no source has
+            raise Wrong(self._at(getattr(error, "lineno", None), getattr(error, "msg", error))) from None
+        except (RecursionError, MemoryError):
+            raise Wrong(self._at(None, "Python cannot read it: an expression in it is too long or too deep")) from None
+        self.blank = blank_lines(tree)
+        self.line = {node.name: node.lineno for node in tree.body if hasattr(node, "name")}  # of a function, a class
+        loader = importlib.machinery.SourceFileLoader("exercise_file", str(self.path))
+        loader.get_code = lambda _: code  # not a cached one: Python knows a change by its second only
+        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+        sys.modules[loader.name] = module  # as of any module that is imported: dataclasses look there
+        with self.running():
+            loader.exec_module(module)
+        found = {op: getattr(module, lesson.function(), None) for op, lesson in LESSONS.items()}
+        self.functions = {op: function for op, function in found.items() if callable(function)}
+        if not self.functions:
+            names = ", ".join(lesson.function() for lesson in LESSONS.values())
+            raise UsageError(f"{path} has none of the functions {names}")
+
+    @contextlib.contextmanager
+    def running(self):
+        """Within this context, in which student's code runs, an exception becomes Wrong, with the line it came from."""
+        try:
+            yield
+        except (KeyboardInterrupt, Wrong):
+            raise
+        except BaseException as error:  # SystemExit, and a student's own
+            frames = traceback.extract_tb(error.__traceback__)
+            places = [frame.lineno for frame in frames if frame.filename == str(self.path)]
+            try:
+                text = str(error)
+            except Exception:  # made by the student's own class
+                text = "(its text cannot be made)"
+            hint = of_exception(error, text)
+            words = f"{type(error).__name__}: {text}" + (f" (hint: {hint})" if hint else "")
+            raise Wrong(self._at(places[-1] if places else None, words) + self.still_blank("; still blank: ")) from None
+
+    def results(self, lesson, arguments):
+        """{name: array} of what the backward returns; None where a result is blank."""
+        with self.running():
+            return written(self.functions[lesson.op], lesson, arguments)
+
+    def check_signature(self, lesson):
+        """Raise Wrong if the function cannot be called as the op's own."""
+        _, _, parameters = lesson.references()
+        try:
+            takes = inspect.signature(self.functions[lesson.op])
+        except (TypeError, ValueError):  # it is not Python's, and does not tell
+            return
+        try:
+            takes.bind(*parameters)
+        except TypeError:
+            name = lesson.function()
+            words = f"{name} takes {takes}, it is called with ({', '.join(parameters)})"
+            raise Wrong(self._at(self.line.get(name), words)) from None
+
+    def still_blank(self, words):
+        """words, with the lines that are blank; nothing if none is."""
+        return f"{words}line{'s' * (len(self.blank) > 1)} {', '.join(map(str, self.blank))}" if self.blank else ""
+
+    def _at(self, line, words):
+        return f"{self.path.name}{'' if line is None else f' line {line}'}: {' '.join(str(words).split())}"
+
+
+@contextlib.contextmanager
+def imports_beside(path):
+    """Within this context imports find what is beside a file, as in `python FILE`; afterwards it is forgotten."""
+    folder = Path(os.path.realpath(path)).parent
+    before, modules, no_bytecode = list(sys.path), set(sys.modules), sys.dont_write_bytecode
+    sys.path.insert(0, str(folder))
+    sys.dont_write_bytecode = True  # of a file that is being worked on: Python knows a change by its second only
+    try:
+        yield
+    finally:
+        sys.path[:], sys.dont_write_bytecode = before, no_bytecode
+        files = {name: getattr(sys.modules[name], "__file__", None) for name in set(sys.modules) - modules}
+        beside = {name for name, file in files.items() if "." not in name and folder in Path(str(file)).parents[:2]}
+        for name in files:
+            if name.partition(".")[0] in beside:
+                del sys.modules[name]
+
+
+def written(backward, lesson, arguments):
+    """{name: array} of what a student's backward returns; None where a result is blank."""
+    results = backward(*arguments)
+    if results is None or results is ...:
+        return dict.fromkeys(lesson.results)
+    results = tuple(results) if isinstance(results, (tuple, list)) else (results,)
+    if len(results) != len(lesson.results):
+        raise Wrong(
+            f"{lesson.function()} returns {len(results)} result{'s' * (len(results) != 1)}, "
+            f"it must return {len(lesson.results)}: {', '.join(lesson.results)}"
+        )
+    arrays = {}
+    for name, result in zip(lesson.results, results, strict=True):
+        if result is None or result is ...:
+            arrays[name] = None
+            continue
+        try:
+            array = np.asarray(result)
+            arrays[name] = array if np.iscomplexobj(array) else np.asarray(array, np.float64)
+        except (TypeError, ValueError):
+            raise Wrong(f"{lesson.function()}: {name} is a {type(result).__name__}, not an array") from None
+    return arrays
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Comparing: with finite differences, and in a GPT
+
+
+def check(lesson, answer, say):
+    """Say, in lines, what a student's backward is worth; True if all of it is right."""
+    answer.check_signature(lesson)
+    say(f"{lesson.op}: {lesson.function()} against finite differences")
+    case = Case(lesson)
+    arguments = case.arguments()
+    results = answer.results(lesson, arguments)
+    right = True
+    verdicts = case.compare({name: array for name, array in results.items() if array is not None})
+    for name in results:
+        if name not in verdicts:
+            say(f"  {name:<8} blank  {answer.still_blank('see ') or 'it is None'}")
+            right = False
+            continue
+        for verdict in verdicts[name]:
+            words = f"WRONG  {verdict.wrong}" if verdict.wrong else f"ok     {verdict.error:.0e}"
+            say(f"  {verdict.name:<8} {words}" + (f"\n           hint: {verdict.hint}" if verdict.hint else ""))
+            right = right and not verdict.wrong
+    if not right:
+        if answer.blank:
+            say(answer.still_blank("  still blank: "))
+        return False
+    changed = case.changed(arguments)
+    if changed:
+        say(f"  WRONG  it changes {' and '.join(changed)} in place, which others still need: work on a copy")
+        return False
+    ours = training.train()
+    theirs = training.train(in_place_of(lesson, answer))
+    for whose, losses in (("yours", theirs), ("npgpt's", ours)):
+        say(f"  a GPT after {training.STEPS} steps, with {whose + ':':<8} loss {losses[0]:.6f} -> {losses[-1]:.6f}")
+    if not all(abs(a - b) <= 1e-6 * abs(b) for a, b in zip(theirs, ours, strict=True)):
+        say("  WRONG  in a GPT it makes another gradient: does it hold for other shapes, and for other numbers, too?")
+        return False
+    say(f"passed: {lesson.op}")
+    return True
+
+
+def in_place_of(lesson, answer):
+    """A context in which the op goes back by the student's function, called as the op calls its own."""
+    _, _, parameters = lesson.references()
+
+    def adapter(*arguments):  # the outputs come first; those that are added to in place are inputs as well
+        results = answer.results(lesson, arguments[len(arguments) - len(parameters) :])
+        for out, (name, result) in zip(arguments, results.items(), strict=False):
+            where = f"{lesson.function()}: in a GPT"
+            if result is None:
+                raise Wrong(f"{where} it returns None for {name}")
+            if out is None:  # the gradient of a bias where there is none
+                continue
+            if result.shape != out.shape:
+                raise Wrong(f"{where} {name} has shape {result.shape}, not {out.shape}")
+            if np.iscomplexobj(result):
+                raise Wrong(f"{where} {name} is complex, and a gradient is real")
+            out[...] = result
+
+    return lambda: replaced(lesson.module(), lesson.replaces or lesson.function(), adapter)

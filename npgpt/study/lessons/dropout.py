@@ -1,0 +1,59 @@
+"""Dropout: forward and backward are one function."""
+
+from npgpt.study.lesson import Fault, Lesson
+
+
+def arguments(new, N, C, p, first_row, key=0xC0FFEE):
+    import numpy as np
+
+    return {"x": new(N, C), "key": np.uint32(key), "first_row": first_row, "p": p}
+
+
+def factors(p, **_):
+    return {"1 - p": (1 - p, None), "(1 - p)^2": ((1 - p) ** 2, None), "(1 - p) / p": ((1 - p) / p, None)}
+
+
+def mistakes(dy, key, first_row, p):
+    from npgpt.kernels.masks import dropout_mask_ref
+    from npgpt.ops.dropout import dropout_ref
+
+    mask, scale = dropout_mask_ref(key, first_row, dy.shape, p), 1 / (1 - p)
+    line = "mask = dropout_mask_ref(key, first_row, x.shape, p)"
+    yield "dx", "missing mask, and missing factor: what was dropped did not reach the output", dy, line
+    yield "dx", "wrong mask: it is turned round, what was dropped gets a gradient", dy * ~mask * scale, line
+    for first, words in ((0, "its rows are numbered from first_row on"), (first_row + 1, "its first row is first_row")):
+        yield "dx", f"wrong mask: {words}", dropout_ref(dy, key, first, p), line
+    other = dropout_mask_ref(key, first_row, dy.shape, 1 - p)
+    yield "dx", "wrong mask: that of another probability", dy * other * scale, line
+    yield "dx", "missing factor: the mask alone, where dy belongs too", mask * scale, None
+
+
+BUGS = {
+    19: Fault(
+        "dropout: another mask in the backward",
+        "npgpt/ops/dropout.py",
+        "        dropout_rows(dx.reshape(rows.shape), as_rows(dy), key, first_row, p)\n",
+        "        dropout_rows(dx.reshape(rows.shape), as_rows(dy), next_random_key()[0], first_row, p)\n",
+        "The gradient goes where the forward's mask let the value pass.",
+    ),
+}
+
+LESSON = Lesson(
+    op="dropout",
+    file="dropout",
+    topic="the same mask once more",
+    forward=("dropout_ref",),
+    backward=("dropout_ref",),
+    results=("dx",),
+    imports="from npgpt.ops.dropout import dropout_mask_ref",
+    replaces="dropout_rows",
+    exchange=(("dropout_ref", "dropout_backward_ref"), ("x", "dy"), ("y", "dx")),
+    arguments=arguments,
+    sizes={"N": 4, "C": 7, "p": 0.4, "first_row": 3, "key": 9},
+    lengths=("N", "C"),
+    factors=factors,
+    lines={"dx": "return np.where(mask, x * x.dtype.type(1 / (1 - p)), x.dtype.type(0))"},
+    zeros="where the mask dropped x: y does not depend on it",
+    mistakes=mistakes,
+    bugs=BUGS,
+)

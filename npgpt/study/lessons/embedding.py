@@ -1,0 +1,62 @@
+"""Embedding: what is looked up several times, and a backward that adds in place."""
+
+from npgpt.study.lesson import Fault, Lesson
+
+IDX = ((1, 0, 1, 6), (3, 1, 4, 4), (6, 3, 1, 0))  # some tokens often, 2, 5 and 7 never
+LOOKED_UP = "return wte[idx] + wpe[:T]"
+
+
+def arguments(new, B, T, C, V, block_size, idx=None):
+    import numpy as np
+
+    idx = new.integers(V, B, T) if idx is None else np.array(idx)
+    return {"idx": idx, "wte": new(V, C), "wpe": new(block_size, C)}
+
+
+def mistakes(dwte, dwpe, dy, idx):
+    import numpy as np
+
+    T = idx.shape[1]
+    once, first, last = np.zeros_like(dwte), np.zeros_like(dwpe), np.zeros_like(dwpe)
+    once[idx] += dy
+    first[:T], last[:T] = dy[0], dy[-1]
+    yield "dwte", "repeated index: of a token that occurs more than once only one gradient counts", once, None
+    tokens = np.zeros_like(dwte)
+    np.add.at(tokens, idx[0], dy[0])
+    yield "dwte", "one sequence only: the others of the batch looked up rows, too", tokens, None
+    for array in (first, last):
+        yield "dwpe", "one row only: every sequence of the batch used the same positions", array, None
+
+
+BUGS = {
+    13: Fault(
+        "embedding: of a repeated token one gradient counts",
+        "npgpt/ops/embedding.py",
+        "    np.add.at(dwte, idx, dy)  # not dwte[idx] += dy: a token that occurs twice would count once\n",
+        "    dwte[idx] += dy\n",
+        "A token that occurs twice in the batch used the same row twice; both gradients belong to it.",
+    ),
+    18: Fault(
+        "embedding: the tied output layer's share is lost",
+        "npgpt/ops/embedding.py",
+        "        dwte, dwpe = wte.grad_to_add_to(), wpe.grad_to_add_to()\n",
+        "        wte.grad = None\n        dwte, dwpe = wte.grad_to_add_to(), wpe.grad_to_add_to()\n",
+        "The token table is the output layer's weight as well; what that layer left in its gradient must stay.",
+    ),
+}
+
+LESSON = Lesson(
+    op="embedding",
+    file="embedding",
+    topic="a row that is looked up several times, and adding in place",
+    forward=("embedding_forward_ref",),
+    backward=("embedding_backward_ref",),
+    results=("dwte", "dwpe"),
+    arguments=arguments,
+    sizes={"B": 3, "T": 4, "C": 5, "V": 8, "block_size": 6, "idx": IDX},
+    lengths=("B", "T", "V", "C"),
+    lines={"dwte": LOOKED_UP, "dwpe": LOOKED_UP},
+    zeros="in the rows of what does not occur in the batch",
+    mistakes=mistakes,
+    bugs=BUGS,
+)

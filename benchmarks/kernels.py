@@ -18,10 +18,11 @@ import numpy as np
 from benchmarks.common import BenchmarkError, machine, machine_line, positive
 from benchmarks.workloads import WORKLOADS
 from npgpt.errors import UsageError, run_command
+from npgpt.study.arguments import New, lesson_of, reference_arguments
+from npgpt.study.lessons import LESSONS
 
 TOLERANCE = 1e-4  # of an output's largest entry: the two sides round differently
 P_DROP = 0.1
-KEY = np.uint32(0xC0FFEE)  # of the dropout mask
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -29,85 +30,27 @@ KEY = np.uint32(0xC0FFEE)  # of the dropout mask
 
 
 class Cases:
-    """A method for each pair, which makes its reference's arguments.  linear is the layer that makes q, k and v."""
+    """The arguments of each pair's reference: an op's lesson makes them, others have a method here."""
 
     def __init__(self, workload):
         c = workload.config
-        self.B, self.T, self.V = workload.batch_size // 2, c.block_size, c.vocab_size
-        self.N, self.C, self.H, self.bias = self.B * self.T, c.n_embd, c.n_head, c.bias
-        self.n_parameters = (c.n_layer * 12 * self.C**2 + (self.V + self.T) * self.C) // 2
-        self.rng = np.random.default_rng(0)
+        self.new, self.C = New(np.float32), c.n_embd
+        B, T, V, C = workload.batch_size // 2, c.block_size, c.vocab_size, c.n_embd
+        self.N, self.n_parameters = B * T, (c.n_layer * 12 * C**2 + (V + T) * C) // 2
+        self.sizes = dict(  # of what lessons make; linear is the layer that makes q, k and v
+            B=B, T=T, V=V, N=B * T, C=C, F=4 * C, I=C, O=3 * C, block_size=T, n_head=c.n_head, hs=C // c.n_head,
+            bias=c.bias, scale=C**-0.5, p=P_DROP, p_drop=0.0, batch_offset=0, first_row=0,
+        )  # fmt: skip
 
-    def new(self, *shape):
-        return self.rng.standard_normal(shape, np.float32)
-
-    def tokens(self, *shape):
-        return self.rng.integers(0, self.V, shape)
+    def of(self, name, reference):
+        lesson = lesson_of(reference)
+        if lesson is None:
+            return getattr(self, name)()
+        wanted = inspect.signature(lesson.arguments).parameters
+        return reference_arguments(reference, self.new, **{k: v for k, v in self.sizes.items() if k in wanted})
 
     def matmul(self):
         return self.new(self.N, self.C), self.new(4 * self.C, self.C).T
-
-    def embedding_forward(self):
-        idx = self.tokens(self.B, self.T)
-        return idx, self.new(self.V, self.C), self.new(self.T, self.C)
-
-    def embedding_backward(self):
-        idx, dy = self.tokens(self.B, self.T), self.new(self.B, self.T, self.C)
-        return self.new(self.V, self.C), self.new(self.T, self.C), dy, idx
-
-    def layernorm_forward(self):
-        return self.new(self.N, self.C), self.new(self.C), self.new(self.C), 1e-5
-
-    def layernorm_backward(self):
-        from npgpt.ops.layernorm import layernorm_forward_ref
-
-        x, weight, bias, eps = self.layernorm_forward()
-        _, mean, rstd = layernorm_forward_ref(x, weight, bias, eps)
-        return self.new(self.N, self.C), x, weight, mean, rstd
-
-    def linear_forward(self):
-        bias = self.new(3 * self.C) if self.bias else None
-        return self.new(self.N, self.C), self.new(3 * self.C, self.C), bias
-
-    def linear_backward(self):
-        x, weight, _ = self.linear_forward()
-        return self.new(self.N, 3 * self.C), x, weight
-
-    def mlp_forward(self):
-        C, F = self.C, 4 * self.C
-        scale = np.float32(C**-0.5)  # activations of about 1, as in training: GELU is not the identity there
-        return self.new(self.N, C), self.new(F, C) * scale, self.new(F), self.new(C, F) * scale, self.new(C)
-
-    def mlp_backward(self):
-        from npgpt.ops.mlp import mlp_forward_ref
-
-        x, w_fc, b_fc, w_proj, b_proj = self.mlp_forward()
-        _, pre = mlp_forward_ref(x, w_fc, b_fc, w_proj, b_proj)
-        return self.new(self.N, self.C), x, w_fc, w_proj, pre
-
-    def attention_forward(self):
-        return self.new(self.B, self.T, 3 * self.C), self.H, 0.0, KEY, 0
-
-    def attention_backward(self):
-        from npgpt.ops.attention import attention_forward_ref
-
-        args = self.attention_forward()
-        _, lse = attention_forward_ref(*args)
-        dy = self.new(self.B, self.T, self.C)
-        return dy, args[0], lse, *args[1:]
-
-    def cross_entropy_forward(self):
-        return self.new(self.N, self.V), self.tokens(self.N), -1, self.N
-
-    def cross_entropy_backward(self):
-        from npgpt.ops.cross_entropy import cross_entropy_forward_ref
-
-        logits, targets, ignore_index, count = self.cross_entropy_forward()
-        _, lse = cross_entropy_forward_ref(logits, targets, ignore_index, count)
-        return 1.0, logits, targets, lse, ignore_index, count
-
-    def dropout_rows(self):
-        return self.new(self.N, self.C), KEY, 0, P_DROP
 
     def sum_of_squares(self):
         return (self.new(self.n_parameters),)
@@ -171,8 +114,7 @@ def main(argv=None):
     parser.add_argument("--repeats", type=positive, default=20, help="calls of each, in turn (%(default)s)")
     options = parser.parse_args(argv)
 
-    import npgpt.model
-    import npgpt.optim  # noqa: F401  (both for their pairs)
+    import npgpt.optim  # noqa: F401  (for its pairs)
     from npgpt.kernels.blas import blas_threads, sgemm_peak
     from npgpt.kernels.buffers import BufferPool, reuse_buffers
     from npgpt.kernels.jit import KERNELS, PAIRS
@@ -182,16 +124,18 @@ def main(argv=None):
         raise UsageError("with NPGPT_KERNELS=numpy there is nothing to measure: the references are all that runs")
     workload = WORKLOADS[options.workload]
     cases = Cases(workload)
-    missing = [name for name in PAIRS if not hasattr(cases, name)]
+    for lesson in LESSONS.values():
+        lesson.module()  # for its pairs
+    missing = [name for name, (_, reference) in PAIRS.items() if not (lesson_of(reference) or hasattr(cases, name))]
     if missing:
-        raise BenchmarkError(f"no case for {', '.join(missing)}: give benchmarks.kernels.Cases a method of that name")
+        raise BenchmarkError(f"no case for {', '.join(missing)}: write a lesson, or a method of that name in Cases")
     with blas_threads(1), reuse_buffers(BufferPool()):
         print(machine_line(machine(["numpy", "numba"]), cores()))
         print(f"workload  half a batch of {options.workload}: {workload}")
         print(f"sgemm     {sgemm_peak(n=2048)[0] / 1e9:.0f} GFLOP/s, one thread\n")
         print(f"{'':<24}{'us fast':>10}{'us reference':>14}{'ratio':>8}{'speed':>16}{'error':>10}")
         for name, (fast, reference) in PAIRS.items():
-            args = getattr(cases, name)()
+            args = cases.of(name, reference)
             ours, theirs, flops, nbytes, error = measure(name, fast, reference, args, options.repeats)
             speed = f"{flops / ours / 1e9:.1f} GFLOP/s" if flops else f"{nbytes / ours / 1e9:.1f} GB/s   "
             row = f"{name:<24}{ours * 1e6:>10,.0f}{theirs * 1e6:>14,.0f}{theirs / ours:>8.1f}{speed:>16}{error:>10.0e}"

@@ -1,6 +1,7 @@
 """The hand-written ops: kernel against reference, edges of shape and value, error messages, dropout masks, exp."""
 
 import contextlib
+import functools
 import importlib
 import inspect
 import re
@@ -16,13 +17,14 @@ from npgpt.kernels.masks import dropout_mask_ref, mix32_ref
 from npgpt.kernels.matmul import DEPTH, HEIGHT
 from npgpt.kernels.vectors import VECTOR
 from npgpt.ops import primitives
-from npgpt.ops.attention import QUERY_BLOCK, attention_forward_ref, causal_attention
-from npgpt.ops.cross_entropy import cross_entropy, cross_entropy_forward_ref
+from npgpt.ops.attention import QUERY_BLOCK, causal_attention
+from npgpt.ops.cross_entropy import cross_entropy
 from npgpt.ops.dropout import dropout
 from npgpt.ops.embedding import embedding
 from npgpt.ops.layernorm import layernorm, layernorm_forward_ref
 from npgpt.ops.linear import linear
-from npgpt.ops.mlp import gelu_ref, mlp, mlp_forward_ref
+from npgpt.ops.mlp import gelu_ref, mlp
+from npgpt.study.arguments import New, reference_arguments
 
 KEY = np.uint32(0xC0FFEE)
 DTYPES = [np.float32, np.float64]
@@ -32,79 +34,18 @@ BOUND = {np.float32: 1e-5, np.float64: 1e-12}  # of the largest entry
 # Kernel against reference.  A case makes the arguments of a reference: `new(*shape)` gives normal random numbers.
 
 
-class New:
-    """new(3, 4): random array of the dtype under test."""
-
-    def __init__(self, dtype, seed=0):
-        self.rng, self.dtype = np.random.default_rng(seed), dtype
-
-    def __call__(self, *shape):
-        return self.rng.normal(size=shape).astype(self.dtype)
-
-    def integers(self, high, *shape):
-        return self.rng.integers(0, high, shape)
-
-
-def embedding_forward_case(new, B, T, C, V, block_size):
-    return new.integers(V, B, T), new(V, C), new(block_size, C)
+def of_lesson(name, **named):
+    """The case that the op's lesson makes for a pair."""
+    _, reference = jit.PAIRS[name]
+    return functools.partial(reference_arguments, reference, **named)
 
 
 def embedding_backward_case(new, B, T, C, V, block_size):
     return new(V, C), new(block_size, C), new(B, T, C), new.integers(V, B, T)
 
 
-def layernorm_forward_case(new, N, C):
-    return new(N, C), new(C), new(C), 1e-5
-
-
-def layernorm_backward_case(new, N, C):
-    x, weight, bias, eps = layernorm_forward_case(new, N, C)
-    _, mean, rstd = layernorm_forward_ref(x, weight, bias, eps)
-    return new(N, C), x, weight, mean, rstd
-
-
-def linear_forward_case(new, N, n_in, n_out, bias):
-    return new(N, n_in), new(n_out, n_in), new(n_out) if bias else None
-
-
 def linear_backward_case(new, N, n_in, n_out):
     return new(N, n_out), new(N, n_in), new(n_out, n_in)
-
-
-def mlp_forward_case(new, N, C, F):
-    return new(N, C), new(F, C), new(F), new(C, F), new(C)
-
-
-def mlp_backward_case(new, N, C, F):
-    x, w_fc, b_fc, w_proj, b_proj = mlp_forward_case(new, N, C, F)
-    _, pre = mlp_forward_ref(x, w_fc, b_fc, w_proj, b_proj)
-    return new(N, C), x, w_fc, w_proj, pre
-
-
-def attention_forward_case(new, B, T, n_head, hs, p_drop, batch_offset):
-    return new(B, T, 3 * n_head * hs), n_head, p_drop, KEY, batch_offset
-
-
-def attention_backward_case(new, B, T, n_head, hs, p_drop, batch_offset):
-    args = attention_forward_case(new, B, T, n_head, hs, p_drop, batch_offset)
-    _, lse = attention_forward_ref(*args)
-    return new(B, T, n_head * hs), args[0], lse, *args[1:]
-
-
-def cross_entropy_forward_case(new, N, V, n_ignored):
-    targets = new.integers(V, N)
-    targets[:n_ignored] = -1
-    return new(N, V), targets, -1, N - n_ignored
-
-
-def cross_entropy_backward_case(new, N, V, n_ignored):
-    logits, targets, ignore_index, count = cross_entropy_forward_case(new, N, V, n_ignored)
-    _, lse = cross_entropy_forward_ref(logits, targets, ignore_index, count)
-    return 0.7, logits, targets, lse, ignore_index, count
-
-
-def dropout_case(new, N, C, p, first_row):
-    return new(N, C), KEY, first_row, p
 
 
 def sum_of_squares_case(new, n):
@@ -173,19 +114,19 @@ MATMULS = [
 
 CASES = {
     "matmul": (matmul_case, MATMULS),
-    "embedding_forward": (embedding_forward_case, EMBEDDINGS),
+    "embedding_forward": (of_lesson("embedding_forward"), EMBEDDINGS),
     "embedding_backward": (embedding_backward_case, EMBEDDINGS),
-    "layernorm_forward": (layernorm_forward_case, LAYERNORMS),
-    "layernorm_backward": (layernorm_backward_case, LAYERNORMS),
-    "linear_forward": (linear_forward_case, [(*sizes, bias) for sizes in LINEARS for bias in (True, False)]),
+    "layernorm_forward": (of_lesson("layernorm_forward"), LAYERNORMS),
+    "layernorm_backward": (of_lesson("layernorm_backward"), LAYERNORMS),
+    "linear_forward": (of_lesson("linear_forward"), [(*sizes, bias) for sizes in LINEARS for bias in (True, False)]),
     "linear_backward": (linear_backward_case, LINEARS),
-    "mlp_forward": (mlp_forward_case, MLPS),
-    "mlp_backward": (mlp_backward_case, MLPS),
-    "attention_forward": (attention_forward_case, ATTENTIONS),
-    "attention_backward": (attention_backward_case, ATTENTIONS),
-    "cross_entropy_forward": (cross_entropy_forward_case, LOGITS),
-    "cross_entropy_backward": (cross_entropy_backward_case, LOGITS),
-    "dropout_rows": (dropout_case, DROPOUTS),
+    "mlp_forward": (of_lesson("mlp_forward"), MLPS),
+    "mlp_backward": (of_lesson("mlp_backward"), MLPS),
+    "attention_forward": (of_lesson("attention_forward"), ATTENTIONS),
+    "attention_backward": (of_lesson("attention_backward"), ATTENTIONS),
+    "cross_entropy_forward": (of_lesson("cross_entropy_forward"), LOGITS),
+    "cross_entropy_backward": (of_lesson("cross_entropy_backward", dy=0.7), LOGITS),
+    "dropout_rows": (of_lesson("dropout_rows"), DROPOUTS),
     "symmetric_product": (symmetric_product_case, [(1, 1), (2, 5), (3, 33), (1, 70)]),
     "newton_schulz": (newton_schulz_case, [(1, 1), (2, 3), (3, 33)]),
     "nesterov": (nesterov_case, [(1, 0.9), (67, 0.85)]),

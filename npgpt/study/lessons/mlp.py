@@ -7,9 +7,11 @@ FC_LINE = "pre = linear_forward_ref(x, w_fc, b_fc)"
 PROJ_LINE = "y = linear_forward_ref(act, w_proj, b_proj)"
 
 
-def arguments(new, N, C, F, out=None):
+def arguments(new, N, C, F, out=None, scale=1):
+    """scale: of the weights; at C**-0.5 activations are of about 1, as in training."""
     out = out or C
-    return {"x": new(N, C), "w_fc": new(F, C), "b_fc": new(F), "w_proj": new(out, F), "b_proj": new(out)}
+    x, w_fc, b_fc, w_proj, b_proj = new(N, C), new(F, C), new(F), new(out, F), new(out)
+    return {"x": x, "w_fc": w_fc * scale, "b_fc": b_fc, "w_proj": w_proj * scale, "b_proj": b_proj}
 
 
 def mistakes(dy, x, w_fc, w_proj, pre):

@@ -172,7 +172,8 @@ def main(argv=None):
     options = parser.parse_args(argv)
 
     import npgpt.model
-    import npgpt.optim  # noqa: F401  (both for their pairs)
+    import npgpt.muon
+    import npgpt.optim  # noqa: F401  (all for their pairs)
     from npgpt.kernels.blas import blas_threads, sgemm_peak
     from npgpt.kernels.buffers import BufferPool, reuse_buffers
     from npgpt.kernels.jit import KERNELS, PAIRS

@@ -39,6 +39,7 @@ RELEVANT = {
     "npgpt/ops/dropout.py": (["test_ops.py", "test_gradcheck.py", "test_compositions.py"], "dropout or mask"),
     "npgpt/model.py": (["test_compositions.py"], ""),
     "npgpt/optim.py": (["test_ops.py", "test_optim.py"], "optim or adamw"),
+    "npgpt/muon.py": (["test_ops.py", "test_optim.py"], "optim or adamw"),
     "npgpt/run/parallel.py": (["test_ranks.py", "test_parallel.py"], "not mpiexec"),
     "npgpt/run/ranks.py": (["test_ranks.py"], "not mpiexec"),
     "npgpt/run/trainer.py": (["test_ranks.py"], "not mpiexec"),
@@ -74,6 +75,7 @@ TIED = "the output layer has put its share of the tied gradient in its own place
 UNSEEN = {
     "npgpt/ops/primitives.py": "the model uses none of these primitives",
     "npgpt/optim.py": "what is done with a right gradient",
+    "npgpt/muon.py": "what is done with a right gradient",
     "npgpt/generate/decode.py": "not used in training",
     "npgpt/generate/sampling.py": "not used in training",
     "npgpt/files/hub.py": "not used in training",

@@ -470,7 +470,7 @@ def test_a_setting_of_numbas_changes_the_folders_name(monkeypatch, name):
 def test_a_folder_is_named_after_what_its_file_imports_and_after_nothing_else(base, monkeypatch):
     def names():
         jit._read.cache_clear()
-        return {name: jit._key(base / "npgpt" / name) for name in ("ops/mlp.py", "ops/layernorm.py", "optim.py")}
+        return {name: jit._key(base / "npgpt" / name) for name in ("ops/mlp.py", "ops/layernorm.py", "muon.py")}
 
     shutil.copytree(ROOT / "npgpt", base / "npgpt", ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(jit, "ROOT", base)
@@ -478,8 +478,8 @@ def test_a_folder_is_named_after_what_its_file_imports_and_after_nothing_else(ba
     first = names()
     for file, touched in (
         ("ops/layernorm.py", {"ops/layernorm.py"}),
-        ("kernels/tiles.py", {"ops/mlp.py", "optim.py"}),
-        ("kernels/jit.py", {"ops/mlp.py", "ops/layernorm.py", "optim.py"}),
+        ("kernels/tiles.py", {"ops/mlp.py", "muon.py"}),
+        ("kernels/jit.py", {"ops/mlp.py", "ops/layernorm.py", "muon.py"}),
         ("engine.py", set()),
     ):
         path = base / "npgpt" / file

@@ -26,10 +26,11 @@ from npgpt.generate.decode import Decoder
 from npgpt.generate.sampling import Generation
 from npgpt.gradcheck import GradcheckError, gradcheck
 from npgpt.kernels.buffers import BufferPool, reuse_buffers
+from npgpt.muon import Muon
 from npgpt.nn import Module, Parameter
 from npgpt.ops.linear import linear
 from npgpt.ops.primitives import concatenate, stack, where
-from npgpt.optim import FlatParameters, Muon
+from npgpt.optim import FlatParameters
 from npgpt.run.audit import Auditor
 from npgpt.run.trainer import Progress, Trainer
 from npgpt.signals import Stop

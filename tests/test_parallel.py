@@ -16,7 +16,8 @@ from npgpt import GPT, AdamW, DataParallel, GPTConfig, no_grad, random_stream
 from npgpt.kernels import blas, jit
 from npgpt.kernels.blas import blas_kernels, blas_threads, get_blas_threads
 from npgpt.kernels.tiles import VECTOR
-from npgpt.optim import Muon, clip_scale
+from npgpt.muon import Muon
+from npgpt.optim import clip_scale
 from npgpt.run import parallel
 from npgpt.run.parallel import choose_threads
 

@@ -56,7 +56,8 @@ from npgpt.kernels.blas import blas_kernels, blas_threads, sgemm_peak
 from npgpt.kernels.masks import random_stream
 from npgpt.kernels.profiler import profiling
 from npgpt.model import GPT
-from npgpt.optim import AdamW, Muon, clip_scale, cosine_lr
+from npgpt.muon import Muon
+from npgpt.optim import AdamW, clip_scale, cosine_lr
 from npgpt.run import memory
 from npgpt.run.audit import BOUND, Audit, Auditor
 from npgpt.run.parallel import DataParallel, choose_threads

@@ -833,7 +833,7 @@ FAULTS = [
         "The block adds to the residual stream; without the sum, gradients must pass every MLP on their way back.",
     ),
     # ----------------------------------------------------------------------------------------------------------------
-    # optim.py
+    # optim.py, muon.py
     Fault(
         "adamw: mean of gradients without the correction of its bias",
         "npgpt/optim.py",
@@ -902,35 +902,35 @@ FAULTS = [
     ),
     Fault(
         "muon: queries, keys and values as one matrix",
-        "npgpt/optim.py",
+        "npgpt/muon.py",
         'n = 3 if name.endswith("c_attn.weight") else 1',
         "n = 1",
         "Three layers that happen to lie in one array: made orthogonal together, they take from each other's step.",
     ),
     Fault(
         "muon: the first moment without the new gradient",
-        "npgpt/optim.py",
+        "npgpt/muon.py",
         "    momentum[...] = momentum * g.dtype.type(mu) + new\n",
         "    momentum[...] = momentum * g.dtype.type(mu)\n",
         "A mean that nothing is added to stays at 0.",
     ),
     Fault(
         "muon: the fifth power of the singular values is lost",
-        "npgpt/optim.py",
+        "npgpt/muon.py",
         "+ b * gram + c * square\n    return square",
         "+ b * gram\n    return square",
         "Without c s^5 the iteration grows without bound instead of settling near 1.",
     ),
     Fault(
         "muon: the product's factor acts once on the Gram matrix",
-        "npgpt/optim.py",
+        "npgpt/muon.py",
         "            symmetric_product(gram, spare, poly)\n",
         "            gram[...] = spare\n",
         "x was multiplied by the factor, so x x^T is multiplied by it on both sides.",
     ),
     Fault(
         "muon kernel: the symmetric half is left as it was",
-        "npgpt/optim.py",
+        "npgpt/muon.py",
         "                transpose(out[n, :i, i:end], out[n, i:end, :i])\n",
         "                pass\n",
         "Only the blocks on the diagonal and below were computed.",
@@ -938,7 +938,7 @@ FAULTS = [
     ),
     Fault(
         "muon kernel: nearly symmetric only",
-        "npgpt/optim.py",
+        "npgpt/muon.py",
         "                    out[n, row, column] = out[n, column, row]\n",
         "                    pass\n",
         "The two halves of a diagonal block were rounded differently, and the iteration makes the difference larger.",
@@ -946,7 +946,7 @@ FAULTS = [
     ),
     Fault(
         "muon: a tall matrix by its rows",
-        "npgpt/optim.py",
+        "npgpt/muon.py",
         "matmul(step, *((q, x) if rows == m else (x, q)))",
         "matmul(step, *((q, x) if rows == m else (x, q @ q)))",
         "One factor (x^T x)^(-1/2) makes the columns orthonormal.",

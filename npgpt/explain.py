@@ -32,7 +32,7 @@ from npgpt.engine import no_grad, observed
 from npgpt.errors import UsageError, run_command
 from npgpt.files import checkpoint
 from npgpt.files.pretrained import open_model
-from npgpt.generate.sampling import unprompted
+from npgpt.generate.generation import unprompted
 from npgpt.gradcheck import BOUND, POINTS, STEP, relative_error, slope
 from npgpt.kernels.blas import blas_threads
 from npgpt.kernels.jit import PAIRS

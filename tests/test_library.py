@@ -23,7 +23,7 @@ from npgpt.engine import record
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.files import folder
 from npgpt.generate.decode import Decoder
-from npgpt.generate.sampling import Generation
+from npgpt.generate.generation import Generation
 from npgpt.gradcheck import GradcheckError, gradcheck
 from npgpt.kernels.buffers import BufferPool, reuse_buffers
 from npgpt.muon import Muon

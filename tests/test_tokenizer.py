@@ -15,7 +15,7 @@ import pytest
 
 from npgpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, cut_at_lines, find_bpe, from_dict
 from npgpt.errors import CheckpointError, StoppedError, UsageError
-from npgpt.generate.sampling import Writer
+from npgpt.generate.writer import Writer
 
 TEXT = "naïve café — 日本語 😀\n\ttabs and nothing else"
 

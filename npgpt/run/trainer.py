@@ -24,20 +24,11 @@ import numpy as np
 
 from npgpt import __version__, machine
 from npgpt.config import BPE_VOCAB_SIZE, DROPOUT, SAMPLE, TOKENIZERS, TrainConfig, check_tokenizer, contradictions
-from npgpt.data.text import (
-    PIECE,
-    SPLITS,
-    Blocks,
-    Corpus,
-    EvaluationBlocks,
-    TokenFiles,
-    Watch,
-    map_tokens,
-    open_data,
-    repeated_lines,
-    split,
-)  # fmt: skip
+from npgpt.data.batches import Blocks, EvaluationBlocks, split
+from npgpt.data.notes import repeated_lines
+from npgpt.data.text import Corpus, open_data
 from npgpt.data.tokenizer import BPE_FILES, BPETokenizer, ByteTokenizer, CharTokenizer, find_bpe, from_dict, name_of
+from npgpt.data.tokens import PIECE, SPLITS, TokenFiles, Watch, map_tokens
 from npgpt.engine import NotFinite, finite_checks
 from npgpt.errors import (
     BusyError,
@@ -50,7 +41,8 @@ from npgpt.errors import (
     user_path,
 )
 from npgpt.files import checkpoint, folder, hub
-from npgpt.generate.sampling import Writer, unprompted
+from npgpt.generate.generation import unprompted
+from npgpt.generate.writer import Writer
 from npgpt.kernels import jit
 from npgpt.kernels.blas import blas_kernels, blas_threads, sgemm_peak
 from npgpt.kernels.masks import random_stream

@@ -13,7 +13,7 @@ import pytest
 
 from npgpt import plot, sample, train
 from npgpt.config import PRESETS, GPTConfig, TrainConfig
-from npgpt.data.tokenizer import ByteTokenizer
+from npgpt.data.characters import ByteTokenizer
 from npgpt.errors import NpgptError, UsageError
 from npgpt.files.folder import RunFolder
 from npgpt.generate import generation, writer

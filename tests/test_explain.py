@@ -24,7 +24,7 @@ import npgpt.ops.linear
 import npgpt.ops.mlp
 from npgpt import explain
 from npgpt.config import GPTConfig
-from npgpt.data.tokenizer import CharTokenizer
+from npgpt.data.characters import CharTokenizer
 from npgpt.engine import Tensor
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.model import GPT

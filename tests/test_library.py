@@ -18,7 +18,7 @@ import pytest
 from fuzz_library import Relu
 
 from npgpt import GPT, AdamW, DataParallel, GPTConfig, Tensor, TrainConfig, no_grad, random_stream
-from npgpt.data.tokenizer import BPETokenizer
+from npgpt.data.bpe import BPETokenizer
 from npgpt.engine import record
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.files import folder

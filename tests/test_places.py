@@ -34,7 +34,7 @@ from npgpt import (
 )
 from npgpt.command import NANOGPT
 from npgpt.config import SAMPLE
-from npgpt.data.tokenizer import ByteTokenizer
+from npgpt.data.characters import ByteTokenizer
 from npgpt.errors import CheckpointError, NpgptError, StoppedError, UsageError, quoted, run_command, user_path
 from npgpt.signals import Stop
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from npgpt.config import Controls, GPTConfig
-from npgpt.data.tokenizer import ByteTokenizer, CharTokenizer
+from npgpt.data.characters import ByteTokenizer, CharTokenizer
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.generate.decode_kernel import _draw
 from npgpt.generate.generation import Generation, context_start

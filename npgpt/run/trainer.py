@@ -25,9 +25,12 @@ import numpy as np
 from npgpt import __version__, machine
 from npgpt.config import BPE_VOCAB_SIZE, DROPOUT, SAMPLE, TOKENIZERS, TrainConfig, check_tokenizer, contradictions
 from npgpt.data.batches import Blocks, EvaluationBlocks, split
+from npgpt.data.bpe import BPETokenizer
+from npgpt.data.bpe_files import BPE_FILES, find_bpe
+from npgpt.data.characters import ByteTokenizer, CharTokenizer, name_of
 from npgpt.data.notes import repeated_lines
 from npgpt.data.text import Corpus, open_data
-from npgpt.data.tokenizer import BPE_FILES, BPETokenizer, ByteTokenizer, CharTokenizer, find_bpe, from_dict, name_of
+from npgpt.data.tokenizer import from_dict
 from npgpt.data.tokens import PIECE, SPLITS, TokenFiles, Watch, map_tokens
 from npgpt.engine import NotFinite, finite_checks
 from npgpt.errors import (

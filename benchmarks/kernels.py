@@ -114,7 +114,8 @@ def main(argv=None):
     parser.add_argument("--repeats", type=positive, default=20, help="calls of each, in turn (%(default)s)")
     options = parser.parse_args(argv)
 
-    import npgpt.optim  # noqa: F401  (for its pairs)
+    import npgpt.muon
+    import npgpt.optim  # noqa: F401  (both for their pairs)
     from npgpt.kernels.blas import blas_threads, sgemm_peak
     from npgpt.kernels.buffers import BufferPool, reuse_buffers
     from npgpt.kernels.jit import KERNELS, PAIRS

@@ -46,7 +46,7 @@ def prompts(config, streams):
 
 def npgpt_side(config, streams, int8):
     from npgpt.config import Controls
-    from npgpt.generate.sampling import Generation
+    from npgpt.generate.generation import Generation
     from npgpt.model import GPT
 
     model = GPT(config, seed=None)

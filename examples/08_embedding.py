@@ -18,7 +18,7 @@ import numpy as np
 from checks import check, difference, finish
 
 from npgpt import GPT, GPTConfig, Tensor
-from npgpt.data.tokenizer import CharTokenizer
+from npgpt.data.characters import CharTokenizer
 from npgpt.gradcheck import numeric_grad
 from npgpt.ops.embedding import embedding
 

@@ -16,8 +16,8 @@ import numpy as np
 from checks import check, difference, finish
 
 from npgpt import GPT, AdamW, GPTConfig, Tensor, no_grad
+from npgpt.data.characters import CharTokenizer
 from npgpt.data.text import load_text
-from npgpt.data.tokenizer import CharTokenizer
 from npgpt.gradcheck import numeric_grad
 from npgpt.kernels.blas import blas_threads
 from npgpt.optim import FlatParameters, clip_scale

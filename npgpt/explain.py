@@ -38,7 +38,7 @@ def read_tokens(model, text):
     """The tokens to look at, two at least: those of a text, or, if it is None, of one that the model writes."""
     import numpy as np
 
-    from npgpt.generate.sampling import unprompted
+    from npgpt.generate.generation import unprompted
 
     n = min(TOKENS, model.config.block_size) + 1
     if text is None:

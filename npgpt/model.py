@@ -187,7 +187,7 @@ class GPT(Module):
         are written.
         controls   those of npgpt.config.Controls: temperature, top_k, top_p, ...
         """
-        from npgpt.generate.sampling import Generation
+        from npgpt.generate.generation import Generation
 
         if not isinstance(rng, np.random.Generator):
             rng = np.random.default_rng([SAMPLE, next(_generations)] if rng is None else rng)

@@ -156,7 +156,7 @@ def noting(pieces, end, passed):
 
 def interact(write, tokenizer):
     """Ask for prompts until the input ends; an empty line goes on with the last text."""
-    from npgpt.generate.sampling import Writer
+    from npgpt.generate.writer import Writer
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() its history and its arrow keys, where there is one)
@@ -203,14 +203,14 @@ def main(argv=None):
     import numpy as np
 
     from npgpt.files.pretrained import open_model
-    from npgpt.generate import sampling
+    from npgpt.generate import generation, writer
 
     model = open_model(args.model, args.checkpoint)
     tokenizer = model.tokenizer
 
     def write(idx):
         rngs = (np.random.default_rng([args.seed, SAMPLE, n]) for n in range(args.num_samples))
-        return sampling.write(
+        return writer.write(
             model, tokenizer, idx, rngs, args.max_new_tokens, args.controls, args.stop, args.logprobs, args.int8,
             args.threads,
         )  # fmt: skip
@@ -219,7 +219,7 @@ def main(argv=None):
         interact(write, tokenizer)
         return 0
     if prompt is None:
-        idx = [sampling.first_token(tokenizer)]
+        idx = [generation.first_token(tokenizer)]
         prompt = tokenizer.decode(idx)
     else:
         idx = encode(tokenizer, prompt)

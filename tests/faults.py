@@ -659,7 +659,7 @@ FAULTS = [
         "The block adds to the residual stream; without the sum, gradients must pass every MLP on their way back.",
     ),
     # ----------------------------------------------------------------------------------------------------------------
-    # optim.py
+    # optim.py, muon.py
     Fault(
         "adamw: mean of gradients without the correction of its bias",
         "npgpt/optim.py",
@@ -728,35 +728,35 @@ FAULTS = [
     ),
     Fault(
         "muon: queries, keys and values as one matrix",
-        "npgpt/optim.py",
+        "npgpt/muon.py",
         'n = 3 if name.endswith("c_attn.weight") else 1',
         "n = 1",
         "Three layers that happen to lie in one array: made orthogonal together, they take from each other's step.",
     ),
     Fault(
         "muon: the first moment without the new gradient",
-        "npgpt/optim.py",
+        "npgpt/muon.py",
         "    momentum[...] = momentum * g.dtype.type(mu) + new\n",
         "    momentum[...] = momentum * g.dtype.type(mu)\n",
         "A mean that nothing is added to stays at 0.",
     ),
     Fault(
         "muon: the fifth power of the singular values is lost",
-        "npgpt/optim.py",
+        "npgpt/muon.py",
         "+ b * gram + c * square\n    return square",
         "+ b * gram\n    return square",
         "Without c s^5 the iteration grows without bound instead of settling near 1.",
     ),
     Fault(
         "muon: the product's factor acts once on the Gram matrix",
-        "npgpt/optim.py",
+        "npgpt/muon.py",
         "            symmetric_product(gram, spare, poly)\n",
         "            gram[...] = spare\n",
         "x was multiplied by the factor, so x x^T is multiplied by it on both sides.",
     ),
     Fault(
         "muon kernel: the symmetric half is left as it was",
-        "npgpt/optim.py",
+        "npgpt/muon.py",
         "                transpose(out[n, :i, i:end], out[n, i:end, :i])\n",
         "                pass\n",
         "Only the blocks on the diagonal and below were computed.",
@@ -764,7 +764,7 @@ FAULTS = [
     ),
     Fault(
         "muon kernel: nearly symmetric only",
-        "npgpt/optim.py",
+        "npgpt/muon.py",
         "                    out[n, row, column] = out[n, column, row]\n",
         "                    pass\n",
         "The two halves of a diagonal block were rounded differently, and the iteration makes the difference larger.",
@@ -772,7 +772,7 @@ FAULTS = [
     ),
     Fault(
         "muon: a tall matrix by its rows",
-        "npgpt/optim.py",
+        "npgpt/muon.py",
         "matmul(step, *((q, x) if rows == m else (x, q)))",
         "matmul(step, *((q, x) if rows == m else (x, q @ q)))",
         "One factor (x^T x)^(-1/2) makes the columns orthonormal.",
@@ -873,7 +873,7 @@ FAULTS = [
         "A rank that goes on alone waits for the others for ever.",
     ),
     # ----------------------------------------------------------------------------------------------------------------
-    # decode.py
+    # decode.py, decode_kernel.py
     Fault(
         "decode: the reference takes keys for values",
         "npgpt/generate/decode.py",
@@ -918,7 +918,7 @@ FAULTS = [
     ),
     Fault(
         "decode: positions are off by one",
-        "npgpt/generate/decode.py",
+        "npgpt/generate/decode_kernel.py",
         "x[r, i] = e + wpe[position, i]",
         "x[r, i] = e + wpe[max(0, position - 1), i]",
         "The first token stands at position 0, the second at 1.",
@@ -926,7 +926,7 @@ FAULTS = [
     ),
     Fault(
         "decode: softmax without the scale",
-        "npgpt/generate/decode.py",
+        "npgpt/generate/decode_kernel.py",
         "scale, total = real(1 / np.sqrt(hs)), real(0)",
         "scale, total = real(1), real(0)",
         "The scores are divided by sqrt(hs), or the softmax is too sharp.",
@@ -934,7 +934,7 @@ FAULTS = [
     ),
     Fault(
         "decode: keys are cached at the wrong position",
-        "npgpt/generate/decode.py",
+        "npgpt/generate/decode_kernel.py",
         "keys[layer, stream, head, position, i] = ",
         "keys[layer, stream, head, 0, i] = ",
         "Each position has a key of its own, which later tokens look at.",
@@ -942,7 +942,7 @@ FAULTS = [
     ),
     Fault(
         "decode: the newest values are left out",
-        "npgpt/generate/decode.py",
+        "npgpt/generate/decode_kernel.py",
         "for t in range(n // 4 * 4, n):",
         "for t in range(n // 4 * 4, n - 1):",
         "A number of positions that 4 does not divide leaves some over, and all of them count.",
@@ -950,7 +950,7 @@ FAULTS = [
     ),
     Fault(
         "decode: the bias of c_attn is left out",
-        "npgpt/generate/decode.py",
+        "npgpt/generate/decode_kernel.py",
         "array_at(scales[0], 3 * C, x), array_at(place[3], 3 * C, x)",
         "array_at(scales[0], 3 * C, x), array_at(0, 0, x)",
         "Where a layer has a bias it is added.",
@@ -958,7 +958,7 @@ FAULTS = [
     ),
     Fault(
         "decode: layer norm without its bias",
-        "npgpt/generate/decode.py",
+        "npgpt/generate/decode_kernel.py",
         "        if len(bias):\n",
         "        if len(bias) > C:\n",
         "Where a layer norm has a bias it is added.",
@@ -966,7 +966,7 @@ FAULTS = [
     ),
     Fault(
         "decode: the first rows' logits are shown",
-        "npgpt/generate/decode.py",
+        "npgpt/generate/decode_kernel.py",
         "dots(logits, h[R - len(logits) :],",
         "dots(logits, h[: len(logits)],",
         "What follows a prompt follows its last row.",
@@ -974,7 +974,7 @@ FAULTS = [
     ),
     Fault(
         "decode: every token has the first one's scale",
-        "npgpt/generate/decode.py",
+        "npgpt/generate/decode_kernel.py",
         "e *= wte_scale[token]",
         "e *= wte_scale[0]",
         "Each row of an int8 matrix has a scale of its own.",
@@ -982,7 +982,7 @@ FAULTS = [
     ),
     Fault(
         "decode: no GELU",
-        "npgpt/generate/decode.py",
+        "npgpt/generate/decode_kernel.py",
         "            _gelu(hidden[r, first:last], constants[1], constants[2])\n",
         "            pass\n",
         "Without a nonlinearity the MLP is one matrix.",
@@ -990,7 +990,7 @@ FAULTS = [
     ),
     Fault(
         "decode: attention replaces the residual stream",
-        "npgpt/generate/decode.py",
+        "npgpt/generate/decode_kernel.py",
         "array_at(place[5], C, x), out0, out1, True)",
         "array_at(place[5], C, x), out0, out1, False)",
         "A block's results are added to what came in.",
@@ -998,7 +998,7 @@ FAULTS = [
     ),
     Fault(
         "decode: heads that threads do not divide are left out",
-        "npgpt/generate/decode.py",
+        "npgpt/generate/decode_kernel.py",
         "head0, head1 = n_head * rank // ranks, n_head * (rank + 1) // ranks",
         "head0, head1 = n_head // ranks * rank, n_head // ranks * (rank + 1)",
         "Three heads and two threads: somebody must do the third one too.",
@@ -1006,17 +1006,17 @@ FAULTS = [
     ),
     Fault(
         "decode: a thread's share ends one row short",
-        "npgpt/generate/decode.py",
+        "npgpt/generate/decode_kernel.py",
         "min(n, groups * (rank + 1) // ranks * GROUP)\n",
         "max(0, min(n, groups * (rank + 1) // ranks * GROUP) - 1)\n",
         "The shares together are all rows: one ends where the next begins.",
         kernel=True,
     ),
     # ----------------------------------------------------------------------------------------------------------------
-    # sampling.py
+    # sampling.py, generation.py, writer.py
     Fault(
         "decode: all tokens of a call are drawn at one position",
-        "npgpt/generate/decode.py",
+        "npgpt/generate/decode_kernel.py",
         "                    rows[2, r] += 1\n",
         "",
         "A token that was drawn stands one position after the one before it.",
@@ -1024,7 +1024,7 @@ FAULTS = [
     ),
     Fault(
         "decode: the temperature is upside down",
-        "npgpt/generate/decode.py",
+        "npgpt/generate/decode_kernel.py",
         "(z[i] - m) / temperature)",
         "(z[i] - m) * temperature)",
         "A higher temperature makes unlikely tokens likelier: the logits are divided by it.",
@@ -1032,7 +1032,7 @@ FAULTS = [
     ),
     Fault(
         "decode: one random number for all tokens of a call",
-        "npgpt/generate/decode.py",
+        "npgpt/generate/decode_kernel.py",
         "uniforms[step, r]",
         "uniforms[0, r]",
         "Every token is drawn with a number of its own.",
@@ -1089,56 +1089,56 @@ FAULTS = [
     ),
     Fault(
         "sampling: a context ends one token early",
-        "npgpt/generate/sampling.py",
+        "npgpt/generate/generation.py",
         "start if n - start <= block_size",
         "start if n - start < block_size",
         "A context has room for block_size tokens.",
     ),
     Fault(
         "sampling: a full context slides by one token",
-        "npgpt/generate/sampling.py",
+        "npgpt/generate/generation.py",
         "n - max(1, block_size // 2)",
         "n - max(1, block_size - 1)",
         "The half that is kept leaves room for the tokens to come; otherwise all is computed anew for each of them.",
     ),
     Fault(
         "sampling: one random number for all texts",
-        "npgpt/generate/sampling.py",
+        "npgpt/generate/generation.py",
         "choose(p, [self.rngs[i].random() for i in self.alive])",
         "choose(p, [self.rngs[self.alive[0]].random()] * len(self.alive))",
         "A text must not depend on those beside it.",
     ),
     Fault(
         "sampling: tokens without a text are drawn",
-        "npgpt/generate/sampling.py",
+        "npgpt/generate/generation.py",
         "possible = logits[:, : self.vocab_size]",
         "possible = logits",
         "Tokens beyond those of the tokenizer stand for nothing that could be shown.",
     ),
     Fault(
         "sampling: numbers between the tokens are drawn",
-        "npgpt/generate/sampling.py",
+        "npgpt/generate/generation.py",
         "possible[:, self.holes] = -np.inf",
         "pass",
         "A vocabulary may have holes: numbers that are no token.",
     ),
     Fault(
         "sampling: log-probabilities after the temperature",
-        "npgpt/generate/sampling.py",
+        "npgpt/generate/generation.py",
         "z = logits - logits.max(axis=1, keepdims=True)",
         "z = (logits - logits.max(axis=1, keepdims=True)) / (self.controls.temperature or 1)",
         "What is shown is the model's own log-probability, before any control.",
     ),
     Fault(
         "sampling: a stop string's beginning is shown",
-        "npgpt/generate/sampling.py",
+        "npgpt/generate/writer.py",
         "n = next(n for n in range(max(0, len(text) - longest), len(text) + 1) if self._may_stop(text[n:]))",
         "n = len(text) + 0 * longest",
         "What may be the beginning of a stop string waits until it is clear that it is not.",
     ),
     Fault(
         "sampling: what was held back is lost",
-        "npgpt/generate/sampling.py",
+        "npgpt/generate/writer.py",
         "        elif last:\n            n = len(text)\n",
         "        elif last:\n            n = 0\n",
         "When no token comes any more, what waited is text like any other.",

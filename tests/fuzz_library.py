@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from npgpt import GPT, AdamW, DataParallel, GPTConfig, Tensor, no_grad
 from npgpt.model import Block
+from npgpt.muon import Muon
 from npgpt.nn import MLP, LayerNorm, Linear, Module, Parameter
-from npgpt.optim import Muon
 
 BOUND = 1e-4  # of the largest number
 

@@ -13,10 +13,10 @@ import pytest
 
 from npgpt import plot, sample, train
 from npgpt.config import PRESETS, GPTConfig, TrainConfig
-from npgpt.data.tokenizer import ByteTokenizer
+from npgpt.data.characters import ByteTokenizer
 from npgpt.errors import NpgptError, UsageError
 from npgpt.files.folder import RunFolder
-from npgpt.generate import sampling
+from npgpt.generate import generation, writer
 from npgpt.model import GPT
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
@@ -547,10 +547,10 @@ def test_an_empty_line_goes_on_with_the_tokens_of_the_last_text(monkeypatch, cap
         answer = answers[len(given)]
         given.append(bytes(idx))
         chosen = iter(answer)
-        monkeypatch.setattr(sampling, "choose", lambda *_: [next(chosen)])
-        return sampling.write(model, tokenizer, idx, [np.random.default_rng(0)], len(answer))
+        monkeypatch.setattr(generation, "choose", lambda *_: [next(chosen)])
+        return writer.write(model, tokenizer, idx, [np.random.default_rng(0)], len(answer))
 
-    monkeypatch.setattr(sampling.Generation, "_steps_ahead", lambda *_: 0)  # all tokens are chosen by choose()
+    monkeypatch.setattr(generation.Generation, "_steps_ahead", lambda *_: 0)  # all tokens are chosen by choose()
     monkeypatch.setattr(sys, "stdin", io.StringIO("a\n\n\n"))
     sample.interact(write, tokenizer)
     assert given == [b"a", b"a\xc3", b"a\xc3\xa9!"]

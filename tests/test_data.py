@@ -14,8 +14,12 @@ import numpy as np
 import pytest
 
 from npgpt import sample
+from npgpt.data import notes
 from npgpt.data import text as data
-from npgpt.data.text import Blocks, Corpus, EvaluationBlocks, load_text, map_tokens, open_data, repeated_lines, split
+from npgpt.data.batches import Blocks, EvaluationBlocks, split
+from npgpt.data.notes import repeated_lines
+from npgpt.data.text import Corpus, load_text, open_data
+from npgpt.data.tokens import map_tokens
 from npgpt.errors import StoppedError, UsageError
 from npgpt.files import folder
 from npgpt.signals import Stop
@@ -338,7 +342,7 @@ def test_token_files_are_two_and_stand_alone(tmp_path):
 
 
 def test_a_token_that_the_vocabulary_does_not_have_is_located(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "PIECE", 16)
+    monkeypatch.setattr("npgpt.data.tokens.PIECE", 16)
     tokens = np.arange(100) % 50
     tokens[77] = 60
     found = open_data([token_folder(tmp_path / "t", range(50), tokens)])
@@ -530,5 +534,5 @@ def test_lines_of_the_held_back_text_that_the_training_text_has_too():
 
 def test_a_text_without_line_breaks_is_not_kept_for_its_line():
     pieces = [str(i % 10) * 50_000 for i in range(40)]
-    assert max(map(len, data._lines(pieces))) <= 2**16 + 50_000
-    assert "".join(data._lines(pieces)) == "".join(pieces)
+    assert max(map(len, notes._lines(pieces))) <= 2**16 + 50_000
+    assert "".join(notes._lines(pieces)) == "".join(pieces)

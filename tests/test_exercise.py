@@ -14,10 +14,10 @@ import pytest
 
 from npgpt import errors, exercise
 from npgpt.errors import CheckpointError, UsageError
-from npgpt.exercise import LEVELS, PACKAGE, main, with_kernels
+from npgpt.exercise import PACKAGE, main, with_kernels
 from npgpt.kernels import jit
 from npgpt.study import hints, training
-from npgpt.study.blanks import exercise_text
+from npgpt.study.blanks import LEVELS, exercise_text
 from npgpt.study.bugs import BUGS, NUMBERED
 from npgpt.study.lessons import LESSONS
 

@@ -25,7 +25,7 @@ import npgpt.ops.mlp
 import npgpt.study.page
 from npgpt import explain
 from npgpt.config import GPTConfig
-from npgpt.data.tokenizer import CharTokenizer
+from npgpt.data.characters import CharTokenizer
 from npgpt.engine import Gradient
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.files import checkpoint

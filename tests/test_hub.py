@@ -18,7 +18,9 @@ import pytest
 
 from npgpt import sample
 from npgpt.config import GPTConfig, TrainConfig
-from npgpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, from_dict
+from npgpt.data.bpe import BPETokenizer
+from npgpt.data.characters import ByteTokenizer, CharTokenizer
+from npgpt.data.tokenizer import from_dict
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.files import checkpoint, folder, hub
 from npgpt.model import GPT

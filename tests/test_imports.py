@@ -20,11 +20,11 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8"), str(path)) for name, 
 FLOORS = [["leaves"], ["kernels"], ["core"], ["data"], ["files"], ["generate"], ["run", "study"], ["commands"]]
 TOP = {  # the modules that stand directly in npgpt/; all others belong to the folder in which they stand
     "leaves": ["errors", "config", "context", "machine", "signals", "command"],
-    "core": ["engine", "tensor", "ops", "nn", "model", "optim", "gradcheck"],
+    "core": ["engine", "tensor", "ops", "nn", "model", "optim", "muon", "gradcheck"],
     "commands": ["train", "sample", "exercise", "explain", "plot"],
 }
 # The only imports that go up, each within a function: GPT.from_pretrained, save_pretrained and generate.
-UPWARD = {("model", "files.hub"), ("model", "generate.sampling")}
+UPWARD = {("model", "files.hub"), ("model", "generate.generation")}
 CORE_LINES = 2900  # that `import npgpt.model` loads, at most, beside kernels/
 EXTRAS = {"torch", "safetensors", "tokenizers", "matplotlib", "mpi4py"}  # never needed by npgpt itself
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from npgpt.config import GPTConfig, TrainConfig
-from npgpt.data.tokenizer import BPETokenizer, CharTokenizer
+from npgpt.data.bpe import BPETokenizer
+from npgpt.data.characters import CharTokenizer
 from npgpt.engine import no_grad
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.model import GPT

@@ -468,7 +468,7 @@ def test_a_setting_of_numbas_changes_the_folders_name(monkeypatch, name):
 
 @numba_only
 def test_a_folder_is_named_after_what_its_file_imports_and_after_nothing_else(base, monkeypatch):
-    mlp, layernorm, optim, decode = files = "ops/mlp.py", "ops/layernorm.py", "optim.py", "generate/decode.py"
+    mlp, layernorm, muon, decode = files = "ops/mlp.py", "ops/layernorm.py", "muon.py", "generate/decode_kernel.py"
 
     def names():
         cache._read.cache_clear()
@@ -479,9 +479,9 @@ def test_a_folder_is_named_after_what_its_file_imports_and_after_nothing_else(ba
     first = names()
     for file, touched in (
         ("ops/layernorm.py", {layernorm, decode}),
-        ("kernels/matmul.py", {mlp, optim, decode}),
-        ("kernels/vectors.py", {mlp, optim, decode}),
-        ("kernels/tiles.py", {mlp, optim, decode}),
+        ("kernels/matmul.py", {mlp, muon, decode}),
+        ("kernels/vectors.py", {mlp, muon, decode}),
+        ("kernels/tiles.py", {mlp, muon, decode}),
         ("kernels/maths.py", {mlp, decode}),
         ("kernels/spin.py", {decode}),
         ("kernels/jit.py", set(files)),

@@ -18,17 +18,18 @@ import pytest
 from fuzz_library import Relu
 
 from npgpt import GPT, AdamW, DataParallel, GPTConfig, Tensor, TrainConfig, no_grad, random_stream
-from npgpt.data.tokenizer import BPETokenizer
+from npgpt.data.bpe import BPETokenizer
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.files import folder
 from npgpt.generate.decode import Decoder
-from npgpt.generate.sampling import Generation
+from npgpt.generate.generation import Generation
 from npgpt.gradcheck import GradcheckError, gradcheck
 from npgpt.kernels.buffers import BufferPool, reuse_buffers
+from npgpt.muon import Muon
 from npgpt.nn import Module, Parameter
 from npgpt.ops.linear import linear
 from npgpt.ops.primitives import concatenate, stack, where
-from npgpt.optim import FlatParameters, Muon
+from npgpt.optim import FlatParameters
 from npgpt.run.audit import Auditor
 from npgpt.run.events import Progress
 from npgpt.run.trainer import Trainer

@@ -9,7 +9,8 @@ import re
 import numpy as np
 import pytest
 
-import npgpt.optim  # noqa: F401  (its pairs, too, are to be found in jit.PAIRS)
+import npgpt.muon
+import npgpt.optim  # noqa: F401  (their pairs, too, are to be found in jit.PAIRS)
 from npgpt import GPT, GPTConfig, Tensor, random_stream
 from npgpt.kernels import jit, maths, matmul
 from npgpt.kernels.blas import blas_threads

@@ -7,9 +7,10 @@ import pytest
 
 from npgpt import GPT, AdamW, GPTConfig, Tensor
 from npgpt.kernels.jit import KERNELS
+from npgpt.muon import Muon, inverse_root
+from npgpt.muon import symmetric_product as product
 from npgpt.nn import Linear, Module
-from npgpt.optim import ALIGN, FlatParameters, Muon, clip_scale, cosine_lr, inverse_root, sum_of_squares
-from npgpt.optim import symmetric_product as product
+from npgpt.optim import ALIGN, FlatParameters, clip_scale, cosine_lr, sum_of_squares
 
 
 def small_gpt(seed=1, dtype=np.float64):

@@ -17,7 +17,8 @@ from npgpt.kernels import blas, jit, matmul
 from npgpt.kernels.blas import blas_kernels, blas_threads, get_blas_threads
 from npgpt.kernels.vectors import VECTOR
 from npgpt.model import Block
-from npgpt.optim import Muon, clip_scale
+from npgpt.muon import Muon
+from npgpt.optim import clip_scale
 from npgpt.run import parallel
 from npgpt.run.parallel import choose_threads
 from npgpt.run.ranks import World

@@ -34,7 +34,7 @@ from npgpt import (
 )
 from npgpt.command import NANOGPT
 from npgpt.config import SAMPLE
-from npgpt.data.tokenizer import ByteTokenizer
+from npgpt.data.characters import ByteTokenizer
 from npgpt.errors import CheckpointError, NpgptError, StoppedError, UsageError, quoted, run_command, user_path
 from npgpt.files import pretrained
 from npgpt.signals import Stop
@@ -322,7 +322,7 @@ def test_a_text_without_a_prompt_begins_as_the_trainings_own_samples_do(tmp_path
     assert train.main(["--data", str(tmp_path / "letters.txt"), "--out-dir", str(run), *SMALL]) == 0
     GPT.from_pretrained(run).save_pretrained(tmp_path / "hub")
     capsys.readouterr()
-    from npgpt.generate.sampling import unprompted
+    from npgpt.generate.generation import unprompted
 
     model = GPT.from_pretrained(run)
     generation = unprompted(model, model.tokenizer, np.random.default_rng([1337, SAMPLE, 0]), 6)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from npgpt import GPT, GPTConfig, plot
-from npgpt.data.tokenizer import CharTokenizer
+from npgpt.data.characters import CharTokenizer
 from npgpt.engine import no_grad, watched
 from npgpt.errors import CheckpointError, UsageError, one_line, quoted
 from npgpt.files.folder import RunFolder, read_log

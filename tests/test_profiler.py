@@ -8,7 +8,7 @@ import pytest
 
 from npgpt import GPT, AdamW, DataParallel, GPTConfig
 from npgpt.kernels.profiler import Profile, measured, measuring, profiling
-from npgpt.optim import Muon
+from npgpt.muon import Muon
 
 
 @measured("sleep", cost=lambda seconds: (3, 5))

@@ -9,7 +9,7 @@ import pytest
 
 import npgpt
 from npgpt import GPT, GPTConfig
-from npgpt.data.tokenizer import CharTokenizer
+from npgpt.data.characters import CharTokenizer
 from npgpt.errors import UsageError
 from npgpt.gradcheck import FLOOR
 from npgpt.ops.cross_entropy import cross_entropy

@@ -10,7 +10,7 @@ import pytest
 from runs import TEXT, variant
 
 from npgpt.config import TrainConfig
-from npgpt.data.tokenizer import BPETokenizer
+from npgpt.data.bpe import BPETokenizer
 from npgpt.errors import BusyError, CheckpointError, DivergedError, StoppedError, UsageError
 from npgpt.files import checkpoint, folder
 from npgpt.run import setup, times

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from npgpt.config import Controls, GPTConfig
-from npgpt.data.tokenizer import ByteTokenizer, CharTokenizer
+from npgpt.data.characters import ByteTokenizer, CharTokenizer
 from npgpt.errors import CheckpointError, UsageError
-from npgpt.generate.decode import _draw
-from npgpt.generate.sampling import SIDE_BY_SIDE, Generation, Writer, choose, context_start, probabilities, write
+from npgpt.generate.decode_kernel import _draw
+from npgpt.generate.generation import Generation, context_start
+from npgpt.generate.sampling import choose, probabilities
+from npgpt.generate.writer import SIDE_BY_SIDE, Writer, write
 from npgpt.kernels.jit import KERNELS, kernel
 from npgpt.model import GPT
 

@@ -13,9 +13,13 @@ import time
 import numpy as np
 import pytest
 
-from npgpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, cut_at_lines, find_bpe, from_dict
+from npgpt.data.bpe import BPETokenizer
+from npgpt.data.bpe_cuts import cut_at_lines
+from npgpt.data.bpe_files import find_bpe
+from npgpt.data.characters import ByteTokenizer, CharTokenizer
+from npgpt.data.tokenizer import from_dict
 from npgpt.errors import CheckpointError, StoppedError, UsageError
-from npgpt.generate.sampling import Writer
+from npgpt.generate.writer import Writer
 
 TEXT = "naïve café — 日本語 😀\n\ttabs and nothing else"
 
@@ -149,7 +153,7 @@ def test_bpe_refuses_half_a_surrogate_pair(gpt2):
 
 LEARN = """
 import sys
-from npgpt.data.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, cut_at_lines, find_bpe, from_dict
+from npgpt.data.bpe import BPETokenizer
 text = open(sys.argv[1], encoding="utf-8").read()
 print(BPETokenizer.learn([text[i : i + 999] for i in range(0, len(text), 999)], 300).json)
 """
@@ -206,7 +210,7 @@ def test_bpe_in_pieces_has_the_tokens_of_the_whole(package, monkeypatch):
         assert "".join(cut) == text and (n or len(cut) > 3) and all(len(part) >= 20 for part in cut[:-1])
         found = np.concatenate([tokenizer.encode(part) for part in cut])
         assert found.tolist() == tokenizer.encode(text).tolist()
-    monkeypatch.setattr("npgpt.data.tokenizer.BATCH", 100)
+    monkeypatch.setattr("npgpt.data.bpe_cuts.BATCH", 100)
     long = PROSE * 100
     found = np.concatenate(list(tokenizer.encode_pieces([long])))
     assert found.tolist() == tokenizer.encode(long).tolist()
@@ -286,7 +290,7 @@ def test_files_that_are_no_tokenizer_are_one_line(gpt2, tmp_path):
 
 
 def test_what_is_too_large_for_a_checkpoint_is_refused(gpt2, monkeypatch):
-    monkeypatch.setattr("npgpt.data.tokenizer.MAX_JSON", 1000)
+    monkeypatch.setattr("npgpt.data.bpe.MAX_JSON", 1000)
     with pytest.raises(UsageError, match=r"tokenizer\.json cannot be used: its 3.. tokens are too many to keep"):
         BPETokenizer.load(gpt2[0] / "tokenizer.json")
 
@@ -430,7 +434,7 @@ ADDED = [
 
 @pytest.mark.parametrize("kind", ["gpt2", "space", "cl100k", "digits", "split"])
 def test_whatever_is_added_and_however_it_cuts_words_pieces_have_the_tokens_of_the_whole(gpt2, monkeypatch, kind):
-    monkeypatch.setattr("npgpt.data.tokenizer.cut_at_lines", functools.partial(cut_at_lines, size=8))
+    monkeypatch.setattr("npgpt.data.bpe.cut_at_lines", functools.partial(cut_at_lines, size=8))
     state = json.loads((gpt2[0] / "tokenizer.json").read_text(encoding="utf-8"))
     V, rng = len(state["model"]["vocab"]), np.random.default_rng(0)
     added = [{"id": V + i, "content": text, **SPECIAL, **flags} for i, (text, flags) in enumerate(ADDED)]
@@ -451,7 +455,7 @@ def test_whatever_is_added_and_however_it_cuts_words_pieces_have_the_tokens_of_t
 def test_a_long_text_that_may_not_be_cut_is_refused(gpt2, monkeypatch):
     tokenizer = BPETokenizer(changed(gpt2, pre_tokenizer=words_by("split")))
     assert len(list(tokenizer.encode_pieces(["a\nb"] * 50))) == 1
-    monkeypatch.setattr("npgpt.data.tokenizer.LONGEST", 100)
+    monkeypatch.setattr("npgpt.data.bpe_cuts.LONGEST", 100)
     with pytest.raises(UsageError, match="more than 100 characters cannot be encoded in parts"):
         list(tokenizer.encode_pieces(["a\nb"] * 50))
 

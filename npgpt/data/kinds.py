@@ -1,5 +1,6 @@
 """What a file is: by its first bytes, as people name one file for another; by its name, in a run folder."""
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -30,11 +31,24 @@ BEGINNINGS = {
     b"<": "a page of HTML or XML",
 }
 LENGTH = 64  # bytes that are enough for all of this
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+# what files of text with something around it begin with, in small letters, and how their names end
+MARKUP = {
+    "JSON lines": ((), (".jsonl", ".ndjson")),
+    "a notebook": ((), (".ipynb",)),
+    "JSON": ((), (".json",)),
+    "a table": ((), (".csv", ".tsv")),
+    "RTF": ((b"{\\rtf",), (".rtf",)),
+    "PDF": ((b"%pdf-",), (".pdf",)),
+    "HTML": ((b"<!doctype html", b"<html"), (".html", ".htm", ".xhtml")),
+    "XML": ((b"<?xml",), (".xml",)),
+}
 
 
 def kind_of(raw):
     """What the file is that begins with these bytes, in words, or None where they do not tell."""
-    first = raw[:LENGTH].removeprefix(b"\xef\xbb\xbf").lstrip(b" \t\r\n")
+    first = raw[:LENGTH].removeprefix(BYTE_ORDER_MARK).lstrip(b" \t\r\n")
     for begin, words in BEGINNINGS.items():
         if first.startswith(begin):
             return words
@@ -44,6 +58,16 @@ def kind_of(raw):
 def is_text(raw):
     """Whether the first bytes of a file may be those of a text, in ASCII at least."""
     return bool(raw) and all(0x20 <= byte < 0x7F or byte in b"\t\r\n" for byte in raw[:LENGTH])
+
+
+def markup_of(path):
+    """The name of MARKUP for a file, or None."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # whoever reads it all says what is wrong
+        head = file.read(64).removeprefix(BYTE_ORDER_MARK).lstrip().lower()
+        for kind, (beginnings, endings) in MARKUP.items():
+            if path.suffix.lower() in endings or head.startswith(beginnings or b"\0"):
+                return kind
+    return None
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -27,8 +27,10 @@ from pathlib import Path
 import numpy as np
 
 from npgpt.config import GPTConfig
+from npgpt.data.bpe import BPETokenizer
+from npgpt.data.bpe_files import BPE_FILES, OTHER_FILES, SETTINGS, TEMPLATES, find_bpe
 from npgpt.data.kinds import kind_of
-from npgpt.data.tokenizer import BPE_FILES, OTHER_FILES, SETTINGS, TEMPLATES, BPETokenizer, find_bpe, from_dict
+from npgpt.data.tokenizer import from_dict
 from npgpt.errors import CheckpointError, UsageError, user_path
 from npgpt.files import checkpoint, folder
 from npgpt.ops.layernorm import EPS

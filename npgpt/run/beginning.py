@@ -5,8 +5,10 @@ import math
 from pathlib import Path
 
 from npgpt.config import BPE_VOCAB_SIZE, TOKENIZERS
+from npgpt.data.bpe import BPETokenizer
+from npgpt.data.bpe_files import BPE_FILES, find_bpe
+from npgpt.data.characters import ByteTokenizer, CharTokenizer, name_of
 from npgpt.data.text import Corpus
-from npgpt.data.tokenizer import BPE_FILES, BPETokenizer, ByteTokenizer, CharTokenizer, find_bpe, name_of
 from npgpt.errors import StoppedError, UsageError
 from npgpt.files import hub
 from npgpt.model import GPT

@@ -9,14 +9,17 @@ import numpy as np
 
 from npgpt import __version__, machine
 from npgpt.config import DROPOUT, TrainConfig, check_tokenizer
-from npgpt.data.text import Blocks, EvaluationBlocks, TokenFiles, open_data
+from npgpt.data.batches import Blocks, EvaluationBlocks
+from npgpt.data.text import open_data
 from npgpt.data.tokenizer import from_dict
+from npgpt.data.tokens import TokenFiles
 from npgpt.errors import UsageError
 from npgpt.files import folder, hub
 from npgpt.kernels import jit
 from npgpt.kernels.blas import blas_kernels, blas_threads, sgemm_peak
 from npgpt.model import GPT
-from npgpt.optim import AdamW, Muon, cosine_lr
+from npgpt.muon import Muon
+from npgpt.optim import AdamW, cosine_lr
 from npgpt.run import memory
 from npgpt.run.audit import Auditor
 from npgpt.run.beginning import beginning

@@ -7,17 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from npgpt.data.text import (
-    PIECE,
-    SPLITS,
-    Blocks,
-    EvaluationBlocks,
-    TokenFiles,
-    Watch,
-    map_tokens,
-    repeated_lines,
-    split,
-)
+from npgpt.data.batches import Blocks, EvaluationBlocks, split
+from npgpt.data.notes import repeated_lines
+from npgpt.data.tokens import PIECE, SPLITS, TokenFiles, Watch, map_tokens
 from npgpt.errors import UsageError
 from npgpt.files import folder
 
@@ -33,7 +25,7 @@ class Tokens:
 
     train, val        (n,) tokens, mapped from files
     file              the name of their file in the run folder; None for a folder of token files
-    repeated_lines    of a text, on rank 0: see npgpt.data.text.repeated_lines
+    repeated_lines    of a text, on rank 0: see npgpt.data.notes.repeated_lines
     notes             what else to know of the text, a line each
     gone              the file that has changed, if one has
     """

@@ -18,7 +18,8 @@ import numpy as np
 from npgpt.config import SAMPLE
 from npgpt.errors import GradientError, StoppedError
 from npgpt.files import folder
-from npgpt.generate.sampling import Writer, unprompted
+from npgpt.generate.generation import unprompted
+from npgpt.generate.writer import Writer
 from npgpt.kernels.profiler import profiling
 from npgpt.model import GPT
 from npgpt.optim import clip_scale

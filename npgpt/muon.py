@@ -7,6 +7,7 @@ import numpy as np
 from npgpt.kernels.buffers import BufferPool, empty, reuse_buffers
 from npgpt.kernels.jit import kernel, replaces
 from npgpt.kernels.matmul import matmul
+from npgpt.kernels.profiler import measuring
 from npgpt.kernels.tiles import product, transpose
 from npgpt.optim import AdamW
 

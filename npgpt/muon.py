@@ -105,7 +105,7 @@ def nesterov(momentum, g, scale, mu):
         g[i] = m * mu + new
 
 
-def _muon_cost(muon, m, members, lr, scale):
+def _muon_cost(muon, m, members):
     """(FLOPs, bytes) of Muon._update_group: 17 products in inverse_root, one before and one after it."""
     sizes = sum(weights.size for weights, _, _ in members)
     return 17 * m**2 * (m + 1) * len(members) + 4 * m * sizes, 3 * sizes * muon.m.itemsize

@@ -241,7 +241,11 @@ def train(argv, stop, world):
 
 def command():
     """Entry point of the console script npgpt-train."""
-    run_command(PROG, lambda: main(stop=catch_signals()))
+
+    def stoppable():  # run_command gives back the signals that are caught within it
+        return main(stop=catch_signals())
+
+    run_command(PROG, stoppable)
 
 
 if __name__ == "__main__":

@@ -519,8 +519,8 @@ FAULTS = [
     Fault(
         "dots: a sum that should be added replaces",
         "npgpt/kernels/tiles.py",
-        "change(add_value, builder.fadd, lambda column, pointer: pointer)",
-        "change(add_value, lambda new, old: new, lambda column, pointer: pointer)",
+        "change(add_value, builder.fadd)",
+        "change(add_value, lambda new, old: new)",
         "What a layer writes to the residual stream is added to it.",
         kernel=True,
     ),

@@ -56,10 +56,6 @@ def in_line(x):
     return x.strides[-1] == x.itemsize or x.shape[-1] < 2 or x.size == 0
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# A product: out = a @ b
-
-
 @helper
 def product(out, a, b, add):
     """Inside a kernel: out = a @ b, or out += a @ b where `add` is true.
@@ -102,10 +98,8 @@ def _tile(typingctx, out, a, b, i, j, add):
         columns = [builder.add(j_value, constant(v * lanes)) for v in range(2)]
 
         def body(masks):
-            sums = [[cgutils.alloca_once(builder, vector) for _ in range(2)] for _ in range(ROWS)]
-            for row_sums in sums:
-                for total in row_sums:
-                    builder.store(ir.Constant(vector, [0.0] * lanes), total)
+            zeros = ir.Constant(vector, [0.0] * lanes)
+            sums = [[cgutils.alloca_once_value(builder, zeros) for _ in range(2)] for _ in range(ROWS)]
             with cgutils.for_range(builder, K, intp=ir.IntType(64)) as loop:
                 factors = []
                 for v in range(2):
@@ -137,10 +131,6 @@ def _tile(typingctx, out, a, b, i, j, add):
         return context.get_dummy_value()
 
     return types.void(out, a, b, types.intp, types.intp, types.boolean), codegen
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# A transpose: out = x.T
 
 
 @helper
@@ -213,10 +203,6 @@ def _turn(typingctx, out, x, i, j):
     return types.void(out, x, types.intp, types.intp), codegen
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What will be needed soon
-
-
 @helper
 def fetch(x):
     """Inside a kernel: x (M, N) will be read or written soon; it changes nothing, wherever it points.
@@ -238,10 +224,6 @@ def _fetch(typingctx, x, row, column):
         return context.get_dummy_value()
 
     return types.void(x, types.intp, types.intp), codegen
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Products of few rows with a large matrix: out = x @ w.T
 
 
 @helper
@@ -280,9 +262,8 @@ def _make_dots(m, n):
 
     @intrinsic
     def dots(typingctx, out, x, w, scale, bias, i, j, last, add):
-        if not (are_fit(out, x, scale, bias) and out.ndim == x.ndim == w.ndim == 2):
-            return None
-        if not (scale.ndim == bias.ndim == 1 and w.dtype in (out.dtype, types.int8)):
+        have_axes = out.ndim == x.ndim == w.ndim == 2 and scale.ndim == bias.ndim == 1
+        if not (have_axes and are_fit(out, x, scale, bias) and w.dtype in (out.dtype, types.int8)):
             return None
 
         def codegen(context, builder, signature, args):
@@ -300,9 +281,7 @@ def _make_dots(m, n):
             tile = builder.mul(K, constant(n * w_itemsize))
             ahead = builder.mul(tile, builder.add(builder.udiv(constant(AHEAD), tile), constant(1)))
             byte = ir.IntType(8).as_pointer()
-            totals = [cgutils.alloca_once(builder, vector) for _ in range(m * n)]
-            for total in totals:
-                builder.store(ir.Constant(vector, [0.0] * lanes), total)
+            totals = [cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * lanes)) for _ in range(m * n)]
 
             def step(k, mask=None):
                 """The products of `lanes` columns from k on."""
@@ -313,8 +292,7 @@ def _make_dots(m, n):
                     prefetch(builder, builder.gep(builder.bitcast(pointer, byte), [ahead]))
                     weights = load_vector(builder, pointer, w_itemsize, mask)
                     if isinstance(weight, ir.IntType):
-                        wide = ir.VectorType(ir.IntType(32), lanes)
-                        weights = builder.sitofp(builder.sext(weights, wide), vector)
+                        weights = builder.sitofp(builder.sext(weights, ir.VectorType(ir.IntType(32), lanes)), vector)
                     for a in range(m):
                         product = builder.fmul(factors[a], weights, flags=("contract",))
                         total = builder.fadd(builder.load(totals[a * n + b]), product, flags=("contract",))
@@ -326,43 +304,32 @@ def _make_dots(m, n):
             done = builder.mul(whole, constant(lanes))
             with builder.if_then(builder.icmp_signed("<", done, K), likely=False):
                 step(done, below(builder, done, K, lanes))
-            sums = []
-            for first in range(0, m * n, min(n, lanes)):
-                group = [builder.load(total) for total in totals[first : first + min(n, lanes)]]
-                sums.append(sum_each(builder, group))
-            # now n columns of a row are one vector, or several where a vector is short
-            width = sums[0].type.count
-            places = []
-            for at, part in enumerate(sums):
-                place = cgutils.alloca_once(builder, part.type)
-                builder.store(part, place)
-                column = builder.add(j_value, constant(at * width % n))
-                pointer = pointer_to(builder, out_array, x_rows[at * width // n], column, part.type)
-                places.append((place, column, pointer, below(builder, column, last_value, width)))
+            # n columns of a row become one vector, or several where a vector is short
+            width, places = min(n, lanes), []
+            for first in range(0, m * n, width):
+                part = sum_each(builder, [builder.load(total) for total in totals[first : first + width]])
+                column = builder.add(j_value, constant(first % n))
+                pointer = pointer_to(builder, out_array, x_rows[first // n], column, part.type)
+                mask = below(builder, column, last_value, width)
+                places.append((cgutils.alloca_once_value(builder, part), column, pointer, mask))
 
-            def change(condition, operation, pointer_of):
-                """Where the condition holds, combine each part with what lies at pointer_of(column, pointer)."""
+            def change(condition, operation, array=None):
+                """Where the condition holds, combine each part with what an array, or else out, has in its columns."""
                 with builder.if_then(condition):
                     changed = []
                     for place, column, pointer, mask in places:
-                        other = load_vector(builder, pointer_of(column, pointer), itemsize, mask)
+                        if array is not None:
+                            start = builder.bitcast(array.data, vector.element.as_pointer())
+                            pointer = builder.bitcast(builder.gep(start, [column]), pointer.type)
+                        other = load_vector(builder, pointer, itemsize, mask)
                         changed.append(operation(builder.load(place), other))
                     for (place, *_), value in zip(places, changed, strict=True):
                         builder.store(value, place)
 
-            def along(array):
-                """Pointer to the numbers of a vector that belong to these columns."""
-
-                def pointer_of(column, pointer):
-                    start = builder.bitcast(array.data, vector.element.as_pointer())
-                    return builder.bitcast(builder.gep(start, [column]), pointer.type)
-
-                return pointer_of
-
             for array, operation in ((scale_array, builder.fmul), (bias_array, builder.fadd)):
                 (length,) = cgutils.unpack_tuple(builder, array.shape)
-                change(builder.icmp_signed(">", length, constant(0)), operation, along(array))
-            change(add_value, builder.fadd, lambda column, pointer: pointer)
+                change(builder.icmp_signed(">", length, constant(0)), operation, array)
+            change(add_value, builder.fadd)
             for place, _, pointer, mask in places:
                 store_vector(builder, builder.load(place), pointer, itemsize, mask)
             return context.get_dummy_value()
@@ -373,9 +340,6 @@ def _make_dots(m, n):
 
 
 _one_row, _four_rows = _make_dots(1, 8), _make_dots(4, 4)
-
-# --------------------------------------------------------------------------------------------------------------------
-# The same without checks
 
 # For kernels that check their arrays once, not at every call: 5 % of a small model's token, 2 % of its step.
 product_unchecked = product if KERNELS == "numba" and config.BOUNDSCHECK else _product

@@ -16,9 +16,6 @@ if KERNELS == "numba":
     _FEATURES = llvmlite.binding.get_host_cpu_features()
     VECTOR = 64 if _FEATURES.get("avx512f") else 32 if _FEATURES.get("avx") else 16
 
-# --------------------------------------------------------------------------------------------------------------------
-# An intrinsic's arguments
-
 
 def are_fit(out, *others):
     """Whether arrays of these kinds are all of one dtype that vectors are made of, and the first may be written."""
@@ -41,10 +38,6 @@ def vector_of(context, kind):
     real = context.get_value_type(kind.dtype)
     itemsize = context.get_abi_sizeof(real)
     return itemsize, VECTOR // itemsize, ir.VectorType(real, VECTOR // itemsize)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Numbers and places
 
 
 def constant(n):
@@ -72,10 +65,6 @@ def prefetch(builder, pointer):
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), kinds), name)
     how = [ir.Constant(ir.IntType(32), number) for number in (0, 3, 1)]  # to read, to keep near, data
     builder.call(function, [pointer, *how])
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Vectors
 
 
 def splat(builder, value, lanes):

@@ -20,7 +20,6 @@ from npgpt.command import Parser, showing_all
 from npgpt.engine import Tensor, no_grad
 from npgpt.errors import NpgptError, UsageError, run_command
 from npgpt.kernels import buffers
-from npgpt.kernels.masks import random_stream
 
 PROG = "python -m npgpt.gradcheck"
 BOUND = 1e-6  # worst relative error that passes
@@ -108,6 +107,7 @@ def gradcheck(f, inputs, names=None, bound=BOUND, seed=0):
 def _compare(f, inputs, names, seed):
     """(name, worst relative error, its index, analytic, numeric) for each input that requires a gradient."""
     import npgpt.ops.primitives  # noqa: F401  (f may use a Tensor's operators, which they are)
+    from npgpt.kernels.masks import random_stream
 
     names = names or [f"input {i}" for i in range(len(inputs))]
     for name, x in zip(names, inputs, strict=True):
@@ -255,6 +255,7 @@ def cases(seed=0):
 
 def later_rows(f):
     """f as a worker computes it whose sequences come after five others of the batch: dropout counts from there."""
+    from npgpt.kernels.masks import random_stream
 
     def of_the_batch(*inputs):
         with random_stream(1, batch_offset=5):

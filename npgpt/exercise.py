@@ -6,7 +6,7 @@
     python -m npgpt.exercise answer 3                               where it was, and why it was wrong
 
 `check` runs the file that it is given, which is your own code.  What is behind this is in study/: lessons/ on each op,
-blanks.py, answer.py and hints.py, bugs.py.
+blanks.py, check.py and hints.py, bugs.py.
 """
 
 import difflib
@@ -73,7 +73,7 @@ def run_show(args):
 
 
 def run_check(args):
-    from npgpt.study.answer import Answer, Wrong, check, imports_beside
+    from npgpt.study.check import Answer, Wrong, check, imports_beside
 
     try:
         with imports_beside(args.file):

@@ -515,6 +515,11 @@ def test_list_names_every_exercise(capsys):
         assert op in out and f"npgpt/ops/{one.file}.py" in out and (PACKAGE / "ops" / f"{one.file}.py").is_file()
 
 
+def test_what_only_reads_lessons_needs_neither_numpy_nor_numba():
+    code = "import sys; from npgpt import exercise; assert not {'numpy', 'numba'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Bugs
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mutation
 import pytest
 from faults import FAULTS
 
@@ -183,6 +184,7 @@ def test_a_fault_can_be_planted(fault):
     assert source.count(fault.before) == 1, "the text that the fault replaces must stand in its file exactly once"
     assert fault.after != fault.before
     ast.parse(source.replace(fault.before, fault.after))
+    assert mutation.relevant(fault)
 
 
 def test_faults_have_names_of_their_own_and_an_explanation_in_a_sentence():

@@ -29,7 +29,8 @@ class Case:
 
     values   what the backward is given, by name
     so_far   result -> what stood in it before, for a backward that adds in place
-    right    result -> what it must be; attention's dqkv is taken apart into dq, dk and dv
+    right    result -> what it must be
+    parts    the same, with a result taken apart that the lesson looks at in parts
     """
 
     def __init__(self, lesson):

@@ -364,9 +364,9 @@ def draw_attention(run, text):
 
 def draw_curves(runs, is_png):
     """The picture of the curves of some runs, as bytes.  Raises UsageError and CheckpointError."""
-    from npgpt.files import folder
+    from npgpt.files.log import read_log
 
-    logs = [folder.read_log(run) for run in runs]
+    logs = [read_log(run) for run in runs]
     found = panels(logs)
     if not found:
         raise CheckpointError(f"there is nothing to draw yet: the log of {runs[0]} has no finite number")

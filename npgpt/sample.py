@@ -13,7 +13,6 @@ from pathlib import Path
 from npgpt.command import NANOGPT, FileName, Parser, add_model, showing_all, with_newlines
 from npgpt.config import SAMPLE, Controls
 from npgpt.errors import UsageError, quoted, run_command, user_path
-from npgpt.files.pretrained import open_model
 
 PROG = "python -m npgpt.sample"
 DEFAULTS = {"temperature": 0.8}  # other than those of Controls
@@ -203,7 +202,7 @@ def main(argv=None):
 
     import numpy as np
 
-    from npgpt.files import folder
+    from npgpt.files import folder, pretrained
     from npgpt.generate import generation, writer
 
     path = args.model
@@ -212,7 +211,7 @@ def main(argv=None):
     elif args.checkpoint not in ("best", "last"):
         inside = Path(path, args.checkpoint)
         path = inside if inside.exists() else args.checkpoint
-    model = open_model(path)
+    model = pretrained.open_model(path)
     tokenizer = model.tokenizer
 
     def write(idx):

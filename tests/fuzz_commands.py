@@ -223,7 +223,8 @@ def main():
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     rng, counts, bad = random.Random(args.seed), {}, 0
-    for module in ("model", "trainer", "receipt", "hints", "hub"):  # what commands load when they need it
+    # what commands load when they need it
+    for module in ("model", "run.trainer", "study.receipt", "study.hints", "files.hub"):
         importlib.import_module(f"npgpt.{module}")
     parsers = {name: parser_of(module, []) for name, module in ALL.items() if name != "exercise"}
     parsers |= {part: parser_of(exercise, [part]) for part in ("list", "show", "check", "bug", "answer")}

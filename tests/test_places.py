@@ -36,6 +36,7 @@ from npgpt.command import NANOGPT
 from npgpt.config import SAMPLE
 from npgpt.data.characters import ByteTokenizer
 from npgpt.errors import CheckpointError, NpgptError, StoppedError, UsageError, quoted, run_command, user_path
+from npgpt.files import pretrained
 from npgpt.signals import Stop
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -440,7 +441,7 @@ def test_a_text_that_goes_on_after_its_end_says_how_to_end_it_there(monkeypatch,
 
     model = GPT(GPTConfig(vocab_size=256, block_size=8, n_layer=1, n_head=1, n_embd=4)).eval()
     model.tokenizer = Tokenizer()
-    monkeypatch.setattr(sample, "open_model", lambda path: model)
+    monkeypatch.setattr(pretrained, "open_model", lambda path: model)
     line = "python -m npgpt.sample: the text goes on after '<|endoftext|>'; --stop '<|endoftext|>' ends it there\n"
     for more in ([], ["--json"], ["--num-samples", "3"]):
         assert sample.main(["--max-new-tokens", "2000", *more]) == 0

@@ -43,7 +43,7 @@ from npgpt.errors import (
     quoted,
     user_path,
 )
-from npgpt.files import checkpoint, folder, hub
+from npgpt.files import checkpoint, folder, hub, pretrained
 from npgpt.generate.generation import unprompted
 from npgpt.generate.writer import Writer
 from npgpt.kernels import jit
@@ -952,7 +952,7 @@ def settings_of(path):
 
     Raises CheckpointError.
     """
-    with hub.opened(path) as found:
+    with pretrained.opened(path) as found:
         settings = dataclasses.asdict(found.config)
         if found.tokenizer is not None:
             settings["tokenizer"] = found.tokenizer.kind

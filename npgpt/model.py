@@ -88,9 +88,9 @@ class GPT(Module):
 
         Raises CheckpointError that names the file and what is wrong with it.
         """
-        from npgpt.files import hub
+        from npgpt.files import pretrained
 
-        with hub.opened(path) as found:
+        with pretrained.opened(path) as found:
             model = cls(found.config, seed=None)
             found.copy_to(model)
         model.tokenizer = found.tokenizer

@@ -40,10 +40,10 @@ def parse(argv):
 
 def draw_curves(runs):
     """The picture of the curves of some runs, as bytes.  Raises UsageError and CheckpointError."""
-    from npgpt.files import folder
+    from npgpt.files.log import read_log
     from npgpt.study.plots import curves_svg, labels, panels
 
-    logs = [folder.read_log(run) for run in runs]
+    logs = [read_log(run) for run in runs]
     found = panels(logs)
     if not found:
         raise CheckpointError(f"there is nothing to draw yet: the log of {runs[0]} has no finite number")

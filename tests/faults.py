@@ -1144,7 +1144,7 @@ FAULTS = [
         "When no token comes any more, what waited is text like any other.",
     ),
     # ----------------------------------------------------------------------------------------------------------------
-    # hub.py
+    # weights.py, hub.py
     Fault(
         "hub: c_attn is not transposed",
         "npgpt/files/hub.py",
@@ -1161,7 +1161,7 @@ FAULTS = [
     ),
     Fault(
         "hub: the bias of the last layer norm is lost",
-        "npgpt/files/hub.py",
+        "npgpt/files/weights.py",
         '    yield from layer(f"{PREFIX}ln_f", C)\n',
         '    yield f"{PREFIX}ln_f.weight", (C,)\n',
         "Where the model has biases, its last layer norm has one too.",

@@ -22,7 +22,7 @@ from npgpt.data.bpe import BPETokenizer
 from npgpt.data.characters import ByteTokenizer, CharTokenizer
 from npgpt.data.tokenizer import from_dict
 from npgpt.errors import CheckpointError, UsageError
-from npgpt.files import checkpoint, folder, hub
+from npgpt.files import checkpoint, folder, weights
 from npgpt.model import GPT
 from npgpt.run.events import Evaluation
 from npgpt.run.trainer import Trainer
@@ -117,7 +117,7 @@ def shard(path, weight_map=lambda weight_map: weight_map):
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_shapes_are_those_of_the_model(bias):
     config = dataclasses.replace(CONFIG, bias=bias)
-    assert list(hub.parameter_shapes(config)) == [(n, p.shape) for n, p in GPT(config, None).named_parameters()]
+    assert list(weights.parameter_shapes(config)) == [(n, p.shape) for n, p in GPT(config, None).named_parameters()]
 
 
 def test_a_folder_gives_the_gpt_that_it_came_from(tmp_path):

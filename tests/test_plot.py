@@ -13,7 +13,8 @@ from npgpt import GPT, GPTConfig, plot
 from npgpt.data.characters import CharTokenizer
 from npgpt.engine import no_grad, watched
 from npgpt.errors import CheckpointError, UsageError, one_line, quoted
-from npgpt.files.folder import RunFolder, read_log
+from npgpt.files.folder import RunFolder
+from npgpt.files.log import read_log
 from npgpt.ops.attention import merged_heads, split_heads
 from npgpt.study import plots
 from npgpt.study.plots import Axis, attention_maps, attention_svg, points_of, segments, smoothed

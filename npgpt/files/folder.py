@@ -26,7 +26,6 @@ import filecmp
 import hashlib
 import itertools
 import json
-import math
 import os
 import platform
 import shutil
@@ -37,6 +36,7 @@ from npgpt.data import kinds
 from npgpt.data.kinds import LOCK, LOG
 from npgpt.errors import CANNOT, BusyError, CheckpointError, UsageError, quoted
 from npgpt.files import checkpoint
+from npgpt.files.log import Log
 
 FORMAT = 1
 MOST_NEAR = 1000  # entries of a folder that are looked at for a model
@@ -213,37 +213,6 @@ def load(path):
         return reader.arrays(), state
 
 
-MOST = 1e100  # no number of a log is larger
-
-
-def read_log(path):
-    """The rows of a run's log, as dicts with an integer "iter"; a last line that is cut off does not count.
-
-    Raises CheckpointError if there is no log, or none that can be read.
-    """
-    path = Path(path) / LOG
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{path.parent} is not a run folder: it has no metrics.jsonl") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    if lines and not lines[-1].endswith(b"\n"):
-        del lines[-1]
-    rows = []
-    for n, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            whole = type(row["iter"]) is int
-            whole &= not any(isinstance(x, (int, float)) and MOST < abs(x) < math.inf for x in row.values())
-        except (ValueError, KeyError, TypeError, RecursionError):
-            whole = False
-        if not whole:
-            raise CheckpointError(f"{path} is damaged: line {n} is not a row of a log")
-        rows.append(row)
-    return rows
-
-
 class RunFolder:
     """A folder that this process writes to.
 
@@ -253,7 +222,7 @@ class RunFolder:
     def __init__(self, path):
         self.path = Path(path)
         self.notices = []  # lines for a person
-        self._log, self._pending, self._good = None, b"", 0  # the log's file, what it still lacks, its length so far
+        self._log = None  # a Log, while it is open
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
@@ -292,7 +261,7 @@ class RunFolder:
     def close(self):
         """Let the next training in."""
         if self._log is not None:
-            os.close(self._log)
+            self._log.close()
             self._log = None
         if self._lock is not None:
             os.close(self._lock)
@@ -355,7 +324,8 @@ class RunFolder:
         Raises CheckpointError; then nothing was removed, and the file that had this name is as it was.
         """
         path = self.path / _name_of(iteration)
-        self._flush_log()
+        if self._log is not None:
+            self._log.flush()  # a run that goes on from a checkpoint needs the rows before it
         self._write(path, arrays, state)
         with contextlib.suppress(CheckpointError):  # the folder cannot be read now: the next save removes them
             states = _states(self.path)
@@ -397,44 +367,12 @@ class RunFolder:
     # ---- log
 
     def open_log(self, before):
-        """Start the log, or go on with it after its rows of iterations 0 .. before - 1; later rows are cut off.
-
-        A line between them that is none stays where it is.  Raises CheckpointError.
-        """
-        path = self.path / LOG
-        try:
-            self._log = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-            self._good = end = 0
-            for line in path.read_bytes().splitlines(keepends=True):
-                end += len(line)
-                if line.endswith(b"\n") and _row_before(line, before):
-                    self._good = end
-            os.ftruncate(self._log, self._good)
-        except OSError as error:
-            raise CheckpointError(f"cannot write to the run folder {self.path}: {error.strerror}") from None
+        """Start the log, or go on with it after its rows of iterations 0 .. before - 1.  Raises CheckpointError."""
+        self._log = Log(self.path / LOG, before)
 
     def log(self, row):
         """Add a row to the log.  Raises CheckpointError; the row is not lost, but written with the next."""
-        self._pending += json.dumps(row, allow_nan=False).encode("utf-8") + b"\n"
-        try:
-            os.lseek(self._log, self._good, os.SEEK_SET)
-            written = 0
-            while written < len(self._pending):
-                written += os.write(self._log, self._pending[written:])
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._log, self._good)  # half a row would be none
-            raise CheckpointError(f"cannot write {self.path / LOG}: {error.strerror}") from None
-        self._good += len(self._pending)
-        self._pending = b""
-
-    def _flush_log(self):
-        """Have the log on the disk, as a run that goes on from a checkpoint needs the rows before it."""
-        if self._log is not None:
-            try:
-                checkpoint.flush(self._log)
-            except OSError as error:
-                raise CheckpointError(f"cannot write {self.path / LOG}: {error.strerror}") from None
+        self._log.add(row)
 
 
 def _same(path, other):
@@ -471,13 +409,6 @@ def is_whole(path):
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     return path == _tokens_path(path.parent, path.name.rpartition("-")[0], digest)
-
-
-def _row_before(line, iteration):
-    try:
-        return json.loads(line)["iter"] < iteration
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False
 
 
 # what a lock that another process has is answered with; on Windows the last ones

@@ -1,4 +1,4 @@
-"""The door to the Hugging Face world: GPT-2 folders read and written.  And the one way from a path to weights.
+"""The door to the Hugging Face world: GPT-2 folders read and written.
 
     config.json                     the model's shape; of a folder that npgpt wrote, the tokenizer too
     model.safetensors               the weights, in the layout of npgpt/files/checkpoint.py, or instead of it
@@ -10,37 +10,32 @@ Hugging Face's GPT-2 is the model of npgpt/model.py with these differences:
   Linear's (out, in).
 - The file of OpenAI's GPT-2 has no "transformer." before its names, and holds causal masks as if they were weights.
 - It always has biases.  A model without is written with biases of zero, which changes no logit.
-
-Files are looked at as a whole first: nothing large is allocated before names, shapes and dtypes are known to fit.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
 import re
 import reprlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from npgpt.config import GPTConfig
 from npgpt.data.bpe import BPETokenizer
 from npgpt.data.bpe_files import BPE_FILES, OTHER_FILES, SETTINGS, TEMPLATES, find_bpe
 from npgpt.data.kinds import kind_of
 from npgpt.data.tokenizer import from_dict
 from npgpt.errors import CheckpointError, UsageError, user_path
 from npgpt.files import checkpoint, folder
+from npgpt.files.weights import CHUNK, PREFIX, Found, at_most, check_entry, fit, gpt_config, is_finite, parameter_shapes
 from npgpt.ops.layernorm import EPS
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = "pytorch_model.bin", "pytorch_model.bin.index.json"
-PREFIX, HEAD = "transformer.", "lm_head.weight"
+HEAD = "lm_head.weight"
 # what GPT2LMHeadModel, torch.compile, DataParallel and others around a model put before its names
 _AROUND = re.compile(r"^((_orig_mod|module|model|transformer)\.)+|(?<=\.)_orig_mod\.")
-CHUNK = 2**18  # elements that are looked at in one go
 
 # our name of a setting -> Hugging Face's, and what holds where config.json does not say
 SHAPE = {
@@ -71,101 +66,17 @@ _TRANSPOSED = re.compile(r"h\.\d+\.(attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_p
 _MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
 
-def parameter_shapes(config):
-    """(name, shape) of each parameter that GPT(config) has, which need not be made for it."""
-    C = config.n_embd
-
-    def layer(name, *shape):
-        yield f"{name}.weight", shape
-        if config.bias:
-            yield f"{name}.bias", shape[:1]
-
-    yield f"{PREFIX}wte.weight", (config.vocab_size, C)
-    yield f"{PREFIX}wpe.weight", (config.block_size, C)
-    for n in range(config.n_layer):
-        block = f"{PREFIX}h.{n}."
-        yield from layer(f"{block}ln_1", C)
-        yield from layer(f"{block}attn.c_attn", 3 * C, C)
-        yield from layer(f"{block}attn.c_proj", C, C)
-        yield from layer(f"{block}ln_2", C)
-        yield from layer(f"{block}mlp.c_fc", 4 * C, C)
-        yield from layer(f"{block}mlp.c_proj", C, 4 * C)
-    yield from layer(f"{PREFIX}ln_f", C)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Reading
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a path leads to: all that is needed to make a GPT, and the open files from which it is filled."""
-
-    config: GPTConfig
-    tokenizer: object  # None where there is none that can be opened
-    places: dict  # parameter's name -> (Reader, name in its file, whether it stands there transposed)
-
-    def copy_to(self, model):
-        """Fill the parameters of a GPT of this config.  Raises CheckpointError for numbers that are not finite."""
-        for name, parameter in model.named_parameters():
-            reader, stored, transposed = self.places[name]
-            reader.copy_to(stored, parameter.data.T if transposed else parameter.data)
-            if not _finite(parameter.data):
-                raise CheckpointError(f"{reader.path}: {stored} has numbers that are not finite")
-
-
-def find(path):
-    """The best checkpoint of a run folder, or the folder itself if it is one of Hugging Face's.
-
-    Raises CheckpointError if there is neither.
-    """
-    names = (CONFIG, WEIGHTS, INDEX, *PICKLES)
-    if not folder.checkpoints(path) and any((Path(path) / name).exists() for name in names):
-        return Path(path)
-    return folder.best(path)
-
-
-@contextlib.contextmanager
-def opened(path):
-    """The Found of a checkpoint file, a run folder or a Hugging Face folder, to be used within the `with`.
-
-    Names, shapes, dtypes and the hashes of npgpt's files have been checked then.  Raises CheckpointError.
-    """
-    path = Path(user_path(path))
-    if path.is_file() and path.name in (WEIGHTS, INDEX, CONFIG) and (path.parent / CONFIG).is_file():
-        raise CheckpointError(f"{path} is one file of a Hugging Face folder; name the folder, {path.parent}")
-    if not path.exists():
-        raise CheckpointError(
-            f"there is no {path}: name a run folder, a checkpoint, or a folder with {CONFIG} and {WEIGHTS} in it "
-            f"(nothing is downloaded)"
-        )
-    path = find(path) if path.is_dir() else path
-    with contextlib.ExitStack() as stack:
-        yield _open_folder(path, stack) if path.is_dir() else _open_checkpoint(path, stack)
-
-
-def _open_checkpoint(path, stack):
-    """The Found of a checkpoint of npgpt.train."""
-    reader, state = stack.enter_context(folder.opened(path))
-    try:
-        config, tokenizer = _gpt_config(state["model"]), from_dict(state["tokenizer"])
-    except (KeyError, TypeError, ValueError, UsageError, CheckpointError) as error:
-        raise CheckpointError(f"{path} was not written by npgpt.train, or is damaged ({error})") from None
-    _fit(path, config, tokenizer)
-    places = {}
-    for name, shape in _at_most(len(reader.entries), config, path):
-        _check_entry(reader, name, shape)
-        places[name] = reader, name, False
-    return Found(config, tokenizer, places)
-
-
-def _open_folder(path, stack):
+def open_folder(path, stack):
     """The Found of a Hugging Face folder."""
     settings = _read_json(path / CONFIG)
     config = _config_of(settings, path / CONFIG)
     tokenizer = open_tokenizer(path, settings)
     if tokenizer is not None:
-        _fit(path / CONFIG, config, tokenizer)
+        fit(path / CONFIG, config, tokenizer)
     weights = path / WEIGHTS if (path / WEIGHTS).exists() else path / INDEX
     stored = {}  # name without prefix -> (Reader, name)
     for reader in _readers(path, stack):
@@ -181,7 +92,7 @@ def _open_folder(path, stack):
     if head is not None:
         stored.setdefault("wte.weight", head)  # they are one: of tied weights a file may hold either
     places = {}
-    for name, shape in _at_most(len(stored), config, weights):
+    for name, shape in at_most(len(stored), config, weights):
         short = name.removeprefix(PREFIX)
         transposed = _TRANSPOSED.fullmatch(short) is not None
         if short not in stored:
@@ -189,14 +100,14 @@ def _open_folder(path, stack):
             hint = f"; it has {others[0]!r}" if others else ""
             raise CheckpointError(f"{weights}: {short} must have shape {shape}, found nothing{hint}")
         reader, stored_name = stored.pop(short)
-        _check_entry(reader, stored_name, shape[::-1] if transposed else shape)
+        check_entry(reader, stored_name, shape[::-1] if transposed else shape)
         places[name] = reader, stored_name, transposed
     for short, (reader, name) in stored.items():
         hint = f"; {CONFIG} says n_layer = {config.n_layer}" if short.startswith("h.") else ""
         raise CheckpointError(f"{reader.path}: GPT-2 has no {name!r}{hint}")
     wte = places[f"{PREFIX}wte.weight"][:2]
     if head not in (None, wte):
-        _check_entry(*head, (config.vocab_size, config.n_embd))
+        check_entry(*head, (config.vocab_size, config.n_embd))
         _check_tied(head, wte)
     return Found(config, tokenizer, places)
 
@@ -225,19 +136,6 @@ def open_tokenizer(path, settings):
     return tokenizer
 
 
-def _fit(path, config, tokenizer):
-    """Have a tokenizer keep to the tokens that a model knows.  (It may know more: some are padded.)
-
-    Raises CheckpointError if there are others than added tokens that it does not know.
-    """
-    try:
-        tokenizer.fit(config.vocab_size)
-    except ValueError:
-        raise CheckpointError(
-            f"{path}: vocab_size {config.vocab_size}, but its tokenizer has {tokenizer.vocab_size}"
-        ) from None
-
-
 def _config_of(settings, path):
     """The GPTConfig that a Hugging Face config.json describes.  Raises CheckpointError for what GPT cannot be."""
     kind = settings.get("model_type", "gpt2")  # their class for it needs none
@@ -259,7 +157,7 @@ def _config_of(settings, path):
             )
     values = {name: settings.get(theirs, default) for name, (theirs, default) in SHAPE.items()}
     try:
-        config = _gpt_config({**values, "bias": True})
+        config = gpt_config({**values, "bias": True})
     except (ValueError, UsageError) as error:
         names = ", ".join(f"{theirs} {reprlib.repr(values[name])}" for name, (theirs, _) in SHAPE.items())
         raise CheckpointError(f"{path}: {error} (it says {names})") from None
@@ -270,21 +168,6 @@ def _config_of(settings, path):
             f"it has 4 n_embd = {4 * config.n_embd}"
         )
     return config
-
-
-def _gpt_config(values):
-    """GPTConfig(**values) of values that came from a file: ValueError or UsageError if one is not what it must be."""
-    if not isinstance(values, dict):
-        raise ValueError("the model's settings are no JSON object")
-    kinds = {f.name: f.type for f in dataclasses.fields(GPTConfig)}
-    for name, value in values.items():
-        if name not in kinds:
-            raise ValueError(f"{name!r} is no setting of a GPT")
-        if type(value) not in ((int, float) if kinds[name] is float else (kinds[name],)):
-            raise ValueError(f"{name} must be of the type {kinds[name].__name__}, got {reprlib.repr(value)}")
-        if value > 2**40:  # an array of that size there is not, and of far more no words either
-            raise ValueError(f"{name} is {reprlib.repr(value)}")
-    return GPTConfig(**values)
 
 
 def _readers(path, stack):
@@ -321,23 +204,6 @@ def _readers(path, stack):
     return readers
 
 
-def _at_most(n, config, path):
-    """parameter_shapes; if there are only n arrays it refuses more layers at once, which might be without number."""
-    if config.n_layer > n:
-        raise CheckpointError(f"{path} has {n} arrays, which cannot be n_layer = {config.n_layer} layers")
-    return parameter_shapes(config)
-
-
-def _check_entry(reader, name, shape):
-    """Raise CheckpointError if a Reader has no floating-point array of this name and shape."""
-    entry = reader.entries.get(name)
-    if entry is None or entry.shape != shape:
-        found = "nothing" if entry is None else entry.shape
-        raise CheckpointError(f"{reader.path}: {name} must have shape {shape}, found {found}")
-    if entry.dtype not in checkpoint.FLOATS:
-        raise CheckpointError(f"{reader.path}: {name} has dtype {entry.dtype}; {', '.join(checkpoint.FLOATS)} are read")
-
-
 def _check_tied(head, wte):
     """Raise CheckpointError if a file's output layer is another than its token embedding: (Reader, name) of each."""
     a, b = (reader.mapped(name) for reader, name in (head, wte))
@@ -349,11 +215,6 @@ def _check_tied(head, wte):
         raise CheckpointError(
             f"{head[0].path}: {HEAD} is not the same as wte.weight; npgpt's GPT has one matrix for both (tied)"
         )
-
-
-def _finite(array):
-    flat = array.ravel(order="K")  # of an array that is transposed a view too
-    return all(np.isfinite(flat[i : i + CHUNK]).all() for i in range(0, flat.size, CHUNK))
 
 
 def _read_json(path):
@@ -392,7 +253,7 @@ def save(model, path):
         raise CheckpointError(f"{path} holds the checkpoints of a run; name another folder: one would hide the other")
     arrays = dict(_stored(model))
     for name, array in arrays.items():
-        if not _finite(array):
+        if not is_finite(array):
             raise CheckpointError(f"{name} has numbers that are not finite: nothing was written to {path}")
     settings = _settings(model)
     try:

@@ -10,7 +10,7 @@ from npgpt.data.bpe_files import BPE_FILES, find_bpe
 from npgpt.data.characters import ByteTokenizer, CharTokenizer, name_of
 from npgpt.data.text import Corpus
 from npgpt.errors import StoppedError, UsageError
-from npgpt.files import hub
+from npgpt.files import pretrained
 from npgpt.model import GPT
 
 
@@ -19,7 +19,7 @@ def settings_of(path):
 
     Raises CheckpointError.
     """
-    with hub.opened(path) as found:
+    with pretrained.opened(path) as found:
         settings = dataclasses.asdict(found.config)
         if found.tokenizer is not None:
             settings["tokenizer"] = found.tokenizer.kind

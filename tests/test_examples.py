@@ -1,17 +1,31 @@
 """Every example runs, and its checks would notice wrong mathematics."""
 
+import importlib.util
+import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from npgpt import GPT, AdamW, GPTConfig
+from npgpt.optim import FlatParameters
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NAMES = [path.name for path in sorted(EXAMPLES.glob("[0-9]*.py"))]
 
 # example -> mistakes (what stands there once, what the mistake makes of it)
 WRONG = {
+    "00_gpt_in_one_file.py": [
+        ("parent.grad = parent.grad + summed(grad", "parent.grad = summed(grad"),
+        ("np.add.at(dx, index, dy)", "dx[index] += dy"),
+        ("x = x + x.sum() * Tensor(-1 / C)  # less", "x = x + x.sum() * Tensor(0.0)  # less"),
+        ("np.triu(np.full((T, T), -1e9), 1)", "np.triu(np.full((T, T), -1e9), 2)"),
+        ("(1 - BETA2) * p.grad**2", "(1 - BETA2) * abs(p.grad)"),
+        ("Tensor(-1 / y.size)", "Tensor(-1 / len(y))"),
+    ],
     "01_chain_rule.py": [
         ("parent.grad += node.grad * slope", "parent.grad = node.grad * slope"),
         ("(other.value, self.value)", "(self.value, other.value)"),
@@ -131,3 +145,27 @@ def test_an_example_notices_a_mistake(tmp_path, name, i):
     # the mistake is the example's, and without kernels it starts faster; a training goes faster with them
     done = run(tmp_path / name, **({} if name == "11_train.py" else {"NPGPT_KERNELS": "numpy"}))
     assert done.returncode == 1 and "WRONG" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+def test_the_gpt_in_one_file_has_the_losses_of_the_engine():
+    spec = importlib.util.spec_from_file_location("one_file", EXAMPLES / "00_gpt_in_one_file.py")
+    one = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(one)
+    weights = one.new_weights(np.random.default_rng(1))
+    config = GPTConfig(vocab_size=one.V, block_size=one.T, n_layer=one.L, n_head=one.H, n_embd=one.C, bias=False)
+    model = GPT(config, dtype=np.float64)
+    for name, parameter in model.named_parameters():
+        parameter.data[...] = weights[name.removeprefix("transformer.").removesuffix(".weight")].data
+    theirs = list(itertools.islice(one.train(weights, np.random.default_rng(2)), 10))
+    flat, rng, ours = FlatParameters(model), np.random.default_rng(2), []
+    adamw = AdamW(flat, beta1=one.BETA1, beta2=one.BETA2, weight_decay=one.DECAY)
+    for step in range(1, 11):
+        flat.zero_grad()
+        _, loss = model(*one.batch(rng))
+        loss.backward()
+        flat.finish_grads()
+        adamw.step = step
+        adamw.update(flat.grads, one.learning_rate(step))
+        ours.append(loss.item())
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
+    assert theirs[0] - theirs[-1] > 0.3

@@ -121,6 +121,37 @@ def attention_backward_ref(dy, qkv, lse, n_head, p_drop, key, batch_offset):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Op
+
+
+def causal_attention(qkv, n_head, p_drop=0.0):
+    """Causal multi-head self-attention.
+
+    qkv (B, T, 3C): queries, keys and values side by side, as one linear layer makes them -> y (B, T, C).
+    p_drop: probability with which an attention weight is dropped (engine.random_stream says which).
+    Raises ValueError unless 3 * n_head divides the last axis and 0 <= p_drop < 1.
+    """
+    check_p("causal_attention", p_drop)
+    if qkv.ndim != 3 or qkv.shape[2] % (3 * n_head):
+        raise ValueError(
+            f"causal_attention: qkv must have shape (B, T, 3 * n_head * hs) with n_head = {n_head}, got {qkv.shape}"
+        )
+    B, T, C3 = qkv.shape
+    key, batch_offset = next_random_key() if p_drop > 0 else (np.uint32(0), 0)
+    data = as_rows(qkv.data).reshape(B, T, C3)
+    y = empty((B, T, C3 // 3), qkv.dtype)
+    lse = empty((B, n_head, T), np.float64)
+    attention_forward(y, lse, data, n_head, p_drop, key, batch_offset)
+
+    def backward(dy):
+        dqkv = qkv.new_grad()
+        attention_backward(dqkv, as_rows(dy).reshape(y.shape), data, lse, n_head, p_drop, key, batch_offset)
+        return (dqkv,)
+
+    return record("causal_attention", y, (qkv,), backward)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Kernels.  ROWS queries at a time meet the keys up to the last of them; query t sees the keys 0 .. t (the causal mask).
 # Loops over a query's scores run on to a multiple of LANES, where the numbers in between are made such that they add
 # nothing: the rest of a loop that is not a multiple would go a number at a time.
@@ -289,34 +320,3 @@ def _scratch(n_heads, n_rows, T, hs, dtype):
     """The scratch arrays of the two kernels: transposed heads, rows of scores."""
     width = -(-T // LANES) * LANES
     return empty((n_heads, hs, width), dtype), empty((n_rows, width + PAD), dtype)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Op
-
-
-def causal_attention(qkv, n_head, p_drop=0.0):
-    """Causal multi-head self-attention.
-
-    qkv (B, T, 3C): queries, keys and values side by side, as one linear layer makes them -> y (B, T, C).
-    p_drop: probability with which an attention weight is dropped (engine.random_stream says which).
-    Raises ValueError unless 3 * n_head divides the last axis and 0 <= p_drop < 1.
-    """
-    check_p("causal_attention", p_drop)
-    if qkv.ndim != 3 or qkv.shape[2] % (3 * n_head):
-        raise ValueError(
-            f"causal_attention: qkv must have shape (B, T, 3 * n_head * hs) with n_head = {n_head}, got {qkv.shape}"
-        )
-    B, T, C3 = qkv.shape
-    key, batch_offset = next_random_key() if p_drop > 0 else (np.uint32(0), 0)
-    data = as_rows(qkv.data).reshape(B, T, C3)
-    y = empty((B, T, C3 // 3), qkv.dtype)
-    lse = empty((B, n_head, T), np.float64)
-    attention_forward(y, lse, data, n_head, p_drop, key, batch_offset)
-
-    def backward(dy):
-        dqkv = qkv.new_grad()
-        attention_backward(dqkv, as_rows(dy).reshape(y.shape), data, lse, n_head, p_drop, key, batch_offset)
-        return (dqkv,)
-
-    return record("causal_attention", y, (qkv,), backward)

@@ -54,6 +54,36 @@ def cross_entropy_backward_ref(dloss, logits, targets, lse, ignore_index, count)
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Op
+
+
+def cross_entropy(logits, targets, ignore_index=-1):
+    """Mean over the targets of -log softmax(logits)[target], in nats.
+
+    logits (..., V), targets (...) integers -> a single number.  Targets equal to ignore_index (a negative number) do
+    not count.  int64 targets are not copied, and the backward reads them again, without a check: they must not change
+    before it.  Raises ValueError for other shapes, for targets outside 0 .. V - 1, and if all are ignored.
+    """
+    V = logits.shape[-1]
+    if np.shape(targets) != logits.shape[:-1]:
+        raise ValueError(f"cross_entropy: targets must have shape {logits.shape[:-1]}, got {np.shape(targets)}")
+    targets = check_indices("cross_entropy", "targets", targets, V, ignore_index).reshape(-1)  # (N,)
+    count = int((targets != ignore_index).sum())
+    if count == 0:
+        raise ValueError(f"cross_entropy: every target is ignore_index = {ignore_index}: there is nothing to average")
+    rows = as_rows(logits.data)  # (N, V)
+    loss, lse = empty((), logits.dtype), empty((len(rows),), np.float64)
+    cross_entropy_forward(loss, lse, rows, targets, ignore_index, count)
+
+    def backward(dy):
+        dlogits = logits.new_grad()
+        cross_entropy_backward(dlogits.reshape(rows.shape), float(dy), rows, targets, lse, ignore_index, count)
+        return (dlogits,)
+
+    return record("cross_entropy", loss, (logits,), backward)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Kernels
 
 
@@ -90,33 +120,3 @@ def cross_entropy_backward(dlogits, dloss, logits, targets, lse, ignore_index, c
             for i in range(V):
                 dlogits[n, i] = exp(logits[n, i] - row_lse) * factor * scale
             dlogits[n, targets[n]] -= scale
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Op
-
-
-def cross_entropy(logits, targets, ignore_index=-1):
-    """Mean over the targets of -log softmax(logits)[target], in nats.
-
-    logits (..., V), targets (...) integers -> a single number.  Targets equal to ignore_index (a negative number) do
-    not count.  int64 targets are not copied, and the backward reads them again, without a check: they must not change
-    before it.  Raises ValueError for other shapes, for targets outside 0 .. V - 1, and if all are ignored.
-    """
-    V = logits.shape[-1]
-    if np.shape(targets) != logits.shape[:-1]:
-        raise ValueError(f"cross_entropy: targets must have shape {logits.shape[:-1]}, got {np.shape(targets)}")
-    targets = check_indices("cross_entropy", "targets", targets, V, ignore_index).reshape(-1)  # (N,)
-    count = int((targets != ignore_index).sum())
-    if count == 0:
-        raise ValueError(f"cross_entropy: every target is ignore_index = {ignore_index}: there is nothing to average")
-    rows = as_rows(logits.data)  # (N, V)
-    loss, lse = empty((), logits.dtype), empty((len(rows),), np.float64)
-    cross_entropy_forward(loss, lse, rows, targets, ignore_index, count)
-
-    def backward(dy):
-        dlogits = logits.new_grad()
-        cross_entropy_backward(dlogits.reshape(rows.shape), float(dy), rows, targets, lse, ignore_index, count)
-        return (dlogits,)
-
-    return record("cross_entropy", loss, (logits,), backward)

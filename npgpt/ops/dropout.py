@@ -30,22 +30,6 @@ def dropout_ref(x, key, first_row, p):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Kernel
-
-
-@replaces(dropout_ref)
-@kernel
-def dropout_rows(y, x, key, first_row, p):
-    N, C = x.shape
-    scale = x.dtype.type(1 / (1 - p))
-    limit = np.uint32(p * 2**32)
-    for n in range(N):
-        bits = row_key(key, np.uint64(first_row + n))
-        for i in range(C):
-            y[n, i] = x[n, i] * scale if keeps(bits, np.uint32(i), limit) else x.dtype.type(0)
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # Op
 
 
@@ -76,3 +60,19 @@ def dropout(x, p):
         return (dx,)
 
     return record("dropout", y.reshape(x.shape), (x,), backward)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Kernel
+
+
+@replaces(dropout_ref)
+@kernel
+def dropout_rows(y, x, key, first_row, p):
+    N, C = x.shape
+    scale = x.dtype.type(1 / (1 - p))
+    limit = np.uint32(p * 2**32)
+    for n in range(N):
+        bits = row_key(key, np.uint64(first_row + n))
+        for i in range(C):
+            y[n, i] = x[n, i] * scale if keeps(bits, np.uint32(i), limit) else x.dtype.type(0)

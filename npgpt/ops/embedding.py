@@ -40,34 +40,6 @@ def embedding_backward_ref(dwte, dwpe, dy, idx):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Kernels
-
-
-@replaces(embedding_forward_ref, nbytes=lambda y, idx, wte, wpe: 2 * y.nbytes + idx.nbytes + wpe.nbytes)
-@kernel
-def embedding_forward(y, idx, wte, wpe):
-    B, T, C = y.shape
-    for b in range(B):
-        for t in range(T):
-            v = idx[b, t]
-            for i in range(C):
-                y[b, t, i] = wte[v, i] + wpe[t, i]
-
-
-@replaces(embedding_backward_ref, nbytes=lambda dwte, dwpe, dy, idx: 3 * dy.nbytes + idx.nbytes + dwpe.nbytes)
-@kernel
-def embedding_backward(dwte, dwpe, dy, idx):
-    B, T, C = dy.shape
-    for b in range(B):
-        for t in range(T):
-            v = idx[b, t]
-            # y = wte[v] + wpe[t]
-            for i in range(C):
-                dwte[v, i] += dy[b, t, i]
-                dwpe[t, i] += dy[b, t, i]
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # Op
 
 
@@ -113,3 +85,31 @@ def embedding(idx, wte, wpe):
         return None, None  # both are added already
 
     return record("embedding", y, (wte, wpe), backward)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Kernels
+
+
+@replaces(embedding_forward_ref, nbytes=lambda y, idx, wte, wpe: 2 * y.nbytes + idx.nbytes + wpe.nbytes)
+@kernel
+def embedding_forward(y, idx, wte, wpe):
+    B, T, C = y.shape
+    for b in range(B):
+        for t in range(T):
+            v = idx[b, t]
+            for i in range(C):
+                y[b, t, i] = wte[v, i] + wpe[t, i]
+
+
+@replaces(embedding_backward_ref, nbytes=lambda dwte, dwpe, dy, idx: 3 * dy.nbytes + idx.nbytes + dwpe.nbytes)
+@kernel
+def embedding_backward(dwte, dwpe, dy, idx):
+    B, T, C = dy.shape
+    for b in range(B):
+        for t in range(T):
+            v = idx[b, t]
+            # y = wte[v] + wpe[t]
+            for i in range(C):
+                dwte[v, i] += dy[b, t, i]
+                dwpe[t, i] += dy[b, t, i]

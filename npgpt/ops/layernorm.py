@@ -68,6 +68,40 @@ def layernorm_backward_ref(dy, x, weight, mean, rstd):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Op
+
+
+def layernorm(x, weight, bias=None, eps=EPS):
+    """Normalise the last axis of x to mean 0 and variance 1, then scale by weight and shift by bias.
+
+    x (..., C), weight (C,), bias (C,) or None; all of one dtype -> y (..., C).
+    Raises ValueError for other shapes, TypeError for other dtypes.
+    """
+    check_dtypes("layernorm", x=x, weight=weight, bias=bias)
+    C = x.shape[-1]
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.shape != (C,):
+            raise ValueError(
+                f"layernorm: {name} must have shape (C,) = ({C},), got {parameter.shape}. "
+                f"Was the model built with another n_embd?"
+            )
+    rows = as_rows(x.data)  # (N, C)
+    N = len(rows)
+    y = empty((N, C), x.dtype)
+    mean, rstd = empty((2, N), x.dtype)
+    bias_data = np.zeros(C, x.dtype) if bias is None else bias.data
+    layernorm_forward(y, mean, rstd, rows, weight.data, bias_data, eps)
+
+    def backward(dy):
+        dx, dweight = x.new_grad(), weight.new_grad()
+        dbias = empty((C,), x.dtype) if bias is None else bias.new_grad()
+        layernorm_backward(dx.reshape(N, C), dweight, dbias, as_rows(dy), rows, weight.data, mean, rstd)
+        return (dx, dweight) if bias is None else (dx, dweight, dbias)
+
+    return record("layernorm", y.reshape(x.shape), (x, weight) if bias is None else (x, weight, bias), backward)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Kernels
 
 
@@ -117,37 +151,3 @@ def layernorm_backward(dx, dweight, dbias, dy, x, weight, mean, rstd):
         for i in range(C):
             xhat = (x[n, i] - m) * r
             dx[n, i] = r * (dy[n, i] * weight[i] - g_mean - xhat * g_xhat_mean)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Op
-
-
-def layernorm(x, weight, bias=None, eps=EPS):
-    """Normalise the last axis of x to mean 0 and variance 1, then scale by weight and shift by bias.
-
-    x (..., C), weight (C,), bias (C,) or None; all of one dtype -> y (..., C).
-    Raises ValueError for other shapes, TypeError for other dtypes.
-    """
-    check_dtypes("layernorm", x=x, weight=weight, bias=bias)
-    C = x.shape[-1]
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.shape != (C,):
-            raise ValueError(
-                f"layernorm: {name} must have shape (C,) = ({C},), got {parameter.shape}. "
-                f"Was the model built with another n_embd?"
-            )
-    rows = as_rows(x.data)  # (N, C)
-    N = len(rows)
-    y = empty((N, C), x.dtype)
-    mean, rstd = empty((2, N), x.dtype)
-    bias_data = np.zeros(C, x.dtype) if bias is None else bias.data
-    layernorm_forward(y, mean, rstd, rows, weight.data, bias_data, eps)
-
-    def backward(dy):
-        dx, dweight = x.new_grad(), weight.new_grad()
-        dbias = empty((C,), x.dtype) if bias is None else bias.new_grad()
-        layernorm_backward(dx.reshape(N, C), dweight, dbias, as_rows(dy), rows, weight.data, mean, rstd)
-        return (dx, dweight) if bias is None else (dx, dweight, dbias)
-
-    return record("layernorm", y.reshape(x.shape), (x, weight) if bias is None else (x, weight, bias), backward)

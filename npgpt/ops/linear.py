@@ -41,43 +41,6 @@ def linear_backward_ref(dy, x, weight):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Kernels.  The products are BLAS calls, or tiles of our own (kernels/matmul.py); what lies between them is compiled.
-
-
-@kernel
-def add_bias(y, bias):
-    N, C = y.shape
-    for n in range(N):
-        for i in range(C):
-            y[n, i] += bias[i]
-
-
-@kernel
-def sum_rows(total, x):
-    N, C = x.shape
-    total[:] = 0
-    for n in range(N):
-        for i in range(C):
-            total[i] += x[n, i]
-
-
-@replaces(linear_forward_ref, flops=lambda y, x, weight, bias: 2 * x.size * len(weight))
-def linear_forward(y, x, weight, bias):
-    matmul(y, x, weight.T)
-    if bias is not None:
-        add_bias(y, bias)
-
-
-@replaces(linear_backward_ref, flops=lambda dx, dweight, dbias, dy, x, weight: 4 * x.size * len(weight))
-def linear_backward(dx, dweight, dbias, dy, x, weight):
-    # y = x @ weight.T + bias
-    matmul(dx, dy, weight)
-    matmul(dweight, dy.T, x)
-    if dbias is not None:
-        sum_rows(dbias, dy)
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # Op
 
 
@@ -112,3 +75,40 @@ def linear(x, weight, bias=None):
 
     y = y.reshape(*x.shape[:-1], weight.shape[0])
     return record("linear", y, (x, weight) if bias is None else (x, weight, bias), backward)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Kernels.  The products are BLAS calls, or tiles of our own (kernels/matmul.py); what lies between them is compiled.
+
+
+@kernel
+def add_bias(y, bias):
+    N, C = y.shape
+    for n in range(N):
+        for i in range(C):
+            y[n, i] += bias[i]
+
+
+@kernel
+def sum_rows(total, x):
+    N, C = x.shape
+    total[:] = 0
+    for n in range(N):
+        for i in range(C):
+            total[i] += x[n, i]
+
+
+@replaces(linear_forward_ref, flops=lambda y, x, weight, bias: 2 * x.size * len(weight))
+def linear_forward(y, x, weight, bias):
+    matmul(y, x, weight.T)
+    if bias is not None:
+        add_bias(y, bias)
+
+
+@replaces(linear_backward_ref, flops=lambda dx, dweight, dbias, dy, x, weight: 4 * x.size * len(weight))
+def linear_backward(dx, dweight, dbias, dy, x, weight):
+    # y = x @ weight.T + bias
+    matmul(dx, dy, weight)
+    matmul(dweight, dy.T, x)
+    if dbias is not None:
+        sum_rows(dbias, dy)

@@ -80,6 +80,42 @@ def mlp_backward_ref(dy, x, w_fc, w_proj, pre):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Op
+
+
+def mlp(x, w_fc, b_fc, w_proj, b_proj):
+    """y = gelu(x @ w_fc.T + b_fc) @ w_proj.T + b_proj over the last axis.
+
+    x (..., C), w_fc (F, C), b_fc (F,) or None, w_proj (C, F), b_proj (C,) or None; all of one dtype -> y (..., C).
+    Raises ValueError for other shapes, TypeError for other dtypes.
+    """
+    check_dtypes("mlp", x=x, w_fc=w_fc, b_fc=b_fc, w_proj=w_proj, b_proj=b_proj)
+    if (b_fc is None) != (b_proj is None):
+        raise ValueError("mlp: give both biases or neither")
+    check_linear("mlp", x.shape[-1], w_fc, b_fc, ("c_fc.weight", "c_fc.bias"))
+    check_linear("mlp", w_fc.shape[0], w_proj, b_proj, ("c_proj.weight", "c_proj.bias"))
+    rows = as_rows(x.data)  # (N, C)
+    N, F, C_out = len(rows), w_fc.shape[0], w_proj.shape[0]
+    b_fc_data = np.zeros(F, x.dtype) if b_fc is None else b_fc.data
+    b_proj_data = None if b_fc is None else b_proj.data
+    y, pre = empty((N, C_out), x.dtype), empty((N, F), x.dtype)
+    mlp_forward(y, pre, rows, w_fc.data, b_fc_data, w_proj.data, b_proj_data)
+    parents = (x, w_fc, w_proj) if b_fc is None else (x, w_fc, b_fc, w_proj, b_proj)
+
+    def backward(dy):
+        dx, dw_fc, dw_proj = x.new_grad(), w_fc.new_grad(), w_proj.new_grad()
+        db_fc = empty((F,), x.dtype) if b_fc is None else b_fc.new_grad()
+        db_proj = None if b_fc is None else b_proj.new_grad()
+        mlp_backward(
+            dx.reshape(rows.shape), dw_fc, db_fc, dw_proj, db_proj,
+            as_rows(dy), rows, w_fc.data, w_proj.data, pre,
+        )  # fmt: skip
+        return (dx, dw_fc, dw_proj) if b_fc is None else (dx, dw_fc, db_fc, dw_proj, db_proj)
+
+    return record("mlp", y.reshape(*x.shape[:-1], C_out), parents, backward)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Kernels
 
 
@@ -137,39 +173,3 @@ def mlp_backward(dx, dw_fc, db_fc, dw_proj, db_proj, dy, x, w_fc, w_proj, pre):
     # pre = x @ w_fc.T + b_fc
     matmul(dx, grad, w_fc)
     matmul(dw_fc, grad.T, x)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Op
-
-
-def mlp(x, w_fc, b_fc, w_proj, b_proj):
-    """y = gelu(x @ w_fc.T + b_fc) @ w_proj.T + b_proj over the last axis.
-
-    x (..., C), w_fc (F, C), b_fc (F,) or None, w_proj (C, F), b_proj (C,) or None; all of one dtype -> y (..., C).
-    Raises ValueError for other shapes, TypeError for other dtypes.
-    """
-    check_dtypes("mlp", x=x, w_fc=w_fc, b_fc=b_fc, w_proj=w_proj, b_proj=b_proj)
-    if (b_fc is None) != (b_proj is None):
-        raise ValueError("mlp: give both biases or neither")
-    check_linear("mlp", x.shape[-1], w_fc, b_fc, ("c_fc.weight", "c_fc.bias"))
-    check_linear("mlp", w_fc.shape[0], w_proj, b_proj, ("c_proj.weight", "c_proj.bias"))
-    rows = as_rows(x.data)  # (N, C)
-    N, F, C_out = len(rows), w_fc.shape[0], w_proj.shape[0]
-    b_fc_data = np.zeros(F, x.dtype) if b_fc is None else b_fc.data
-    b_proj_data = None if b_fc is None else b_proj.data
-    y, pre = empty((N, C_out), x.dtype), empty((N, F), x.dtype)
-    mlp_forward(y, pre, rows, w_fc.data, b_fc_data, w_proj.data, b_proj_data)
-    parents = (x, w_fc, w_proj) if b_fc is None else (x, w_fc, b_fc, w_proj, b_proj)
-
-    def backward(dy):
-        dx, dw_fc, dw_proj = x.new_grad(), w_fc.new_grad(), w_proj.new_grad()
-        db_fc = empty((F,), x.dtype) if b_fc is None else b_fc.new_grad()
-        db_proj = None if b_fc is None else b_proj.new_grad()
-        mlp_backward(
-            dx.reshape(rows.shape), dw_fc, db_fc, dw_proj, db_proj,
-            as_rows(dy), rows, w_fc.data, w_proj.data, pre,
-        )  # fmt: skip
-        return (dx, dw_fc, dw_proj) if b_fc is None else (dx, dw_fc, db_fc, dw_proj, db_proj)
-
-    return record("mlp", y.reshape(*x.shape[:-1], C_out), parents, backward)

@@ -324,7 +324,7 @@ FAULTS = [
     ),
     Fault(
         "attention kernel: sees one position of the future",
-        "npgpt/ops/attention.py",
+        "npgpt/kernels/attention.py",
         "row, stop = s[t - t0], round_up(t + 1, LANES)\n                    row[t + 1 : stop] = -np.inf",
         "row, stop = s[t - t0], round_up(t + 1, LANES)\n                    row[t + 2 : stop] = -np.inf",
         "Position t may see 0 .. t, which are t + 1 positions.",
@@ -332,7 +332,7 @@ FAULTS = [
     ),
     Fault(
         "attention kernel: backward mask one short",
-        "npgpt/ops/attention.py",
+        "npgpt/kernels/attention.py",
         "exp(row[j] - row_lse) * factor if j <= t else zero",
         "exp(row[j] - row_lse) * factor if j < t else zero",
         "Position t sees itself, too.",
@@ -340,7 +340,7 @@ FAULTS = [
     ),
     Fault(
         "attention kernel: a large sum's logarithm in float32 only",
-        "npgpt/ops/attention.py",
+        "npgpt/kernels/attention.py",
         "factor = exp(-rest)",
         "factor = a.dtype.type(1)",
         "What rounding takes from the logarithm, every probability would be wrong by.",
@@ -348,7 +348,7 @@ FAULTS = [
     ),
     Fault(
         "attention kernel: softmax backward without the sum",
-        "npgpt/ops/attention.py",
+        "npgpt/kernels/attention.py",
         "row[j] * (row_grad[j] - total) * scale",
         "row[j] * row_grad[j] * scale",
         "The probabilities of a row sum to 1: raising one score lowers all other probabilities.",
@@ -356,7 +356,7 @@ FAULTS = [
     ),
     Fault(
         "attention kernel: without the scale",
-        "npgpt/ops/attention.py",
+        "npgpt/kernels/attention.py",
         "row[j] * (row_grad[j] - total) * scale",
         "row[j] * (row_grad[j] - total)",
         "The scores were multiplied with 1 / sqrt(hs), and so is their gradient.",
@@ -364,7 +364,7 @@ FAULTS = [
     ),
     Fault(
         "attention kernel: p again without the scale",
-        "npgpt/ops/attention.py",
+        "npgpt/kernels/attention.py",
         "            scaled_transpose(k_t, k, scale)\n            transpose(v_t, v)\n",
         "            transpose(k_t, k)\n            transpose(v_t, v)\n",
         "lse was taken of the scaled scores.",
@@ -372,7 +372,7 @@ FAULTS = [
     ),
     Fault(
         "attention kernel: keys from the gradient of the values' weights",
-        "npgpt/ops/attention.py",
+        "npgpt/kernels/attention.py",
         "product(dk[j0:j1], grad[rows, j0:j1].T, q[t0:end], end < T)",
         "product(dk[j0:j1], a[rows, j0:j1].T, q[t0:end], end < T)",
         "The gradient of key j is a sum over the queries that looked at it: a column of ds.",
@@ -380,7 +380,7 @@ FAULTS = [
     ),
     Fault(
         "attention kernel: keys are told of one query less",
-        "npgpt/ops/attention.py",
+        "npgpt/kernels/attention.py",
         "t0 = max(start, j0)  #",
         "t0 = min(max(start, j0) + 1, end - 1)  #",
         "Position t sees itself, too.",
@@ -388,7 +388,7 @@ FAULTS = [
     ),
     Fault(
         "attention kernel: values from weights before dropout",
-        "npgpt/ops/attention.py",
+        "npgpt/kernels/attention.py",
         "                            drop(row, t + 1, p_drop, key, number)  # a again\n",
         "                            pass\n",
         "y = a v with the weights a after dropout, so dv = a^T dy.",
@@ -396,7 +396,7 @@ FAULTS = [
     ),
     Fault(
         "attention kernel: backward without the dropout mask",
-        "npgpt/ops/attention.py",
+        "npgpt/kernels/attention.py",
         "                            drop(row_grad, t + 1, p_drop, key, number)  # dp\n",
         "                            pass\n",
         "A weight that was dropped did not reach the output.",
@@ -404,7 +404,7 @@ FAULTS = [
     ),
     Fault(
         "attention kernel: blocks in the wrong order",
-        "npgpt/ops/attention.py",
+        "npgpt/kernels/attention.py",
         "for start in range((T - 1) // QUERY_BLOCK * QUERY_BLOCK, -1, -QUERY_BLOCK):",
         "for start in range(0, T, QUERY_BLOCK):",
         "Only the last block reaches all keys: it must come first, as it writes where the others add.",
@@ -412,7 +412,7 @@ FAULTS = [
     ),
     Fault(
         "attention kernel: every sequence has the first one's dropout mask",
-        "npgpt/ops/attention.py",
+        "npgpt/kernels/attention.py",
         "drop(row, t + 1, p_drop, key, ((batch_offset + b) * H + h) * T + t)",
         "drop(row, t + 1, p_drop, key, (batch_offset * H + h) * T + t)",
         "A row of the mask is known by its sequence in the whole batch.",
@@ -420,7 +420,7 @@ FAULTS = [
     ),
     Fault(
         "attention kernel: the backward numbers the mask's rows from the first of this worker",
-        "npgpt/ops/attention.py",
+        "npgpt/kernels/attention.py",
         "                        number = ((batch_offset + b) * H + h) * T + t\n",
         "                        number = (b * H + h) * T + t\n",
         "The backward must drop what the forward dropped; a row is known by its sequence in the whole batch.",

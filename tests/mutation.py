@@ -36,6 +36,7 @@ RELEVANT = {
     "npgpt/ops/primitives.py": (["test_gradcheck.py", "test_ops.py", "test_engine.py"], "not attention and not gpt"),
     "npgpt/tensor.py": (["test_gradcheck.py", "test_ops.py", "test_engine.py"], "not attention and not gpt"),
     "npgpt/kernels/vectors.py": (["test_tiles.py"], ""),
+    "npgpt/kernels/attention.py": (OF_OPS, "attention"),
     "npgpt/kernels/tiles.py": (["test_tiles.py"], ""),
     "npgpt/ops/embedding.py": (OF_OPS, "embedding or gpt"),
     "npgpt/ops/mlp.py": (OF_OPS, "mlp or gelu"),

@@ -13,12 +13,13 @@ import npgpt.muon
 import npgpt.optim  # noqa: F401  (their pairs, too, are to be found in jit.PAIRS)
 from npgpt import GPT, GPTConfig, Tensor, random_stream
 from npgpt.kernels import jit, maths, matmul
+from npgpt.kernels.attention import QUERY_BLOCK
 from npgpt.kernels.blas import blas_threads
 from npgpt.kernels.masks import dropout_mask_ref, mix32_ref
 from npgpt.kernels.matmul import DEPTH, HEIGHT
 from npgpt.kernels.vectors import VECTOR
 from npgpt.ops import primitives
-from npgpt.ops.attention import QUERY_BLOCK, causal_attention
+from npgpt.ops.attention import causal_attention
 from npgpt.ops.cross_entropy import cross_entropy
 from npgpt.ops.dropout import dropout
 from npgpt.ops.embedding import embedding

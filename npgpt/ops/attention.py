@@ -29,11 +29,10 @@ import math
 
 import numpy as np
 
+from npgpt.kernels.attention import QUERY_BLOCK, ROWS, backward_heads, forward_heads, scratch
 from npgpt.kernels.buffers import as_rows, empty
-from npgpt.kernels.jit import helper, kernel, replaces
-from npgpt.kernels.masks import dropout_mask_ref, keeps, next_random_key, row_key
-from npgpt.kernels.maths import exp, in_two, largest
-from npgpt.kernels.tiles import ROWS, fetch, product, transpose
+from npgpt.kernels.jit import replaces
+from npgpt.kernels.masks import dropout_mask_ref, next_random_key
 from npgpt.ops.dropout import check_p
 from npgpt.tensor import record
 
@@ -128,7 +127,7 @@ def causal_attention(qkv, n_head, p_drop=0.0):
     """Causal multi-head self-attention.
 
     qkv (B, T, 3C): queries, keys and values side by side, as one linear layer makes them -> y (B, T, C).
-    p_drop: probability with which an attention weight is dropped (engine.random_stream says which).
+    p_drop: probability with which an attention weight is dropped (npgpt.random_stream says which).
     Raises ValueError unless 3 * n_head divides the last axis and 0 <= p_drop < 1.
     """
     check_p("causal_attention", p_drop)
@@ -152,155 +151,14 @@ def causal_attention(qkv, n_head, p_drop=0.0):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Kernels.  ROWS queries at a time meet the keys up to the last of them; query t sees the keys 0 .. t (the causal mask).
-# Loops over a query's scores run on to a multiple of LANES, where the numbers in between are made such that they add
-# nothing: the rest of a loop that is not a multiple would go a number at a time.
-
-QUERY_BLOCK = 128  # queries whose scores the backward holds together
-LANES = 32
-PAD = 16  # without it, rows of scores would lie a power of two apart, and fall onto the same few lines of the cache
-
-
-@helper
-def round_up(n, step):
-    return (n + step - 1) // step * step
-
-
-@helper
-def scaled_transpose(k_t, k, scale):
-    """k_t[:, :T] = scale * k.T, for k (T, hs).
-
-    The keys are scaled, not the scores: forward and backward then agree on s to the last bit, and e^(s - lse) is 1 for
-    a score that is alone, however large it is.
-    """
-    transpose(k_t, k)
-    T, hs = k.shape
-    for i in range(hs):
-        for t in range(T):
-            k_t[i, t] *= scale
-
-
-@helper
-def fetch_head(x, n, t0, t1):
-    """Have the rows t0:t1 of head n of x (B, T, parts, n_head, hs) fetched: n runs over all heads of all sequences."""
-    b, h = n // x.shape[3], n % x.shape[3]
-    if b < x.shape[0]:
-        for part in range(x.shape[2]):
-            fetch(x[b, t0:t1, part, h])
-
-
-@helper
-def drop(row, n, p_drop, key, number):
-    """Dropout for the first n weights of a row; `number` is that of the row in the mask."""
-    bits = row_key(key, np.uint64(number))
-    scale = row.dtype.type(1 / (1 - p_drop))
-    limit = np.uint32(p_drop * 2**32)
-    for j in range(n):
-        row[j] = row[j] * scale if keeps(bits, np.uint32(j), limit) else row.dtype.type(0)
-
-
-@kernel
-def forward_heads(y, lse, qkv, k_t, s, p_drop, key, batch_offset):
-    """y (B, T, 1, n_head, hs), lse (B, n_head, T), qkv (B, T, 3, n_head, hs).
-
-    Scratch: k_t (hs, width), s (ROWS, width + PAD), with T rounded up to LANES as width.
-    """
-    B, T, _, H, hs = qkv.shape
-    scale = s.dtype.type(1 / math.sqrt(hs))
-    for b in range(B):
-        for h in range(H):
-            q, k, v, y_head = qkv[b, :, 0, h], qkv[b, :, 1, h], qkv[b, :, 2, h], y[b, :, 0, h]
-            scaled_transpose(k_t, k, scale)
-            for t0 in range(0, T, ROWS):
-                t1 = min(t0 + ROWS, T)
-                fetch_head(qkv, b * H + h + 1, t0, t1)  # while this head is computed, the next one comes
-                fetch_head(y, b * H + h, t0, t1)
-                # s = q @ (scale * k).T
-                product(s[: t1 - t0, : round_up(t1, LANES)], q[t0:t1], k_t, False)
-                # p = softmax(s), for all of these queries line by line: nothing then waits for the line before it
-                for t in range(t0, t1):
-                    row, stop = s[t - t0], round_up(t + 1, LANES)
-                    row[t + 1 : stop] = -np.inf
-                    lse[b, h, t] = largest(row, stop)
-                for t in range(t0, t1):
-                    row, m, stop = s[t - t0], s.dtype.type(lse[b, h, t]), round_up(t + 1, LANES)
-                    total = s.dtype.type(0)
-                    for j in range(stop):
-                        e = exp(row[j] - m)
-                        row[j] = e
-                        total += e
-                    inverse = s.dtype.type(1) / total
-                    for j in range(stop):
-                        row[j] *= inverse
-                    lse[b, h, t] = np.float64(m) + np.log(total)
-                    # a = dropout(p)
-                    if p_drop > 0:
-                        drop(row, t + 1, p_drop, key, ((batch_offset + b) * H + h) * T + t)
-                # y = a @ v
-                product(y_head[t0:t1], s[: t1 - t0, :t1], v[:t1], False)
-
-
-@kernel
-def backward_heads(dqkv, dy, qkv, lse, k_t, v_t, a, grad, p_drop, key, batch_offset):
-    """dqkv, qkv (B, T, 3, n_head, hs), dy (B, T, 1, n_head, hs), lse (B, n_head, T).
-
-    Scratch: k_t, v_t (hs, width); a, grad (QUERY_BLOCK or T, width + PAD); with T rounded up to LANES as width.
-    """
-    B, T, _, H, hs = qkv.shape
-    scale, zero = a.dtype.type(1 / math.sqrt(hs)), a.dtype.type(0)
-    for b in range(B):
-        for h in range(H):
-            q, k, v, dy_head = qkv[b, :, 0, h], qkv[b, :, 1, h], qkv[b, :, 2, h], dy[b, :, 0, h]
-            dq, dk, dv = dqkv[b, :, 0, h], dqkv[b, :, 1, h], dqkv[b, :, 2, h]
-            scaled_transpose(k_t, k, scale)
-            transpose(v_t, v)
-            # the last block of queries comes first: it sees all keys, so it writes dk and dv, and the others add
-            for start in range((T - 1) // QUERY_BLOCK * QUERY_BLOCK, -1, -QUERY_BLOCK):
-                end = min(start + QUERY_BLOCK, T)
-                for t0 in range(start, end, ROWS):
-                    t1 = min(t0 + ROWS, end)
-                    rows, columns = slice(t0 - start, t1 - start), round_up(t1, LANES)
-                    fetch_head(qkv, b * H + h + 1, t0, t1)  # while this head is computed, the next one comes
-                    fetch_head(dy, b * H + h + 1, t0, t1)
-                    fetch_head(dqkv, b * H + h, t0, t1)
-                    product(a[rows, :columns], q[t0:t1], k_t, False)
-                    for t in range(t0, t1):
-                        row, stop = a[t - start], round_up(t + 1, LANES)
-                        row_lse, rest = in_two(lse[b, h, t], row)
-                        factor = exp(-rest)  # (a second subtraction would be made one with the first)
-                        for j in range(stop):
-                            row[j] = exp(row[j] - row_lse) * factor if j <= t else zero  # p again
-                    # y = a @ v
-                    product(grad[rows, :columns], dy_head[t0:t1], v_t, False)  # da
-                    for t in range(t0, t1):
-                        row, row_grad, stop = a[t - start], grad[t - start], round_up(t + 1, LANES)
-                        # a = dropout(p)
-                        number = ((batch_offset + b) * H + h) * T + t
-                        if p_drop > 0:
-                            drop(row_grad, t + 1, p_drop, key, number)  # dp
-                        # p = softmax(s)
-                        total = zero
-                        for j in range(stop):
-                            total += row_grad[j] * row[j] if j <= t else zero
-                        for j in range(stop):
-                            row_grad[j] = row[j] * (row_grad[j] - total) * scale if j <= t else zero  # scale * ds
-                        if p_drop > 0:
-                            drop(row, t + 1, p_drop, key, number)  # a again
-                    # s = scale * q @ k.T
-                    product(dq[t0:t1], grad[rows, :t1], k[:t1], False)
-                for j0 in range(0, end, ROWS):
-                    j1 = min(j0 + ROWS, end)
-                    t0 = max(start, j0)  # no query before j0 sees these keys
-                    rows = slice(t0 - start, end - start)
-                    product(dv[j0:j1], a[rows, j0:j1].T, dy_head[t0:end], end < T)
-                    product(dk[j0:j1], grad[rows, j0:j1].T, q[t0:end], end < T)
+# Kernels.  The loops over tiles are in kernels/attention.py
 
 
 @replaces(attention_forward_ref, flops=lambda y, *_: 2 * y.size * (y.shape[1] + 1))
 def attention_forward(y, lse, qkv, n_head, p_drop, key, batch_offset):
     B, T, C3 = qkv.shape
     hs = C3 // 3 // n_head
-    (k_t,), s = _scratch(1, ROWS, T, hs, qkv.dtype)
+    (k_t,), s = scratch(1, ROWS, T, hs, qkv.dtype)
     y, qkv = y.reshape(B, T, 1, n_head, hs), qkv.reshape(B, T, 3, n_head, hs)
     forward_heads(y, lse, qkv, k_t, s, p_drop, key, batch_offset)
 
@@ -310,13 +168,7 @@ def attention_backward(dqkv, dy, qkv, lse, n_head, p_drop, key, batch_offset):
     B, T, C3 = qkv.shape
     hs = C3 // 3 // n_head
     n = min(T, QUERY_BLOCK)
-    (k_t, v_t), scores = _scratch(2, 2 * n, T, hs, qkv.dtype)
+    (k_t, v_t), scores = scratch(2, 2 * n, T, hs, qkv.dtype)
     qkv, dqkv = qkv.reshape(B, T, 3, n_head, hs), dqkv.reshape(B, T, 3, n_head, hs)
     dy = dy.reshape(B, T, 1, n_head, hs)
     backward_heads(dqkv, dy, qkv, lse, k_t, v_t, scores[:n], scores[n:], p_drop, key, batch_offset)
-
-
-def _scratch(n_heads, n_rows, T, hs, dtype):
-    """The scratch arrays of the two kernels: transposed heads, rows of scores."""
-    width = -(-T // LANES) * LANES
-    return empty((n_heads, hs, width), dtype), empty((n_rows, width + PAD), dtype)

@@ -106,7 +106,7 @@ BUGS = {
     ),
     22: Fault(
         "attention kernel: later blocks replace the gradient of the keys",
-        "npgpt/ops/attention.py",
+        "npgpt/kernels/attention.py",
         "product(dk[j0:j1], grad[rows, j0:j1].T, q[t0:end], end < T)",
         "product(dk[j0:j1], grad[rows, j0:j1].T, q[t0:end], False)",
         "A key is seen by the queries of its own block and of all later ones; their contributions add up.",

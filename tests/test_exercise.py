@@ -81,6 +81,23 @@ def test_a_level_is_the_solution_with_blanks_in_the_backward_only(op, level, che
 
 
 @pytest.mark.parametrize("op", LESSONS)
+def test_what_commands_read_in_an_ops_file_is_there(op):
+    """npgpt/ops/__init__.py says what is data in these files."""
+    lesson = LESSONS[op]
+    source, file = lesson.source(), f"npgpt/ops/{lesson.file}.py"
+    nodes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    for name in lesson.backward:
+        lines = source.splitlines()[nodes[name].lineno - 1 : nodes[name].end_lineno]
+        for line in (line.strip() for line in lines):
+            words = "a comment on a line of its own quotes what is undone, '# result = formula': exercises show it"
+            assert not line.startswith("#") or re.match(r"# \w+ = \S", line), f"{file}, {name}: {words}; got {line!r}"
+    docs = [ast.get_docstring(node) or "" for node in (ast.parse(source), *nodes.values())]
+    words = 'no docstring has a line "Forward..." and after it a line "Backward...": the page of explain shows both'
+    assert any(re.search(r"^Forward.*^Backward", doc, re.S | re.M) for doc in docs), f"{file}: {words}"
+
+
+
+@pytest.mark.parametrize("op", LESSONS)
 def test_levels_give_less_and_less_away_and_hints_quote_the_forward(op):
     trees = [ast.parse(exercise_text(LESSONS[op], level, "mine.py")) for level in (0, *LEVELS)]
     names = [sum(isinstance(node, ast.Name) for node in ast.walk(tree)) for tree in trees]

@@ -377,10 +377,10 @@ def test_results_come_in_the_order_of_the_workers(workers):
 
 
 def test_a_closed_model_has_no_threads_left():
-    before = set(threading.enumerate())
+    before = threads_of_workers()
     data_parallel = DataParallel(small_gpt(), 3)
     train(data_parallel, 1)
-    begun = {thread for thread in threading.enumerate() if thread.name == "npgpt-worker"} - before
+    begun = threads_of_workers() - before
     assert begun
     data_parallel.close()
     assert not any(thread.is_alive() for thread in begun)

@@ -9,7 +9,8 @@ from npgpt.data.bpe import BPETokenizer
 from npgpt.data.bpe_files import BPE_FILES, find_bpe
 from npgpt.data.characters import ByteTokenizer, CharTokenizer, name_of
 from npgpt.data.text import Corpus
-from npgpt.errors import StoppedError, UsageError
+from npgpt.data.tokens import check_stop
+from npgpt.errors import UsageError
 from npgpt.files import pretrained
 from npgpt.model import GPT
 
@@ -102,12 +103,7 @@ def _make_tokenizer(config, data, stop):
     if config.tokenizer == "byte":
         return ByteTokenizer()
     if config.tokenizer == "bpe":
-
-        def check():
-            if stop.number is not None:
-                raise StoppedError(stop.number, "stopped before anything was trained")
-
-        return BPETokenizer.learn(data.pieces(), config.vocab_size or BPE_VOCAB_SIZE, check)
+        return BPETokenizer.learn(data.pieces(), config.vocab_size or BPE_VOCAB_SIZE, lambda: check_stop(stop))
     file = find_bpe(config.tokenizer)
     if file is not None:
         return BPETokenizer.load(file)

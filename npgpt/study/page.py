@@ -17,7 +17,6 @@ import itertools
 import json
 import sys
 import textwrap
-from pathlib import Path
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from npgpt.kernels.blas import blas_threads
 from npgpt.kernels.jit import PAIRS
 from npgpt.ops.attention import attention_weights_ref
 from npgpt.ops.cross_entropy import cross_entropy_forward_ref
+from npgpt.study.receipt import source_of
 from npgpt.study.trace import check, check_whole, rms, trace
 from npgpt.tensor import Tensor
 
@@ -103,9 +103,8 @@ def _paragraphs(text):
 
 def _source(function):
     """name, file:line, text of a function."""
-    lines, number = inspect.getsourcelines(function)
-    file = Path(inspect.getsourcefile(function)).relative_to(Path(__file__).parents[2]).as_posix()
-    return function.__name__, f"{file}:{number}", "".join(lines)
+    text, file, number = source_of(function)
+    return function.__name__, f"{file}:{number}", text
 
 
 def describe_boxes(model, nodes):

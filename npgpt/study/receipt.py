@@ -82,14 +82,21 @@ def find(model, param):
 # What a gradient is made of at each position
 
 
+def source_of(function):
+    """(text, file, number of its first line) of a function of npgpt; file: from the folder in which npgpt lies."""
+    function = inspect.unwrap(function)
+    lines, first = inspect.getsourcelines(function)
+    file = Path(inspect.getsourcefile(function)).resolve().relative_to(Path(__file__).resolve().parents[2])
+    return "".join(lines), file.as_posix(), first
+
+
 @functools.cache
 def made_at(function, name):
     """file:line of the first statement of a function in which a variable `name` stands."""
-    lines, first = inspect.getsourcelines(function)
-    for statement in ast.parse("".join(lines)).body[0].body:
+    text, file, first = source_of(function)
+    for statement in ast.parse(text).body[0].body:
         if any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(statement)):
-            file = Path(inspect.getsourcefile(function)).resolve()
-            return f"{file.relative_to(Path(__file__).resolve().parents[2]).as_posix()}:{first + statement.lineno - 1}"
+            return f"{file}:{first + statement.lineno - 1}"
     raise LookupError(f"{function.__name__} has no variable {name}")
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from npgpt import GPT, AdamW, GPTConfig
+from npgpt.data.bpe import BPETokenizer
 from npgpt.optim import FlatParameters
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -110,6 +112,27 @@ WRONG = {
         ("loss.backward()", "(loss * loss).backward()"),
         ("logits, loss = model(x, y)", "logits, loss = model(x, x)"),
     ],
+    "13_muon.py": [
+        ("b * A + c * A @ A", "b * A + c * A"),
+        ("    X = X / (np.sqrt((X**2).sum()) + 1e-7)", "    X = X / ((X**2).sum() + 1e-7)"),
+        ("return m, mu * m + (1 - mu) * g", "return m, m"),
+        ("np.sqrt(max(1, rows / columns)) * newton_schulz", "np.sqrt(max(1, columns / rows)) * newton_schulz"),
+        ("/ singular_values(D).max()", "/ np.abs(D).max()"),
+        ('3 if "c_attn" in name else 1', "1"),
+        ("W * (1 - lr * 0.1)", "W * (1 - 5.0 * lr * 0.1)"),
+    ],
+    "14_tokens.py": [
+        (r"?[^\sA-Za-z0-9]+|\s+(?!\S)", r"?[^\sA-Za-z0-9]+"),
+        ("counts[pair] += times", "counts[pair] += 1"),
+        ("numbers[pair[0]], numbers[pair[1]])", "-numbers[pair[0]], numbers[pair[1]])"),
+        ("i += 2 if here else 1", "i += 1"),
+        ("counts[best] < 2", "counts[best] < 1"),
+        ("min(known, key=ranks.get)", "known[0]"),
+        (
+            'b"".join(bytes_of[token] for token in tokens).decode("utf-8", "replace")',
+            '"".join(bytes_of[token].decode("utf-8", "replace") for token in tokens)',
+        ),
+    ],
 }
 
 
@@ -169,3 +192,35 @@ def test_the_gpt_in_one_file_has_the_losses_of_the_engine():
         ours.append(loss.item())
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
     assert theirs[0] - theirs[-1] > 0.3
+
+
+def test_the_chapter_on_tokens_learns_what_the_package_and_npgpt_learn(tmp_path):
+    package = pytest.importorskip("tokenizers")
+    source = (EXAMPLES / "14_tokens.py").read_text(encoding="utf-8").replace("\nfinish()\n", "")
+    source += """
+rng, found = random.Random(0), []
+for text in TEXTS.values():
+    words = cut(text)
+    for part in (text, "".join(rng.choices(words, k=300)), "".join(rng.choices(text, k=300))):
+        numbers, merges = learn(part, 350)
+        merged = [(numbers[a], numbers[b]) for a, b in merges]
+        found.append((part, len(numbers), merged, encode(text, numbers, merges), encode(part, numbers, merges)))
+print(json.dumps(found))
+"""
+    (tmp_path / "tokens.py").write_text("import random\n" + source, encoding="utf-8")
+    done = run(tmp_path / "tokens.py")
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 30 and sum(len(merges) for _, _, merges, _, _ in found) > 1000
+    byte_level = package.pre_tokenizers.ByteLevel
+    for i, (text, size, merges, tokens_of_all, tokens) in enumerate(found):
+        theirs = package.Tokenizer(package.models.BPE())
+        theirs.pre_tokenizer = byte_level(add_prefix_space=False)
+        options = dict(vocab_size=350, min_frequency=2, initial_alphabet=sorted(byte_level.alphabet()))
+        theirs.train_from_iterator([text], package.trainers.BpeTrainer(**options, show_progress=False))
+        states = [theirs.to_str()] + [BPETokenizer.learn([text], 350).json] * (i % 3 == 0)  # npgpt's is a process each
+        for state in states:
+            model = json.loads(state)["model"]
+            pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+            assert [[model["vocab"][a], model["vocab"][b]] for a, b in pairs] == merges and len(model["vocab"]) == size
+        assert theirs.encode(text).ids == tokens and theirs.encode(found[i // 3 * 3][0]).ids == tokens_of_all

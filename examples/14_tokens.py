@@ -1,0 +1,265 @@
+"""Byte pair encoding, by hand: how a text becomes numbers, and numbers a text.
+
+You will understand
+
+- why a token is neither a character nor a word, but something between,
+- how tokens are learnt: count pairs, merge the most frequent one, again,
+- why a new text is encoded by the ranks of merges, not by the longest tokens,
+- why every text has tokens, and why a token may be a part of a character.
+
+Counterpart: npgpt/data/bpe.py, where the package tokenizers does the same, and much faster.
+Next: `python -m npgpt.train --tokenizer bpe`, on a text of your own.
+Try it: let " widest" come 8 times in `small`, work out the nine tokens by hand, and write them where they stand now.
+
+    python examples/14_tokens.py
+"""
+
+import importlib.util
+import json
+import re
+import unicodedata
+from collections import Counter
+from itertools import pairwise
+
+from checks import check, finish
+
+# Ten texts of different kinds, to try on what follows
+
+TEXTS = {
+    "English": "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of "
+    "foolishness, it was the epoch of belief, it was the epoch of incredulity; it wasn't dark, we'd say it's light.",
+    "the same letters": "aaaaaaaa aaaaaaa aaaa aaa aa a aaaabaaaab abababab bababa mississippi ississ",
+    "accents": "Über allen Gipfeln ist Ruh, über allen Wäldern; où êtes-vous, très chère? Là où l'été s'était arrêté.",
+    "Chinese": "道可道，非常道。名可名，非常名。无名天地之始；有名万物之母。故常无欲，以观其妙；常有欲，以观其徼。",
+    "Arabic": "السلام عليكم، وعليكم السلام ورحمة الله. العِلْمُ نورٌ والجهلُ ظلام، والعلم في الصدور لا في السطور.",
+    "emoji": "😀😀😃 😀😃😄! 👩‍👩‍👧 👩‍👩‍👦 👍🏽👍🏽👍 🏳️‍🌈 🏳️‍🌈 ❤️❤️",
+    "code": "def f(x):\n    if x > 0:\n        return f(x - 1)\n    return x\n\nfor x in range(9):\n    print(f(x))\n",
+    "digits": "3.14159 31415 1000000 1,000,000 1969 1970 1971 0x1F 10e-10 ½ ¼ ½ x² y² Ⅷ Ⅷ ٣٤ ٣٤ 2024-12-24",
+    "white space": "a  b   c    d\n\n\ne\n\n\n\tf\t\tg \n \n h\r\n\r\ni\u00a0\u00a0j\u3000\u3000k  \n    l    ",
+    "hardly anything": " ",
+}
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is a token?  If each character is one, a text has many of them, and Chinese needs thousands of different ones.
+# If each word is one, there are far too many, and the next text has a word that is not among them.  A byte is one of
+# 256, and every text has bytes: UTF-8 writes an English letter as one byte, and other characters as two to four.  But
+# then a text has even more tokens.  So begin with the bytes, and add tokens for what comes often: pairs of bytes, pairs
+# of those, up to whole words.
+
+for character in "eü道😀":
+    print(f"{character!a:>12} is {list(character.encode())}")
+
+# Each token has a number.  GPT-2 numbers the bytes in an order of its own.  First come those that stand for a visible
+# character in Latin-1, an old code of one byte for each character, then the others.  A blank is not visible: it is 220.
+
+ORDER = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+ORDER += [byte for byte in range(256) if byte not in ORDER]
+BYTES = {bytes([byte]): number for number, byte in enumerate(ORDER)}  # here a token is a bytes object
+
+# --------------------------------------------------------------------------------------------------------------------
+# Cuts.  If tokens could be anything, "dog.", "dog!" and "dog?" would become three of them.  So a text is first cut into
+# words, and no token goes beyond its word.  These are GPT-2's words.  At each place, the first line that fits is taken:
+#
+#     's 't 're 've 'm 'll 'd      what English makes of "is", "not", "are", "have", "am", "will", "had"
+#     letters, digits, or signs    as many of one kind as follow each other; one blank before them is a part of the word
+#     white space                  as much as there is.  But if a word follows, all but the last: that may be its blank
+#     white space                  what is still left
+#
+# In the pattern, (?!\S) holds where no character follows that is not white space.  The pattern knows ASCII only.  So it
+# gets a copy of the text, in which each other character is replaced by one of its kind: letter, digit, space or sign.
+
+WORD = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
+
+
+def ascii_of_its_kind(character):
+    if ord(character) < 128:
+        return character
+    if character.isspace():
+        return "\t"
+    kind = unicodedata.category(character)[0]  # Unicode's: L for letters, N for numbers, others
+    return {"L": "A", "N": "0"}.get(kind, "!")
+
+
+def cut(text):
+    """A text -> its words, which together are the text again."""
+    copy = "".join(ascii_of_its_kind(character) for character in text)
+    return [text[word.start() : word.end()] for word in WORD.finditer(copy)]
+
+
+def wrong(found, expected):
+    """In how many places two lists differ."""
+    return sum(a != b for a, b in zip(found, expected, strict=False)) + abs(len(found) - len(expected))
+
+
+sentence = "It's 10 times   too\u00a0long, isn't it?\n\n  No!"
+by_hand = "It|'s| 10| times|  | too|\u00a0|long|,| isn|'t| it|?|\n\n | No|!"
+print(f"\n{sentence!a} is cut like this:")
+print(ascii("|".join(cut(sentence))))
+check("the cuts, and those made by hand", wrong(cut(sentence), by_hand.split("|")), 0)
+check("words that are not the text again", sum("".join(cut(text)) != text for text in TEXTS.values()), 0)
+
+# --------------------------------------------------------------------------------------------------------------------
+# Learning.  Count the pairs of neighbours in all words.  Merge the most frequent pair into a new token, wherever it
+# stands.  Count again.  As a text repeats its words, each is kept once, with the number of times that it comes.
+
+
+def merge(parts, pair):
+    """Put the neighbours of a pair together wherever they stand, from left to right: a a a with (a, a) is aa a."""
+    merged, i = [], 0
+    while i < len(parts):
+        here = tuple(parts[i : i + 2]) == pair
+        merged.append(parts[i] + parts[i + 1] if here else parts[i])
+        i += 2 if here else 1
+    return merged
+
+
+def single_bytes(word):
+    return [bytes([byte]) for byte in word.encode()]
+
+
+def learn(text, size):
+    """A text -> numbers: token -> its number, for at most `size` tokens; and merges: the pairs, in their order."""
+    words = Counter(cut(text))  # word -> how many times it comes
+    parts = {word: single_bytes(word) for word in words}
+    numbers, merges = dict(BYTES), []
+    while len(numbers) < size:
+        counts = Counter()
+        for word, times in words.items():
+            for pair in pairwise(parts[word]):
+                counts[pair] += times
+        # the largest count; of several, the smallest number of the first token; then that of the second
+        best = min(counts, key=lambda pair: (-counts[pair], numbers[pair[0]], numbers[pair[1]]), default=None)
+        if best is None or counts[best] < 2:  # what comes only once gets no token
+            break
+        merges.append(best)
+        numbers.setdefault(best[0] + best[1], len(numbers))  # (aa + a and a + aa, say, are one token)
+        parts = {word: merge(parts[word], best) for word in words}
+    return numbers, merges
+
+
+# By hand.  Take four words: " low" 5 times, " lower" 2, " newest" 6, " widest" 3.  Here _ is the blank.
+#
+#     the most frequent pairs                           merged      why this one
+#     e s 9,   s t 9,   w e 8,   _ l 7,   l o 7 ...     es          9 is the most, and e has a smaller number than s
+#     es t 9,   _ l 7,   l o 7,   o w 7                 est         (w e now comes twice only: in " lower")
+#     _ l 7,   l o 7,   o w 7                           lo          l has the smallest number, and _ the largest
+#     _ lo 7,   lo w 7                                  _lo         _ is 220, and lo is 258
+#     _lo w 7,   n e 6 ...                              _low
+#     _ n 6,   n e 6,   e w 6,   w est 6                ew          e has the smallest number
+#     _ n 6,   n ew 6,   ew est 6                       new         n has
+#     _ new 6,   new est 6                              _new        _ has: new is 262
+#     _new est 6                                        _newest
+
+small = " low" * 5 + " lower" * 2 + " newest" * 6 + " widest" * 3
+numbers, merges = learn(small, 256 + 9)
+by_hand = [b"es", b"est", b"lo", b" lo", b" low", b"ew", b"new", b" new", b" newest"]
+print("\nlearnt:", *(f"{number} {token.decode()!r}" for token, number in numbers.items() if number > 255))
+check("the tokens learnt, and those learnt by hand", wrong(list(numbers)[256:], by_hand), 0)
+check("a letter three times, its pair merged", wrong(merge([b"a", b"a", b"a"], (b"a", b"a")), [b"aa", b"a"]), 0)
+check("tokens for what comes only once", len(learn("what comes once", 300)[1]), 0)
+
+# --------------------------------------------------------------------------------------------------------------------
+# Encoding.  Each word of a new text begins as bytes again.  The rank of a pair is its place in the list of merges.  Of
+# all pairs in the word, the one with the lowest rank is merged, again and again, until no pair in it has a rank.
+
+
+def encode_word(word, ranks):
+    """A word -> its tokens, as bytes objects.  ranks: pair -> rank."""
+    parts = single_bytes(word)
+    while True:
+        known = [pair for pair in pairwise(parts) if pair in ranks]
+        if not known:
+            return parts
+        parts = merge(parts, min(known, key=ranks.get))
+
+
+def encode(text, numbers, merges):
+    """A text -> the numbers of its tokens."""
+    ranks = {pair: rank for rank, pair in enumerate(merges)}
+    return [numbers[token] for word in cut(text) for token in encode_word(word, ranks)]
+
+
+lowest = encode(" lowest", numbers, merges)
+print("\n' lowest', which is not among the four words:", lowest)
+check("' lowest', encoded, and by hand: _low est", wrong(lowest, [numbers.get(b" low"), numbers.get(b"est")]), 0)
+
+# Why ranks?  One could also take the longest token that the word begins with, then the longest that the rest begins
+# with, and so on.  These tokens are the same text.  But some words get others than they had in learning, when pairs
+# were counted.  In the order of ranks, a word goes the way that it went then.
+
+
+def longest_first(word, numbers):
+    rest, parts = word.encode(), []
+    while rest:
+        length = max(n for n in range(1, len(rest) + 1) if rest[:n] in numbers)
+        parts.append(rest[:length])
+        rest = rest[length:]
+    return parts
+
+
+def replay(word, merges):
+    """What learning did: all merges in their order, whether the word has the pair or not."""
+    parts = single_bytes(word)
+    for pair in merges:
+        parts = merge(parts, pair)
+    return parts
+
+
+everything = "\n".join(TEXTS.values())
+numbers, merges = learn(everything, 600)
+ranks = {pair: rank for rank, pair in enumerate(merges)}
+words = sorted(set(cut(everything + everything.lower())))
+by_rank = [encode_word(word, ranks) for word in words]
+differ = sum(longest_first(word, numbers) != parts for word, parts in zip(words, by_rank, strict=True))
+print(f"\n{len(numbers)} tokens learnt from ten texts: with the longest first, {differ} of {len(words)} words differ,")
+print("' bababa' by rank", encode_word(" bababa", ranks), "  with the longest first", longest_first(" bababa", numbers))
+check("words, by rank and replayed", wrong(by_rank, [replay(word, merges) for word in words]), 0)
+
+# --------------------------------------------------------------------------------------------------------------------
+# Decoding.  Put the bytes of all tokens together, then read them as UTF-8.
+
+
+def decode(tokens, numbers):
+    """The numbers of tokens -> the text.  A part of a character alone is written as U+FFFD."""
+    bytes_of = {number: token for token, number in numbers.items()}
+    return b"".join(bytes_of[token] for token in tokens).decode("utf-8", "replace")
+
+
+# Every text has tokens, as every byte is one.  But a text of a kind that learning did not see stays bytes.  Then a
+# model has more tokens to read and write, and sees less of the text at once.
+
+ten, english = learn(everything, 310), learn(TEXTS["English"], 310)
+print("\n                   characters   bytes   310 tokens learnt from all ten   310 learnt from English")
+failed = 0
+for name, text in TEXTS.items():
+    rows = [encode(text, *learnt) for learnt in (ten, english)]
+    failed += sum(decode(row, learnt[0]) != text for row, learnt in zip(rows, (ten, english), strict=True))
+    print(f"{name:<18} {len(text):10} {len(text.encode()):7} {len(rows[0]):32} {len(rows[1]):25}")
+check("texts that are not given back", failed, 0)
+
+# A token may be a part of a character.  So a program that shows a text token by token has to wait for the other parts.
+
+tokens = encode("😀", *english)
+alone = [decode([token], english[0]) for token in tokens]
+print(f"\n{'😀'!a} is {tokens} in the tokens of English.  Decoded one by one: {alone!a}")
+
+# --------------------------------------------------------------------------------------------------------------------
+# The proof: npgpt's tokenizer, which the package tokenizers learns.  In its JSON, a letter stands for each byte.
+# `vocab` has a number for each token, `merges` has pairs of tokens.
+
+if importlib.util.find_spec("tokenizers"):
+    from npgpt.data.bpe import BPETokenizer
+
+    theirs = BPETokenizer.learn([everything], 600)
+    model = json.loads(theirs.json)["model"]
+    pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    their_merges = [(model["vocab"][a], model["vocab"][b]) for a, b in pairs]
+    their_tokens = [theirs.bytes_of(number) for number in range(theirs.vocab_size)]
+    check("merges, and npgpt's", wrong([(numbers[a], numbers[b]) for a, b in merges], their_merges), 0)
+    check("tokens, and npgpt's", wrong(list(numbers), their_tokens), 0)
+    for name, text in TEXTS.items():
+        check(f"{name}, encoded, and by npgpt", wrong(encode(text, numbers, merges), theirs.encode(text)), 0)
+else:
+    print("\nnot compared with npgpt's tokenizer: that needs the package tokenizers, pip install 'npgpt[hub]'")
+
+finish()

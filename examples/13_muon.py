@@ -29,9 +29,10 @@ np.set_printoptions(precision=3, suppress=True)
 #
 #     G = s_1 u_1 v_1^T + s_2 u_2 v_2^T + ...       s_1 >= s_2 >= ... >= 0
 #
-# of min(m, n) parts.  The v_i have length 1 and stand at right angles to each other, and so do the u_i.  In words: an
-# input along v_i comes out along u_i, and s_i times as long.  The s_i are the singular values of G.  With the u_i as
-# columns of U, the v_i as columns of V, and the s_i on the diagonal of S, the sum is G = U S V^T.
+# of min(m, n) matrices np.outer(u_i, v_i), each with a factor.  The v_i have length 1 and stand at right angles to each
+# other, and so do the u_i.  So an input along v_i comes out along u_i, and s_i times as long; no input grows more than
+# s_1 times.  The s_i are the singular values of G.  With the u_i as columns of U, the v_i as columns of V, and the s_i
+# on the diagonal of S, the sum is G = U S V^T, the singular value decomposition.  (A theorem says that there is one.)
 #
 # Let G be the gradient for W.  Its s_i are usually very unlike.  So a step along G changes what W does to v_1, and
 # hardly what it does to the others.  Muon goes along U V^T: the directions are the same, and each s_i is 1.
@@ -47,22 +48,23 @@ def singular_values(G):
     return np.linalg.svd(G, compute_uv=False)
 
 
-G = rng.normal(size=(4, 4)) * [10, 3, 1, 0.3] @ rng.normal(size=(4, 6))
+G = rng.normal(size=(4, 4)) * [10, 3, 1, 0.3] @ rng.normal(size=(4, 6))  # some directions large, some small
 print("singular values of G", singular_values(G), "  of U V^T", singular_values(orthogonal(G)), "\n")
 
-# Why is that a good step?  For small lr, W - lr D has a loss that is lower by lr <G, D>, where <G, D> is the sum of all
-# G_ij D_ij: that is the chain rule.  A larger D gains more, so its size needs a limit.  What matters is how far a step
-# moves the outputs.  So let D be any matrix that makes no input longer: |D x| <= |x|, or no singular value above 1.
-# For two columns u and v, <u v^T, D> is the sum of all u_j v_k D_jk, which is u^T D v.  Therefore
+# Why is that a good step?  In a step to W - lr D, each W_ij moves by -lr D_ij, and the loss G_ij times as far.  So for
+# small lr the loss falls by lr <G, D>, where <G, D> is the sum of all G_ij D_ij.  A larger D gains more, so its size
+# needs a limit.  What matters is how far a step moves the outputs.  So let D be any matrix that makes no input longer:
+# |D x| <= |x|, which means that no singular value is above 1.  As <u v^T, D>, the sum of all u_j v_k D_jk, is u^T D v,
 #
-#     <G, D> = sum_i s_i <u_i v_i^T, D> = sum_i s_i u_i^T D v_i <= sum_i s_i        as |u_i| = 1 and |D v_i| <= 1
+#     <G, D> = sum_i s_i <u_i v_i^T, D> = sum_i s_i u_i^T D v_i <= sum_i s_i
 #
-# D = U V^T reaches this bound, as it takes v_i to u_i: u_i^T D v_i = u_i^T u_i = 1.  No other D gains more.
-# (With another limit, |D_ij| <= 1 for each number, the best D is sign(G).  Adam's step is about that: 10_adamw.py.)
+# for u_i^T (D v_i) is at most the product of two lengths, |u_i| = 1 and |D v_i| <= 1.  D = U V^T reaches this bound: it
+# takes v_i to u_i, and u_i^T u_i = 1.  No other D gains more.  (If the limit is |D_ij| <= 1 for each number, the best D
+# is sign(G); Adam's step is about that, see 10_adamw.py.  That the one limit trains better is an experience, no proof.)
 
 gains = {}
 for title, D in {"G": G, "sign(G)": np.sign(G), "noise": rng.normal(size=G.shape), "U V^T": orthogonal(G)}.items():
-    gains[title] = (G * D).sum() / singular_values(D).max()  # D divided by this makes no input longer
+    gains[title] = (G * D).sum() / singular_values(D).max()  # divided by its largest, D makes no input longer
     print(f"D = {title:<8} as large as it may be: <G, D> = {gains[title]:7.2f}")
 best = gains.pop("U V^T")
 check("U V^T gains the sum of all s_i", difference(best, singular_values(G).sum()), 1e-12)
@@ -80,20 +82,17 @@ check("the most that another one gains, as a share of it", max(gains.values()) /
 #     s <- s - f(s) / f'(s) = s + (s^-2 - 1) s^3 / 2 = 1.5 s - 0.5 s^3
 #
 # It arrives at 1 exactly, but a small s grows only 1.5 times in a step.  Muon's a, b, c were searched for by computer:
-# a small s grows 3.4445 times, and none gets far above 1.  In return, s never settles: it stays between 0.68 and 1.21.
+# a small s grows 3.4445 times, and none gets far above 1.  In return, s never settles: once near 1, it stays between
+# 0.68 and 1.21.
 
 a, b, c = 3.4445, -4.7750, 2.0315
-
-
-def newton(s):
-    return 1.5 * s - 0.5 * s**3
 
 
 def quintic(s):
     return a * s + b * s**3 + c * s**5
 
 
-for title, p in (("1.5 s - 0.5 s^3", newton), ("a s + b s^3 + c s^5", quintic)):
+for title, p in (("1.5 s - 0.5 s^3", lambda s: 1.5 * s - 0.5 * s**3), ("a s + b s^3 + c s^5", quintic)):
     s = np.array([0.0001, 0.002, 0.01, 0.1, 0.5, 1, 1.3])
     print(f"\n{title:<20}" + "".join(f"{value:10}" for value in s))
     for step in range(1, 6):
@@ -106,7 +105,8 @@ for _ in range(5):
 check("after 5 steps, the distance of s from 1, for all s from 0.002 to 1 before", np.abs(s - 1).max(), 0.4)
 
 # The last column warns: an s above 1.26 runs away.  So X is first divided by its norm, the root of the sum of all
-# X_ij^2.  That is also the root of the sum of all s_i^2, and no s_i is larger.
+# X_ij^2.  No s_i is larger than that.  For X X^T = U S^2 U^T, and the sum of its diagonal is the sum of all X_ij^2 on
+# the left, and of all s_i^2 on the right.
 
 
 def newton_schulz(X, steps=5):
@@ -114,7 +114,7 @@ def newton_schulz(X, steps=5):
     X = X / (np.sqrt((X**2).sum()) + 1e-7)  # (the 1e-7 is for a gradient of 0)
     for _ in range(steps):
         A = X @ X.T  # (m, m)
-        X = a * X + (b * A + c * A @ A) @ X
+        X = a * X + (b * A + c * A @ A) @ X  # A X is X X^T X
     return X
 
 
@@ -124,10 +124,11 @@ print("\nsingular values of G / norm", s, end="")
 for _ in range(5):
     s = quintic(s)
 print("  and after five steps", s)
-check("newton_schulz(G) and U p(p(p(p(p(S))))) V^T", difference(newton_schulz(G), U * s @ Vt), 1e-9)
+check("newton_schulz(G) and U p(p(p(p(p(S))))) V^T", difference(newton_schulz(G), (U * s) @ Vt), 1e-9)
 
-# If m > n, X^T X (n, n) is cheaper than X X^T (m, m).  X^T has V U^T, the transpose of U V^T: so transpose X before and
-# after.  npgpt does that.  It also multiplies the five factors a I + b A + c A A with each other, and with X at last.
+# If m > n, X^T X (n, n) is cheaper than X X^T (m, m).  For X^T = V S U^T the result is V U^T, which is (U V^T)^T.  So
+# npgpt transposes X before and after.  And as X becomes (a I + b A + c A A) X in a step, npgpt multiplies these factors
+# of all five steps with each other, and the first X only with their product.
 
 tall = rng.normal(size=(9, 4))
 check("a tall matrix, and by its transpose", difference(newton_schulz(tall.T).T, newton_schulz(tall)), 1e-12)
@@ -135,7 +136,8 @@ check("a tall matrix, and by its transpose", difference(newton_schulz(tall.T).T,
 # --------------------------------------------------------------------------------------------------------------------
 # Momentum.  The gradient of one batch is noisy, and U V^T makes faint noise as long as all else.  So Muon takes the
 # running mean m of the gradients (10_adamw.py).  But a mean is late: it tells where the slope was.  Nesterov looks one
-# step ahead: to what m would become if the same gradient came once more.
+# step ahead: to what m would become if the same gradient came once more.  (Adam has to correct a young mean, which is
+# too small.  Here its length does not matter: newton_schulz divides by the norm.)
 
 
 def nesterov(m, g, mu):
@@ -153,7 +155,7 @@ for g in np.eye(n):  # gradient t is 1 at place t and 0 elsewhere: so m lists th
 weights = (1 - mu) * mu ** np.arange(n)[::-1]
 print("\nweights of the last five gradients: in the mean", m[-5:], "  in the look ahead", ahead[-5:])
 check("weights in the mean", difference(m, weights), 1e-12)
-check("weights in the look ahead", difference(ahead, mu * weights + (1 - mu) * g), 1e-12)
+check("weights in the look ahead", difference(ahead, mu * weights + (1 - mu) * g), 1e-12)  # g is still the newest
 
 # What it is good for: take loss = 1/2 p^2, with the gradient p.  The mean runs past 0 and back; the look ahead, less.
 
@@ -176,10 +178,11 @@ def muon(W, g, m, lr, mu=0.95):
     return W - lr * np.sqrt(max(1, rows / columns)) * newton_schulz(ahead), m
 
 
-# The valley of 10_adamw.py was much steeper across than along.  Here is one that lies askew.  W (8, 8) should become 0;
-# the loss is 1/2 <W, W H>, with the gradient W H.  H stretches 8 directions, the columns of Q, by 1 .. 0.0001.  In each
-# number of W steep and flat directions mix, and Adam, which looks at each number alone, cannot tell them apart.  Muon
-# sees the directions.  (Each method takes the best of four learning rates, each of which falls to 0 in the end.)
+# The valley of 10_adamw.py was much steeper across than along.  Here is one that lies askew.  W (8, 8) should become 0.
+# The loss is 1/2 <W, W H> with a symmetric H, so its gradient is W H.  H multiplies 8 directions, the columns of Q, by
+# 1 .. 0.0001: the steep and the flat ones.  Each number of W is a mix of all of these, and Adam, which looks at each
+# number alone, cannot tell them apart.  Muon sees directions, and steps as far along the flat ones as along the steep
+# ones.  (Each method takes the best of four learning rates, which fall to 0 in the end.)
 
 Q = np.linalg.qr(rng.normal(size=(8, 8)))[0]  # columns of length 1 at right angles
 H = Q * np.logspace(0, -4, 8) @ Q.T
@@ -192,7 +195,7 @@ def valley(method, lr, steps=300):
         g, rate = W @ H, lr * (1 - t / steps)
         if method == "Muon":
             W, m = muon(W, g, m, rate)
-        elif method == "Adam":
+        elif method == "Adam":  # 10_adamw.py
             m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g**2
             W = W - rate * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.99**t)) + 1e-8)
         else:
@@ -211,10 +214,10 @@ check("the most that Muon leaves, as a share of Adam's", left["Muon"].max() / le
 # --------------------------------------------------------------------------------------------------------------------
 # Why matrices only?  A bias has one column, so one direction: its U V^T is g / |g|.  There is nothing to level.
 # An embedding is a matrix, but it multiplies nothing: a token looks up one row.  So what matters is how far each row
-# moves.  In U V^T that depends on the other rows: those that want the same share one direction, of length 1 in all.
+# moves.  In U V^T that depends on the other rows: those whose gradients are alike share one direction of length 1.
 
 g = np.zeros((64, 4))
-g[:61, 0], g[61:, 1:] = 1, np.eye(3)  # 61 tokens want the same, and 3 want something of their own
+g[:61, 0], g[61:, 1:] = 1, np.eye(3)  # 61 tokens have the same gradient, and 3 have one of their own
 moves = np.linalg.norm(orthogonal(g), axis=1)
 print(f"\nan embedding's step U V^T: the 61 rows that are alike move by {moves[0]:.3f}, the others by {moves[-1]:.3f}")
 check("alike rows share a length of 1", np.abs(moves - [*[61**-0.5] * 61, 1, 1, 1]).max(), 1e-12)
@@ -225,9 +228,9 @@ check("alike rows share a length of 1", np.abs(moves - [*[61**-0.5] * 61, 1, 1, 
 # --------------------------------------------------------------------------------------------------------------------
 # How long is the step?  Let the size of some numbers be the root of the mean of their squares.  An input x (n,) of size
 # 1 has the length sqrt(n).  If m > n, U V^T keeps this length and spreads it over m outputs, of size sqrt(n / m).  The
-# factor sqrt(m / n) brings that to 1.  If m < n, U V^T keeps only m of the n directions of x.  In these a random x has
-# the length sqrt(m), so the m outputs are of size 1 without a factor.  So one learning rate suits matrices of all
-# shapes.  It is larger than AdamW's, whose step has entries of size 1: those of U V^T are much smaller.
+# factor sqrt(m / n) in `muon` brings that to 1.  If m < n, U V^T keeps only m of the n directions of x.  In these, a
+# random x has the length sqrt(m), so the m outputs are of size 1 without a factor.  So one learning rate suits matrices
+# of all shapes.  It is larger than AdamW's, whose step has entries of size 1 (times lr): those of U V^T are smaller.
 
 print("\n   m     n   size of its entries   of the outputs   with the factor")
 sizes = []

@@ -40,17 +40,18 @@ TEXTS = {
 }
 
 # --------------------------------------------------------------------------------------------------------------------
-# What is a token?  If each character is one, a text has many of them, and Chinese needs thousands of different ones.
-# If each word is one, there are far too many, and the next text has a word that is not among them.  A byte is one of
-# 256, and every text has bytes: UTF-8 writes an English letter as one byte, and other characters as two to four.  But
-# then a text has even more tokens.  So begin with the bytes, and add tokens for what comes often: pairs of bytes, pairs
-# of those, up to whole words.
+# What is a token?  It is what a model has a row for in its embedding (08_embedding.py), so there must not be too many
+# different ones.  If each character is one, Chinese alone needs thousands.  If each word is one, there are even more,
+# and the next text has a word that is not among them.  A byte is one of 256, and every text has bytes: UTF-8 writes an
+# English letter as one byte, and other characters as two to four.  But as bytes, a text is long.  So begin with the
+# bytes, and add tokens for what comes often: pairs of bytes, pairs of those, up to whole words.
 
 for character in "eü道😀":
     print(f"{character!a:>12} is {list(character.encode())}")
 
 # Each token has a number.  GPT-2 numbers the bytes in an order of its own.  First come those that stand for a visible
-# character in Latin-1, an old code of one byte for each character, then the others.  A blank is not visible: it is 220.
+# character in Latin-1, an old code of one byte for each character; so letters stand in the order of the alphabet.  Then
+# come the others.  A blank is one of them: its number is 220.
 
 ORDER = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 ORDER += [byte for byte in range(256) if byte not in ORDER]
@@ -65,8 +66,8 @@ BYTES = {bytes([byte]): number for number, byte in enumerate(ORDER)}  # here a t
 #     white space                  as much as there is.  But if a word follows, all but the last: that may be its blank
 #     white space                  what is still left
 #
-# In the pattern, (?!\S) holds where no character follows that is not white space.  The pattern knows ASCII only.  So it
-# gets a copy of the text, in which each other character is replaced by one of its kind: letter, digit, space or sign.
+# In the pattern, | stands between the lines, and (?!\S) holds where no character follows but white space.  The pattern
+# knows ASCII only.  So it gets a copy of the text in which each other character is replaced by one of its kind.
 
 WORD = re.compile(r"'(?:s|t|re|ve|m|ll|d)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
 
@@ -76,7 +77,7 @@ def ascii_of_its_kind(character):
         return character
     if character.isspace():
         return "\t"
-    kind = unicodedata.category(character)[0]  # Unicode's: L for letters, N for numbers, others
+    kind = unicodedata.category(character)[0]  # Unicode's: L for letters, N for numbers, and others
     return {"L": "A", "N": "0"}.get(kind, "!")
 
 
@@ -96,11 +97,12 @@ by_hand = "It|'s| 10| times|  | too|\u00a0|long|,| isn|'t| it|?|\n\n | No|!"
 print(f"\n{sentence!a} is cut like this:")
 print(ascii("|".join(cut(sentence))))
 check("the cuts, and those made by hand", wrong(cut(sentence), by_hand.split("|")), 0)
-check("words that are not the text again", sum("".join(cut(text)) != text for text in TEXTS.values()), 0)
+check("texts that their words are not again", sum("".join(cut(text)) != text for text in TEXTS.values()), 0)
 
 # --------------------------------------------------------------------------------------------------------------------
 # Learning.  Count the pairs of neighbours in all words.  Merge the most frequent pair into a new token, wherever it
-# stands.  Count again.  As a text repeats its words, each is kept once, with the number of times that it comes.
+# stands.  Count again.  As a text repeats its words, each is kept once, with the number of times that it comes.  (The
+# package goes on from the counts before, and changes those that a merge has changed.)
 
 
 def merge(parts, pair):
@@ -141,14 +143,14 @@ def learn(text, size):
 #
 #     the most frequent pairs                           merged      why this one
 #     e s 9,   s t 9,   w e 8,   _ l 7,   l o 7 ...     es          9 is the most, and e has a smaller number than s
-#     es t 9,   _ l 7,   l o 7,   o w 7                 est         (w e now comes twice only: in " lower")
-#     _ l 7,   l o 7,   o w 7                           lo          l has the smallest number, and _ the largest
-#     _ lo 7,   lo w 7                                  _lo         _ is 220, and lo is 258
-#     _lo w 7,   n e 6 ...                              _low
-#     _ n 6,   n e 6,   e w 6,   w est 6                ew          e has the smallest number
-#     _ n 6,   n ew 6,   ew est 6                       new         n has
-#     _ new 6,   new est 6                              _new        _ has: new is 262
-#     _new est 6                                        _newest
+#     es t 9,   _ l 7,   l o 7,   o w 7 ...             est         9 is the most (w e is left in " lower": 2)
+#     _ l 7,   l o 7,   o w 7,   _ n 6 ...              lo          l comes before o in the alphabet, and _ is 220
+#     _ lo 7,   lo w 7,   _ n 6 ...                     _lo         _ is 220, and lo is 258
+#     _lo w 7,   _ n 6,   n e 6 ...                     _low        7 is the most
+#     _ n 6,   n e 6,   e w 6,   w est 6 ...            ew          e comes before n and w
+#     _ n 6,   n ew 6,   ew est 6 ...                   new         n comes before _, which is 220, and ew, which is 261
+#     _ new 6,   new est 6 ...                          _new        _ is 220, and new is 262
+#     _new est 6,   d est 3 ...                         _newest     6 is the most
 
 small = " low" * 5 + " lower" * 2 + " newest" * 6 + " widest" * 3
 numbers, merges = learn(small, 256 + 9)
@@ -159,8 +161,8 @@ check("a letter three times, its pair merged", wrong(merge([b"a", b"a", b"a"], (
 check("tokens for what comes only once", len(learn("what comes once", 300)[1]), 0)
 
 # --------------------------------------------------------------------------------------------------------------------
-# Encoding.  Each word of a new text begins as bytes again.  The rank of a pair is its place in the list of merges.  Of
-# all pairs in the word, the one with the lowest rank is merged, again and again, until no pair in it has a rank.
+# Encoding.  Each word of a new text begins as bytes again.  The rank of a pair is its place in the list of merges.  The
+# pair with the lowest rank in the word, which was learnt first, is merged.  Again, until no pair in it has a rank.
 
 
 def encode_word(word, ranks):
@@ -184,8 +186,8 @@ print("\n' lowest', which is not among the four words:", lowest)
 check("' lowest', encoded, and by hand: _low est", wrong(lowest, [numbers.get(b" low"), numbers.get(b"est")]), 0)
 
 # Why ranks?  One could also take the longest token that the word begins with, then the longest that the rest begins
-# with, and so on.  These tokens are the same text.  But some words get others than they had in learning, when pairs
-# were counted.  In the order of ranks, a word goes the way that it went then.
+# with, and so on.  Together they are the same word.  But some words get other tokens than they had in learning, when
+# pairs were counted.  In the order of ranks, a word goes the way that it went then.
 
 
 def longest_first(word, numbers):
@@ -208,7 +210,7 @@ def replay(word, merges):
 everything = "\n".join(TEXTS.values())
 numbers, merges = learn(everything, 600)
 ranks = {pair: rank for rank, pair in enumerate(merges)}
-words = sorted(set(cut(everything + everything.lower())))
+words = sorted(set(cut(everything + everything.lower())))  # in small letters, some that were not learnt from
 by_rank = [encode_word(word, ranks) for word in words]
 differ = sum(longest_first(word, numbers) != parts for word, parts in zip(words, by_rank, strict=True))
 print(f"\n{len(numbers)} tokens learnt from ten texts: with the longest first, {differ} of {len(words)} words differ,")
@@ -226,15 +228,15 @@ def decode(tokens, numbers):
 
 
 # Every text has tokens, as every byte is one.  But a text of a kind that learning did not see stays bytes.  Then a
-# model has more tokens to read and write, and sees less of the text at once.
+# model has more tokens to read and write, and sees less of the text at once.  Each column has 256 + 54 tokens.
 
 ten, english = learn(everything, 310), learn(TEXTS["English"], 310)
-print("\n                   characters   bytes   310 tokens learnt from all ten   310 learnt from English")
+print("\n                   characters   bytes   tokens, learnt from ten   learnt from English")
 failed = 0
 for name, text in TEXTS.items():
-    rows = [encode(text, *learnt) for learnt in (ten, english)]
-    failed += sum(decode(row, learnt[0]) != text for row, learnt in zip(rows, (ten, english), strict=True))
-    print(f"{name:<18} {len(text):10} {len(text.encode()):7} {len(rows[0]):32} {len(rows[1]):25}")
+    of_ten, of_english = encode(text, *ten), encode(text, *english)  # each is a pair: numbers and merges
+    failed += (decode(of_ten, ten[0]) != text) + (decode(of_english, english[0]) != text)
+    print(f"{name:<18} {len(text):10} {len(text.encode()):7} {len(of_ten):28} {len(of_english):21}")
 check("texts that are not given back", failed, 0)
 
 # A token may be a part of a character.  So a program that shows a text token by token has to wait for the other parts.
@@ -245,7 +247,7 @@ print(f"\n{'😀'!a} is {tokens} in the tokens of English.  Decoded one by one: 
 
 # --------------------------------------------------------------------------------------------------------------------
 # The proof: npgpt's tokenizer, which the package tokenizers learns.  In its JSON, a letter stands for each byte.
-# `vocab` has a number for each token, `merges` has pairs of tokens.
+# `vocab` has the number of each token, `merges` has the pairs.
 
 if importlib.util.find_spec("tokenizers"):
     from npgpt.data.bpe import BPETokenizer

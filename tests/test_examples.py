@@ -110,6 +110,19 @@ WRONG = {
         ("loss.backward()", "(loss * loss).backward()"),
         ("logits, loss = model(x, y)", "logits, loss = model(x, x)"),
     ],
+    "12_engine.py": [
+        ("grad.sum(axis=tuple(range(grad.ndim - len(shape))))", "grad[(0,) * (grad.ndim - len(shape))]"),
+        ("return self.grad is self.own\n", "return True\n"),
+        ("self.grad = self.own = np.add", "self.grad = np.add"),
+        ("self.own = self.empty() if self.place is None else self.place", "self.own = grad"),
+        ("if self.back is None:\n            self.own", "if self.back is not None:\n            self.own"),
+        ("self.place is not None and self.grad is None and self.own is None", "self.place is not None"),
+        ("self.parents, self.back, self.own = (), used_up,", "self.parents, self.back, self.own = (), None,"),
+        ("self.parents, self.back, self.own = (), used_up,", "self.back, self.own = used_up,"),
+        ("if self.recording and any", "if any"),
+        ("weakref.finalize(array, self.free[size].append, block)", "self.free[size].append(block)"),
+        ("lambda dy: (dy * b.data, dy * a.data)", "lambda dy: (dy * a.data, dy * b.data)"),
+    ],
 }
 
 

@@ -26,7 +26,6 @@ from checks import check, difference, finish
 import npgpt  # for the proof at the end alone
 
 rng = np.random.default_rng(12)
-np.set_printoptions(precision=2, suppress=True)
 
 # --------------------------------------------------------------------------------------------------------------------
 # Arrays.  01's Node keeps a slope for each parent, and sends it the slope times its own gradient.  With arrays that
@@ -74,6 +73,9 @@ class Arrays:
     def __mul__(a, b):
         return a.record(a.data * b.data, (a, b), lambda dy: (dy * b.data, dy * a.data))
 
+    def __matmul__(a, b):
+        return a.record(a.data @ b.data, (a, b), lambda dy: (dy @ b.data.T, a.data.T @ dy))
+
     def tanh(a):
         y = np.tanh(a.data)
         return a.record(y, (a,), lambda dy: (dy * (1 - y * y),))
@@ -104,7 +106,7 @@ class Arrays:
 # call within a call, as deep as the chain of ops is long; and Python has a limit.
 
 
-def visit(node, order):  # 01's, a little shorter
+def visit(node, order):  # 01's, a little shorter: `order` itself tells who was visited
     for parent in node.parents:
         if parent not in order:
             visit(parent, order)
@@ -201,7 +203,7 @@ for kind in (Arrays, Hasty, Owning):
     gradients(kind, lambda x: chain(x, 100), one)
     made = Arrays.made - before
     print(f"{kind.__name__:<12}{grads[0]:10.0f}{grads[1]:10.0f}{made:25}")
-check("Owning and Arrays", difference(grads, np.ravel(gradients(Arrays, shared, one, one))), 0)
+check("`shared`, Owning and Arrays", difference(grads, np.ravel(gradients(Arrays, shared, one, one))), 0)
 check("arrays that Owning makes for x's 101 contributions", made, 1)
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -221,10 +223,8 @@ class Placed(Owning):
 
     def add_grad(self, grad):
         if self.grad is None and self.back is None:  # a leaf's first
-            if grad is not self.own:  # (it can be, from the next section on)
-                self.own = self.empty() if self.place is None else self.place
-                self.own[...] = grad
-            self.grad = self.own
+            self.grad = self.own = self.empty() if self.place is None else self.place
+            self.grad[...] = grad
         else:
             super().add_grad(grad)
 
@@ -243,45 +243,11 @@ for kind in (Owning, Placed):
     kept = c.grad  # 2, and so it should stay
     (c + c).backward()
     d.place = np.zeros(1)
-    (d + d).backward()  # there should be 2
+    (d + d).backward()
+    (d + d).backward()  # 4 in the place, after two walks
     found = np.concatenate([b.grad, kept, d.place])
     print(f"{kind.__name__:<12}{found[0]:10.1f}{found[1]:15.1f}{found[2]:15.1f}")
-check("Placed: they are 1, 2 and 2", difference(found, [1, 2, 2]), 0)
-
-# --------------------------------------------------------------------------------------------------------------------
-# Lending.  A matrix product makes a weight's gradient in a new array, from which it is copied to the place.  It could
-# be written into the place at once.  So the op `linear` asks w for an array: `new_grad`.  But if w is used twice, the
-# second use must not write over the first.  So the place is lent once, as long as it is empty.
-
-
-class Lending(Placed):
-    def new_grad(self):
-        """An array for an op to fill with a contribution, and to return."""
-        is_free = self.place is not None and self.grad is None and self.own is None  # neither filled nor lent
-        self.own = self.place if is_free else self.empty()
-        return self.own
-
-
-class LendingTwice(Placed):  # a mistake
-    def new_grad(self):
-        return self.place
-
-
-def linear(x, w):
-    def back(dy):
-        return dy @ w.data, np.matmul(dy.T, x.data, out=w.new_grad())
-
-    return x.record(x.data @ w.data.T, (x, w), back)
-
-
-x, w, dy = rng.normal(size=(5, 2)), rng.normal(size=(2, 2)), np.ones((5, 2))
-print("\nthe long array, with w's gradient in linear(linear(x, w), w) as its last four numbers")
-for kind in (LendingTwice, Lending):
-    node, flat = kind(w), np.zeros(6)
-    node.place = flat[2:].reshape(w.shape)
-    linear(linear(kind(x), node), node).backward()
-    print(f"{kind.__name__:<12}", flat)
-check("Lending: the sum of both uses", difference(node.place, dy.T @ (x @ w.T) + (dy @ w).T @ x), 1e-12)
+check("Placed: they are 1, 2 and 4", difference(found, [1, 2, 4]), 0)
 
 # --------------------------------------------------------------------------------------------------------------------
 # Memory.  The graph holds every array of the forward, since the backward needs them.  The gradients come on top.  And
@@ -289,15 +255,15 @@ check("Lending: the sum of both uses", difference(node.place, dy.T @ (x @ w.T) +
 # has passed on its gradient, nobody needs that any more, nor its `back`, nor the arrays that `back` holds.
 #
 # That has a price.  Take h = w w, and two losses, 3 h and 5 h, each with a walk of its own.  The second would end at h,
-# as at a leaf.  For w = 1 the gradient of w would be 6 in place of 16, without a word.  So a node that was passed says
-# so, before any gradient is added.  (The right way: one walk, from 3 h + 5 h.)
+# as at a leaf.  For w = 1 the gradient of w would be 6 in place of 16, without a word.  So a walk that would reach a
+# used-up node raises an error, before any gradient is added.  (The right way: one walk, from 3 h + 5 h.)
 
 
 def used_up(dy):
     raise RuntimeError("this part of the graph was used up by an earlier backward()")
 
 
-class Freeing(Lending):
+class Freeing(Placed):
     kept = False  # whether the user wants this node's gradient, though it is no leaf
 
     def backward(self):
@@ -334,8 +300,8 @@ def two_steps(x):
 
 
 large = rng.normal(size=100_000)
-before, now = (most_arrays(two_steps, kind) for kind in (Lending, Freeing))
-print(f"\n50 tanhs there and back, twice; arrays at once: Lending {before:.0f}, Freeing {now:.0f}")
+before, now = (most_arrays(two_steps, kind) for kind in (Placed, Freeing))
+print(f"\n50 tanhs there and back, twice; arrays at once: Placed {before:.0f}, Freeing {now:.0f}")
 check("Freeing: hardly more than the 50 of one forward", now, 55)
 
 w, refused = Freeing(one), 0
@@ -356,10 +322,13 @@ check("Freeing: walks over a used-up graph that went through", 1 - refused, 0)
 # would hold memory for nothing.  In these cases `record` keeps neither parents nor `back`.
 #
 # Reuse.  New memory costs time: the system hands it out page by page.  And every training step needs the same sizes.
-# So `empty` takes an array's memory from a pool.  When may it go back?  Not as the walk passes the array's node: see
-# `doubled` below.  The gradient of y is that of both tanhs as well.  If its memory went back too early, the gradient of
-# b would be written there, and be taken for that of the other tanh.  It may go back when nobody can see the array any
-# more.  Python knows: it calls what was given to `weakref.finalize` when the last reference to the array is gone.
+# So `empty` takes an array's memory from a pool, to which it goes back when the array is used no more.  As the walk
+# lets go of what it has passed, a few blocks of memory serve all of it.
+#
+# When is an array used no more?  Not yet when the walk has passed its node.  In `doubled` below the gradient of y is
+# that of both tanhs, too.  Say that its memory goes back as y is passed.  Then the gradient of b is written there, and
+# the other tanh takes it for its own.  So memory goes back when nobody can see the array any more.  Python knows: it
+# calls what was given to `weakref.finalize` when the last reference to the array is gone.
 
 
 class Pool:
@@ -378,6 +347,8 @@ class Pool:
 
 
 class Tensor(Freeing):
+    """The last version: an array, and whether a gradient is wanted for it or for something it was computed from."""
+
     recording, pool = True, Pool()
 
     def __init__(self, data, parents=(), back=None, requires_grad=False):
@@ -432,17 +403,18 @@ check("Tensor: a and b of `doubled` get 2 (1 - tanh^2)", difference(grads, [da, 
 #     record, and the operators     the same (tensor.py): one dtype, clear errors; the operators call unbroadcast
 #     topological_order             the same (engine.py): leaves out what needs no gradient
 #     backward, pass_on, used_up    backward (engine.py): notices that .data was replaced since the forward
-#     own, place, kept, new_grad    Gradient (engine.py), one for each Tensor; its to_add_to is for an op that adds to
-#                                   a few rows of a large table (08_embedding.py), and need not return mostly zeros
+#     own, place, kept, add_grad    Gradient (engine.py), one for each Tensor; two kinds of ops can do better than to
+#                                   return an array: `new` lends the place, while it is free, to one that fills it, and
+#                                   `to_add_to` the sum to one that adds to a few rows of a large table
 #     recording, no_grad            the same (engine.py): for each thread by itself
 #     Pool, empty                   BufferPool, empty (kernels/buffers.py): for results of the forward, too
 #
 # Two layers with the same weight, on a residual stream as in a GPT: w and b are used twice, and b is broadcast.
 
 
-def loss_of(x, w, b, minus_target, linear):
+def loss_of(x, w, b, minus_target):
     for _ in range(2):
-        x = x + (linear(x, w) + b).tanh()
+        x = x + (x @ w + b).tanh()
     error = x + minus_target  # (the class has no minus)
     return error * error
 
@@ -459,8 +431,8 @@ for step in range(3):
     for tensor in ours + theirs:
         tensor.grad = None
     inputs = Tensor(x), Tensor(minus_target)
-    loss_of(inputs[0], *ours, inputs[1], linear).backward()
-    loss_of(npgpt.Tensor(x), *theirs, npgpt.Tensor(minus_target), lambda x, w: x @ w.T).sum().backward()
+    loss_of(inputs[0], *ours, inputs[1]).backward()
+    loss_of(npgpt.Tensor(x), *theirs, npgpt.Tensor(minus_target)).sum().backward()
     grads = np.concatenate([tensor.grad.ravel() for tensor in theirs])
     check(f"step {step}: all gradients, in one array, and npgpt's", difference(flat, grads), 1e-12)
     for tensor in ours + theirs:

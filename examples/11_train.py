@@ -6,7 +6,7 @@ You will understand
 - that a loss means something beside the loss of a simpler guess.
 
 Counterpart: npgpt/run/trainer.py, the same with all cores, a schedule, checkpoints and a log.
-Next: `python -m npgpt.train`, on a text of your own.
+Next: `python -m npgpt.train`, on a text of your own; or 12_engine.py, how the engine beneath came to be.
 Try it: leave out flat.zero_grad().  The gradients of all steps add up then: would you have seen it from the loss?
 
     python examples/11_train.py

@@ -1,0 +1,444 @@
+"""The engine grown: how 01's Node becomes npgpt's Tensor, one failure at a time.
+
+You will understand
+
+- which small case goes wrong without each part of npgpt/engine.py,
+- whose array a gradient is: when it may be added to in place, and when a new array is needed,
+- why the walk lets go of the graph as it passes, and what that makes possible.
+
+Counterpart: npgpt/engine.py and npgpt/tensor.py.  A table near the end says which part here is which part there.
+Next: 13_muon.py, the optimizer that trains by default.
+Try it: let `shared` return y + b.  Which gradient will `Hasty` get wrong then?  Say it before you run it.
+
+    python examples/12_engine.py
+"""
+
+import collections
+import contextlib
+import math
+import sys
+import tracemalloc
+import weakref
+
+import numpy as np
+from checks import check, difference, finish
+
+import npgpt  # for the proof at the end alone
+
+rng = np.random.default_rng(12)
+
+# --------------------------------------------------------------------------------------------------------------------
+# Arrays.  01's Node keeps a slope for each parent, and sends it the slope times its own gradient.  With arrays that
+# goes wrong twice.
+#
+# 1. In y = x + b the slopes are 1, so b would get dy as it is.  But where b was broadcast, dy has another shape.  So
+#    what a node sends is summed to the shape of the parent (02_broadcasting.py).
+# 2. In y = a @ b each entry of y moves with a whole row of a.  So the slopes for a are a table with four indices:
+#    d y_ij / d a_kl is b_lj where i = k, else 0.  The chain rule, a sum over i and j, gives da_kl = sum_j dy_kj b_lj.
+#    This is dy @ b.T, which needs no table (03_linear.py).  So a node keeps no slopes but a function: `back`, from its
+#    own gradient to those of its parents.
+
+b, dy = np.ones(3), np.ones((4, 3))
+print(f"01's rule for x + b: b has shape {b.shape}, and its gradient {(dy * 1.0).shape}")
+a, b, dy = rng.normal(size=(2, 3)), rng.normal(size=(3, 4)), rng.normal(size=(2, 4))
+table = np.einsum("ik,lj->ijkl", np.eye(2), b)
+print(f"01's rule for a @ b: a (2, 3) has {table.size} slopes, and a (1000, 1000) would have {1000**4:,}")
+check("dy @ b.T is the sum over the table", difference(dy @ b.T, np.einsum("ij,ijkl->kl", dy, table)), 1e-12)
+
+
+def unbroadcast(grad, shape):
+    if grad.shape == shape:
+        return grad  # not even a copy: it is the same array
+    grad = grad.sum(axis=tuple(range(grad.ndim - len(shape))))
+    return grad.sum(axis=tuple(i for i, n in enumerate(shape) if n < grad.shape[i]), keepdims=True)
+
+
+class Arrays:
+    """An array that remembers how it was computed.  The classes below are this one, each with a little more."""
+
+    made = 0  # arrays for gradients, made by `empty` for all nodes together
+
+    def __init__(self, data, parents=(), back=None):
+        self.data = np.asarray(data, float)
+        self.parents, self.back = parents, back  # a leaf, which was not computed, has neither
+        self.grad = None
+
+    def record(self, data, parents, back):
+        """The result of an op, of the same class as its operand."""
+        return type(self)(data, parents, back)
+
+    def __add__(a, b):
+        return a.record(a.data + b.data, (a, b), lambda dy: (dy, dy))
+
+    def __mul__(a, b):
+        return a.record(a.data * b.data, (a, b), lambda dy: (dy * b.data, dy * a.data))
+
+    def __matmul__(a, b):
+        return a.record(a.data @ b.data, (a, b), lambda dy: (dy @ b.data.T, a.data.T @ dy))
+
+    def tanh(a):
+        y = np.tanh(a.data)
+        return a.record(y, (a,), lambda dy: (dy * (1 - y * y),))
+
+    def backward(self):
+        """For the sum of all entries: then the gradient of each of them is 1."""
+        order = topological_order(self)
+        self.add_grad(np.ones_like(self.data))
+        while order:
+            order.pop().pass_on()  # `order` forgets the node: that will matter below
+
+    def pass_on(self):
+        if self.back is not None:
+            for parent, grad in zip(self.parents, self.back(self.grad), strict=True):
+                parent.add_grad(unbroadcast(grad, parent.data.shape))
+
+    def add_grad(self, grad):
+        self.grad = np.add(0.0 if self.grad is None else self.grad, grad, out=self.empty())
+
+    def empty(self):
+        """An array like data, to be filled."""
+        Arrays.made += 1
+        return np.empty_like(self.data)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Order.  Each node must be written down after its parents, so 01 visits the parents first.  That is a call within a
+# call within a call, as deep as the chain of ops is long; and Python has a limit.
+
+
+def visit(node, order):  # 01's, a little shorter: `order` itself tells who was visited
+    for parent in node.parents:
+        if parent not in order:
+            visit(parent, order)
+    order.append(node)
+
+
+# The cure: a list, `stack`, in the place of the calls.  Its last entry is the visit that is under way: a node, and
+# those of its parents that are still to be looked at.
+
+
+def topological_order(root):
+    order, visited, stack = [], {root}, [(root, iter(root.parents))]
+    while stack:
+        node, parents = stack[-1]
+        parent = next(parents, None)
+        if parent is None:  # none is left, so the visit is over
+            order.append(node)
+            stack.pop()
+        elif parent not in visited:
+            visited.add(parent)
+            stack.append((parent, iter(parent.parents)))
+    return order
+
+
+def chain(x, n):
+    """x + x + x + ..., n sums: the gradient of x is n + 1."""
+    y = x
+    for _ in range(n):
+        y = y + x
+    return y
+
+
+def gradients(kind, f, *arrays):
+    """The gradients of f's inputs, as this kind of node finds them."""
+    inputs = [kind(array) for array in arrays]
+    f(*inputs).backward()
+    return [node.grad for node in inputs]
+
+
+one, n = np.ones(1), sys.getrecursionlimit()
+try:
+    visit(chain(Arrays(one), n), [])
+except RecursionError as error:
+    print(f"\na chain of {n:,} sums: {error}")
+check("with a list: the chain's gradient", difference(gradients(Arrays, lambda x: chain(x, n), one), [[n + 1]]), 0)
+added = gradients(Arrays, lambda x, b: x + b, np.ones((4, 3)), np.ones(3))[1]
+check("in x (4, 3) + b (3,), b's gradient is a sum over 4 rows", difference(added, np.full(3, 4)), 0)
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sums.  `add_grad` makes an array for each contribution.  But most nodes get only one, which needs no sum.  So `Hasty`
+# takes over the first as it is, and adds the others in place.
+#
+# Take z = y + a, with y = a + b: see `shared` below.  The walk starts with z's [1].  It is sent to y and to a, and both
+# take it over: three names for one array.  Now y sends it on to a and to b.  First a adds it in place, and it becomes
+# [2].  Then b takes it over, and has 2, though its gradient is 1.
+
+
+class Hasty(Arrays):
+    def add_grad(self, grad):
+        if self.grad is None:
+            self.grad = grad
+        else:
+            self.grad += grad
+
+
+# The cure is to know whose array it is.  The first contribution may be anybody's.  The second makes a sum, in an array
+# that is this node's own.  The third and all others are added to it in place.  (When the node sends its own array on,
+# others have it too.  But by then its sum is complete: the order sees to that.)
+
+
+class Owning(Arrays):
+    own = None  # the array that was made for this node, if there is one
+
+    def may_change(self):
+        return self.grad is self.own
+
+    def add_grad(self, grad):
+        if self.grad is None:
+            self.grad = grad
+        elif self.may_change():
+            self.grad += grad
+        else:
+            self.grad = self.own = np.add(self.grad, grad, out=self.empty())
+
+
+def shared(a, b):
+    y = a + b
+    return y + a
+
+
+print("\n          gradients of a and b in `shared`   arrays made for a chain of 100 sums")
+for kind in (Arrays, Hasty, Owning):
+    grads, before = np.ravel(gradients(kind, shared, one, one)), Arrays.made
+    gradients(kind, lambda x: chain(x, 100), one)
+    made = Arrays.made - before
+    print(f"{kind.__name__:<12}{grads[0]:10.0f}{grads[1]:10.0f}{made:25}")
+check("`shared`, Owning and Arrays", difference(grads, np.ravel(gradients(Arrays, shared, one, one))), 0)
+check("arrays that Owning makes for x's 101 contributions", made, 1)
+
+# --------------------------------------------------------------------------------------------------------------------
+# Leaves.  After the walk a leaf's gradient is the user's, who may change it or keep it.  With `Owning` neither is safe:
+# two leaves may have one array, and a second walk adds to an array that the user has kept.  So a leaf copies its first
+# contribution to an array of its own.  And after the walk it forgets that this is its own: it is the user's now.
+#
+# An optimizer wants all gradients side by side in one long array (flat.grads in 11_train.py).  So a leaf can be told
+# its *place* in there.  Then the copy goes to the place, and the sum stays in it, whatever walks follow.
+
+
+class Placed(Owning):
+    place = None
+
+    def may_change(self):
+        return self.grad is self.own or self.grad is self.place
+
+    def add_grad(self, grad):
+        if self.grad is None and self.back is None:  # a leaf's first
+            self.grad = self.own = self.empty() if self.place is None else self.place
+            self.grad[...] = grad
+        else:
+            super().add_grad(grad)
+
+    def pass_on(self):
+        super().pass_on()
+        if self.back is None:
+            self.own = None
+
+
+print("\n          b's gradient   c's, as kept   in d's place")
+for kind in (Owning, Placed):
+    a, b, c, d = (kind(one) for _ in range(4))
+    (a + b).backward()
+    a.grad *= 0.5  # b's should stay 1
+    (c + c).backward()
+    kept = c.grad  # 2, and so it should stay
+    (c + c).backward()
+    d.place = np.zeros(1)
+    (d + d).backward()
+    (d + d).backward()  # 4 in the place, after two walks
+    found = np.concatenate([b.grad, kept, d.place])
+    print(f"{kind.__name__:<12}{found[0]:10.1f}{found[1]:15.1f}{found[2]:15.1f}")
+check("Placed: they are 1, 2 and 4", difference(found, [1, 2, 4]), 0)
+
+# --------------------------------------------------------------------------------------------------------------------
+# Memory.  The graph holds every array of the forward, since the backward needs them.  The gradients come on top.  And
+# all of it stays for as long as the loss has a name: a training loop makes the next graph beside it.  But when a node
+# has passed on its gradient, nobody needs that any more, nor its `back`, nor the arrays that `back` holds.
+#
+# That has a price.  Take h = w w, and two losses, 3 h and 5 h, each with a walk of its own.  The second would end at h,
+# as at a leaf.  For w = 1 the gradient of w would be 6 in place of 16, without a word.  So a walk that would reach a
+# used-up node raises an error, before any gradient is added.  (The right way: one walk, from 3 h + 5 h.)
+
+
+def used_up(dy):
+    raise RuntimeError("this part of the graph was used up by an earlier backward()")
+
+
+class Freeing(Placed):
+    kept = False  # whether the user wants this node's gradient, though it is no leaf
+
+    def backward(self):
+        if any(node.back is used_up for node in topological_order(self)):
+            used_up(None)
+        super().backward()
+
+    def pass_on(self):
+        super().pass_on()
+        if self.back is not None:
+            self.parents, self.back, self.own = (), used_up, None
+            self.grad = self.grad.copy() if self.kept else None  # a copy: it is the user's, as a leaf's is
+
+
+def most_arrays(f, kind):
+    """The memory that f takes at its worst moment, in arrays of the size of `large`."""
+    tracemalloc.start()
+    f(kind(large))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak / large.nbytes
+
+
+def tanhs(x):
+    for _ in range(50):
+        x = x.tanh()
+    return x
+
+
+def two_steps(x):
+    for _ in range(2):
+        loss = tanhs(x)  # in the second step, `loss` is the first until this is computed
+        loss.backward()
+
+
+large = rng.normal(size=100_000)
+before, now = (most_arrays(two_steps, kind) for kind in (Placed, Freeing))
+print(f"\n50 tanhs there and back, twice; arrays at once: Placed {before:.0f}, Freeing {now:.0f}")
+check("Freeing: hardly more than the 50 of one forward", now, 55)
+
+w, refused = Freeing(one), 0
+h = w * w
+h.kept = True
+(h * Freeing(3 * one)).backward()
+try:
+    (h * Freeing(5 * one)).backward()
+except RuntimeError as error:
+    refused = 1
+    print(f"Freeing, after 3 h and 5 h: w's gradient {w.grad[0]:.0f}, h's {h.grad[0]:.0f}, and an error: {error}")
+check("Freeing: h's gradient was kept", difference(h.grad, [3]), 0)
+check("Freeing: walks over a used-up graph that went through", 1 - refused, 0)
+
+# --------------------------------------------------------------------------------------------------------------------
+# What nobody wants.  Inputs and targets need no gradient, nor does what is computed from them alone: only leaves with
+# requires_grad do, and what depends on them.  And who writes a text, or only measures a loss, never walks back: a graph
+# would hold memory for nothing.  In these cases `record` keeps neither parents nor `back`.
+#
+# Reuse.  New memory costs time: the system hands it out page by page.  And every training step needs the same sizes.
+# So `empty` takes an array's memory from a pool, to which it goes back when the array is used no more.  As the walk
+# lets go of what it has passed, a few blocks of memory serve all of it.
+#
+# When is an array used no more?  Not yet when the walk has passed its node.  In `doubled` below the gradient of y is
+# that of both tanhs, too.  Say that its memory goes back as y is passed.  Then the gradient of b is written there, and
+# the other tanh takes it for its own.  So memory goes back when nobody can see the array any more.  Python knows: it
+# calls what was given to `weakref.finalize` when the last reference to the array is gone.
+
+
+class Pool:
+    def __init__(self):
+        self.free, self.made = collections.defaultdict(list), 0  # blocks of memory, by their size
+
+    def take(self, shape):
+        size = 8 * math.prod(shape)
+        if not self.free[size]:
+            self.made += 1
+            self.free[size].append(bytearray(size))
+        block = self.free[size].pop()
+        array = np.ndarray(shape, float, block)  # with the block as its memory; who has a view has a reference to it
+        weakref.finalize(array, self.free[size].append, block)
+        return array
+
+
+class Tensor(Freeing):
+    """The last version: an array, and whether a gradient is wanted for it or for something it was computed from."""
+
+    recording, pool = True, Pool()
+
+    def __init__(self, data, parents=(), back=None, requires_grad=False):
+        super().__init__(data, parents, back)
+        self.requires_grad = requires_grad
+
+    def record(self, data, parents, back):
+        if self.recording and any(parent.requires_grad for parent in parents):
+            return Tensor(data, parents, back, requires_grad=True)
+        return Tensor(data)
+
+    def add_grad(self, grad):
+        if self.requires_grad:
+            super().add_grad(grad)
+
+    def empty(self):
+        return self.pool.take(self.data.shape)
+
+
+@contextlib.contextmanager
+def no_grad():
+    before, Tensor.recording = Tensor.recording, False
+    try:
+        yield
+    finally:
+        Tensor.recording = before
+
+
+def parameter(array):
+    return Tensor(array, requires_grad=True)
+
+
+with no_grad():
+    before, now = most_arrays(tanhs, Freeing), most_arrays(tanhs, parameter)
+print(f"\n50 tanhs within no_grad, arrays at once: Freeing {before:.0f}, Tensor {now:.0f}")
+check("Tensor: a few arrays at once", now, 4)
+
+
+def doubled(a, b):
+    y = a.tanh() + b.tanh()
+    return y + y  # so the gradient of y is a sum, 1 + 1, in an array from the pool
+
+
+da = 2 * (1 - np.tanh(one) ** 2)
+grads = gradients(parameter, doubled, one, one)
+check("Tensor: a and b of `doubled` get 2 (1 - tanh^2)", difference(grads, [da, da]), 1e-12)
+
+# --------------------------------------------------------------------------------------------------------------------
+# The proof: a small network on this Tensor and on npgpt's, which has
+#
+#     here                          in npgpt, and what it does besides
+#     record, and the operators     the same (tensor.py): one dtype, clear errors; the operators call unbroadcast
+#     topological_order             the same (engine.py): leaves out what needs no gradient
+#     backward, pass_on, used_up    backward (engine.py): notices that .data was replaced since the forward
+#     own, place, kept, add_grad    Gradient (engine.py), one for each Tensor; two kinds of ops can do better than to
+#                                   return an array: `new` lends the place, while it is free, to one that fills it, and
+#                                   `to_add_to` the sum to one that adds to a few rows of a large table
+#     recording, no_grad            the same (engine.py): for each thread by itself
+#     Pool, empty                   BufferPool, empty (kernels/buffers.py): for results of the forward, too
+#
+# Two layers with the same weight, on a residual stream as in a GPT: w and b are used twice, and b is broadcast.
+
+
+def loss_of(x, w, b, minus_target):
+    for _ in range(2):
+        x = x + (x @ w + b).tanh()
+    error = x + minus_target  # (the class has no minus)
+    return error * error
+
+
+x, minus_target = rng.normal(size=(2, 6, 4))
+ours = [parameter(rng.normal(size=shape)) for shape in ((4, 4), (4,))]
+theirs = [npgpt.Tensor(tensor.data.copy(), requires_grad=True) for tensor in ours]
+flat = np.zeros(20)
+ours[0].place, ours[1].place = flat[:16].reshape(4, 4), flat[16:]
+
+print()
+for step in range(3):
+    before = Tensor.pool.made
+    for tensor in ours + theirs:
+        tensor.grad = None
+    inputs = Tensor(x), Tensor(minus_target)
+    loss_of(inputs[0], *ours, inputs[1]).backward()
+    loss_of(npgpt.Tensor(x), *theirs, npgpt.Tensor(minus_target)).sum().backward()
+    grads = np.concatenate([tensor.grad.ravel() for tensor in theirs])
+    check(f"step {step}: all gradients, in one array, and npgpt's", difference(flat, grads), 1e-12)
+    for tensor in ours + theirs:
+        tensor.data -= 0.01 * tensor.grad
+    print(f"step {step}: the pool had to make {Tensor.pool.made - before} blocks of memory")
+check("inputs with a gradient, which they do not need", sum(tensor.grad is not None for tensor in inputs), 0)
+check("blocks that the last step has made", Tensor.pool.made - before, 0)
+
+finish()

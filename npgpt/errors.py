@@ -74,6 +74,15 @@ class StoppedError(NpgptError):
         self.exit_code = 128 + number
 
 
+@contextlib.contextmanager
+def told_as(kind, words):
+    """Within this context an OSError becomes an NpgptError of this kind: these words, and what the system says."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{words}: {error.strerror}") from None
+
+
 def user_path(path, what="path"):
     """The file or folder that a user names, as text: with the home folder in the place of a leading ~.
 

@@ -287,7 +287,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, tensors, words):
         (lambda p: (p / "config.json").write_bytes(b"\xff{}"), "is not JSON"),
         (lambda p: (p / "config.json").write_text("[" * 100_000), "is not JSON"),
         (lambda p: (p / "config.json").write_text('{"n_embd": ' + "9" * 100_000 + "}"), "config.json"),
-        (lambda p: (p / "config.json").write_text(" " * 2**24 + "{}"), "more than 16777216 bytes"),
+        (lambda p: (p / "config.json").write_text(" " * 2**26 + "{}"), "more than 67108864 bytes"),
         (lambda p: (p / "config.json").write_text("[]"), "is not a JSON object"),
         (lambda p: ((p / "config.json").unlink(), (p / "config.json").mkdir()), "cannot read"),
         (lambda p: (p / "model.safetensors").unlink(), "neither model.safetensors nor"),

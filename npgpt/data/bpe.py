@@ -20,7 +20,7 @@ from npgpt.data.bpe_files import (
 from npgpt.data.bpe_format import bytes_of, checked, one_line, the_package, tokenizer_of
 from npgpt.data.bpe_learning import learnt
 from npgpt.data.characters import Tokenizer, name_of
-from npgpt.errors import CheckpointError, UsageError
+from npgpt.errors import CheckpointError, UsageError, told_as
 
 PROBE = "".join(map(chr, range(0x20, 0x7F))) + "\n\tThe end.\n\n é日本語 😀"  # what a tokenizer has to give back
 MAX_JSON = 2**23  # bytes of a tokenizer's JSON within JSON: a checkpoint's header holds it with room to spare
@@ -109,12 +109,10 @@ class BPETokenizer(Tokenizer):
         texts = {SETTINGS: dumped(usual_settings(json.loads(self.json))), **self.files, BPE_FILES[0]: self.json}
         for name, text in texts.items():
             path = Path(folder) / name
-            try:
+            with told_as(CheckpointError, f"cannot write {path}"):
                 if path.parent != Path(folder):
                     path.parent.mkdir(exist_ok=True)
                 path.write_bytes(text.encode("utf-8"))
-            except OSError as error:
-                raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
         return path
 
     def encode(self, text):

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from npgpt.data.bpe_format import checked, has_prefix_space, one_line, the_package, tokenizer_of
-from npgpt.data.kinds import kind_of
+from npgpt.data.kinds import read_json
 from npgpt.errors import UsageError
 
 BPE_FILES = "tokenizer.json", "vocab.json"  # the latter with merges.txt beside it
@@ -41,21 +41,10 @@ def find_bpe(path):
     raise UsageError(f"tokenizer: the folder {path} has neither tokenizer.json nor vocab.json with merges.txt")
 
 
-def _read_json(path):
-    try:
-        raw = path.read_bytes()
-        return json.loads(raw.decode("utf-8-sig"))
-    except OSError as error:
-        raise UsageError(f"tokenizer: cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        kind = kind_of(raw)
-        raise UsageError(f"tokenizer: {path} is not JSON: {f'it is {kind}' if kind else error}") from None
-
-
 def read_state(path):
     """(content of a tokenizer.json, False), or (what it would be, True) of a vocab.json with a merges.txt."""
     state = _read_json(path)
-    if not isinstance(state, dict) or isinstance(state.get("model"), dict):
+    if isinstance(state.get("model"), dict):
         return state, False
     merges = path.with_name("merges.txt")  # for these are words and their numbers
     if not merges.is_file():
@@ -63,6 +52,10 @@ def read_state(path):
             f"tokenizer: {path} is no tokenizer.json (it has no model), nor is there a merges.txt beside it"
         )
     return _gpt2_state(state, _read_merges(merges)), True
+
+
+def _read_json(path):
+    return read_json(path, UsageError, "tokenizer: ")
 
 
 def read_folder(path):
@@ -73,7 +66,7 @@ def read_folder(path):
     folder = path.parent
     state, from_words = read_state(path)
     settings, config, more, numbers = (
-        _read_object(folder / name)
+        _read_json(folder / name) if (folder / name).is_file() else {}
         for name in (SETTINGS, "config.json", "special_tokens_map.json", "added_tokens.json")
     )
     kind = settings.get("tokenizer_class") or config.get("tokenizer_class")
@@ -114,14 +107,6 @@ def usual_settings(state):
 
 def dumped(settings):
     return json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-
-
-def _read_object(path):
-    """The JSON object in a file, {} if there is none."""
-    found = _read_json(path) if path.is_file() else {}
-    if not isinstance(found, dict):
-        raise UsageError(f"tokenizer: {path} is not a JSON object")
-    return found
 
 
 def _read_text(path):
@@ -240,12 +225,8 @@ def add_tokens(state, named, others, numbered):
 
 def _read_merges(path):
     """merges.txt: a line for each pair, the most frequent first."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UsageError(f"tokenizer: cannot read {path}: {error}") from None
     merges = []
-    for n, line in enumerate(lines, 1):
+    for n, line in enumerate(_read_text(path).splitlines(), 1):
         if line and not (n == 1 and line.startswith("#version")):
             pair = line.split(" ")
             if len(pair) != 2:
@@ -257,11 +238,10 @@ def _read_merges(path):
 def _gpt2_state(vocab, merges):
     """What would stand in a tokenizer.json with this vocabulary and these merges, all else as in GPT-2's."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    end = "<|endoftext|>"
-    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    end = {"id": vocab.get(END), "content": END, **dict.fromkeys(FLAGS, False), "special": True}
     return {
         "version": "1.0",
-        "added_tokens": [{"id": vocab[end], "content": end, **special}] if end in vocab else [],
+        "added_tokens": [end] if END in vocab else [],
         "normalizer": None,
         "pre_tokenizer": byte_level,
         "post_processor": None,

@@ -20,7 +20,7 @@ from npgpt.data.batches import training_length
 from npgpt.data.kinds import BYTE_ORDER_MARK, LENGTH, LFS, LOCK, is_made, is_run, kind_of
 from npgpt.data.notes import after, counted, markup_notes
 from npgpt.data.tokens import PIECE, SPLITS, TokenFiles, check_stop
-from npgpt.errors import UsageError
+from npgpt.errors import UsageError, told_as
 from npgpt.machine import cache_folder
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -190,9 +190,8 @@ def _walk(path, what, seen, above):
 
     seen, above    identities of the folders that were read, and of those that all of it lies in
     """
-    try:
-        inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
-        for p in inside:
+    with told_as(UsageError, f"{what}: cannot read the folder {path}"):
+        for p in sorted(p for p in path.iterdir() if not p.name.startswith(".")):
             if p.is_file():
                 yield p
             elif not p.is_dir():
@@ -203,8 +202,6 @@ def _walk(path, what, seen, above):
             elif identity not in seen:
                 seen.add(identity)
                 yield from _walk(p, what, seen, above)
-    except OSError as error:
-        raise UsageError(f"{what}: cannot read the folder {path}: {error.strerror}") from None
 
 
 def _identity(path):
@@ -243,28 +240,25 @@ def _decoded(path, what):
     decoder = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)  # knows a \r\n that two pieces share
     at, line, raw, head = 0, 1, None, b""  # what comes next: offset in the file, line; the last bytes read, the first
-    try:
-        with open(path, "rb") as file:
-            while raw != b"":
-                raw = file.read(PIECE)
-                head = head or raw[:LENGTH]
-                check_is_text(path, what, raw, at == 0)
-                part = raw.removeprefix(BYTE_ORDER_MARK) if at == 0 else raw
-                at += len(raw) - len(part)
-                waiting = len(decoder.getstate()[0])  # bytes of a character that the last piece began
-                try:
-                    text = decoder.decode(part, final=raw == b"")
-                except UnicodeDecodeError as error:
-                    fault, before = error.object[error.start], error.object[: error.start]
-                    raise UsageError(
-                        f"{what}: {path} is not UTF-8 text: byte 0x{fault:02x} at offset {at - waiting + len(before)}, "
-                        f"line {line + before.count(NEWLINE)}. "
-                        f"{_format_hint(head) or 'If it is text in another encoding, convert it first'}"
-                    ) from None
-                at, line = at + len(part), line + part.count(NEWLINE)
-                yield newlines.decode(text, final=raw == b"")
-    except OSError as error:
-        raise UsageError(f"{what}: cannot read {path}: {error.strerror}") from None
+    with told_as(UsageError, f"{what}: cannot read {path}"), open(path, "rb") as file:
+        while raw != b"":
+            raw = file.read(PIECE)
+            head = head or raw[:LENGTH]
+            check_is_text(path, what, raw, at == 0)
+            part = raw.removeprefix(BYTE_ORDER_MARK) if at == 0 else raw
+            at += len(raw) - len(part)
+            waiting = len(decoder.getstate()[0])  # bytes of a character that the last piece began
+            try:
+                text = decoder.decode(part, final=raw == b"")
+            except UnicodeDecodeError as error:
+                fault, before = error.object[error.start], error.object[: error.start]
+                raise UsageError(
+                    f"{what}: {path} is not UTF-8 text: byte 0x{fault:02x} at offset {at - waiting + len(before)}, "
+                    f"line {line + before.count(NEWLINE)}. "
+                    f"{_format_hint(head) or 'If it is text in another encoding, convert it first'}"
+                ) from None
+            at, line = at + len(part), line + part.count(NEWLINE)
+            yield newlines.decode(text, final=raw == b"")
 
 
 def _pydoc():

@@ -24,9 +24,9 @@ import numpy as np
 
 from npgpt.data.bpe import BPETokenizer
 from npgpt.data.bpe_files import BPE_FILES, OTHER_FILES, SETTINGS, TEMPLATES, find_bpe
-from npgpt.data.kinds import kind_of
+from npgpt.data.kinds import read_json
 from npgpt.data.tokenizer import from_dict
-from npgpt.errors import CheckpointError, UsageError, user_path
+from npgpt.errors import CheckpointError, UsageError, told_as, user_path
 from npgpt.files import checkpoint, folder
 from npgpt.files.weights import CHUNK, PREFIX, Found, at_most, check_entry, fit, gpt_config, is_finite, parameter_shapes
 from npgpt.ops.layernorm import EPS
@@ -72,7 +72,7 @@ _MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
 def open_folder(path, stack):
     """The Found of a Hugging Face folder."""
-    settings = _read_json(path / CONFIG)
+    settings = read_json(path / CONFIG, CheckpointError)
     config = _config_of(settings, path / CONFIG)
     tokenizer = open_tokenizer(path, settings)
     if tokenizer is not None:
@@ -182,8 +182,7 @@ def _readers(path, stack):
                     f"GPT2LMHeadModel.from_pretrained(folder).save_pretrained(other, safe_serialization=True)"
                 )
         raise CheckpointError(f"there are no weights in {path}: neither {WEIGHTS} nor {INDEX}")
-    index = _read_json(path / INDEX)
-    parts = index.get("weight_map")
+    parts = read_json(path / INDEX, CheckpointError).get("weight_map")
     if not isinstance(parts, dict) or not parts:
         raise CheckpointError(f"{path / INDEX}: weight_map must say which file holds which weight")
     names = {}  # file -> the weights that it should hold
@@ -217,26 +216,6 @@ def _check_tied(head, wte):
         )
 
 
-def _read_json(path):
-    """The JSON object in a file, as a dict.  Raises CheckpointError."""
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(checkpoint.MAX_HEADER + 1)
-        if len(raw) > checkpoint.MAX_HEADER:
-            raise ValueError(f"more than {checkpoint.MAX_HEADER} bytes")
-        found = json.loads(raw.decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no {path}") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        kind = kind_of(raw)
-        raise CheckpointError(f"{path} is not JSON ({f'it is {kind}' if kind else error})") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return found
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Writing
 
@@ -256,30 +235,22 @@ def save(model, path):
         if not is_finite(array):
             raise CheckpointError(f"{name} has numbers that are not finite: nothing was written to {path}")
     settings = _settings(model)
-    try:
+    with told_as(CheckpointError, f"cannot write to {path}"):
         path.mkdir(parents=True, exist_ok=True)
-        if hasattr(tokenizer, "save"):
-            tokenizer.save(path)
-        elif tokenizer is not None:
-            settings["npgpt"] = {"tokenizer": tokenizer.to_dict()}
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {path}: {error.strerror}") from None
+    if hasattr(tokenizer, "save"):
+        tokenizer.save(path)
+    elif tokenizer is not None:
+        settings["npgpt"] = {"tokenizer": tokenizer.to_dict()}
     checkpoint.save(path / WEIGHTS, arrays, {"format": "pt"})
     # last: a new folder without it is not taken for a whole one
     checkpoint.replace(path / CONFIG, [json.dumps(settings, indent=2).encode("ascii") + b"\n"])
     kept = {BPE_FILES[0], SETTINGS, *getattr(tokenizer, "files", ())} if hasattr(tokenizer, "save") else set()
     for file in [path / name for name in (*BPE_FILES, *OTHER_FILES)] + list(path.glob(TEMPLATES)):
         if file.relative_to(path).as_posix() not in kept:
-            _set_aside(file)
-
-
-def _set_aside(path):
-    """Rename another model's tokenizer, which would be taken for this one's; it may be all that there is of it."""
-    try:
-        if path.exists():
-            os.replace(path, folder.free_name(path))
-    except OSError as error:
-        raise CheckpointError(f"cannot rename {path}: {error.strerror}") from None
+            # another model's tokenizer, which would be taken for this one's; it may be all that there is of it
+            with told_as(CheckpointError, f"cannot rename {file}"):
+                if file.exists():
+                    os.replace(file, folder.free_name(file))
 
 
 def _stored(model):

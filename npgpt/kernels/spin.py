@@ -7,6 +7,7 @@ threads that share a token (npgpt/generate/decode.py) spin, and sleep only if a 
 import os
 
 from npgpt.kernels.jit import KERNELS, helper, inside_kernels, intrinsic
+from npgpt.kernels.vectors import unpack
 
 if KERNELS == "numba":
     from llvmlite import ir
@@ -20,15 +21,32 @@ PATIENCE = 2000  # looks that a waiting thread takes, most of them some tenths o
 # A counter: the first number of an array, which threads look at and change in one indivisible step
 
 
-def _is_counter(kind):
-    """Whether an array of this kind has what the following intrinsics take for int64, and change, at its start."""
-    return isinstance(kind, types.Array) and kind.dtype == types.int64 and kind.ndim == 1 and kind.mutable
-
-
 @helper
 def _check_counter(counter):
     if len(counter) == 0:
         raise ValueError("a counter, or a thread's state, needs a number: this array has none")
+
+
+def _at_counter(signature, write):
+    """What an intrinsic of a counter and numbers is made of: write(builder, pointer to counter[0], *numbers).
+
+    A counter is an array of int64 that may be changed; None for all else.
+    """
+    kind = signature.args[0]
+    if not (isinstance(kind, types.Array) and kind.dtype == types.int64 and kind.ndim == 1 and kind.mutable):
+        return None
+
+    def codegen(context, builder, signature, args):
+        (array,), numbers = unpack(context, builder, signature, args)
+        return write(builder, array.data, *numbers)
+
+    return signature, codegen
+
+
+@intrinsic
+def _look(typingctx, counter):
+    """counter[0] as it is in memory now."""
+    return _at_counter(types.int64(counter), lambda builder, at: builder.load_atomic(at, "seq_cst", 8))
 
 
 def _atomic(operation):
@@ -36,14 +54,8 @@ def _atomic(operation):
 
     @intrinsic
     def atomic(typingctx, counter, n):
-        if not _is_counter(counter):
-            return None
-
-        def codegen(context, builder, signature, args):
-            array = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0])
-            return builder.atomic_rmw(operation, array.data, args[1], "seq_cst")
-
-        return types.int64(counter, types.int64), codegen
+        signature = types.int64(counter, types.int64)
+        return _at_counter(signature, lambda builder, at, n: builder.atomic_rmw(operation, at, n, "seq_cst"))
 
     return atomic
 
@@ -52,30 +64,13 @@ _add_atomically, _swap_atomically = _atomic("add"), _atomic("xchg")
 
 
 @intrinsic
-def _look(typingctx, counter):
-    """counter[0] as it is in memory now."""
-    if not _is_counter(counter):
-        return None
-
-    def codegen(context, builder, signature, args):
-        array = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0])
-        return builder.load_atomic(array.data, "seq_cst", 8)
-
-    return types.int64(counter), codegen
-
-
-@intrinsic
 def _change_atomically(typingctx, counter, old, new):
     """Whether counter[0] was `old`; then it is `new` now.  One indivisible step."""
-    if not _is_counter(counter):
-        return None
 
-    def codegen(context, builder, signature, args):
-        array = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0])
-        pair = builder.cmpxchg(array.data, args[1], args[2], "seq_cst", "seq_cst")
-        return builder.extract_value(pair, 1)
+    def write(builder, at, old, new):
+        return builder.extract_value(builder.cmpxchg(at, old, new, "seq_cst", "seq_cst"), 1)
 
-    return types.boolean(counter, types.int64, types.int64), codegen
+    return _at_counter(types.boolean(counter, types.int64, types.int64), write)
 
 
 @intrinsic

@@ -75,12 +75,16 @@ class StoppedError(NpgptError):
 
 
 @contextlib.contextmanager
-def told_as(kind, words):
-    """Within this context an OSError becomes an NpgptError of this kind: these words, and what the system says."""
+def told_as(kind, words, missing=None):
+    """Within this context an OSError becomes an NpgptError of this kind: these words, and what the system says.
+
+    missing: the words for a file that is not there, if others are wanted.
+    """
     try:
         yield
     except OSError as error:
-        raise kind(f"{words}: {error.strerror}") from None
+        is_missing = missing and isinstance(error, (FileNotFoundError, NotADirectoryError))
+        raise kind(missing if is_missing else f"{words}: {error.strerror}") from None
 
 
 def user_path(path, what="path"):

@@ -18,9 +18,8 @@ import pytest
 
 from npgpt import sample
 from npgpt.config import GPTConfig, TrainConfig
-from npgpt.data.bpe import BPETokenizer
+from npgpt.data.bpe import BPETokenizer, from_dict
 from npgpt.data.characters import ByteTokenizer, CharTokenizer
-from npgpt.data.tokenizer import from_dict
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.files import checkpoint, folder, weights
 from npgpt.model import GPT

@@ -41,7 +41,7 @@ def find_bpe(path):
     raise UsageError(f"tokenizer: the folder {path} has neither tokenizer.json nor vocab.json with merges.txt")
 
 
-def read_state(path):
+def _read_state(path):
     """(content of a tokenizer.json, False), or (what it would be, True) of a vocab.json with a merges.txt."""
     state = _read_json(path)
     if isinstance(state.get("model"), dict):
@@ -59,12 +59,16 @@ def _read_json(path):
 
 
 def read_folder(path):
-    """(json, files) of the BPETokenizer in a folder with a tokenizer.json, or a vocab.json with its merges.txt.
+    """(json, files) of the BPETokenizer of a tokenizer.json or a vocab.json, and of its folder; or of another file.
 
     Raises ValueError for what npgpt's cannot be, and UsageError for a file that cannot be read.
     """
     folder = path.parent
-    state, from_words = read_state(path)
+    state, from_words = _read_state(path)
+    if path.name not in BPE_FILES:  # what lies beside it is not its
+        state = checked(json.dumps(state))
+        _add_tokens(state, {}, [], {})
+        return json.dumps(state), {}
     settings, config, more, numbers = (
         _read_json(folder / name) if (folder / name).is_file() else {}
         for name in (SETTINGS, "config.json", "special_tokens_map.json", "added_tokens.json")
@@ -82,7 +86,7 @@ def read_folder(path):
     if is_gpt2:
         _make_gpt2(state, settings.get("add_prefix_space", False))
     named, others, numbered = _special_tokens(settings, more, numbers, is_gpt2)
-    add_tokens(state, named, others, numbered)
+    _add_tokens(state, named, others, numbered)
     kept = [folder / "generation_config.json", folder / TEMPLATE, *folder.glob(TEMPLATES)]
     files = {file.relative_to(folder).as_posix(): _read_text(file) for file in sorted(kept) if file.is_file()}
     settings.pop("added_tokens_decoder", None)  # they are in tokenizer.json now
@@ -145,22 +149,20 @@ def _special_tokens(settings, more, numbers, is_gpt2):
     Raises ValueError for what is none.
     """
     listed = settings.get("added_tokens_decoder")
-    found = {name: token for name, token in settings.items() if name.endswith("_token")}
-    others = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    if listed is None:  # else transformers reads no other file
-        found |= {name: token for name, token in more.items() if name.endswith("_token")}
-        others = others or more.get("extra_special_tokens") or more.get("additional_special_tokens") or []
+    found, others = {}, []
+    for source in (settings, more) if listed is None else (settings,):  # with a list transformers reads no other file
+        found |= {name: token for name, token in source.items() if name.endswith("_token")}
+        others = others or source.get("extra_special_tokens") or source.get("additional_special_tokens") or []
     if is_gpt2:
         found = {**dict.fromkeys(("bos_token", "eos_token", "unk_token"), END), **found}
     if isinstance(others, dict):
         found, others = {**found, **others}, []
     if not isinstance(others, list) or not (listed is None or isinstance(listed, dict)):
         raise ValueError(f"{SETTINGS}: its special tokens are no list")
-    names = [*(name for name in NAMED if name in found), *(name for name in found if name not in NAMED)]
     named = {
-        name: _added_token(found[name], name, special=True)
-        for name in names
-        if isinstance(found[name], (str, dict)) or (name in NAMED and found[name] is not None)
+        name: _added_token(token, name, special=True)
+        for name, token in {**dict.fromkeys(NAMED), **found}.items()
+        if isinstance(token, (str, dict)) or (name in NAMED and token is not None)
     }
     for token in named.values():
         token.special = True
@@ -196,7 +198,7 @@ def _added_token(token, name, **flags):
     return the_package().AddedToken(token, **flags)
 
 
-def add_tokens(state, named, others, numbered):
+def _add_tokens(state, named, others, numbered):
     """Add tokens to the content of a tokenizer.json.  ValueError for one that cannot have its number."""
     tokenizer = tokenizer_of(state)
     with one_line():

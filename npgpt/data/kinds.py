@@ -59,16 +59,9 @@ def kind_of(raw):
     return "nothing but zeros" if raw and not raw.strip(b"\0") else None
 
 
-def is_text(raw):
-    """Whether the first bytes of a file may be those of a text, in ASCII at least."""
-    return bool(raw) and all(0x20 <= byte < 0x7F or byte in b"\t\r\n" for byte in raw[:LENGTH])
-
-
 def read_json(path, error, before=""):
     """The JSON object in a file, as a dict; an error of the kind `error` has the words `before` in front."""
-    if not path.exists():
-        raise error(f"{before}there is no {path}")
-    with told_as(error, f"{before}cannot read {path}"), open(path, "rb") as file:
+    with told_as(error, f"{before}cannot read {path}", f"{before}there is no {path}"), open(path, "rb") as file:
         raw = file.read(MAX_JSON + 1)
     try:
         if len(raw) > MAX_JSON:

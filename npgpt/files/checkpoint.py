@@ -22,12 +22,12 @@ import mmap
 import os
 import re
 import struct
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 
-from npgpt.data.kinds import LENGTH, TEMPORARY, is_text, kind_of
+from npgpt.data.kinds import LENGTH, TEMPORARY, kind_of
 from npgpt.errors import CANNOT, CheckpointError, told_as
 
 DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}  # what is written
@@ -47,11 +47,7 @@ _ZEROS = b"0" * 64
 
 
 def save(path, arrays, metadata):
-    """Write arrays (name -> array) and metadata (str -> str) to a file, all of it or nothing.
-
-    The file appears under its name only when it is complete, on the disk, and read back: until then, and if anything
-    fails, what was there stays.  Raises CheckpointError.
-    """
+    """Write arrays (name -> array) and metadata (str -> str) to a file, as `replace` does.  Raises CheckpointError."""
     header, offset = {"__metadata__": {**metadata, "sha256": _ZEROS.decode()}}, 0
     for name, array in arrays.items():
         dtype = _NAMES[array.dtype.newbyteorder("<")]
@@ -74,11 +70,12 @@ def _raw(arrays):
             yield memoryview(np.ascontiguousarray(array, array.dtype.newbyteorder("<"))).cast("B")
 
 
-def replace(path, parts, check=lambda file: None):
+def replace(path, parts, check=lambda file: None, final=None):
     """Write a file that consists of parts (bytes), all of it or nothing; what had its name until then is replaced.
 
-    check(open file) looks at what was written before it gets its name; a ValueError says what is wrong with it.
-    Raises CheckpointError.
+    It gets its name when it is on the disk, and check(open file) has looked at it: a ValueError says what is wrong.
+    final: function that returns its path, if that is another than `path`, which is known when all parts are.
+    Returns its path.  Raises CheckpointError; then what was there stays.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
@@ -86,11 +83,15 @@ def replace(path, parts, check=lambda file: None):
         with told_as(CheckpointError, f"cannot write {path}"):
             write(temporary, parts)
             with open(temporary, "rb") as file:
-                check(file)
-            os.replace(temporary, path)
+                try:
+                    check(file)
+                except ValueError as error:
+                    words = f"what was read back is not what was written: {error}"
+                    raise CheckpointError(f"cannot write {path}: {words}") from None
+            target = final() if final else path
+            os.replace(temporary, target)
             flush_folder(path.parent)
-    except ValueError as error:
-        raise CheckpointError(f"cannot write {path}: what was read back is not what was written: {error}") from None
+            return target
     finally:
         with contextlib.suppress(OSError):  # there is none any more if all went well
             os.unlink(temporary)
@@ -133,17 +134,11 @@ def flush_folder(folder):
 # Reading
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What the header says about one array."""
-
-    dtype: str  # a name of READABLE
-    shape: tuple
-    start: int  # its first byte, counted from the end of the header
-    stop: int
+# what the header says about one array: dtype, a name of READABLE; start, its first byte after the header
+Entry = namedtuple("Entry", "dtype shape start stop")
 
 
-class Reader:
+class Reader(contextlib.AbstractContextManager):
     """An open file whose header and hash are right, and whose arrays are read one at a time, straight to their places.
 
     path, metadata    the file's path; its metadata, text -> text
@@ -160,9 +155,6 @@ class Reader:
             self._file = on_error.enter_context(open(path, "rb"))
             self.entries, self.metadata, self._start = _check(self._file, needs_hash)
             on_error.pop_all()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *error):
         self._file.close()
@@ -226,11 +218,8 @@ def load_metadata(path):
 def _reading(path):
     """Turns what may go wrong with a file while it is read into a CheckpointError that names it."""
     try:
-        yield
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint {path}") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+        with told_as(CheckpointError, f"cannot read {path}", missing=f"there is no checkpoint {path}"):
+            yield
     except ValueError as error:
         raise CheckpointError(f"{path} is not a good checkpoint: {error}") from None
 
@@ -270,7 +259,8 @@ def _parse(file):
     first = _read(file, 0, min(size, LENGTH))
     (length,) = struct.unpack("<Q", first[:8])
     if not 2 <= length <= min(size - 8, MAX_HEADER):
-        if kind := kind_of(first) or ("text" if is_text(first) else None):
+        is_text = all(0x20 <= byte < 0x7F or byte in b"\t\r\n" for byte in first)
+        if kind := kind_of(first) or ("text" if is_text else None):
             raise ValueError(f"it is {kind}, and safetensors is asked for")
         raise ValueError(f"its header should have {length} bytes, but the file has {size}; is it cut off?")
     text = _read(file, 8, length)

@@ -107,8 +107,7 @@ def best(path):
     found = _best_of(states)
     if found is None:
         return newest(path)
-    last_with_loss = next(path for path in states if _loss_of(states[path]) is not None)
-    return next(iter(states)) if found == last_with_loss else found
+    return next(iter(states)) if found == next(iter(_losses(states))) else found
 
 
 def choice(path):
@@ -131,20 +130,19 @@ def best_there(path, iteration, loss, best_iter):
     """
     if best_iter == iteration or (type(best_iter) is int and (Path(path) / _name_of(best_iter)).exists()):
         return loss, best_iter
-    states = {found: state for found, state in _states(path).items() if type(state.get("iter")) is int}
-    found = _best_of({found: state for found, state in states.items() if state["iter"] <= iteration})
+    states = {p: s for p, s in _states(path).items() if type(s.get("iter")) is int and s["iter"] <= iteration}
+    found = _best_of(states)
     return (None, iteration) if found is None else (states[found]["val_loss"], states[found]["iter"])
 
 
 def _best_of(states):
     """The checkpoint with the lowest validation loss among the states of some, or None if none has one."""
-    losses = {found: loss for found, state in states.items() if (loss := _loss_of(state)) is not None}
-    return min(losses, key=losses.get) if losses else None
+    losses = _losses(states)
+    return min(losses, key=losses.get, default=None)
 
 
-def _loss_of(state):
-    loss = state.get("val_loss")
-    return loss if isinstance(loss, float) else None
+def _losses(states):
+    return {path: state["val_loss"] for path, state in states.items() if isinstance(state.get("val_loss"), float)}
 
 
 def _states(path):
@@ -295,16 +293,13 @@ class RunFolder:
             for path, goes in ((log, later or not is_own), (own, not is_own)):
                 if goes and path.exists():
                     made.append(free_name(path))
-                    shutil.copyfile(path, made[-1])
-        except OSError as error:
-            self._remove(made)
-            raise CheckpointError(f"cannot copy {path} to {made[-1]}: {error.strerror}; nothing was changed") from None
-        if changed or not is_own:
-            try:
+                    with told_as(CheckpointError, f"cannot copy {path} to {made[-1]}"):
+                        shutil.copyfile(path, made[-1])
+            if changed or not is_own:
                 self._write(own, arrays, state)
-            except CheckpointError as error:
-                self._remove(made)
-                raise CheckpointError(f"{error}; nothing was changed") from None
+        except CheckpointError as error:
+            self._remove(made)
+            raise CheckpointError(f"{error}; nothing was changed") from None
         for path in later:
             with contextlib.suppress(OSError):
                 os.replace(path, free_name(path))
@@ -335,7 +330,6 @@ class RunFolder:
 
         Returns its path, which begins with `name`; tokens_file finds it.
         """
-        temporary = self.path / f"{name}.bin.{os.getpid()}{kinds.TEMPORARY}"
         digest = hashlib.sha256()
 
         def hashed():
@@ -344,15 +338,8 @@ class RunFolder:
                     digest.update(part)
                     yield memoryview(part).cast("B")
 
-        try:
-            with told_as(CheckpointError, f"cannot write {self.path / name}.bin"):
-                checkpoint.write(temporary, hashed())
-                path = _tokens_path(self.path, name, digest)
-                os.replace(temporary, path)
-                checkpoint.flush_folder(self.path)
-                return path
-        finally:
-            self._remove([temporary])  # there is one if anything went wrong, be it with the text
+        path = self.path / f"{name}.bin"
+        return checkpoint.replace(path, hashed(), final=lambda: _tokens_path(self.path, name, digest))
 
     def _remove(self, paths):
         for path in paths:

@@ -22,10 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from npgpt.data.bpe import BPETokenizer
+from npgpt.data.bpe import BPETokenizer, from_dict
 from npgpt.data.bpe_files import BPE_FILES, OTHER_FILES, SETTINGS, TEMPLATES, find_bpe
 from npgpt.data.kinds import read_json
-from npgpt.data.tokenizer import from_dict
 from npgpt.errors import CheckpointError, UsageError, told_as, user_path
 from npgpt.files import checkpoint, folder
 from npgpt.files.weights import CHUNK, PREFIX, Found, at_most, check_entry, fit, gpt_config, is_finite, parameter_shapes
@@ -116,8 +115,7 @@ def open_tokenizer(path, settings):
     """The tokenizer in a Hugging Face folder, or None where there is none that can be opened.
 
     settings: the folder's config.json, where save_pretrained writes the tokenizers that have no file of their own.
-    (tokenizer.json, or vocab.json with merges.txt, needs the package tokenizers.)  Raises CheckpointError for one that
-    is damaged.
+    The others need the package tokenizers.  Raises CheckpointError for one that is damaged.
     """
     ours = settings.get("npgpt")
     try:
@@ -148,25 +146,19 @@ def _config_of(settings, path):
                 values = f"{name} is {reprlib.repr(settings[name])} and {other} {value}"
                 raise CheckpointError(f"{path}: {values}, which are two names of one setting")
             settings = {**settings, name: settings[other]}
-    for key, good in DOES.items():
-        value = settings.get(key, good[0])
-        if value not in good:
-            raise CheckpointError(
-                f"{path}: {key} is {reprlib.repr(value)}, which npgpt's GPT cannot be; "
-                f"it has {' or '.join(map(repr, good))}"
-            )
     values = {name: settings.get(theirs, default) for name, (theirs, default) in SHAPE.items()}
     try:
         config = gpt_config({**values, "bias": True})
     except (ValueError, UsageError) as error:
         names = ", ".join(f"{theirs} {reprlib.repr(values[name])}" for name, (theirs, _) in SHAPE.items())
         raise CheckpointError(f"{path}: {error} (it says {names})") from None
-    n_inner = settings.get("n_inner")
-    if n_inner not in (None, 4 * config.n_embd):
-        raise CheckpointError(
-            f"{path}: n_inner is {reprlib.repr(n_inner)}, which npgpt's GPT cannot be; "
-            f"it has 4 n_embd = {4 * config.n_embd}"
-        )
+    for key, good in {**DOES, "n_inner": (None, 4 * config.n_embd)}.items():
+        value = settings.get(key, good[0])
+        if value not in good:
+            raise CheckpointError(
+                f"{path}: {key} is {reprlib.repr(value)}, which npgpt's GPT cannot be; "
+                f"it has {' or '.join(map(repr, good))}"
+            )
     return config
 
 
@@ -206,11 +198,9 @@ def _readers(path, stack):
 def _check_tied(head, wte):
     """Raise CheckpointError if a file's output layer is another than its token embedding: (Reader, name) of each."""
     a, b = (reader.mapped(name) for reader, name in (head, wte))
-    same = a.dtype == b.dtype
     rows = max(1, CHUNK // a.shape[1])
-    for i in range(0, len(a), rows):
-        same = same and np.array_equal(a[i : i + rows], b[i : i + rows])
-    if not same:
+    parts = [slice(i, i + rows) for i in range(0, len(a), rows)]
+    if a.dtype != b.dtype or not all(np.array_equal(a[part], b[part]) for part in parts):
         raise CheckpointError(
             f"{head[0].path}: {HEAD} is not the same as wte.weight; npgpt's GPT has one matrix for both (tied)"
         )

@@ -19,12 +19,9 @@ def read_log(path):
     Raises CheckpointError if there is no log, or none that can be read.
     """
     path = Path(path) / LOG
-    try:
+    missing = f"{path.parent} is not a run folder: it has no {LOG}"
+    with told_as(CheckpointError, f"cannot read {path}", missing):
         lines = path.read_bytes().splitlines(keepends=True)
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{path.parent} is not a run folder: it has no metrics.jsonl") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     rows = [_row(line) for line in lines if line.endswith(b"\n")]
     if None in rows:
         raise CheckpointError(f"{path} is damaged: line {rows.index(None) + 1} is not a row of a log")

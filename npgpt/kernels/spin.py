@@ -17,9 +17,6 @@ if KERNELS == "numba":
 WAITS, CLAIMED, SLEEPS = 0, 1, 2  # the states of a thread that works for another one: see `next_job`
 PATIENCE = 2000  # looks that a waiting thread takes, most of them some tenths of a microsecond long
 
-# --------------------------------------------------------------------------------------------------------------------
-# A counter: the first number of an array, which threads look at and change in one indivisible step
-
 
 @helper
 def _check_counter(counter):
@@ -30,7 +27,8 @@ def _check_counter(counter):
 def _at_counter(signature, write):
     """What an intrinsic of a counter and numbers is made of: write(builder, pointer to counter[0], *numbers).
 
-    A counter is an array of int64 that may be changed; None for all else.
+    A counter is the first number of an array of int64, which threads look at and change in one indivisible step.
+    None for what is none.
     """
     kind = signature.args[0]
     if not (isinstance(kind, types.Array) and kind.dtype == types.int64 and kind.ndim == 1 and kind.mutable):
@@ -86,10 +84,6 @@ def _let_others_run(typingctx):
     return types.void(), codegen
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What kernels call
-
-
 @inside_kernels
 def count_up(counter):
     """counter[0] += 1, inside a kernel only; what this thread wrote before is seen by whoever sees the new number."""
@@ -101,9 +95,8 @@ def count_up(counter):
 def meet(counter, n):
     """Wait until n threads have come here as often as this one, inside a kernel only.
 
-    counter (1,) int64, 0 at first, is shared by the threads.  They spin: a wait takes a fraction of a microsecond, not
-    the tens of it that a sleeping thread needs to wake up, but each of them needs a core.  Who makes the counter
-    negative sets all of them free, here and at every later meeting.
+    counter (1,) int64, 0 at first, is shared by the threads.  Who makes it negative sets all of them free, here and at
+    every later meeting.
     """
     if n == 1:
         return

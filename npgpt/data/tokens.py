@@ -60,8 +60,7 @@ class TokenFiles:
         if part.tobytes().startswith(b"\x93NUMPY"):
             raise UsageError(f"data: {file} is an array of NumPy's with its header; write it by array.tofile(file)")
         for n, bits in ((4, 64), (2, 32)):
-            numbers = part[: 4096 - 4096 % n]
-            numbers = numbers[: len(numbers) - len(numbers) % n].reshape(-1, n)
+            numbers = part[: min(len(part), 4096) // n * n].reshape(-1, n)
             low, high = numbers[:, :1], numbers[:, 1:]
             # no vocabulary is larger than 4 x 65,536 tokens
             fits = len(numbers) >= 8 and size % (2 * n) == 0 and low.any() and not high[:, 1:].any()

@@ -227,7 +227,7 @@ class RunFolder:
         with contextlib.ExitStack() as on_error:
             on_error.callback(os.close, self._lock)
             self._take_lock()
-            on_error.pop_all()
+            self._opened = on_error.pop_all()  # what is to be closed: the lock, and the log before it
         with contextlib.suppress(OSError):  # for whoever finds it locked; a full disk is no reason to stop
             os.lseek(self._lock, 0, os.SEEK_SET)
             os.ftruncate(self._lock, 0)
@@ -256,12 +256,8 @@ class RunFolder:
 
     def close(self):
         """Let the next training in."""
-        if self._log is not None:
-            self._log.close()
-            self._log = None
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._log = None
+        self._opened.close()
 
     # ---- checkpoints
 
@@ -351,6 +347,7 @@ class RunFolder:
     def open_log(self, before):
         """Start the log, or go on with it after its rows of iterations 0 .. before - 1.  Raises CheckpointError."""
         self._log = Log(self.path / LOG, before)
+        self._opened.callback(self._log.close)
 
     def log(self, row):
         """Add a row to the log.  Raises CheckpointError; the row is not lost, but written with the next."""

@@ -74,6 +74,19 @@ class StoppedError(NpgptError):
         self.exit_code = 128 + number
 
 
+@contextlib.contextmanager
+def told_as(kind, words, missing=None):
+    """Within this context an OSError becomes an NpgptError of this kind: these words, and what the system says.
+
+    missing: the words for a file that is not there, if others are wanted.
+    """
+    try:
+        yield
+    except OSError as error:
+        is_missing = missing and isinstance(error, (FileNotFoundError, NotADirectoryError))
+        raise kind(missing if is_missing else f"{words}: {error.strerror}") from None
+
+
 def user_path(path, what="path"):
     """The file or folder that a user names, as text: with the home folder in the place of a leading ~.
 

@@ -18,9 +18,8 @@ import pytest
 
 from npgpt import sample
 from npgpt.config import GPTConfig, TrainConfig
-from npgpt.data.bpe import BPETokenizer
+from npgpt.data.bpe import BPETokenizer, from_dict
 from npgpt.data.characters import ByteTokenizer, CharTokenizer
-from npgpt.data.tokenizer import from_dict
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.files import checkpoint, folder, weights
 from npgpt.model import GPT
@@ -287,7 +286,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, tensors, words):
         (lambda p: (p / "config.json").write_bytes(b"\xff{}"), "is not JSON"),
         (lambda p: (p / "config.json").write_text("[" * 100_000), "is not JSON"),
         (lambda p: (p / "config.json").write_text('{"n_embd": ' + "9" * 100_000 + "}"), "config.json"),
-        (lambda p: (p / "config.json").write_text(" " * 2**24 + "{}"), "more than 16777216 bytes"),
+        (lambda p: (p / "config.json").write_text(" " * 2**26 + "{}"), "more than 67108864 bytes"),
         (lambda p: (p / "config.json").write_text("[]"), "is not a JSON object"),
         (lambda p: ((p / "config.json").unlink(), (p / "config.json").mkdir()), "cannot read"),
         (lambda p: (p / "model.safetensors").unlink(), "neither model.safetensors nor"),

@@ -1,6 +1,5 @@
 """Run folders as people treat them: checkpoints copied, renamed and linked, files of theirs beside them, odd disks."""
 
-import contextlib
 import errno
 import json
 import math
@@ -246,16 +245,13 @@ def test_the_best_that_could_not_be_saved_is_not_named_at_the_end(config, monkey
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO])
 def test_a_checkpoint_that_cannot_be_read_now_is_not_removed(tmp_path, monkeypatch, number):
     path = saved_states(tmp_path / "run", 1.0, 2.0, 3.0)
-    opened = checkpoint._open
 
-    @contextlib.contextmanager
-    def failing(path):
+    def failing(path, mode):
         if path.name == "iter-00000000.safetensors":
             raise OSError(number, os.strerror(number))
-        with opened(path) as file:
-            yield file
+        return open(path, mode)
 
-    monkeypatch.setattr(checkpoint, "_open", failing)
+    monkeypatch.setattr(checkpoint, "open", failing, raising=False)
     one = folder.RunFolder(path)
     one.save(3, {}, {"iter": 3, "val_loss": 4.0}, keep=1)
     one.close()

@@ -15,7 +15,7 @@ import pytest
 from runs import TEXT, metrics, run, variant
 
 from npgpt.config import TrainConfig
-from npgpt.data import tokenizer as tokenizers
+from npgpt.data.characters import CharTokenizer
 from npgpt.errors import BusyError, CheckpointError, DivergedError, StoppedError, UsageError
 from npgpt.files import checkpoint, folder
 from npgpt.model import GPT
@@ -239,7 +239,7 @@ def test_what_was_encoded_before_is_used_again(config, monkeypatch):
         raise AssertionError("the text is encoded once more")
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenizers.CharTokenizer, "encode_pieces", refuse)
+        patch.setattr(CharTokenizer, "encode_pieces", refuse)
         run(config, overwrite=True)
         Trainer.resume(config.out_dir)
     assert token_files(config) == [path] and path.stat().st_mtime_ns == before
@@ -325,13 +325,13 @@ def test_tokens_half_written_when_the_process_was_killed_are_cleared_away(config
 
 
 def test_a_text_that_changes_while_it_is_encoded_leaves_no_tokens(config, monkeypatch, tmp_path):
-    encode = tokenizers.CharTokenizer.encode_pieces
+    encode = CharTokenizer.encode_pieces
 
     def change_first(self, pieces):
         (tmp_path / "text.txt").write_text(TEXT.replace("fox", "dog"), encoding="utf-8")
         return encode(self, pieces)
 
-    monkeypatch.setattr(tokenizers.CharTokenizer, "encode_pieces", change_first)
+    monkeypatch.setattr(CharTokenizer, "encode_pieces", change_first)
     with pytest.raises(UsageError, match="changed while it was read"):
         Trainer(config)
     assert token_files(config) == []

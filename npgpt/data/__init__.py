@@ -8,7 +8,6 @@
 May import leaves, kernels and core.  Start with text.py: what --data names.  tokens.py has files of tokens, batches.py
 the splits and the blocks, notes.py what to know of a text before it is learnt, kinds.py what a file is.
 
-tokenizer.py says what every tokenizer can do.  characters.py has those that need no learning, bpe.py byte pair
-encoding, with bpe_format.py (tokenizer.json), bpe_cuts.py (a text in parts), bpe_learning.py, and bpe_files.py (what
-stands beside tokenizer.json).
+characters.py says what every tokenizer can do, and has those that need no learning, bpe.py byte pair encoding, with
+bpe_format.py (tokenizer.json), bpe_files.py (what stands beside it), and bpe_learning.py.
 """

@@ -1,26 +1,18 @@
-"""Byte pair encoding (Sennrich et al. 2016): pieces of words, which the package tokenizers learns and finds."""
+"""Byte pair encoding (Sennrich et al. 2016): pieces of words, which the package tokenizers learns and finds.
+
+And the way back from what a tokenizer of any kind says about itself: from_dict.
+"""
 
 import json
 from pathlib import Path
 
 import numpy as np
 
-from npgpt.data.bpe_cuts import batches_of, cut_at_lines, places_of, whole
-from npgpt.data.bpe_files import (
-    BPE_FILES,
-    END,
-    KEPT,
-    SETTINGS,
-    add_tokens,
-    dumped,
-    read_folder,
-    read_state,
-    usual_settings,
-)
-from npgpt.data.bpe_format import bytes_of, checked, one_line, the_package, tokenizer_of
+from npgpt.data.bpe_files import BPE_FILES, END, KEPT, SETTINGS, dumped, read_folder, usual_settings
+from npgpt.data.bpe_format import batches_of, bytes_of, checked, one_line, places_of, the_package, tokenizer_of
 from npgpt.data.bpe_learning import learnt
-from npgpt.data.characters import Tokenizer, name_of
-from npgpt.errors import CheckpointError, UsageError
+from npgpt.data.characters import ByteTokenizer, CharTokenizer, Tokenizer, utf8
+from npgpt.errors import CheckpointError, UsageError, told_as
 
 PROBE = "".join(map(chr, range(0x20, 0x7F))) + "\n\tThe end.\n\n é日本語 😀"  # what a tokenizer has to give back
 MAX_JSON = 2**23  # bytes of a tokenizer's JSON within JSON: a checkpoint's header holds it with room to spare
@@ -38,6 +30,7 @@ class BPETokenizer(Tokenizer):
     files    what else its Hugging Face folder says about it: name -> text; save() writes it again
     ids      the numbers of special tokens in the folder's config.json: {"eos_token_id": 50256, ...}
     limit    the number of tokens that its model knows, where added tokens go beyond
+    end_of_text    GPT-2's token between two texts, <|endoftext|>, or None in a vocabulary without it
     """
 
     kind = "bpe"
@@ -50,6 +43,7 @@ class BPETokenizer(Tokenizer):
         if not all(KEPT.fullmatch(name) and isinstance(text, str) for name, text in self.files.items()):
             raise ValueError("its files are none of a tokenizer")
         self._tokenizer = tokenizer_of(state)
+        self.end_of_text = self._tokenizer.token_to_id(END)
         self._bytes = {token: bytes_of(word) for word, token in state["model"]["vocab"].items()}
         # the package numbers added tokens itself, whatever a file says; load() refuses one that says something else
         added = self._tokenizer.get_added_tokens_decoder()
@@ -94,13 +88,8 @@ class BPETokenizer(Tokenizer):
         What the other files of its Hugging Face folder add to it counts as it does in the package transformers.
         Raises UsageError that names file and fault.
         """
-        path = Path(path)
         try:
-            if path.name in BPE_FILES:
-                return cls(*read_folder(path))
-            state = checked(json.dumps(read_state(path)[0]))
-            add_tokens(state, {}, [], {})
-            return cls(json.dumps(state))
+            return cls(*read_folder(Path(path)))
         except ValueError as error:
             raise UsageError(f"tokenizer: {path} cannot be used: {error}") from None
 
@@ -109,24 +98,15 @@ class BPETokenizer(Tokenizer):
         texts = {SETTINGS: dumped(usual_settings(json.loads(self.json))), **self.files, BPE_FILES[0]: self.json}
         for name, text in texts.items():
             path = Path(folder) / name
-            try:
+            with told_as(CheckpointError, f"cannot write {path}"):
                 if path.parent != Path(folder):
                     path.parent.mkdir(exist_ok=True)
                 path.write_bytes(text.encode("utf-8"))
-            except OSError as error:
-                raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
         return path
 
     def encode(self, text):
-        """str -> (n,) int64.
-
-        Raises UsageError for half of a surrogate pair, which UTF-8 cannot hold, and a token that the model does not
-        know.
-        """
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UsageError(f"character {name_of(text[error.start])} at position {error.start} is not text") from None
+        """str -> (n,) int64.  Raises UsageError as `utf8` does, and for a token that the model does not know."""
+        utf8(text)
         return self._encode(text)
 
     def _encode(self, text):
@@ -138,8 +118,7 @@ class BPETokenizer(Tokenizer):
         Only where LONGEST characters have no place to cut them at, tokens beside the cut may be others.  Raises
         UsageError for a text of more characters if it is not known where this tokenizer lets it be cut at all.
         """
-        pieces = whole(pieces) if self._places is None else cut_at_lines(pieces, **self._places)
-        for batch in batches_of(pieces):
+        for batch in batches_of(pieces, self._places):
             for encoding in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False):
                 yield self._known(encoding.ids)
 
@@ -160,11 +139,23 @@ class BPETokenizer(Tokenizer):
     def bytes_of(self, token):
         return self._bytes.get(int(token), b"")
 
-    @property
-    def end_of_text(self):
-        """GPT-2's token between two texts, <|endoftext|>, or None in a vocabulary without it."""
-        return self._tokenizer.token_to_id(END)
-
     def to_dict(self):
         more = {"files": self.files, "ids": self.ids, "limit": self.limit}
         return {"kind": self.kind, "json": self.json, **{name: value for name, value in more.items() if value}}
+
+
+def from_dict(state):
+    """The tokenizer that to_dict described; CheckpointError if it is not one.
+
+    Raises UsageError if it needs the package tokenizers, and that is missing.
+    """
+    try:
+        if state["kind"] == "char":
+            return CharTokenizer(state["chars"])
+        if state["kind"] == "byte":
+            return ByteTokenizer()
+        if state["kind"] == "bpe":
+            return BPETokenizer(state["json"], state.get("files"), state.get("ids"), state.get("limit"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"the checkpoint's tokenizer is damaged: {error}") from None
+    raise CheckpointError(f"the checkpoint's tokenizer {state['kind']!r} is none that this npgpt knows")

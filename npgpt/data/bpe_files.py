@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from npgpt.data.bpe_format import checked, has_prefix_space, one_line, the_package, tokenizer_of
-from npgpt.data.kinds import kind_of
+from npgpt.data.kinds import read_json
 from npgpt.errors import UsageError
 
 BPE_FILES = "tokenizer.json", "vocab.json"  # the latter with merges.txt beside it
@@ -41,21 +41,10 @@ def find_bpe(path):
     raise UsageError(f"tokenizer: the folder {path} has neither tokenizer.json nor vocab.json with merges.txt")
 
 
-def _read_json(path):
-    try:
-        raw = path.read_bytes()
-        return json.loads(raw.decode("utf-8-sig"))
-    except OSError as error:
-        raise UsageError(f"tokenizer: cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        kind = kind_of(raw)
-        raise UsageError(f"tokenizer: {path} is not JSON: {f'it is {kind}' if kind else error}") from None
-
-
-def read_state(path):
+def _read_state(path):
     """(content of a tokenizer.json, False), or (what it would be, True) of a vocab.json with a merges.txt."""
     state = _read_json(path)
-    if not isinstance(state, dict) or isinstance(state.get("model"), dict):
+    if isinstance(state.get("model"), dict):
         return state, False
     merges = path.with_name("merges.txt")  # for these are words and their numbers
     if not merges.is_file():
@@ -65,15 +54,23 @@ def read_state(path):
     return _gpt2_state(state, _read_merges(merges)), True
 
 
+def _read_json(path):
+    return read_json(path, UsageError, "tokenizer: ")
+
+
 def read_folder(path):
-    """(json, files) of the BPETokenizer in a folder with a tokenizer.json, or a vocab.json with its merges.txt.
+    """(json, files) of the BPETokenizer of a tokenizer.json or a vocab.json, and of its folder; or of another file.
 
     Raises ValueError for what npgpt's cannot be, and UsageError for a file that cannot be read.
     """
     folder = path.parent
-    state, from_words = read_state(path)
+    state, from_words = _read_state(path)
+    if path.name not in BPE_FILES:  # what lies beside it is not its
+        state = checked(json.dumps(state))
+        _add_tokens(state, {}, [], {})
+        return json.dumps(state), {}
     settings, config, more, numbers = (
-        _read_object(folder / name)
+        _read_json(folder / name) if (folder / name).is_file() else {}
         for name in (SETTINGS, "config.json", "special_tokens_map.json", "added_tokens.json")
     )
     kind = settings.get("tokenizer_class") or config.get("tokenizer_class")
@@ -89,7 +86,7 @@ def read_folder(path):
     if is_gpt2:
         _make_gpt2(state, settings.get("add_prefix_space", False))
     named, others, numbered = _special_tokens(settings, more, numbers, is_gpt2)
-    add_tokens(state, named, others, numbered)
+    _add_tokens(state, named, others, numbered)
     kept = [folder / "generation_config.json", folder / TEMPLATE, *folder.glob(TEMPLATES)]
     files = {file.relative_to(folder).as_posix(): _read_text(file) for file in sorted(kept) if file.is_file()}
     settings.pop("added_tokens_decoder", None)  # they are in tokenizer.json now
@@ -114,14 +111,6 @@ def usual_settings(state):
 
 def dumped(settings):
     return json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-
-
-def _read_object(path):
-    """The JSON object in a file, {} if there is none."""
-    found = _read_json(path) if path.is_file() else {}
-    if not isinstance(found, dict):
-        raise UsageError(f"tokenizer: {path} is not a JSON object")
-    return found
 
 
 def _read_text(path):
@@ -160,22 +149,20 @@ def _special_tokens(settings, more, numbers, is_gpt2):
     Raises ValueError for what is none.
     """
     listed = settings.get("added_tokens_decoder")
-    found = {name: token for name, token in settings.items() if name.endswith("_token")}
-    others = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    if listed is None:  # else transformers reads no other file
-        found |= {name: token for name, token in more.items() if name.endswith("_token")}
-        others = others or more.get("extra_special_tokens") or more.get("additional_special_tokens") or []
+    found, others = {}, []
+    for source in (settings, more) if listed is None else (settings,):  # with a list transformers reads no other file
+        found |= {name: token for name, token in source.items() if name.endswith("_token")}
+        others = others or source.get("extra_special_tokens") or source.get("additional_special_tokens") or []
     if is_gpt2:
         found = {**dict.fromkeys(("bos_token", "eos_token", "unk_token"), END), **found}
     if isinstance(others, dict):
         found, others = {**found, **others}, []
     if not isinstance(others, list) or not (listed is None or isinstance(listed, dict)):
         raise ValueError(f"{SETTINGS}: its special tokens are no list")
-    names = [*(name for name in NAMED if name in found), *(name for name in found if name not in NAMED)]
     named = {
-        name: _added_token(found[name], name, special=True)
-        for name in names
-        if isinstance(found[name], (str, dict)) or (name in NAMED and found[name] is not None)
+        name: _added_token(token, name, special=True)
+        for name, token in {**dict.fromkeys(NAMED), **found}.items()
+        if isinstance(token, (str, dict)) or (name in NAMED and token is not None)
     }
     for token in named.values():
         token.special = True
@@ -211,7 +198,7 @@ def _added_token(token, name, **flags):
     return the_package().AddedToken(token, **flags)
 
 
-def add_tokens(state, named, others, numbered):
+def _add_tokens(state, named, others, numbered):
     """Add tokens to the content of a tokenizer.json.  ValueError for one that cannot have its number."""
     tokenizer = tokenizer_of(state)
     with one_line():
@@ -240,12 +227,8 @@ def add_tokens(state, named, others, numbered):
 
 def _read_merges(path):
     """merges.txt: a line for each pair, the most frequent first."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise UsageError(f"tokenizer: cannot read {path}: {error}") from None
     merges = []
-    for n, line in enumerate(lines, 1):
+    for n, line in enumerate(_read_text(path).splitlines(), 1):
         if line and not (n == 1 and line.startswith("#version")):
             pair = line.split(" ")
             if len(pair) != 2:
@@ -257,11 +240,10 @@ def _read_merges(path):
 def _gpt2_state(vocab, merges):
     """What would stand in a tokenizer.json with this vocabulary and these merges, all else as in GPT-2's."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    end = "<|endoftext|>"
-    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    end = {"id": vocab.get(END), "content": END, **dict.fromkeys(FLAGS, False), "special": True}
     return {
         "version": "1.0",
-        "added_tokens": [{"id": vocab[end], "content": end, **special}] if end in vocab else [],
+        "added_tokens": [end] if END in vocab else [],
         "normalizer": None,
         "pre_tokenizer": byte_level,
         "post_processor": None,

@@ -1,7 +1,4 @@
-"""How a tokenizer is learnt from a text: in a process of its own.
-
-That is one call of the package, which only its end interrupts.
-"""
+"""How a tokenizer is learnt from a text: by one call of the package, in a process whose end alone interrupts it."""
 
 import contextlib
 import json
@@ -13,13 +10,10 @@ import tempfile
 import time
 from threading import Thread
 
-from npgpt.data.bpe_cuts import SIZE, cut_at_lines
-from npgpt.data.bpe_format import the_package
+from npgpt.data.bpe_format import SIZE, cut_at_lines, the_package
 
 WORD = 2**10  # characters of a word at most where a text without a space is learnt from
-
-# what a process of its own runs to learn a tokenizer: that is one call of the package, which only its end interrupts
-_LEARN = (
+_LEARN = (  # what the process runs
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from npgpt.data import bpe_learning; bpe_learning.learn_alone()"
 )

@@ -12,8 +12,28 @@ def name_of(char):
     return f"{char!r} (U+{ord(char):04X} {unicodedata.name(char, 'with no name')})"
 
 
+def utf8(text):
+    """A text's UTF-8.  Raises UsageError for half of a surrogate pair, which it cannot hold."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError(f"character {name_of(text[error.start])} at position {error.start} is not text") from None
+
+
 class Tokenizer:
-    """What all of them have in common."""
+    """Text to tokens and back: characters, the bytes of UTF-8, or pieces of words that were learnt from a text.
+
+    Each tokenizer has
+
+        vocab_size                        number of different tokens
+        holes                             numbers below vocab_size that are no token
+        encode(text)                      str -> (n,) int64
+        encode_pieces(pieces)             the same for a text in pieces: iterator of str -> iterator of (n,) int64
+        n_tokens(n_characters, n_bytes)   how many tokens a text of this length has; None if its length does not tell
+        bytes_of(token)                   its text in UTF-8, maybe a part of a character only
+        decode(tokens)                    tokens -> text; bytes that are no character come as U+FFFD
+        to_dict()                         what from_dict makes the same tokenizer of; it can be written as JSON
+    """
 
     holes = ()
 
@@ -37,7 +57,7 @@ class CharTokenizer(Tokenizer):
     def __init__(self, chars):
         if not isinstance(chars, str) or not chars or list(chars) != sorted(set(chars)):
             raise ValueError("CharTokenizer: chars must be different characters in sorted order, at least one")
-        self.chars = chars
+        self.chars, self.vocab_size = chars, len(chars)
         codes = [ord(char) for char in chars]
         self._tokens = np.full(codes[-1] + 2, -1, np.int64)  # of each character by its code; the last: of those beyond
         self._tokens[codes] = np.arange(len(codes))
@@ -45,10 +65,6 @@ class CharTokenizer(Tokenizer):
     @classmethod
     def from_text(cls, text):
         return cls("".join(sorted(set(text))))
-
-    @property
-    def vocab_size(self):
-        return len(self.chars)
 
     def encode(self, text):
         """str -> (n,) int64.  Raises UsageError for a character that the corpus did not have."""
@@ -78,16 +94,9 @@ class ByteTokenizer(Tokenizer):
     kind = "byte"
     vocab_size = 256
 
-    @classmethod
-    def from_text(cls, text):
-        return cls()
-
     def encode(self, text):
-        """str -> (n,) int64.  Raises UsageError for half of a surrogate pair, which UTF-8 cannot hold."""
-        try:
-            return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int64)
-        except UnicodeEncodeError as error:
-            raise UsageError(f"character {name_of(text[error.start])} at position {error.start} is not text") from None
+        """str -> (n,) int64.  Raises UsageError as `utf8` does."""
+        return np.frombuffer(utf8(text), np.uint8).astype(np.int64)
 
     def n_tokens(self, n_characters, n_bytes):
         return n_bytes

@@ -1,8 +1,11 @@
 """What a file is: by its first bytes, as people name one file for another; by its name, in a run folder."""
 
 import contextlib
+import json
 import re
 from pathlib import Path
+
+from npgpt.errors import told_as
 
 LFS = b"version https://git-lfs"  # the text that Git leaves in place of a file that it has elsewhere
 # how a file begins -> what it is
@@ -31,6 +34,7 @@ BEGINNINGS = {
     b"<": "a page of HTML or XML",
 }
 LENGTH = 64  # bytes that are enough for all of this
+MAX_JSON = 2**26  # bytes of a file of JSON that are read at most
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 # what files of text with something around it begin with, in small letters, and how their names end
@@ -55,9 +59,20 @@ def kind_of(raw):
     return "nothing but zeros" if raw and not raw.strip(b"\0") else None
 
 
-def is_text(raw):
-    """Whether the first bytes of a file may be those of a text, in ASCII at least."""
-    return bool(raw) and all(0x20 <= byte < 0x7F or byte in b"\t\r\n" for byte in raw[:LENGTH])
+def read_json(path, error, before=""):
+    """The JSON object in a file, as a dict; an error of the kind `error` has the words `before` in front."""
+    with told_as(error, f"{before}cannot read {path}", f"{before}there is no {path}"), open(path, "rb") as file:
+        raw = file.read(MAX_JSON + 1)
+    try:
+        if len(raw) > MAX_JSON:
+            raise ValueError(f"more than {MAX_JSON} bytes")
+        found = json.loads(raw.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as fault:
+        kind = kind_of(raw)
+        raise error(f"{before}{path} is not JSON ({f'it is {kind}' if kind else fault})") from None
+    if not isinstance(found, dict):
+        raise error(f"{before}{path} is not a JSON object")
+    return found
 
 
 def markup_of(path):

@@ -1,5 +1,6 @@
 """What a person should know of a text before hours are spent on it."""
 
+import sys
 from pathlib import Path
 
 from npgpt.data.batches import training_length
@@ -42,13 +43,13 @@ def repeated_lines(pieces, n_characters, val_fraction, most=2000):
     chosen = {line for i, line in enumerate(_held_back(pieces(), n)) if i % step == 0}
     if not chosen:
         return None
-    seen = {line for line in map(str.strip, _lines(_until(pieces(), n))) if line in chosen}
+    seen = {line for line in map(str.strip, _lines(between(pieces(), 0, n))) if line in chosen}
     return len(seen) / len(chosen)
 
 
 def _held_back(pieces, n):
     """The long lines that begin after the first n characters."""
-    lines = _lines(after(pieces, n))
+    lines = _lines(between(pieces, n))
     next(lines, None)  # it may have begun before
     return (line for line in map(str.strip, lines) if len(line) >= LONG)
 
@@ -65,18 +66,11 @@ def _lines(pieces, longest=2**16):
     yield rest
 
 
-def _until(pieces, n):
-    """The first n characters of a text."""
+def between(pieces, start, stop=sys.maxsize):
+    """The characters start .. stop - 1 of a text."""
     for piece in pieces:
-        yield piece[:n]
-        n -= len(piece)
-        if n <= 0:
+        if part := piece[start:stop]:
+            yield part
+        start, stop = max(0, start - len(piece)), stop - len(piece)
+        if stop <= 0:
             return
-
-
-def after(pieces, n):
-    """A text without its first n characters."""
-    for piece in pieces:
-        if n < len(piece):
-            yield piece[n:]
-        n = max(0, n - len(piece))

@@ -4,13 +4,14 @@ A text comes in pieces, and is never in memory as a whole, so that a corpus may 
 """
 
 import codecs
+import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import os
 import re
 import tempfile
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -18,9 +19,9 @@ import numpy as np
 
 from npgpt.data.batches import training_length
 from npgpt.data.kinds import BYTE_ORDER_MARK, LENGTH, LFS, LOCK, is_made, is_run, kind_of
-from npgpt.data.notes import after, counted, markup_notes
+from npgpt.data.notes import between, counted, markup_notes
 from npgpt.data.tokens import PIECE, SPLITS, TokenFiles, check_stop
-from npgpt.errors import UsageError
+from npgpt.errors import UsageError, told_as
 from npgpt.machine import cache_folder
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -36,9 +37,7 @@ FOREIGN, FEWEST, RARER = 0.001, 10, 20
 def open_data(sources, stop=None, force=False, numbered=True):
     """What --data names: TokenFiles for a folder with train.bin and val.bin, else a Corpus.  Raises UsageError.
 
-    stop      a Stop; when it has a number, reading ends with a StoppedError
-    force     whether token files are read even if they look like numbers of another width
-    numbered  see Corpus
+    stop, force, numbered: see Corpus and TokenFiles.
     """
     folders = [source for source in sources if source not in NAMES and (Path(source) / "train.bin").is_file()]
     if not folders:
@@ -74,16 +73,15 @@ class Corpus:
         self._parts = list(_parts(sources, what, numbered, self.notes))
         self.notes += markup_notes([name for name, _ in self._parts])
         digest, counts = hashlib.sha256(), np.zeros(CODES, np.int64)
-        self._begins = []  # the place of each part's first character, and the end
-        self.n_characters = self.n_bytes = 0
+        self.n_bytes, lengths = 0, [0] * len(self._parts)
         for number, piece in self._read():
             raw = piece.encode("utf-8")
             digest.update(raw)
-            self._begins += [self.n_characters] * (number + 1 - len(self._begins))
             _count(piece, counts)
-            self.n_characters += len(piece)
+            lengths[number] += len(piece)
             self.n_bytes += len(raw)
-        self._begins += [self.n_characters] * (len(self._parts) + 1 - len(self._begins))
+        self._begins = [0, *itertools.accumulate(lengths)]  # the place of each part's first character, and the end
+        self.n_characters = self._begins[-1]
         if not self.n_characters:
             raise UsageError(f"{what}: {', '.join(map(str, sources))}: there is no text in it")
         codes = np.flatnonzero(counts)
@@ -94,7 +92,7 @@ class Corpus:
     def held_back_notes(self, val_fraction):
         """What to know of the text that is held back: a line if it is of another kind than the text before it."""
         n, counts = training_length(self.n_characters, val_fraction), np.zeros(CODES, np.int64)
-        for piece in after(self.pieces(), n):
+        for piece in between(self.pieces(), n):
             _count(piece, counts)
         held_back = counts[[ord(character) for character in self.characters]]
         before = (self._counts - held_back + 0.5) / n  # (what never came may come)
@@ -190,9 +188,8 @@ def _walk(path, what, seen, above):
 
     seen, above    identities of the folders that were read, and of those that all of it lies in
     """
-    try:
-        inside = sorted(p for p in path.iterdir() if not p.name.startswith("."))
-        for p in inside:
+    with told_as(UsageError, f"{what}: cannot read the folder {path}"):
+        for p in sorted(p for p in path.iterdir() if not p.name.startswith(".")):
             if p.is_file():
                 yield p
             elif not p.is_dir():
@@ -203,8 +200,6 @@ def _walk(path, what, seen, above):
             elif identity not in seen:
                 seen.add(identity)
                 yield from _walk(p, what, seen, above)
-    except OSError as error:
-        raise UsageError(f"{what}: cannot read the folder {path}: {error.strerror}") from None
 
 
 def _identity(path):
@@ -243,28 +238,25 @@ def _decoded(path, what):
     decoder = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)  # knows a \r\n that two pieces share
     at, line, raw, head = 0, 1, None, b""  # what comes next: offset in the file, line; the last bytes read, the first
-    try:
-        with open(path, "rb") as file:
-            while raw != b"":
-                raw = file.read(PIECE)
-                head = head or raw[:LENGTH]
-                check_is_text(path, what, raw, at == 0)
-                part = raw.removeprefix(BYTE_ORDER_MARK) if at == 0 else raw
-                at += len(raw) - len(part)
-                waiting = len(decoder.getstate()[0])  # bytes of a character that the last piece began
-                try:
-                    text = decoder.decode(part, final=raw == b"")
-                except UnicodeDecodeError as error:
-                    fault, before = error.object[error.start], error.object[: error.start]
-                    raise UsageError(
-                        f"{what}: {path} is not UTF-8 text: byte 0x{fault:02x} at offset {at - waiting + len(before)}, "
-                        f"line {line + before.count(NEWLINE)}. "
-                        f"{_format_hint(head) or 'If it is text in another encoding, convert it first'}"
-                    ) from None
-                at, line = at + len(part), line + part.count(NEWLINE)
-                yield newlines.decode(text, final=raw == b"")
-    except OSError as error:
-        raise UsageError(f"{what}: cannot read {path}: {error.strerror}") from None
+    with told_as(UsageError, f"{what}: cannot read {path}"), open(path, "rb") as file:
+        while raw != b"":
+            raw = file.read(PIECE)
+            head = head or raw[:LENGTH]
+            check_is_text(path, what, raw, at == 0)
+            part = raw.removeprefix(BYTE_ORDER_MARK) if at == 0 else raw
+            at += len(raw) - len(part)
+            waiting = len(decoder.getstate()[0])  # bytes of a character that the last piece began
+            try:
+                text = decoder.decode(part, final=raw == b"")
+            except UnicodeDecodeError as error:
+                fault, before = error.object[error.start], error.object[: error.start]
+                raise UsageError(
+                    f"{what}: {path} is not UTF-8 text: byte 0x{fault:02x} at offset {at - waiting + len(before)}, "
+                    f"line {line + before.count(NEWLINE)}. "
+                    f"{_format_hint(head) or 'If it is text in another encoding, convert it first'}"
+                ) from None
+            at, line = at + len(part), line + part.count(NEWLINE)
+            yield newlines.decode(text, final=raw == b"")
 
 
 def _pydoc():
@@ -278,29 +270,25 @@ def _pydoc():
 
 def _shakespeare():
     path = cache_folder() / "tinyshakespeare.txt"
-    try:
+    with contextlib.suppress(OSError):  # not downloaded yet
         raw = path.read_bytes()
         if hashlib.sha256(raw).hexdigest() == SHAKESPEARE_SHA256:
             return raw.decode("utf-8")
-    except OSError:
-        pass  # not downloaded yet
     try:
         with urllib.request.urlopen(SHAKESPEARE_URL, timeout=20) as response:
             raw = response.read(2**24)
-    except (OSError, urllib.error.URLError) as error:
+    except OSError as error:
         raise UsageError(
             f"data: cannot download shakespeare ({getattr(error, 'reason', error)}). "
             f"Fetch {SHAKESPEARE_URL} by other means and pass the file: --data FILE"
         ) from None
     if hashlib.sha256(raw).hexdigest() != SHAKESPEARE_SHA256:
         raise UsageError(f"data: {SHAKESPEARE_URL} did not give the tinyshakespeare file; pass one with --data FILE")
-    try:
+    with contextlib.suppress(OSError):  # it will be downloaded again
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(raw)
         os.replace(file.name, path)
-    except OSError:
-        pass  # it will be downloaded again
     return raw.decode("utf-8")
 
 

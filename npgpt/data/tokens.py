@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from npgpt.errors import CANNOT, CheckpointError, NpgptError, StoppedError, UsageError
+from npgpt.errors import CANNOT, CheckpointError, NpgptError, StoppedError, UsageError, told_as
 
 PIECE = 2**20  # bytes that are read at a time
 SPLITS = "train.bin", "val.bin"  # the files of a folder of tokens
@@ -38,10 +38,8 @@ class TokenFiles:
         digest, self._largest = hashlib.sha256(), {}
         for name in SPLITS:
             file = self.path / name
-            try:
+            with told_as(UsageError, f"data: cannot read {file}"):
                 size = file.stat().st_size
-            except OSError as error:
-                raise UsageError(f"data: cannot read {file}: {error.strerror}") from None
             if size % 2:
                 raise UsageError(f"data: {file} has {size:,} bytes, which is odd: it does not hold tokens of 16 bits")
             if size < 4:
@@ -62,8 +60,7 @@ class TokenFiles:
         if part.tobytes().startswith(b"\x93NUMPY"):
             raise UsageError(f"data: {file} is an array of NumPy's with its header; write it by array.tofile(file)")
         for n, bits in ((4, 64), (2, 32)):
-            numbers = part[: 4096 - 4096 % n]
-            numbers = numbers[: len(numbers) - len(numbers) % n].reshape(-1, n)
+            numbers = part[: min(len(part), 4096) // n * n].reshape(-1, n)
             low, high = numbers[:, :1], numbers[:, 1:]
             # no vocabulary is larger than 4 x 65,536 tokens
             fits = len(numbers) >= 8 and size % (2 * n) == 0 and low.any() and not high[:, 1:].any()
@@ -74,13 +71,11 @@ class TokenFiles:
                 )
 
     def _parts(self, name):
-        try:
-            with open(self.path / name, "rb") as file:
-                while raw := file.read(PIECE):
-                    check_stop(self._stop)
-                    yield np.frombuffer(raw, self.dtype)
-        except OSError as error:
-            raise UsageError(f"data: cannot read {self.path / name}: {error.strerror}") from None
+        path = self.path / name
+        with told_as(UsageError, f"data: cannot read {path}"), open(path, "rb") as file:
+            while raw := file.read(PIECE):
+                check_stop(self._stop)
+                yield np.frombuffer(raw, self.dtype)
 
     def check(self, vocab_size):
         """Raise UsageError for the first token that a vocabulary of this size does not have."""

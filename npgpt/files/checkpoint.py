@@ -22,13 +22,13 @@ import mmap
 import os
 import re
 import struct
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 
-from npgpt.data.kinds import LENGTH, TEMPORARY, is_text, kind_of
-from npgpt.errors import CANNOT, CheckpointError
+from npgpt.data.kinds import LENGTH, TEMPORARY, kind_of
+from npgpt.errors import CANNOT, CheckpointError, told_as
 
 DTYPES = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}  # what is written
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -47,11 +47,7 @@ _ZEROS = b"0" * 64
 
 
 def save(path, arrays, metadata):
-    """Write arrays (name -> array) and metadata (str -> str) to a file, all of it or nothing.
-
-    The file appears under its name only when it is complete, on the disk, and read back: until then, and if anything
-    fails, what was there stays.  Raises CheckpointError.
-    """
+    """Write arrays (name -> array) and metadata (str -> str) to a file, as `replace` does.  Raises CheckpointError."""
     header, offset = {"__metadata__": {**metadata, "sha256": _ZEROS.decode()}}, 0
     for name, array in arrays.items():
         dtype = _NAMES[array.dtype.newbyteorder("<")]
@@ -74,27 +70,31 @@ def _raw(arrays):
             yield memoryview(np.ascontiguousarray(array, array.dtype.newbyteorder("<"))).cast("B")
 
 
-def replace(path, parts, check=lambda file: None):
+def replace(path, parts, check=lambda file: None, final=None):
     """Write a file that consists of parts (bytes), all of it or nothing; what had its name until then is replaced.
 
-    check(open file) looks at what was written before it gets its name; a ValueError says what is wrong with it.
-    Raises CheckpointError.
+    It gets its name when it is on the disk, and check(open file) has looked at it: a ValueError says what is wrong.
+    final: function that returns its path, if that is another than `path`, which is known when all parts are.
+    Returns its path.  Raises CheckpointError; then what was there stays.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     try:
-        try:
+        with told_as(CheckpointError, f"cannot write {path}"):
             write(temporary, parts)
-            with _open(temporary) as file:
-                check(file)
-            os.replace(temporary, path)
+            with open(temporary, "rb") as file:
+                try:
+                    check(file)
+                except ValueError as error:
+                    words = f"what was read back is not what was written: {error}"
+                    raise CheckpointError(f"cannot write {path}: {words}") from None
+            target = final() if final else path
+            os.replace(temporary, target)
             flush_folder(path.parent)
-        except ValueError as error:
-            raise OSError(0, f"what was read back is not what was written: {error}") from None
-    except OSError as error:
-        with contextlib.suppress(OSError):
+            return target
+    finally:
+        with contextlib.suppress(OSError):  # there is none any more if all went well
             os.unlink(temporary)
-        raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
 
 
 def write(path, parts):
@@ -134,17 +134,11 @@ def flush_folder(folder):
 # Reading
 
 
-@dataclass(frozen=True)
-class Entry:
-    """What the header says about one array."""
-
-    dtype: str  # a name of READABLE
-    shape: tuple
-    start: int  # its first byte, counted from the end of the header
-    stop: int
+# what the header says about one array: dtype, a name of READABLE; start, its first byte after the header
+Entry = namedtuple("Entry", "dtype shape start stop")
 
 
-class Reader:
+class Reader(contextlib.AbstractContextManager):
     """An open file whose header and hash are right, and whose arrays are read one at a time, straight to their places.
 
     path, metadata    the file's path; its metadata, text -> text
@@ -157,16 +151,13 @@ class Reader:
 
     def __init__(self, path, needs_hash=True):
         self.path = path
-        with _reading(path), contextlib.ExitStack() as opened:
-            self._file = opened.enter_context(_open(path))
+        with _reading(path), contextlib.ExitStack() as on_error:
+            self._file = on_error.enter_context(open(path, "rb"))
             self.entries, self.metadata, self._start = _check(self._file, needs_hash)
-            self._opened = opened.pop_all()
-
-    def __enter__(self):
-        return self
+            on_error.pop_all()
 
     def __exit__(self, *error):
-        self._opened.close()
+        self._file.close()
 
     def mapped(self, name):
         """An array as it stands in the file, read-only; BF16 as the integers that its bits are.
@@ -182,12 +173,11 @@ class Reader:
             first = self._start + entry.start
             before = first % mmap.ALLOCATIONGRANULARITY
             try:
-                pages = mmap.mmap(self._file, before + n, access=mmap.ACCESS_READ, offset=first - before)
+                pages = mmap.mmap(self._file.fileno(), before + n, access=mmap.ACCESS_READ, offset=first - before)
             except OSError as error:
                 if error.errno not in CANNOT:
                     raise
-                pages, before = bytearray(n), 0
-                _read_into(self._file, first, memoryview(pages))
+                pages, before = _read(self._file, first, n), 0
             return np.ndarray(entry.shape, dtype, pages, before)  # the last array that uses the mapping ends it
 
     def copy_to(self, name, out):
@@ -220,7 +210,7 @@ def load(path, needs_hash=True):
 
 def load_metadata(path):
     """The metadata alone of a checkpoint whose arrays are not looked at.  Raises CheckpointError."""
-    with _reading(path), _open(path) as file:
+    with _reading(path), open(path, "rb") as file:
         return _parse(file)[1]
 
 
@@ -228,32 +218,18 @@ def load_metadata(path):
 def _reading(path):
     """Turns what may go wrong with a file while it is read into a CheckpointError that names it."""
     try:
-        yield
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no checkpoint {path}") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+        with told_as(CheckpointError, f"cannot read {path}", missing=f"there is no checkpoint {path}"):
+            yield
     except ValueError as error:
         raise CheckpointError(f"{path} is not a good checkpoint: {error}") from None
 
 
-@contextlib.contextmanager
-def _open(path):
-    file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-    try:
-        yield file
-    finally:
-        os.close(file)
-
-
-def _read_into(file, offset, memory):
-    os.lseek(file, offset, os.SEEK_SET)
-    while memory:
-        part = os.read(file, min(len(memory), CHUNK))
-        if not part:
-            raise ValueError("it ended while it was read")
-        memory[: len(part)] = part
-        memory = memory[len(part) :]
+def _read(file, offset, n):
+    file.seek(offset)
+    raw = file.read(n)
+    if len(raw) < n:
+        raise ValueError("it ended while it was read")
+    return raw
 
 
 def _check(file, needs_hash=True):
@@ -267,8 +243,8 @@ def _check(file, needs_hash=True):
     if found is None:
         raise ValueError("its sha256 is damaged")
     digest = hashlib.sha256(text[: found.start(1)] + _ZEROS + text[found.end(1) :])
-    os.lseek(file, start, os.SEEK_SET)
-    while part := os.read(file, CHUNK):
+    file.seek(start)
+    while part := file.read(CHUNK):
         digest.update(part)
     if digest.hexdigest() != metadata["sha256"]:
         raise ValueError("its content does not fit its sha256")
@@ -277,18 +253,17 @@ def _check(file, needs_hash=True):
 
 def _parse(file):
     """(entries, metadata, offset of the arrays, header's text): entries are name -> Entry, in the header's order."""
-    size = os.fstat(file).st_size
+    size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise ValueError(f"it has {size} bytes only")
-    first = bytearray(min(size, LENGTH))
-    _read_into(file, 0, memoryview(first))
+    first = _read(file, 0, min(size, LENGTH))
     (length,) = struct.unpack("<Q", first[:8])
     if not 2 <= length <= min(size - 8, MAX_HEADER):
-        if kind := kind_of(first) or ("text" if is_text(first) else None):
+        is_text = all(0x20 <= byte < 0x7F or byte in b"\t\r\n" for byte in first)
+        if kind := kind_of(first) or ("text" if is_text else None):
             raise ValueError(f"it is {kind}, and safetensors is asked for")
         raise ValueError(f"its header should have {length} bytes, but the file has {size}; is it cut off?")
-    text = bytearray(length)
-    _read_into(file, 8, memoryview(text))
+    text = _read(file, 8, length)
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -321,7 +296,7 @@ def _parse(file):
         end = entry.stop
     if end != size - 8 - length:
         raise ValueError(f"{size - 8 - length - end} bytes at its end belong to nothing")
-    return entries, metadata, 8 + length, bytes(text)
+    return entries, metadata, 8 + length, text
 
 
 def _unique(pairs):

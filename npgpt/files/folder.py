@@ -34,7 +34,7 @@ from pathlib import Path
 
 from npgpt.data import kinds
 from npgpt.data.kinds import LOCK, LOG
-from npgpt.errors import CANNOT, BusyError, CheckpointError, UsageError, quoted
+from npgpt.errors import CANNOT, BusyError, CheckpointError, UsageError, quoted, told_as
 from npgpt.files import checkpoint
 from npgpt.files.log import Log
 
@@ -51,12 +51,12 @@ def checkpoints(path):
 
     Raises CheckpointError for a folder that cannot be read: nobody knows what is in it.
     """
-    return [p for _, p in sorted(_numbered(path), reverse=True)]
+    return sorted(_files(path, kinds.NAME), key=lambda found: (_number_of(found), found), reverse=True)
 
 
-def _numbered(path):
-    """[(the number in its name, path)] of a folder's checkpoints."""
-    return [(int(kinds.NAME.fullmatch(found.name)[1]), found) for found in _files(path, kinds.NAME)]
+def _number_of(path):
+    """The number in a checkpoint's name."""
+    return int(kinds.NAME.fullmatch(path.name)[1])
 
 
 def _files(path, pattern):
@@ -71,7 +71,7 @@ def _files(path, pattern):
 
 def newest_until(path, iteration):
     """The newest checkpoint with so many updates at most behind it, or None."""
-    return max(((n, p) for n, p in _numbered(path) if n <= iteration), default=(None, None))[1]
+    return next((found for found in checkpoints(path) if _number_of(found) <= iteration), None)
 
 
 def newest(path):
@@ -107,8 +107,7 @@ def best(path):
     found = _best_of(states)
     if found is None:
         return newest(path)
-    last_with_loss = next(path for path in states if _loss_of(states[path]) is not None)
-    return next(iter(states)) if found == last_with_loss else found
+    return next(iter(states)) if found == next(iter(_losses(states))) else found
 
 
 def choice(path):
@@ -116,12 +115,12 @@ def choice(path):
     found = checkpoints(path)
     if not found:
         return None
-    numbers = [int(kinds.NAME.fullmatch(taken.name)[1]) for taken in (best(path), found[0])]
-    if numbers[0] == numbers[1] != 0:
+    taken, last = _number_of(best(path)), _number_of(found[0])
+    if taken == last != 0:
         return None
-    newest = f", and the newest is of iteration {numbers[1]:,}" if numbers[0] != numbers[1] else ""
-    words = ", as the run began" if numbers[0] == 0 else ""
-    return f"the best checkpoint in {path} is of iteration {numbers[0]:,}{words}{newest}: it is taken"
+    newest = f", and the newest is of iteration {last:,}" if taken != last else ""
+    words = ", as the run began" if taken == 0 else ""
+    return f"the best checkpoint in {path} is of iteration {taken:,}{words}{newest}: it is taken"
 
 
 def best_there(path, iteration, loss, best_iter):
@@ -131,20 +130,19 @@ def best_there(path, iteration, loss, best_iter):
     """
     if best_iter == iteration or (type(best_iter) is int and (Path(path) / _name_of(best_iter)).exists()):
         return loss, best_iter
-    states = {found: state for found, state in _states(path).items() if type(state.get("iter")) is int}
-    found = _best_of({found: state for found, state in states.items() if state["iter"] <= iteration})
+    states = {p: s for p, s in _states(path).items() if type(s.get("iter")) is int and s["iter"] <= iteration}
+    found = _best_of(states)
     return (None, iteration) if found is None else (states[found]["val_loss"], states[found]["iter"])
 
 
 def _best_of(states):
     """The checkpoint with the lowest validation loss among the states of some, or None if none has one."""
-    losses = {found: loss for found, state in states.items() if (loss := _loss_of(state)) is not None}
-    return min(losses, key=losses.get) if losses else None
+    losses = _losses(states)
+    return min(losses, key=losses.get, default=None)
 
 
-def _loss_of(state):
-    loss = state.get("val_loss")
-    return loss if isinstance(loss, float) else None
+def _losses(states):
+    return {path: state["val_loss"] for path, state in states.items() if isinstance(state.get("val_loss"), float)}
 
 
 def _states(path):
@@ -223,15 +221,13 @@ class RunFolder:
         self.path = Path(path)
         self.notices = []  # lines for a person
         self._log = None  # a Log, while it is open
-        try:
+        with told_as(CheckpointError, f"cannot write to the run folder {self.path}"):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise CheckpointError(f"cannot write to the run folder {self.path}: {error.strerror}") from None
         with contextlib.ExitStack() as on_error:
             on_error.callback(os.close, self._lock)
             self._take_lock()
-            on_error.pop_all()
+            self._opened = on_error.pop_all()  # what is to be closed: the lock, and the log before it
         with contextlib.suppress(OSError):  # for whoever finds it locked; a full disk is no reason to stop
             os.lseek(self._lock, 0, os.SEEK_SET)
             os.ftruncate(self._lock, 0)
@@ -260,12 +256,8 @@ class RunFolder:
 
     def close(self):
         """Let the next training in."""
-        if self._log is not None:
-            self._log.close()
-            self._log = None
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._log = None
+        self._opened.close()
 
     # ---- checkpoints
 
@@ -275,11 +267,9 @@ class RunFolder:
         A log without any checkpoint may be nobody's run: it is set aside.
         """
         old, log = checkpoints(self.path), self.path / LOG
-        try:
+        with told_as(CheckpointError, f"nothing was removed: cannot rename {log}"):
             if not old and log.exists() and log.stat().st_size:
                 os.replace(log, free_name(log))
-        except OSError as error:
-            raise CheckpointError(f"cannot rename {log}: {error.strerror}; nothing was removed") from None
         self._remove([*old, log, *(path for path in _files(self.path, kinds.TOKENS) if path.name != tokens)])
 
     def go_on_from(self, iteration, opened, arrays, state, changed):
@@ -293,22 +283,19 @@ class RunFolder:
         Raises CheckpointError; then nothing was changed.
         """
         own, log, made = self.path / _name_of(iteration), self.path / LOG, []
-        later = [path for n, path in sorted(_numbered(self.path)) if n > iteration]
+        later = [path for path in reversed(checkpoints(self.path)) if _number_of(path) > iteration]
         is_own = own.exists() and _same(own, opened)
         try:
             for path, goes in ((log, later or not is_own), (own, not is_own)):
                 if goes and path.exists():
                     made.append(free_name(path))
-                    shutil.copyfile(path, made[-1])
-        except OSError as error:
-            self._remove(made)
-            raise CheckpointError(f"cannot copy {path} to {made[-1]}: {error.strerror}; nothing was changed") from None
-        if changed or not is_own:
-            try:
+                    with told_as(CheckpointError, f"cannot copy {path} to {made[-1]}"):
+                        shutil.copyfile(path, made[-1])
+            if changed or not is_own:
                 self._write(own, arrays, state)
-            except CheckpointError as error:
-                self._remove(made)
-                raise CheckpointError(f"{error}; nothing was changed") from None
+        except CheckpointError as error:
+            self._remove(made)
+            raise CheckpointError(f"{error}; nothing was changed") from None
         for path in later:
             with contextlib.suppress(OSError):
                 os.replace(path, free_name(path))
@@ -339,7 +326,6 @@ class RunFolder:
 
         Returns its path, which begins with `name`; tokens_file finds it.
         """
-        temporary = self.path / f"{name}.bin.{os.getpid()}{kinds.TEMPORARY}"
         digest = hashlib.sha256()
 
         def hashed():
@@ -348,16 +334,8 @@ class RunFolder:
                     digest.update(part)
                     yield memoryview(part).cast("B")
 
-        try:
-            checkpoint.write(temporary, hashed())
-            path = _tokens_path(self.path, name, digest)
-            os.replace(temporary, path)
-            checkpoint.flush_folder(self.path)
-            return path
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.path / name}.bin: {error.strerror}") from None
-        finally:
-            self._remove([temporary])  # there is one if anything went wrong, be it with the text
+        path = self.path / f"{name}.bin"
+        return checkpoint.replace(path, hashed(), final=lambda: _tokens_path(self.path, name, digest))
 
     def _remove(self, paths):
         for path in paths:
@@ -369,6 +347,7 @@ class RunFolder:
     def open_log(self, before):
         """Start the log, or go on with it after its rows of iterations 0 .. before - 1.  Raises CheckpointError."""
         self._log = Log(self.path / LOG, before)
+        self._opened.callback(self._log.close)
 
     def log(self, row):
         """Add a row to the log.  Raises CheckpointError; the row is not lost, but written with the next."""
@@ -402,12 +381,9 @@ def tokens_file(path, name):
 def is_whole(path):
     """Whether a token file holds what it is named after.  Raises CheckpointError if it cannot be read."""
     digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as tokens:
-            while part := tokens.read(checkpoint.CHUNK):
-                digest.update(part)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    with told_as(CheckpointError, f"cannot read {path}"), open(path, "rb") as tokens:
+        while part := tokens.read(checkpoint.CHUNK):
+            digest.update(part)
     return path == _tokens_path(path.parent, path.name.rpartition("-")[0], digest)
 
 

@@ -22,11 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
-from npgpt.data.bpe import BPETokenizer
+from npgpt.data.bpe import BPETokenizer, from_dict
 from npgpt.data.bpe_files import BPE_FILES, OTHER_FILES, SETTINGS, TEMPLATES, find_bpe
-from npgpt.data.kinds import kind_of
-from npgpt.data.tokenizer import from_dict
-from npgpt.errors import CheckpointError, UsageError, user_path
+from npgpt.data.kinds import read_json
+from npgpt.errors import CheckpointError, UsageError, told_as, user_path
 from npgpt.files import checkpoint, folder
 from npgpt.files.weights import CHUNK, PREFIX, Found, at_most, check_entry, fit, gpt_config, is_finite, parameter_shapes
 from npgpt.ops.layernorm import EPS
@@ -72,7 +71,7 @@ _MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
 def open_folder(path, stack):
     """The Found of a Hugging Face folder."""
-    settings = _read_json(path / CONFIG)
+    settings = read_json(path / CONFIG, CheckpointError)
     config = _config_of(settings, path / CONFIG)
     tokenizer = open_tokenizer(path, settings)
     if tokenizer is not None:
@@ -116,8 +115,7 @@ def open_tokenizer(path, settings):
     """The tokenizer in a Hugging Face folder, or None where there is none that can be opened.
 
     settings: the folder's config.json, where save_pretrained writes the tokenizers that have no file of their own.
-    (tokenizer.json, or vocab.json with merges.txt, needs the package tokenizers.)  Raises CheckpointError for one that
-    is damaged.
+    The others need the package tokenizers.  Raises CheckpointError for one that is damaged.
     """
     ours = settings.get("npgpt")
     try:
@@ -148,25 +146,19 @@ def _config_of(settings, path):
                 values = f"{name} is {reprlib.repr(settings[name])} and {other} {value}"
                 raise CheckpointError(f"{path}: {values}, which are two names of one setting")
             settings = {**settings, name: settings[other]}
-    for key, good in DOES.items():
-        value = settings.get(key, good[0])
-        if value not in good:
-            raise CheckpointError(
-                f"{path}: {key} is {reprlib.repr(value)}, which npgpt's GPT cannot be; "
-                f"it has {' or '.join(map(repr, good))}"
-            )
     values = {name: settings.get(theirs, default) for name, (theirs, default) in SHAPE.items()}
     try:
         config = gpt_config({**values, "bias": True})
     except (ValueError, UsageError) as error:
         names = ", ".join(f"{theirs} {reprlib.repr(values[name])}" for name, (theirs, _) in SHAPE.items())
         raise CheckpointError(f"{path}: {error} (it says {names})") from None
-    n_inner = settings.get("n_inner")
-    if n_inner not in (None, 4 * config.n_embd):
-        raise CheckpointError(
-            f"{path}: n_inner is {reprlib.repr(n_inner)}, which npgpt's GPT cannot be; "
-            f"it has 4 n_embd = {4 * config.n_embd}"
-        )
+    for key, good in {**DOES, "n_inner": (None, 4 * config.n_embd)}.items():
+        value = settings.get(key, good[0])
+        if value not in good:
+            raise CheckpointError(
+                f"{path}: {key} is {reprlib.repr(value)}, which npgpt's GPT cannot be; "
+                f"it has {' or '.join(map(repr, good))}"
+            )
     return config
 
 
@@ -182,8 +174,7 @@ def _readers(path, stack):
                     f"GPT2LMHeadModel.from_pretrained(folder).save_pretrained(other, safe_serialization=True)"
                 )
         raise CheckpointError(f"there are no weights in {path}: neither {WEIGHTS} nor {INDEX}")
-    index = _read_json(path / INDEX)
-    parts = index.get("weight_map")
+    parts = read_json(path / INDEX, CheckpointError).get("weight_map")
     if not isinstance(parts, dict) or not parts:
         raise CheckpointError(f"{path / INDEX}: weight_map must say which file holds which weight")
     names = {}  # file -> the weights that it should hold
@@ -207,34 +198,12 @@ def _readers(path, stack):
 def _check_tied(head, wte):
     """Raise CheckpointError if a file's output layer is another than its token embedding: (Reader, name) of each."""
     a, b = (reader.mapped(name) for reader, name in (head, wte))
-    same = a.dtype == b.dtype
     rows = max(1, CHUNK // a.shape[1])
-    for i in range(0, len(a), rows):
-        same = same and np.array_equal(a[i : i + rows], b[i : i + rows])
-    if not same:
+    parts = [slice(i, i + rows) for i in range(0, len(a), rows)]
+    if a.dtype != b.dtype or not all(np.array_equal(a[part], b[part]) for part in parts):
         raise CheckpointError(
             f"{head[0].path}: {HEAD} is not the same as wte.weight; npgpt's GPT has one matrix for both (tied)"
         )
-
-
-def _read_json(path):
-    """The JSON object in a file, as a dict.  Raises CheckpointError."""
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(checkpoint.MAX_HEADER + 1)
-        if len(raw) > checkpoint.MAX_HEADER:
-            raise ValueError(f"more than {checkpoint.MAX_HEADER} bytes")
-        found = json.loads(raw.decode("utf-8-sig"))
-    except FileNotFoundError:
-        raise CheckpointError(f"there is no {path}") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        kind = kind_of(raw)
-        raise CheckpointError(f"{path} is not JSON ({f'it is {kind}' if kind else error})") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return found
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -256,30 +225,22 @@ def save(model, path):
         if not is_finite(array):
             raise CheckpointError(f"{name} has numbers that are not finite: nothing was written to {path}")
     settings = _settings(model)
-    try:
+    with told_as(CheckpointError, f"cannot write to {path}"):
         path.mkdir(parents=True, exist_ok=True)
-        if hasattr(tokenizer, "save"):
-            tokenizer.save(path)
-        elif tokenizer is not None:
-            settings["npgpt"] = {"tokenizer": tokenizer.to_dict()}
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {path}: {error.strerror}") from None
+    if hasattr(tokenizer, "save"):
+        tokenizer.save(path)
+    elif tokenizer is not None:
+        settings["npgpt"] = {"tokenizer": tokenizer.to_dict()}
     checkpoint.save(path / WEIGHTS, arrays, {"format": "pt"})
     # last: a new folder without it is not taken for a whole one
     checkpoint.replace(path / CONFIG, [json.dumps(settings, indent=2).encode("ascii") + b"\n"])
     kept = {BPE_FILES[0], SETTINGS, *getattr(tokenizer, "files", ())} if hasattr(tokenizer, "save") else set()
     for file in [path / name for name in (*BPE_FILES, *OTHER_FILES)] + list(path.glob(TEMPLATES)):
         if file.relative_to(path).as_posix() not in kept:
-            _set_aside(file)
-
-
-def _set_aside(path):
-    """Rename another model's tokenizer, which would be taken for this one's; it may be all that there is of it."""
-    try:
-        if path.exists():
-            os.replace(path, folder.free_name(path))
-    except OSError as error:
-        raise CheckpointError(f"cannot rename {path}: {error.strerror}") from None
+            # another model's tokenizer, which would be taken for this one's; it may be all that there is of it
+            with told_as(CheckpointError, f"cannot rename {file}"):
+                if file.exists():
+                    os.replace(file, folder.free_name(file))
 
 
 def _stored(model):

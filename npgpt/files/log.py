@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from npgpt.data.kinds import LOG
-from npgpt.errors import CheckpointError
+from npgpt.errors import CheckpointError, told_as
 from npgpt.files import checkpoint
 
 MOST = 1e100  # no number of a log is larger
@@ -19,26 +19,24 @@ def read_log(path):
     Raises CheckpointError if there is no log, or none that can be read.
     """
     path = Path(path) / LOG
-    try:
+    missing = f"{path.parent} is not a run folder: it has no {LOG}"
+    with told_as(CheckpointError, f"cannot read {path}", missing):
         lines = path.read_bytes().splitlines(keepends=True)
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{path.parent} is not a run folder: it has no metrics.jsonl") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    if lines and not lines[-1].endswith(b"\n"):
-        del lines[-1]
-    rows = []
-    for n, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            whole = type(row["iter"]) is int
-            whole &= not any(isinstance(x, (int, float)) and MOST < abs(x) < math.inf for x in row.values())
-        except (ValueError, KeyError, TypeError, RecursionError):
-            whole = False
-        if not whole:
-            raise CheckpointError(f"{path} is damaged: line {n} is not a row of a log")
-        rows.append(row)
+    rows = [_row(line) for line in lines if line.endswith(b"\n")]
+    if None in rows:
+        raise CheckpointError(f"{path} is damaged: line {rows.index(None) + 1} is not a row of a log")
     return rows
+
+
+def _row(line):
+    """The row that a line of a log holds, or None."""
+    try:
+        row = json.loads(line)
+        whole = type(row["iter"]) is int
+        whole &= not any(isinstance(x, (int, float)) and MOST < abs(x) < math.inf for x in row.values())
+        return row if whole else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 class Log:
@@ -49,19 +47,17 @@ class Log:
 
     def __init__(self, path, before):
         self.path, self._pending, self._good = path, b"", 0  # what the file still lacks, its length so far
-        try:
+        words = f"cannot write to the run folder {path.parent}"
+        with told_as(CheckpointError, words), contextlib.ExitStack() as on_error:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-            with contextlib.ExitStack() as on_error:
-                on_error.callback(self.close)
-                end = 0
-                for line in path.read_bytes().splitlines(keepends=True):
-                    end += len(line)
-                    if line.endswith(b"\n") and _row_before(line, before):
-                        self._good = end
-                os.ftruncate(self._file, self._good)
-                on_error.pop_all()
-        except OSError as error:
-            raise CheckpointError(f"cannot write to the run folder {path.parent}: {error.strerror}") from None
+            on_error.callback(self.close)
+            end = 0
+            for line in path.read_bytes().splitlines(keepends=True):
+                end += len(line)
+                if line.endswith(b"\n") and (row := _row(line)) and row["iter"] < before:
+                    self._good = end
+            os.ftruncate(self._file, self._good)
+            on_error.pop_all()
 
     def close(self):
         os.close(self._file)
@@ -83,14 +79,5 @@ class Log:
 
     def flush(self):
         """Have the log on the disk.  Raises CheckpointError."""
-        try:
+        with told_as(CheckpointError, f"cannot write {self.path}"):
             checkpoint.flush(self._file)
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.path}: {error.strerror}") from None
-
-
-def _row_before(line, iteration):
-    try:
-        return json.loads(line)["iter"] < iteration
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return False

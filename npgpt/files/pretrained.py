@@ -5,23 +5,12 @@ import sys
 from pathlib import Path
 
 from npgpt.command import say
-from npgpt.data.tokenizer import from_dict
+from npgpt.data.bpe import from_dict
 from npgpt.errors import CheckpointError, UsageError, user_path
 from npgpt.files import folder
 from npgpt.files.hub import CONFIG, INDEX, PICKLES, WEIGHTS, open_folder
 from npgpt.files.weights import Found, at_most, check_entry, fit, gpt_config
 from npgpt.model import GPT
-
-
-def find(path):
-    """The best checkpoint of a run folder, or the folder itself if it is one of Hugging Face's.
-
-    Raises CheckpointError if there is neither.
-    """
-    names = (CONFIG, WEIGHTS, INDEX, *PICKLES)
-    if not folder.checkpoints(path) and any((Path(path) / name).exists() for name in names):
-        return Path(path)
-    return folder.best(path)
 
 
 @contextlib.contextmanager
@@ -38,7 +27,9 @@ def opened(path):
             f"there is no {path}: name a run folder, a checkpoint, or a folder with {CONFIG} and {WEIGHTS} in it "
             f"(nothing is downloaded)"
         )
-    path = find(path) if path.is_dir() else path
+    is_theirs = any((path / name).exists() for name in (CONFIG, WEIGHTS, INDEX, *PICKLES))
+    if path.is_dir() and (folder.checkpoints(path) or not is_theirs):
+        path = folder.best(path)
     with contextlib.ExitStack() as stack:
         yield open_folder(path, stack) if path.is_dir() else _open_checkpoint(path, stack)
 

@@ -64,9 +64,8 @@ def fit(path, config, tokenizer):
     try:
         tokenizer.fit(config.vocab_size)
     except ValueError:
-        raise CheckpointError(
-            f"{path}: vocab_size {config.vocab_size}, but its tokenizer has {tokenizer.vocab_size}"
-        ) from None
+        words = f"vocab_size {config.vocab_size}, but its tokenizer has {tokenizer.vocab_size}"
+        raise CheckpointError(f"{path}: {words}") from None
 
 
 def gpt_config(values):

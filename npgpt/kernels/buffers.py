@@ -39,9 +39,7 @@ class BufferPool:
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < self.SMALL:
             return np.empty(shape, dtype)
-        blocks = self.free.get(nbytes)
-        if blocks is None:
-            blocks = self.free[nbytes] = []
+        blocks = self.free.setdefault(nbytes, [])
         if blocks:
             block = blocks.pop()
         else:

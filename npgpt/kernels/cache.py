@@ -21,9 +21,6 @@ from numba.core import caching
 from npgpt.kernels.private import NotPrivate, private_folder
 from npgpt.machine import cache_folder
 
-# --------------------------------------------------------------------------------------------------------------------
-# What a kernel is made of
-
 ROOT = Path(__file__).parents[2]
 _IMPORT = re.compile(r"^(?:from|import) (npgpt[\w.]*)(?: import (\([^)]*\)|.*))?", re.MULTILINE)
 
@@ -65,27 +62,20 @@ def _key(file):
     return digest.hexdigest()[:16]
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The folder
-
 _said = set()
 
 
 def _say(kind, text):
     """Tell of something about the cache, once of each kind."""
-    if kind in _said:
-        return
-    _said.add(kind)
-    with contextlib.suppress(OSError):  # behind standard error there may be a full disk
-        print(f"npgpt: {text}", file=sys.stderr, flush=True)
+    if kind not in _said:
+        _said.add(kind)
+        with contextlib.suppress(OSError):  # behind standard error there may be a full disk
+            print(f"npgpt: {text}", file=sys.stderr, flush=True)
 
 
 @functools.cache
 def _kernel_folder(file):
-    """Folder of the compiled kernels of a file, or None where none is writable (then they compile anew each time).
-
-    What Numba reads there can run code.  A folder that others could change is not used, and a line says so.
-    """
+    """Folder of the compiled kernels of a file, or None where there is none: then they compile anew each time."""
     if not file.is_file():
         if not Path(__file__).is_file():
             _say("zip", f"the kernels compile anew in each process, because {ROOT} is not a folder: unpack it")
@@ -104,10 +94,6 @@ def _kernel_folder(file):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _say("kept", f"the kernels cannot be kept in {base}: {error.strerror}; they compile anew each time")
     return None
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Numba's cache of a kernel
 
 
 def keep(kernel):

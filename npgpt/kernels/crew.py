@@ -21,8 +21,8 @@ class Job:
 
     def __init__(self, work, args):
         self._work, self._args, self._value, self._error = work, args, None, None
-        self._ended = _thread.allocate_lock()
-        self._ended.acquire()
+        self.running = _thread.allocate_lock()
+        self.running.acquire()
 
     def run(self):
         try:
@@ -30,12 +30,9 @@ class Job:
         except BaseException as error:
             self._error = error
 
-    def end(self):
-        self._ended.release()
-
     def result(self):
         """What work returned; raises what work raised."""
-        with self._ended:  # taken until then
+        with self.running:  # taken until then
             pass
         if self._error is not None:
             raise self._error
@@ -96,7 +93,7 @@ class Crew:
         finally:
             pool.unfinished.discard(job)
             self._at_work.remove(me)
-            job.end()
+            job.running.release()
 
     def each(self, work, n):
         """[work(0), ..., work(n - 1)]: number 0 runs in this thread, the others in the crew's, if it has as many.

@@ -38,11 +38,7 @@ if KERNELS == "numba":
     if numba.config.DISABLE_JIT:  # NUMBA_DISABLE_JIT: there are parts of kernels that only Numba can run
         KERNELS = "numpy"
 
-FLAGS = {
-    "nogil": True,
-    "error_model": "numpy",
-    "fastmath": {"reassoc", "contract", "arcp", "nsz", "afn"},
-}
+FLAGS = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "arcp", "nsz", "afn"}}
 
 # fast function's name -> (fast function, its NumPy reference)
 PAIRS = {}
@@ -62,18 +58,15 @@ def replaces(reference, flops=None, nbytes=None):
     n_in = len(inspect.signature(reference).parameters)
 
     def cost(*args):
-        return (
-            flops(*args) if flops else 0,
-            nbytes(*args) if nbytes else sum(arg.nbytes for arg in args if isinstance(arg, np.ndarray)),
-        )
+        arrays = [arg for arg in args if isinstance(arg, np.ndarray)]
+        return flops(*args) if flops else 0, nbytes(*args) if nbytes else sum(array.nbytes for array in arrays)
 
     def tie(fast):
         name = getattr(fast, "__name__", reference.__name__)
         PAIRS[name], COSTS[name] = (fast, reference), cost
         if KERNELS == "numba":
-            return measured_kernel(name, cost)(fast)
+            return measured_kernel(fast, name, cost)
 
-        @measured_kernel(name, cost)
         def run_reference(*args):
             results = reference(*args[len(args) - n_in:])
             if not isinstance(results, tuple):
@@ -83,36 +76,9 @@ def replaces(reference, flops=None, nbytes=None):
                     out[...] = result
 
         run_reference.__name__ = name
-        return run_reference
+        return measured_kernel(run_reference, name, cost)
 
     return tie
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# How kernels are compiled
-
-if KERNELS == "numba":
-    from numba.extending import intrinsic, overload
-
-    from npgpt.kernels import cache
-
-    def kernel(function):
-        """Compile a function over arrays.  One specialisation is built per dtype, at its first call."""
-        compiled = numba.njit(**FLAGS)(function)
-        cache.keep(compiled)
-        return compiled
-
-    helper = numba.njit(**FLAGS)  # for scalar functions that are compiled into the kernels that call them
-
-else:
-
-    def kernel(function):
-        return function
-
-    helper = kernel
-
-    def intrinsic(function):
-        return inside_kernels(function)
 
 
 def inside_kernels(function=None, *, float32=None):
@@ -135,3 +101,24 @@ def inside_kernels(function=None, *, float32=None):
     if KERNELS == "numba":
         overload(call, jit_options=FLAGS, strict=False)(choose)
     return call
+
+
+if KERNELS == "numba":
+    from numba.extending import intrinsic, overload
+
+    from npgpt.kernels import cache
+
+    def kernel(function):
+        """Compile a function over arrays.  One specialisation is built per dtype, at its first call."""
+        compiled = numba.njit(**FLAGS)(function)
+        cache.keep(compiled)
+        return compiled
+
+    helper = numba.njit(**FLAGS)  # for scalar functions that are compiled into the kernels that call them
+
+else:
+
+    def kernel(function):
+        return function
+
+    helper, intrinsic = kernel, inside_kernels

@@ -9,9 +9,6 @@ import numpy as np
 from npgpt.context import ThreadState
 from npgpt.kernels.jit import helper
 
-# --------------------------------------------------------------------------------------------------------------------
-# The stream
-
 
 class _State(ThreadState):
     seed = 0
@@ -44,10 +41,6 @@ def next_random_key():
     return np.uint32(key), _state.batch_offset
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Reference
-
-
 def mix32_ref(x):
     """mix32 for an array of uint32."""
     x = x ^ (x >> np.uint32(16))
@@ -63,16 +56,7 @@ def dropout_mask_ref(key, first_row, shape, p):
     low, high = rows.astype(np.uint32), (rows >> np.uint64(32)).astype(np.uint32)
     bits = mix32_ref(mix32_ref(low ^ key) + mix32_ref(high + np.uint32(0x9E3779B9)))  # (N,) row_key
     columns = np.arange(shape[1], dtype=np.uint32) * np.uint32(0x9E3779B9)
-    return mix32_ref(bits[:, None] + columns) >= threshold(p)
-
-
-def threshold(p):
-    """A mask's element is 0 where its 32 random bits are below this number."""
-    return np.uint32(p * 2**32)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Inside kernels
+    return mix32_ref(bits[:, None] + columns) >= np.uint32(p * 2**32)
 
 
 @helper

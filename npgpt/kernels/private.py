@@ -15,7 +15,7 @@ class NotPrivate(Exception):
 def private_folder(path):
     """The path, without links, of a folder that nobody else can put anything into; made if it is missing.
 
-    It is for files that run code when they are read.  Numba's index of kernels is one: it is a pickle.  On POSIX:
+    Numba's index of kernels, a pickle, is a file that runs code when it is read.  On POSIX:
 
     - The folder is the user's own, and nobody else can write to it.  Made here, it has mode 0700.  So nobody else
       reaches what lies in it either, whatever mode that has.
@@ -97,7 +97,7 @@ def _empty_and_close(folder):
     import fcntl
     import shutil
 
-    try:
+    with contextlib.suppress(OSError):
         opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a process that has begun to use it keeps its files
@@ -111,7 +111,5 @@ def _empty_and_close(folder):
                 os.fchmod(opened, 0o700)
         finally:
             os.close(opened)
-    except OSError:
-        pass
     if _open_to_group(folder):  # something in it cannot be removed, another process is at it, or modes are not kept
         raise NotPrivate(f"others could write to {folder}, and it cannot be emptied now: remove it")

@@ -102,14 +102,10 @@ def measured(name, cost):
     return decorate
 
 
-def measured_kernel(name, cost):
-    """Decorator for a kernel, which stays what it is: while a Profile is made, `measured` takes its place."""
-
-    def register(kernel):
-        _kernels[id(kernel)] = kernel, measured(name, cost)(kernel)
-        return kernel
-
-    return register
+def measured_kernel(kernel, name, cost):
+    """Returns the kernel, which stays what it is: while a Profile is made, `measured` takes its place."""
+    _kernels[id(kernel)] = kernel, measured(name, cost)(kernel)
+    return kernel
 
 
 def table(profile, workers):

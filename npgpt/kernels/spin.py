@@ -7,6 +7,7 @@ threads that share a token (npgpt/generate/decode.py) spin, and sleep only if a 
 import os
 
 from npgpt.kernels.jit import KERNELS, helper, inside_kernels, intrinsic
+from npgpt.kernels.vectors import unpack
 
 if KERNELS == "numba":
     from llvmlite import ir
@@ -16,14 +17,6 @@ if KERNELS == "numba":
 WAITS, CLAIMED, SLEEPS = 0, 1, 2  # the states of a thread that works for another one: see `next_job`
 PATIENCE = 2000  # looks that a waiting thread takes, most of them some tenths of a microsecond long
 
-# --------------------------------------------------------------------------------------------------------------------
-# A counter: the first number of an array, which threads look at and change in one indivisible step
-
-
-def _is_counter(kind):
-    """Whether an array of this kind has what the following intrinsics take for int64, and change, at its start."""
-    return isinstance(kind, types.Array) and kind.dtype == types.int64 and kind.ndim == 1 and kind.mutable
-
 
 @helper
 def _check_counter(counter):
@@ -31,19 +24,36 @@ def _check_counter(counter):
         raise ValueError("a counter, or a thread's state, needs a number: this array has none")
 
 
+def _at_counter(signature, write):
+    """What an intrinsic of a counter and numbers is made of: write(builder, pointer to counter[0], *numbers).
+
+    A counter is the first number of an array of int64, which threads look at and change in one indivisible step.
+    None for what is none.
+    """
+    kind = signature.args[0]
+    if not (isinstance(kind, types.Array) and kind.dtype == types.int64 and kind.ndim == 1 and kind.mutable):
+        return None
+
+    def codegen(context, builder, signature, args):
+        (array,), numbers = unpack(context, builder, signature, args)
+        return write(builder, array.data, *numbers)
+
+    return signature, codegen
+
+
+@intrinsic
+def _look(typingctx, counter):
+    """counter[0] as it is in memory now."""
+    return _at_counter(types.int64(counter), lambda builder, at: builder.load_atomic(at, "seq_cst", 8))
+
+
 def _atomic(operation):
     """The intrinsic that does an operation of LLVM's atomicrmw on counter[0] and n; it returns what stood there."""
 
     @intrinsic
     def atomic(typingctx, counter, n):
-        if not _is_counter(counter):
-            return None
-
-        def codegen(context, builder, signature, args):
-            array = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0])
-            return builder.atomic_rmw(operation, array.data, args[1], "seq_cst")
-
-        return types.int64(counter, types.int64), codegen
+        signature = types.int64(counter, types.int64)
+        return _at_counter(signature, lambda builder, at, n: builder.atomic_rmw(operation, at, n, "seq_cst"))
 
     return atomic
 
@@ -52,30 +62,13 @@ _add_atomically, _swap_atomically = _atomic("add"), _atomic("xchg")
 
 
 @intrinsic
-def _look(typingctx, counter):
-    """counter[0] as it is in memory now."""
-    if not _is_counter(counter):
-        return None
-
-    def codegen(context, builder, signature, args):
-        array = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0])
-        return builder.load_atomic(array.data, "seq_cst", 8)
-
-    return types.int64(counter), codegen
-
-
-@intrinsic
 def _change_atomically(typingctx, counter, old, new):
     """Whether counter[0] was `old`; then it is `new` now.  One indivisible step."""
-    if not _is_counter(counter):
-        return None
 
-    def codegen(context, builder, signature, args):
-        array = cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0])
-        pair = builder.cmpxchg(array.data, args[1], args[2], "seq_cst", "seq_cst")
-        return builder.extract_value(pair, 1)
+    def write(builder, at, old, new):
+        return builder.extract_value(builder.cmpxchg(at, old, new, "seq_cst", "seq_cst"), 1)
 
-    return types.boolean(counter, types.int64, types.int64), codegen
+    return _at_counter(types.boolean(counter, types.int64, types.int64), write)
 
 
 @intrinsic
@@ -91,10 +84,6 @@ def _let_others_run(typingctx):
     return types.void(), codegen
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What kernels call
-
-
 @inside_kernels
 def count_up(counter):
     """counter[0] += 1, inside a kernel only; what this thread wrote before is seen by whoever sees the new number."""
@@ -106,9 +95,8 @@ def count_up(counter):
 def meet(counter, n):
     """Wait until n threads have come here as often as this one, inside a kernel only.
 
-    counter (1,) int64, 0 at first, is shared by the threads.  They spin: a wait takes a fraction of a microsecond, not
-    the tens of it that a sleeping thread needs to wake up, but each of them needs a core.  Who makes the counter
-    negative sets all of them free, here and at every later meeting.
+    counter (1,) int64, 0 at first, is shared by the threads.  Who makes it negative sets all of them free, here and at
+    every later meeting.
     """
     if n == 1:
         return

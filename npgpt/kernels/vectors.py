@@ -71,25 +71,21 @@ def splat(builder, value, lanes):
     """A vector with this value in all lanes."""
     undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
     first = builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
-    zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), [0] * lanes)
-    return builder.shuffle_vector(first, undefined, zeros)
+    return pick(builder, first, undefined, lambda lane: 0)
 
 
 def below(builder, start, limit, lanes):
     """For each lane i, whether start + i < limit."""
     steps = ir.Constant(ir.VectorType(ir.IntType(64), lanes), list(range(lanes)))
-    return builder.icmp_signed(
-        "<", builder.add(splat(builder, start, lanes), steps), splat(builder, limit, lanes)
-    )  # fmt: skip
+    places = builder.add(splat(builder, start, lanes), steps)
+    return builder.icmp_signed("<", places, splat(builder, limit, lanes))
 
 
 def load_vector(builder, pointer, itemsize, mask=None):
     """The vector that a pointer to one points to; lanes whose mask is 0 are not read, but 0."""
     kind, alignment = pointer.type.pointee, ir.Constant(ir.IntType(32), itemsize)
     if mask is None:
-        loaded = builder.load(pointer)
-        loaded.align = itemsize
-        return loaded
+        return builder.load(pointer, align=itemsize)
     zeros = ir.Constant(kind, [0 if isinstance(kind.element, ir.IntType) else 0.0] * kind.count)
     return _masked(builder, "load", kind, itemsize, kind, [pointer, alignment, mask, zeros])
 
@@ -97,7 +93,7 @@ def load_vector(builder, pointer, itemsize, mask=None):
 def store_vector(builder, values, pointer, itemsize, mask=None):
     """Write a vector; lanes whose mask is 0 are left alone."""
     if mask is None:
-        builder.store(values, pointer).align = itemsize
+        builder.store(values, pointer, align=itemsize)
         return
     alignment = ir.Constant(ir.IntType(32), itemsize)
     _masked(builder, "store", values.type, itemsize, ir.VoidType(), [values, pointer, alignment, mask])
@@ -112,9 +108,8 @@ def _masked(builder, name, kind, itemsize, result, arguments):
 
 def pick(builder, a, b, lane_of):
     """The vector whose lane i is lane lane_of(i) of a, or lane lane_of(i) - lanes of b if that is not below 0."""
-    lanes = a.type.count
-    chosen = [lane_of(lane) for lane in range(lanes)]
-    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), lanes), chosen))
+    chosen = [lane_of(lane) for lane in range(a.type.count)]
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(chosen)), chosen))
 
 
 def sum_each(builder, vectors):

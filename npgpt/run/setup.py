@@ -10,8 +10,8 @@ import numpy as np
 from npgpt import __version__, machine
 from npgpt.config import DROPOUT, TrainConfig, check_tokenizer
 from npgpt.data.batches import Blocks, EvaluationBlocks
+from npgpt.data.bpe import from_dict
 from npgpt.data.text import open_data
-from npgpt.data.tokenizer import from_dict
 from npgpt.data.tokens import TokenFiles
 from npgpt.errors import UsageError
 from npgpt.files import folder, hub

@@ -33,7 +33,11 @@ def matmul_ref(a, b):
     return a @ b
 
 
-@replaces(matmul_ref, flops=lambda out, a, b: 2 * out.size * a.shape[1])
+@replaces(
+    matmul_ref,
+    flops=lambda out, a, b: 2 * out.size * a.shape[1],
+    row=lambda out, a, b: "product {} x {} x {}".format(len(a), *b.shape),
+)
 def matmul(out, a, b):
     """out = a @ b for out (M, N), C-contiguous, a (M, K), b (K, N), all of one dtype.
 

@@ -286,9 +286,7 @@ def profile(options):
     from npgpt.run.parallel import choose_threads
 
     workload, found = WORKLOADS[options.workload], Profile()
-    threads = choose_threads(
-        workload.batch_size, workload.config.block_size, options.workers, options.blas_threads
-    )
+    threads = choose_threads(workload.batch_size, workload.config.block_size, options.workers, options.blas_threads)
     batches = itertools.cycle(workload.batches())
     with npgpt_step(workload, *threads) as (_, step):
         for n in range(CHECKED + (options.rounds or ROUNDS) * (options.steps or workload.steps)):

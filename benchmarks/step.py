@@ -2,6 +2,9 @@
 
     python -m benchmarks.step --workload cpu --peer torch
 
+The peer is PyTorch's best on this machine: as written ("eager") and compiled, in float32 and with bfloat16 by autocast,
+each with its best number of threads.  All are printed; what cannot run here is named.
+
 Each side lives in a process of its own, so that its memory is its own and its threads disturb nobody: while one side
 runs a round of steps, the other is blocked in a read from its pipe.  Before anything is timed, both must find the same
 losses from the same weights and batches, over a few whole updates; if they do not, the exit code is 1.
@@ -9,6 +12,10 @@ losses from the same weights and batches, over a few whole updates; if they do n
     python -m benchmarks.step --workload cpu --against 508dc90
 
 compares the working tree with a revision of npgpt: see benchmarks/against.py.
+
+    python -m benchmarks.step --workload cpu --profile
+
+says where the time of npgpt's own step goes: see npgpt/kernels/profiler.py.
 """
 
 import argparse
@@ -35,7 +42,9 @@ from npgpt.signals import NEVER
 LEARNING_RATE, BETAS, WEIGHT_DECAY, GRAD_CLIP = 1e-3, (0.9, 0.99), 0.1, 1.0
 CHECKED = 3  # steps whose losses must agree
 TOLERANCE = 1e-4  # how far, relative: the two sides round differently
+BFLOAT16_TOLERANCE = 1e-2  # a number of bfloat16 has 8 bits
 ROUNDS = 5
+PEERS = ("torch", "torch-compile", "torch-bf16", "torch-compile-bf16")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -82,16 +91,21 @@ def npgpt_side(workload, options):
 
 
 @contextlib.contextmanager
-def torch_side(workload, options):
+def torch_side(workload, options, name):
+    """PyTorch in one of the ways of PEERS."""
     from benchmarks.torch_gpt import TorchGPT, copy_weights, make_adamw, torch, train_step
 
     model = TorchGPT(workload.config)
     copy_weights(model, initial_weights({name: tuple(p.shape) for name, p in model.named_parameters()}))
     optimizer = make_adamw(model, LEARNING_RATE, BETAS, WEIGHT_DECAY, fused=True)
-    forward = torch.compile(model) if options.peer == "torch-compile" else model
+    compiled = torch.compile(model) if "compile" in name else model
+
+    def forward(idx, targets):
+        with torch.autocast("cpu", torch.bfloat16, enabled=name.endswith("bf16")):
+            return compiled(idx, targets)
 
     def step(idx, targets):
-        return train_step(forward, optimizer, torch.from_numpy(idx), torch.from_numpy(targets), GRAD_CLIP)[0]
+        return train_step(model, optimizer, torch.from_numpy(idx), torch.from_numpy(targets), GRAD_CLIP, forward)[0]
 
     def settle(timed):
         seconds = {}
@@ -106,14 +120,14 @@ def torch_side(workload, options):
     yield step, settle
 
 
-def serve(pipe, side, options):
-    """A side's process.  Sends (losses, words about threads); then, for each number n received, the seconds of n steps
-    in a row; and when n is 0 its peak memory."""
+def serve(pipe, side, options, *name):
+    """A side's process.  Sends (losses, words about threads), or (None, why not) if a compiled model cannot run here;
+    then, for each number n received, the seconds of n steps in a row; and when n is 0 its peak memory."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's; this process ends with it
     workload = WORKLOADS[options.workload]
     batches = itertools.cycle(workload.batches())
 
-    with side(workload, options) as (step, settle):
+    with side(workload, options, *name) as (step, settle):
 
         def timed(n):
             seconds = []
@@ -123,7 +137,13 @@ def serve(pipe, side, options):
                 seconds.append(time.perf_counter() - start)
             return seconds
 
-        losses = [step(*next(batches)) for _ in range(CHECKED)]
+        try:
+            losses = [step(*next(batches)) for _ in range(CHECKED)]
+        except Exception as error:  # torch.compile needs a C++ compiler, and raises what it likes
+            if "compile" not in "".join(name):
+                raise
+            pipe.send((None, str(error).strip().splitlines()[0]))
+            return
         pipe.send((losses, settle(timed)))
         while n := pipe.recv():  # blocks, and does not spin
             timed(1)  # wakes the threads and fills the caches
@@ -134,8 +154,8 @@ def serve(pipe, side, options):
 class Stepper(Process):
     """A side, and the seconds of its steps."""
 
-    def __init__(self, name, side, options):
-        super().__init__(name, serve, side, options)
+    def __init__(self, name, side, options, *args):
+        super().__init__(name, serve, side, options, *args)
         self.seconds = []  # a list for each round
         self.losses, self.threads = self.receive()
 
@@ -154,11 +174,13 @@ class Stepper(Process):
 
 def check_losses(sides, tolerance=TOLERANCE):
     """The worst relative difference between the losses of all sides and those of the first."""
-    first = np.array(sides[0].losses)
-    worst = max(np.abs(np.array(side.losses) / first - 1).max() for side in sides)
-    if not worst <= tolerance:  # a NaN fails as well
-        losses = "; ".join(f"{side.name} {', '.join(f'{loss:.6f}' for loss in side.losses)}" for side in sides)
-        raise BenchmarkError(f"the sides do not compute the same: losses of the first steps are {losses}")
+    first, worst = np.array(sides[0].losses), 0.0
+    for side in sides:
+        difference = np.abs(np.array(side.losses) / first - 1).max()
+        if not difference <= (BFLOAT16_TOLERANCE if side.name.endswith("bf16") else tolerance):  # a NaN fails as well
+            losses = "; ".join(f"{side.name} {', '.join(f'{loss:.6f}' for loss in side.losses)}" for side in sides)
+            raise BenchmarkError(f"the sides do not compute the same: losses of the first steps are {losses}")
+        worst = max(worst, difference)
     return float(worst)
 
 
@@ -170,9 +192,13 @@ def measure(options):
     from npgpt.kernels.blas import blas_threads, sgemm_peak
 
     workload = WORKLOADS[options.workload]
-    sides = [Stepper("npgpt", npgpt_side, options)]
-    if options.peer != "none":
-        sides.append(Stepper(options.peer, torch_side, options))
+    sides, missing = [Stepper("npgpt", npgpt_side, options)], {}
+    for name in PEERS if options.peer == "torch" else ():
+        side = Stepper(name, torch_side, options, name)
+        if side.losses is None:
+            missing[name] = side.threads
+        else:
+            sides.append(side)
     difference = check_losses(sides)
     peaks = []
     for _ in range(options.rounds):
@@ -185,11 +211,12 @@ def measure(options):
     result = {
         "workload": options.workload,
         "shape": str(workload),
-        **machine(["numpy", "numba"] + ["torch"] * (len(sides) > 1)),
+        **machine(["numpy", "numba"] + ["torch"] * (options.peer == "torch")),
         "cores": options.cores,
         "sgemm_flops_per_second": peak,
         "sgemm_cores": [cores for _, cores in peaks],
         "loss_difference": difference,
+        "missing": missing,
         "sides": {
             side.name: {
                 "threads": side.threads,
@@ -202,12 +229,24 @@ def measure(options):
             for side in sides
         },
     }
-    if len(sides) > 1:
-        ours, peer = sides
-        result["ratio"] = peer.median / ours.median
-        medians = [[statistics.median(seconds) for seconds in side.seconds] for side in sides]
-        result["ratio_of_rounds"] = sorted(b / a for a, b in zip(*medians, strict=True))
+    ours, *peers = sides
+    result["ratios"] = {
+        what: best(ours, among)
+        for what, among in (
+            ("float32", [side for side in peers if not side.name.endswith("bf16")]),
+            ("of all", peers),
+        )
+        if among
+    }
     return result
+
+
+def best(ours, peers):
+    """The quickest of the peers: its name, how many times our seconds it takes, and that in each round."""
+    peer = min(peers, key=lambda side: side.median)
+    medians = [[statistics.median(seconds) for seconds in side.seconds] for side in (ours, peer)]
+    rounds = sorted(b / a for a, b in zip(*medians, strict=True))
+    return {"peer": peer.name, "ratio": peer.median / ours.median, "ratio_of_rounds": rounds}
 
 
 def rounds_while_busy(result):
@@ -224,18 +263,38 @@ def report(result):
         print(f"BUSY      other programs were on the cores after {busy} of {len(result['sgemm_cores'])} rounds")
     for name, side in result["sides"].items():
         print(f"threads   {name}: {side['threads']}")
-    if "ratio" in result:
+    for name, reason in result["missing"].items():
+        print(f"missing   {name} cannot run here: {reason}")
+    if len(result["sides"]) > 1:
         print(f"losses    of the first {CHECKED} steps agree within {result['loss_difference']:.0e}")
-    print(f"\n{'':<14} {'ms a step':>10} {'tokens/s':>10} {'of sgemm':>9} {'peak memory':>12}")
+    print(f"\n{'':<20} {'ms a step':>10} {'tokens/s':>10} {'of sgemm':>9} {'peak memory':>12}")
     for name, side in result["sides"].items():
         print(
-            f"{name:<14} {side['seconds'] * 1e3:>10.1f} {side['tokens_per_second']:>10,.0f} "
+            f"{name:<20} {side['seconds'] * 1e3:>10.1f} {side['tokens_per_second']:>10,.0f} "
             f"{side['share_of_sgemm']:>9.0%} {side['peak_memory'] / 1e6:>9,.0f} MB"
         )
-    if "ratio" in result:
-        rounds = result["ratio_of_rounds"]
-        print(f"\n{' / '.join(reversed(result['sides']))} = {result['ratio']:.2f}", end="  ")
-        print(f"(rounds: {rounds[0]:.2f} to {rounds[-1]:.2f})")
+    for what, found in result["ratios"].items():
+        rounds = found["ratio_of_rounds"]
+        print(f"\nthe peer's best {what}: {found['peer']} / npgpt = {found['ratio']:.2f}", end="  ")
+        print(f"(rounds: {rounds[0]:.2f} to {rounds[-1]:.2f})", end="")
+    print()
+
+
+def profile(options):
+    """Print where the time of npgpt's step goes."""
+    from npgpt.kernels.profiler import Profile, profiling, table
+    from npgpt.run.parallel import choose_threads
+
+    workload, found = WORKLOADS[options.workload], Profile()
+    threads = choose_threads(workload.batch_size, workload.config.block_size, options.workers, options.blas_threads)
+    batches = itertools.cycle(workload.batches())
+    with npgpt_step(workload, *threads) as (_, step):
+        for n in range(CHECKED + (options.rounds or ROUNDS) * (options.steps or workload.steps)):
+            with profiling(None if n < CHECKED else found):
+                step(*next(batches))
+    print(machine_line(machine(["numpy", "numba"]), options.cores))
+    print(f"workload  {options.workload}: {workload}")
+    print(table(found, threads[0]))
 
 
 def compare(options):
@@ -259,7 +318,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__.split("\n")[0])
     parser.add_argument("--workload", choices=WORKLOADS, default="cpu")
     other = parser.add_mutually_exclusive_group()
-    other.add_argument("--peer", choices=("torch", "torch-compile", "none"), default="torch")
+    other.add_argument("--peer", choices=("torch", "none"), default="torch")
+    other.add_argument("--profile", action="store_true", help="say where the time of npgpt's step goes")
     other.add_argument("--against", metavar="REV", help="compare npgpt with itself at this git revision")
     rounds = f"rounds of each side, in turn ({ROUNDS}; with --against as many as are needed)"
     parser.add_argument("--rounds", type=positive, help=rounds)
@@ -268,12 +328,16 @@ def main(argv=None):
     parser.add_argument("--blas-threads", type=positive, help="BLAS threads of each (default: chosen)")
     parser.add_argument("--json", metavar="FILE", help="write all figures to a file too")
     options = parser.parse_args(argv)
-    if not options.against and options.peer != "none" and importlib.util.find_spec("torch") is None:
+    needs_peer = options.peer != "none" and not options.against and not options.profile
+    if needs_peer and importlib.util.find_spec("torch") is None:
         raise UsageError("PyTorch is not installed: pip install torch, or measure npgpt alone with --peer none")
 
     from npgpt.machine import cores
 
     options.cores = cores()
+    if options.profile:
+        profile(options)
+        return 0
     if options.against:
         result = compare(options)
         against.report(result, "ms a step")

@@ -105,10 +105,13 @@ def make_adamw(model, lr, betas, weight_decay, fused=False):
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=fused)
 
 
-def train_step(model, optimizer, idx, targets, grad_clip):
-    """One update from tensors (B, T).  Returns the loss before it, and the gradient's norm before it was clipped."""
+def train_step(model, optimizer, idx, targets, grad_clip, forward=None):
+    """One update from tensors (B, T).  Returns the loss before it, and the gradient's norm before it was clipped.
+
+    forward: what is called in the model's place: the same, compiled or with less precision.
+    """
     optimizer.zero_grad(set_to_none=True)
-    _, loss = model(idx, targets)
+    _, loss = (forward or model)(idx, targets)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     optimizer.step()

@@ -427,6 +427,40 @@ FAULTS = [
         kernel=True,
     ),
     # ----------------------------------------------------------------------------------------------------------------
+    # packed.py
+    Fault(
+        "packed: the sums of the first part of k are lost",
+        "npgpt/kernels/packed.py",
+        "_meet_block(out[i:stop, j:end], part, block, k > 0)",
+        "_meet_block(out[i:stop, j:end], part, block, False)",
+        "A sum along k is made in parts, which add up.",
+        kernel=True,
+    ),
+    Fault(
+        "packed: the second half of a strip's rows is the first",
+        "npgpt/kernels/packed.py",
+        "_tile_3(out[i:, j:], strip[:, i:], panel, add)",
+        "_tile_3(out[i:, j:], strip, panel, add)",
+        "A tile has its own rows of the strip.",
+        kernel=True,
+    ),
+    Fault(
+        "packed: what is copied loses the columns beyond whole vectors",
+        "npgpt/kernels/packed.py",
+        "                copy(done, mask)\n",
+        "                pass\n",
+        "A matrix may have any number of columns.",
+        kernel=True,
+    ),
+    Fault(
+        "packed: rows beyond the edge are written",
+        "npgpt/kernels/packed.py",
+        "finish([builder.and_(row, column) for row in has_row for column in within])",
+        "finish([column for row in has_row for column in within])",
+        "What lies beyond the edge is somebody else's.",
+        kernel=True,
+    ),
+    # ----------------------------------------------------------------------------------------------------------------
     # tiles.py
     Fault(
         "tiles: a sum that should be added replaces",

@@ -37,6 +37,7 @@ RELEVANT = {
     "npgpt/tensor.py": (["test_gradcheck.py", "test_ops.py", "test_engine.py"], "not attention and not gpt"),
     "npgpt/kernels/vectors.py": (["test_tiles.py"], ""),
     "npgpt/kernels/attention.py": (OF_OPS, "attention"),
+    "npgpt/kernels/packed.py": (["test_tiles.py"], "packed"),
     "npgpt/kernels/tiles.py": (["test_tiles.py"], ""),
     "npgpt/ops/embedding.py": (OF_OPS, "embedding or gpt"),
     "npgpt/ops/mlp.py": (OF_OPS, "mlp or gelu"),

@@ -479,7 +479,7 @@ def test_a_folder_is_named_after_what_its_file_imports_and_after_nothing_else(ba
     first = names()
     for file, touched in (
         ("ops/layernorm.py", {layernorm}),
-        ("kernels/matmul.py", {mlp, muon}),
+        ("kernels/packed.py", {mlp, muon}),
         ("kernels/vectors.py", {mlp, muon, decode}),
         ("kernels/tiles.py", {mlp, muon, decode}),
         ("kernels/maths.py", {mlp, decode}),

@@ -4,7 +4,10 @@ import contextlib
 import functools
 import importlib
 import inspect
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from npgpt.kernels import jit, maths, matmul
 from npgpt.kernels.attention import QUERY_BLOCK
 from npgpt.kernels.blas import blas_threads
 from npgpt.kernels.masks import dropout_mask_ref, mix32_ref
-from npgpt.kernels.matmul import DEPTH, HEIGHT
+from npgpt.kernels.packed import DEPTH, PACK, PANEL, WIDTH
 from npgpt.kernels.vectors import VECTOR
 from npgpt.ops import primitives
 from npgpt.ops.attention import causal_attention
@@ -105,13 +108,13 @@ DROPOUTS = [(1, 1, 0.5, 0), (1, 7, 0.1, 3), (5, 1, 0.9, 0), (6, 33, 0.25, 2**32 
 MATMULS = [
     (1, 1, 1, "C", "C"),
     (9, 5, 33, "C", "C"),
-    (7, DEPTH + 3, 31, "C", "F"),
-    (33, 2 * DEPTH + 1, 49, "F", "C"),
+    (7, DEPTH // 4 + 3, 31, "C", "F"),
+    (33, DEPTH // 2 + 1, 49, "F", "C"),
     (8, 40, 64, "F", "F"),
     (5, 40, 20, "gaps", "gaps"),
-    (HEIGHT + 9, 33, 50, "C", "F"),
-    (2 * HEIGHT + 1, 3, 32, "F", "C"),
-    (HEIGHT + 1, DEPTH + 1, 70, "F", "F"),  # no longer tiny
+    (6 * PACK + 9, 33, 50, "C", "F"),
+    (200, 3, 33, "F", "C"),  # turned: of 33 columns 48 would be computed
+    (4 * PACK + 1, DEPTH // 4 + 1, WIDTH // 4 + 70, "F", "F"),  # no longer tiny
 ]
 
 CASES = {
@@ -171,38 +174,61 @@ def assert_pair_agrees(name, args, bound):
         assert error <= bound * largest, f"{name}: output {i} is off by {error:.1e}, its largest entry is {largest:.1e}"
 
 
-@pytest.mark.skipif(jit.KERNELS == "numpy" or VECTOR < 64, reason="tiles are for kernels, and for AVX-512")
-def test_products_that_are_made_by_tiles(monkeypatch):
+@pytest.mark.skipif(jit.KERNELS == "numpy", reason="our product is a kernel")
+def test_products_that_are_ours(monkeypatch):
     made = []
     monkeypatch.setattr(matmul, "multiply", lambda out, *args: made.append(args[-2:]))
+    monkeypatch.setattr(matmul, "processors", lambda: 1)
 
-    def by_tiles(M, K, N, threads, how="C"):
+    def ours(M, K, N, threads, how="C"):
         made.clear()
         with contextlib.nullcontext() if threads is None else blas_threads(threads):
             matmul.matmul(np.zeros((M, N)), np.zeros((M, K)), as_it_lies(np.zeros((K, N)), how))
-        return made
+        return sorted(made)
 
-    assert by_tiles(384, 128, 256, 1) == by_tiles(384, 128, 256, 1, "F") == [(0, 256)]
-    assert by_tiles(16, 32, 128, 2) == by_tiles(16, 32, 128, None) == [(0, 128)]  # too small to be shared
-    assert not by_tiles(384, 128, 256, None) and not by_tiles(9, 5, 33, 1, "gaps")
-    monkeypatch.setattr(matmul, "blas_kernels", lambda: "SkylakeX")
-    assert not by_tiles(384, 128, 256, 2)  # BLAS shares it out
-    monkeypatch.setattr(matmul, "blas_kernels", lambda: "Zen")
-    assert sorted(by_tiles(384, 128, 257, 3)) == [(0, 85), (85, 171), (171, 257)]  # but not to all of the processor
+    monkeypatch.setattr(matmul, "PRODUCTS", "ours")
+    assert ours(384, 128, 256, 1) == ours(384, 128, 256, 1, "F") == [((0, 384), (0, 256))]
+    assert ours(16, 32, 128, 2) == ours(16, 32, 128, None) == [((0, 16), (0, 128))]  # too small to be shared
+    assert ours(256, 128, 384, None) == [((0, 256), (0, 384))]
+    assert not ours(9, 5, 33, 1, "gaps")  # BLAS takes what lies anyhow
+    assert ours(384, 128, 256, 3) == [((n, n + 128), (0, 256)) for n in (0, 128, 256)]
+    columns = [columns for rows, columns in ours(128, 384, 289, 3)]
+    assert [columns[0][0], columns[-1][1]] == [0, 289] and columns[0][1] == columns[1][0] != columns[1][1]
+    assert columns[0][1] % (PANEL // 8) == 0
+    monkeypatch.setattr(matmul, "PRODUCTS", "blas")
+    assert not ours(384, 128, 256, 1)
 
 
-@pytest.mark.skipif(jit.KERNELS == "numpy" or VECTOR < 64, reason="tiles are for kernels, and for AVX-512")
+@pytest.mark.skipif(jit.KERNELS == "numpy", reason="our product is a kernel")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_products_that_threads_share(monkeypatch, dtype, threads):
-    monkeypatch.setattr(matmul, "blas_kernels", lambda: "Zen")
+def test_products_have_the_same_bits_for_any_number_of_threads(monkeypatch, dtype):
+    monkeypatch.setattr(matmul, "PRODUCTS", "ours")
+    monkeypatch.setattr(matmul, "TINY", 0)
     for sizes in MATMULS:
         a, b = matmul_case(New(dtype), *sizes)
-        out = np.full((len(a), b.shape[1]), np.nan, dtype)
-        monkeypatch.setattr(matmul, "TINY", 0)
-        with blas_threads(threads):
-            matmul.matmul(out, a, b)
-        np.testing.assert_allclose(out, a @ b, rtol=0, atol=BOUND[dtype] * np.abs(a @ b).max())
+        found = []
+        for threads in (1, 2, 5):
+            found.append(np.full((len(a), b.shape[1]), np.nan, dtype))
+            with blas_threads(threads):
+                matmul.matmul(found[-1], a, b)
+        np.testing.assert_allclose(found[0], a @ b, rtol=0, atol=BOUND[dtype] * np.abs(a @ b).max())
+        if sizes[-1] != "gaps":
+            assert found[0].tobytes() == found[1].tobytes() == found[2].tobytes()
+
+
+def test_products_are_chosen_by_a_variable():
+    code = "from npgpt.kernels import jit, matmul; print(matmul.PRODUCTS)"
+    default = "blas" if jit.KERNELS == "numpy" or VECTOR < 64 else "ours"
+    for wanted, expected in (("ours", "blas" if jit.KERNELS == "numpy" else "ours"), ("blas", "blas"), ("", default)):
+        environment = {name: value for name, value in os.environ.items() if name != "NPGPT_PRODUCTS"}
+        environment |= {"NPGPT_PRODUCTS": wanted} if wanted else {}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected
+    done = subprocess.run(
+        [sys.executable, "-m", "npgpt.train", "--max-iters", "1"],
+        env={**os.environ, "NPGPT_PRODUCTS": "mkl"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "NPGPT_PRODUCTS must be 'ours' or 'blas', got 'mkl'\n" in done.stderr
 
 
 def test_a_product_of_nothing_is_zero():

@@ -45,6 +45,23 @@ def test_a_call_within_a_call_belongs_to_the_outer_one():
     assert profile.rows["outer"].calls == profile.rows["sleep"].calls == 1
 
 
+def test_a_product_has_a_row_of_its_own_and_its_caller_the_rest():
+    import npgpt.ops.linear as linear
+
+    y, x, weight, bias = np.empty((5, 3)), np.ones((5, 4)), np.ones((3, 4)), np.ones(3)
+    linear.linear_forward(y, x, weight, bias)  # compiles
+    profile = Profile()
+    with profiling(profile):
+        linear.linear_forward(y, x, weight, bias)
+        with measuring("whole", lambda: (120, 0)):
+            linear.linear_forward(y, x, weight, bias)
+    rows = profile.rows
+    assert set(rows) == {"product 5 x 4 x 3", "linear_forward", "whole"}
+    assert [rows[name].flops for name in ("product 5 x 4 x 3", "linear_forward", "whole")] == [120, 0, 120]
+    assert all(row.calls == 1 and row.seconds > 0 for row in rows.values())
+    assert sum(row.seconds for row in rows.values()) <= profile.seconds
+
+
 def test_other_threads_are_not_measured():
     profile = Profile()
     with profiling(profile):
@@ -115,4 +132,4 @@ def test_a_kernel_is_wrapped_only_while_a_profile_is_made():
         products.matmul(np.empty((2, 3)), np.ones((2, 4)), np.ones((4, 3)))
         raise OSError
     assert (linear.linear_forward, products.matmul, linear.matmul) == before
-    assert profile.rows["outer"].flops == 7 and profile.rows["matmul"].calls == 1
+    assert profile.rows["outer"].flops == 7 and profile.rows["product 2 x 4 x 3"].calls == 1

@@ -46,7 +46,7 @@ PAIRS = {}
 COSTS = {}
 
 
-def replaces(reference, flops=None, nbytes=None):
+def replaces(reference, flops=None, nbytes=None, row=None):
     """Tie a function that writes into buffers to the reference that it must equal.
 
     The fast function takes its outputs first and then exactly the reference's arguments; the reference returns the
@@ -54,6 +54,8 @@ def replaces(reference, flops=None, nbytes=None):
 
     flops, nbytes: functions of the fast function's arguments that tell what it costs; by default it does no matrix
     product, and each array is read or written once.
+
+    row: a function of the fast function's arguments: the name of its row in a Profile; by default the fast function's.
     """
     n_in = len(inspect.signature(reference).parameters)
 
@@ -65,7 +67,7 @@ def replaces(reference, flops=None, nbytes=None):
         name = getattr(fast, "__name__", reference.__name__)
         PAIRS[name], COSTS[name] = (fast, reference), cost
         if KERNELS == "numba":
-            return measured_kernel(fast, name, cost)
+            return measured_kernel(fast, row or name, cost)
 
         def run_reference(*args):
             results = reference(*args[len(args) - n_in:])
@@ -76,7 +78,7 @@ def replaces(reference, flops=None, nbytes=None):
                     out[...] = result
 
         run_reference.__name__ = name
-        return measured_kernel(run_reference, name, cost)
+        return measured_kernel(run_reference, row or name, cost)
 
     return tie
 

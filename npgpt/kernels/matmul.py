@@ -1,25 +1,31 @@
-"""The matrix products that training is made of: by tiles of our own where these are quicker, else by NumPy's BLAS.
+"""The matrix products that training is made of: our own where vectors are long, else NumPy's BLAS.
 
-OpenBLAS multiplies as fast as a processor can, if its kernels are for this processor and both matrices are large.  With
-the tiles of tiles.py a plain blocked product, `multiply`, is as fast where the processor has AVX-512, and faster for
-the small weights of a small model; and it does not depend on what the BLAS at hand makes of the processor.
+OpenBLAS multiplies as fast as a processor can, if its kernels are for this processor and both matrices are large.  Our
+own product (packed.py) is as fast where the processor has AVX-512, and faster for the small matrices of a small model.
+It does not depend on what the BLAS at hand makes of the processor, and has the same bits for any number of threads.
 """
 
+import os
 import threading
 
 import numpy as np
 
-from npgpt.kernels.blas import blas_kernels, told_threads
+from npgpt.errors import UsageError
+from npgpt.kernels.blas import told_threads
 from npgpt.kernels.buffers import empty
 from npgpt.kernels.crew import Crew
-from npgpt.kernels.jit import helper, kernel, replaces
-from npgpt.kernels.tiles import in_line, product_unchecked, transpose
+from npgpt.kernels.jit import KERNELS, replaces
+from npgpt.kernels.packed import PACK, PANEL, multiply, padded, scratch_shapes, turn
 from npgpt.kernels.vectors import VECTOR
 from npgpt.machine import processors
 
-DEPTH = 256  # rows of b that are multiplied at a time: so long a panel of it stays in the nearest cache
-HEIGHT = 512  # rows of a that go by it: they stay in the next one
 TINY = 2**20  # multiplications that are not worth sharing out among threads
+
+PRODUCTS = os.environ.get("NPGPT_PRODUCTS", "ours" if VECTOR == 64 else "blas")
+if PRODUCTS not in ("ours", "blas"):
+    raise UsageError(f"NPGPT_PRODUCTS must be 'ours' or 'blas', got {PRODUCTS!r}")
+if KERNELS == "numpy":
+    PRODUCTS = "blas"
 
 
 def matmul_ref(a, b):
@@ -27,73 +33,57 @@ def matmul_ref(a, b):
     return a @ b
 
 
-@helper
-def copy(panel, b):
-    """panel[:K, :N] = b (K, N)."""
-    K, N = b.shape
-    width = 2 * VECTOR // b.itemsize
-    if N == width:  # a number that the compiler knows
-        for k in range(K):
-            for j in range(width):
-                panel[k, j] = b[k, j]
-    else:
-        for k in range(K):
-            for j in range(N):
-                panel[k, j] = b[k, j]
-
-
-@kernel
-def multiply(out, a, b, turned, panel, first, last):
-    """The columns first:last of out = a @ b, or of a @ b.T where `turned`.  panel (DEPTH, width): scratch.
-
-    After Goto and van de Geijn 2008: a panel of b, two vectors wide, is copied into a row of cache lines and meets all
-    rows of a before the next one comes.
-    """
-    (M, K), width = a.shape, panel.shape[1]
-    rows, columns = b.shape[::-1] if turned else b.shape
-    if not (
-        (out.shape[0] == M and out.shape[1] == columns and rows == K > 0 and 0 <= first <= last <= columns)
-        and (panel.shape[0] >= min(K, DEPTH) and width > 0 and in_line(out) and in_line(panel))
-    ):
-        raise ValueError("multiply: contiguous out (M, N) needs a (M, K) and b (K, N), or (N, K) if turned; 0 < K")
-    for i in range(0, a.shape[0], HEIGHT):
-        for k in range(0, a.shape[1], DEPTH):
-            block = a[i : i + HEIGHT, k : k + DEPTH]
-            for j in range(first, last, width):
-                end = min(j + width, last)
-                if turned:
-                    transpose(panel, b[j:end, k : k + DEPTH])
-                else:
-                    copy(panel, b[k : k + DEPTH, j:end])
-                product_unchecked(out[i : i + HEIGHT, j:end], block, panel[: block.shape[1]], k > 0)
-
-
-def _is_ours(threads):
-    """Whether tiles are quicker than BLAS with so many threads, which is None where nobody has set their number."""
-    if VECTOR < 64 or threads is None:  # shorter vectors have too few registers for tiles as large as BLAS's
-        return False
-    # a product is shared out better by BLAS, unless it is one that leaves AVX-512 unused
-    return threads == 1 or blas_kernels() not in (None, "SkylakeX", "Cooperlake", "SapphireRapids")
-
-
-@replaces(matmul_ref, flops=lambda out, a, b: 2 * out.size * a.shape[1])
+@replaces(
+    matmul_ref,
+    flops=lambda out, a, b: 2 * out.size * a.shape[1],
+    row=lambda out, a, b: "product {} x {} x {}".format(len(a), *b.shape),
+)
 def matmul(out, a, b):
-    """out = a @ b for out (M, N), C-contiguous, a (M, K), b (K, N), all of one dtype."""
-    threads = 1 if out.size * a.shape[1] <= TINY else told_threads()
-    turned = not b.flags.c_contiguous
-    if not _is_ours(threads) or not b.size or (turned and not b.flags.f_contiguous):
+    """out = a @ b for out (M, N), C-contiguous, a (M, K), b (K, N), all of one dtype.
+
+    Threads that `blas_threads` has set share it, or as many as there are processors where nobody has set their number.
+    """
+    is_packed = PRODUCTS == "ours" and a.shape[1] > 0 and _has_rows(a) and _has_rows(b)
+    if not is_packed:
         np.matmul(a, b, out=out)
-        return
-    rows, columns = b.T if turned else b, out.shape[1]
-    panels = empty((threads, DEPTH, 2 * VECTOR // out.itemsize), out.dtype)
-    if threads == 1:
-        multiply(out, a, rows, turned, panels[0], 0, columns)
-        return
+    elif 1.05 * padded(*out.T.shape, out.itemsize) < padded(*out.shape, out.itemsize):  # of 65 columns 80 are computed
+        turned = empty(out.T.shape, out.dtype)
+        _multiply(turned, b.T, a.T)
+        turn(out, turned)
+    else:
+        _multiply(out, a, b)
+
+
+def _has_rows(x):
+    """Whether the numbers of a row, or those of a column, lie side by side."""
+    return x.flags.c_contiguous or x.flags.f_contiguous
+
+
+def _multiply(out, a, b):
+    a_turned, b_turned = not a.flags.c_contiguous, not b.flags.c_contiguous
+    left, right = a.T if a_turned else a, b.T if b_turned else b
+    (M, N), threads = out.shape, told_threads() or processors()
+    if out.size * a.shape[1] <= TINY:
+        threads = 1
+    strip, block = scratch_shapes(out.itemsize)
+    strips, blocks = empty((threads, *strip), out.dtype), empty((threads, *block), out.dtype)
 
     def share(i):
-        multiply(out, a, rows, turned, panels[i], columns * i // threads, columns * (i + 1) // threads)
+        """Each thread packs its own part of the longer side, and all of the other."""
+        rows = _part(M, PACK, i, threads) if M >= N else (0, M)
+        columns = _part(N, PANEL // out.itemsize, i, threads) if M < N else (0, N)
+        multiply(out, left, right, a_turned, b_turned, strips[i], blocks[i], rows, columns)
 
-    _crew(threads).each(share, threads)
+    if threads == 1:
+        share(0)
+    else:
+        _crew(threads).each(share, threads)
+
+
+def _part(n, unit, i, parts):
+    """Where the i-th of so many parts of n begins and ends, in whole units but for the last one."""
+    units = -(-n // unit)
+    return min(units * i // parts * unit, n), min(units * (i + 1) // parts * unit, n)
 
 
 class _Helpers(threading.local):

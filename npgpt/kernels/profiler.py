@@ -6,7 +6,8 @@
     profile.rows["mlp_forward"]        # Row(calls=4, seconds=0.0054, flops=403..., nbytes=...)
 
 Only what the thread does that entered `profiling` is measured: with several workers, that is the first one's share of
-the batch, and the seconds of all rows and what lies between them add up to the time that went by.
+the batch, and the seconds of all rows and what lies between them add up to the time that went by.  What a measured
+function calls belongs to it; but a matrix product has a row of its own for its shape, and the rest is its caller's.
 
 Kernels are wrapped only while a Profile is made: otherwise, a debugger's stack has no frame of this file.
 """
@@ -37,6 +38,7 @@ class Profile:
 
 
 _profile, _thread = None, None
+_taken = 0.0, 0  # of the function that runs now: seconds and FLOPs of those within it that have rows of their own
 _kernels = {}  # id of a kernel -> (the kernel, what takes its place while a Profile is made)
 
 
@@ -69,32 +71,40 @@ def profiling(profile):
 
 
 @contextlib.contextmanager
-def measuring(name, cost, *args):
-    """Within this context what goes on is measured while a Profile is made.  cost(*args) -> (FLOPs, bytes)."""
-    global _profile
+def measuring(name, cost, *args, whole=True):
+    """Within this context what goes on is measured while a Profile is made.  cost(*args) -> (FLOPs, bytes).
+
+    whole: all that is measured within it belongs to it; otherwise only what has no row of its own.
+    """
+    global _profile, _taken
     profile = _profile
     if profile is None or _thread != threading.get_ident():
         yield
         return
-    _profile = None  # what is measured within this context belongs to it
+    before, _taken = _taken, (0.0, 0)
+    if whole:
+        _profile = None
     start = time.perf_counter()
     try:
         yield
     finally:
+        seconds, (flops, nbytes) = time.perf_counter() - start, cost(*args)
         row = profile.rows.setdefault(name, Row())
-        row.seconds += time.perf_counter() - start
-        flops, nbytes = cost(*args)
-        row.calls, row.flops, row.nbytes = row.calls + 1, row.flops + flops, row.nbytes + nbytes
-        _profile = profile
+        row.calls, row.seconds = row.calls + 1, row.seconds + seconds - _taken[0]
+        row.flops, row.nbytes = row.flops + flops - _taken[1], row.nbytes + nbytes
+        _profile, _taken = profile, (before[0] + seconds, before[1] + flops)
 
 
-def measured(name, cost):
-    """Decorator: calls are measured while a Profile is made.  cost(*args) -> (FLOPs, bytes)."""
+def measured(name, cost, whole=True):
+    """Decorator: calls are measured while a Profile is made.
+
+    name: of the row, or a function of the arguments that tells it; cost, whole: see `measuring`.
+    """
 
     def decorate(function):
         @functools.wraps(function)
         def call(*args):
-            with measuring(name, cost, *args):
+            with measuring(name(*args) if callable(name) else name, cost, *args, whole=whole):
                 return function(*args)
 
         return call
@@ -104,7 +114,7 @@ def measured(name, cost):
 
 def measured_kernel(kernel, name, cost):
     """Returns the kernel, which stays what it is: while a Profile is made, `measured` takes its place."""
-    _kernels[id(kernel)] = kernel, measured(name, cost)(kernel)
+    _kernels[id(kernel)] = kernel, measured(name, cost, whole=False)(kernel)
     return kernel
 
 
@@ -115,15 +125,15 @@ def table(profile, workers):
     lines = [
         "-" * 60,
         f"an update, the mean of {n:,}, takes {total / n * 1e3:,.2f} ms{whose}:",
-        f"{'':<24}{'calls':>7}{'ms':>10}{'GFLOP':>9}{'GB':>8}{'GFLOP/s':>9}{'GB/s':>7}{'share':>7}",
+        f"{'':<26}{'calls':>7}{'ms':>10}{'GFLOP':>9}{'GB':>8}{'GFLOP/s':>9}{'GB/s':>7}{'share':>7}",
     ]
     rest = total
     for name, row in sorted(profile.rows.items(), key=lambda item: -item[1].seconds):
         rest -= row.seconds
         rate = f"{row.flops / row.seconds / 1e9:.0f}" if row.flops else ""
         lines.append(
-            f"{name:<24}{row.calls / n:>7.0f}{row.seconds / n * 1e3:>10.3f}{row.flops / n / 1e9:>9.3f}"
+            f"{name:<26}{row.calls / n:>7.0f}{row.seconds / n * 1e3:>10.3f}{row.flops / n / 1e9:>9.3f}"
             f"{row.nbytes / n / 1e9:>8.4f}{rate:>9}{row.nbytes / row.seconds / 1e9:>7.0f}{row.seconds / total:>7.1%}"
         )
-    lines.append(f"{'graph, Python, waiting':<24}{'':>7}{rest / n * 1e3:>10.3f}{'':>33}{rest / total:>7.1%}")
+    lines.append(f"{'graph, Python, waiting':<26}{'':>7}{rest / n * 1e3:>10.3f}{'':>33}{rest / total:>7.1%}")
     return "\n".join(lines)

@@ -1,0 +1,228 @@
+"""The product of two large matrices: both are packed, so that the innermost loop reads memory in one line.
+
+After Goto and van de Geijn 2008.  A tile of the output, ROWS rows by three vectors of columns, stays in registers while
+k runs.  Each step loads three vectors of b, copies ROWS numbers of a to all lanes of a vector each, and multiplies and
+adds 3 ROWS vectors.  As matrices lie in memory, a step would find its numbers far apart.  So they are packed first:
+
+    block    (k, columns) of b, as many as the second cache holds, in panels of three vectors: (k, 3 lanes) each
+    strip    (k, PACK) of a, transposed, for PACK rows of a; it stays in the first cache while it meets the block
+
+A transposed matrix costs nothing more: what is copied of the one is transposed of the other.  The bits of an element of
+the output depend on its row of a and its column of b only, not on where the matrices are cut.
+"""
+
+from npgpt.kernels.jit import KERNELS, helper, intrinsic, kernel
+from npgpt.kernels.tiles import in_line, transpose
+from npgpt.kernels.vectors import (
+    VECTOR,
+    are_fit,
+    below,
+    constant,
+    load_vector,
+    pointer_to,
+    prefetch,
+    splat,
+    store_vector,
+    unpack,
+    vector_of,
+)
+from npgpt.machine import second_cache
+
+if KERNELS == "numba":
+    from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils
+
+# rows of a tile: 3 ROWS sums, three vectors of b and one of a fit into the registers, 32 of AVX-512, 16 of the others
+ROWS = 8 if VECTOR == 64 else 4
+PACK = 16  # rows of a strip
+DEPTH = 1536  # bytes along k that are packed at a time: a strip of float32 takes 24 KiB
+AHEAD = 8  # rows that copying is ahead of itself in what it has fetched
+PANEL = 3 * VECTOR  # bytes of a panel's row
+WIDTH = max(second_cache() * 5 // 8 // (DEPTH // 4) // PANEL, 1) * PANEL  # bytes of a block's row
+
+
+def scratch_shapes(itemsize):
+    """The shapes of a strip and of a block, for numbers of so many bytes."""
+    depth = DEPTH // itemsize
+    return (depth, PACK), (depth * (WIDTH // itemsize),)
+
+
+@kernel
+def multiply(out, a, b, a_turned, b_turned, strip, block, rows, columns):
+    """out[rows[0]:rows[1], columns[0]:columns[1]] = this part of a @ b.
+
+    out (M, N), a (M, K) or, if `a_turned`, (K, M), b (K, N) or, if `b_turned`, (N, K), all of one dtype and contiguous
+    along the last axis; K is not 0.  strip, block: scratch (`scratch_shapes`).  Raises ValueError for other shapes.
+    """
+    (top, bottom), (left, right) = rows, columns
+    M, K = a.shape[::-1] if a_turned else a.shape
+    inner, N = b.shape[::-1] if b_turned else b.shape
+    depth, width = DEPTH // out.itemsize, WIDTH // out.itemsize
+    if not (
+        (out.shape == (M, N) and inner == K > 0 and 0 <= top <= bottom <= M and 0 <= left <= right <= N)
+        and (strip.shape == (depth, PACK) and strip.strides == (PACK * out.itemsize, out.itemsize))
+        and (len(block) == depth * width and in_line(block) and in_line(out) and in_line(a) and in_line(b))
+    ):
+        raise ValueError("multiply: contiguous out (M, N) needs a (M, K) and b (K, N), or their transposes; 0 < K")
+    for k in range(0, K, depth):
+        after = min(k + depth, K)
+        part = strip[: after - k]
+        for j in range(left, right, width):
+            end = min(j + width, right)
+            _pack_block(block, b[j:end, k:after] if b_turned else b[k:after, j:end], b_turned)
+            for i in range(top, bottom, PACK):
+                stop = min(i + PACK, bottom)
+                if a_turned:
+                    _copy(part, a[k:after, i:stop])
+                else:
+                    transpose(part, a[i:stop, k:after])
+                _meet_block(out[i:stop, j:end], part, block, k > 0)
+
+
+@kernel
+def turn(out, x):
+    """out (N, M) = x.T for x (M, N), both contiguous along the last axis."""
+    transpose(out, x)
+
+
+def padded(M, N, itemsize):
+    """Numbers of the tiles that cover (M, N)."""
+    lanes = VECTOR // itemsize
+    return -(-M // ROWS) * ROWS * -(-N // lanes) * lanes
+
+
+@helper
+def _vectors_of_panel(left):
+    """Of so many vectors of columns that are left, how many the next panel takes: 4 become 2 and 2, not 3 and 1."""
+    return 2 if left in (2, 4) else min(left, 3)
+
+
+@helper
+def _pack_block(block, b, turned):
+    """block = the panels of b, one after the other; b (k, columns), or (columns, k) if `turned`.
+
+    Columns of a panel that b has not are zeros, or copies of its last one.
+    """
+    k, columns = b.shape[::-1] if turned else b.shape
+    lanes, j, place = VECTOR // b.itemsize, 0, 0
+    while j < columns:
+        width = _vectors_of_panel((columns - j + lanes - 1) // lanes) * lanes
+        panel = block[place : place + k * width].reshape(k, width)
+        if turned:
+            transpose(panel, b[j : j + width])
+        else:
+            _copy(panel, b[:, j : j + width])
+        j, place = j + width, place + k * width
+
+
+@helper
+def _meet_block(out, strip, block, add):
+    """out (up to PACK, columns) = strip.T @ the block, or += where `add` is true."""
+    (M, columns), k = out.shape, len(strip)
+    lanes, j, place = VECTOR // out.itemsize, 0, 0
+    while j < columns:
+        n = _vectors_of_panel((columns - j + lanes - 1) // lanes)
+        panel = block[place : place + k * n * lanes].reshape(k, n * lanes)
+        for i in range(0, M, ROWS):
+            if n == 3:
+                _tile_3(out[i:, j:], strip[:, i:], panel, add)
+            elif n == 2:
+                _tile_2(out[i:, j:], strip[:, i:], panel, add)
+            else:
+                _tile_1(out[i:, j:], strip[:, i:], panel, add)
+        j, place = j + n * lanes, place + k * n * lanes
+
+
+@intrinsic
+def _copy(typingctx, panel, x):
+    """panel[:, :N] = x (K, N), and zeros from there to the end of the vector; panel (K, whole vectors)."""
+    if not (are_fit(panel, x) and panel.ndim == x.ndim == 2):
+        return None
+
+    def codegen(context, builder, signature, args):
+        itemsize, lanes, vector = vector_of(context, x)
+        (panel_array, x_array), _ = unpack(context, builder, signature, args)
+        K, N = cgutils.unpack_tuple(builder, x_array.shape)
+
+        whole = builder.udiv(N, constant(lanes))
+        done = builder.mul(whole, constant(lanes))
+        has_rest, mask = builder.icmp_signed("<", done, N), below(builder, done, N, lanes)
+        with cgutils.for_range(builder, K, intp=ir.IntType(64)) as row:
+
+            def copy(column, mask=None):
+                place = pointer_to(builder, x_array, row.index, column, vector)
+                ahead = builder.add(row.index, constant(AHEAD))
+                prefetch(builder, pointer_to(builder, x_array, ahead, column, ir.IntType(8)))
+                numbers = load_vector(builder, place, itemsize, mask)
+                store_vector(builder, numbers, pointer_to(builder, panel_array, row.index, column, vector), itemsize)
+
+            with cgutils.for_range(builder, whole, intp=ir.IntType(64)) as loop:
+                copy(builder.mul(loop.index, constant(lanes)))
+            with builder.if_then(has_rest, likely=False):
+                copy(done, mask)
+        return context.get_dummy_value()
+
+    return types.void(panel, x), codegen
+
+
+def _make_tile(n):
+    """The intrinsic that computes a tile of n vectors of columns."""
+
+    @intrinsic
+    def tile(typingctx, out, strip, panel, add):
+        """out[:ROWS, :n lanes] = strip[:, :ROWS].T @ panel, or += where `add` is true; nothing beyond out's edges.
+
+        strip (k, PACK), of which what stands before the first column belongs to another tile; panel (k, n lanes).
+        """
+        if not (are_fit(out, strip, panel) and out.ndim == strip.ndim == panel.ndim == 2):
+            return None
+
+        def codegen(context, builder, signature, args):
+            itemsize, lanes, vector = vector_of(context, out)
+            (out_array, strip_array, panel_array), (add_value,) = unpack(context, builder, signature, args)
+            M, N = cgutils.unpack_tuple(builder, out_array.shape)
+            K, _ = cgutils.unpack_tuple(builder, panel_array.shape)
+            numbers, vectors = strip_array.data, builder.bitcast(panel_array.data, vector.as_pointer())
+            zeros = ir.Constant(vector, [0.0] * lanes)
+            sums = [cgutils.alloca_once_value(builder, zeros) for _ in range(ROWS * n)]
+            with cgutils.for_range(builder, K, intp=ir.IntType(64)) as loop:
+                number, first = builder.mul(loop.index, constant(PACK)), builder.mul(loop.index, constant(n))
+                places = [builder.gep(vectors, [builder.add(first, constant(v))]) for v in range(n)]
+                factors = [load_vector(builder, place, itemsize) for place in places]
+                for r in range(ROWS):
+                    one = builder.load(builder.gep(numbers, [builder.add(number, constant(r))]))
+                    copies = splat(builder, one, lanes)
+                    for v in range(n):
+                        product = builder.fmul(copies, factors[v], flags=("contract",))
+                        total = builder.fadd(builder.load(sums[r * n + v]), product, flags=("contract",))
+                        builder.store(total, sums[r * n + v])
+            rows, columns = [constant(r) for r in range(ROWS)], [constant(v * lanes) for v in range(n)]
+            places = [pointer_to(builder, out_array, row, column, vector) for row in rows for column in columns]
+
+            def finish(masks):
+                with builder.if_then(add_value):
+                    for place, total, mask in zip(places, sums, masks, strict=True):
+                        old = load_vector(builder, place, itemsize, mask)
+                        builder.store(builder.fadd(old, builder.load(total)), total)
+                for place, total, mask in zip(places, sums, masks, strict=True):
+                    store_vector(builder, builder.load(total), place, itemsize, mask)
+
+            is_whole = builder.and_(
+                builder.icmp_signed("<=", constant(ROWS), M), builder.icmp_signed("<=", constant(n * lanes), N)
+            )
+            with builder.if_else(is_whole, likely=True) as (whole, edge):
+                with whole:
+                    finish([None] * len(sums))
+                with edge:
+                    within = [below(builder, column, N, lanes) for column in columns]
+                    has_row = [splat(builder, builder.icmp_signed("<", row, M), lanes) for row in rows]
+                    finish([builder.and_(row, column) for row in has_row for column in within])
+            return context.get_dummy_value()
+
+        return types.void(out, strip, panel, types.boolean), codegen
+
+    return tile
+
+
+_tile_1, _tile_2, _tile_3 = map(_make_tile, (1, 2, 3))

@@ -107,6 +107,26 @@ class Setup:
             min_lr, decay_iters = config.learning_rate, 0
         return cosine_lr(iteration, config.learning_rate, min_lr, config.warmup_iters, decay_iters)
 
+    def mean_loss(self, blocks, stop):
+        """Of the weights as they are on EvaluationBlocks, finite or not; ranks take turns at a micro-step's share.
+
+        Raises TokensChanged, and StopNow.
+        """
+        total, count, B = 0, 0, self.n_sequences
+        self.parallel.train(False)
+        try:
+            for i in range(self.world.rank * B, len(blocks), self.world.size * B):
+                if stop.number is not None or self.tokens.changed():
+                    break
+                loss, n = self.parallel.loss(*blocks[i : i + B])
+                total, count = total + loss, count + n
+        finally:
+            self.parallel.train(True)
+        total, count, gone = self.world.sum(stop, total, count, self.tokens.changed())
+        if gone:
+            raise self.tokens.error()
+        return total / count
+
     def broadcast(self):
         """Make all that a checkpoint holds what it is on rank 0."""
         for _, values in self.arrays():

@@ -12,6 +12,8 @@ class Pace:
     iteration   the one that it begins at
     tokens      of an update
     most        iterations that there will be
+
+    since       when the speed began to be measured; to be put off by what was not spent on training
     """
 
     def __init__(self, iteration, tokens, most):
@@ -23,23 +25,14 @@ class Pace:
         """Measure the speed from now on."""
         self.since, self.since_iter = clock(), iteration
 
-    def leave_out(self, seconds):
-        """Have time not count that was not spent on training."""
-        self.since += seconds
-
-    def measure(self, iteration, left_out=0.0):
-        """(tokens per second, seconds left or None) after an update; left_out: seconds that do not count."""
-        now = clock()
-        self.leave_out(left_out)
+    def measure(self, iteration, restart):
+        """(tokens per second, seconds left or None) after an update; restart: whether to measure from here on."""
+        now, left = clock(), None
         speed = (iteration - self.since_iter) * self.tokens / (now - self.since) if now > self.since else math.inf
-        left = None
         if self.steady is None:
             self.steady = now, iteration
         else:
             left = (now - self.steady[0]) / (iteration - self.steady[1]) * (self.most - iteration)
-        self.measured = now, iteration
+        if restart:
+            self.since, self.since_iter = now, iteration
         return speed, left
-
-    def restart_as_measured(self):
-        """Measure the speed from the last measurement on."""
-        self.since, self.since_iter = self.measured

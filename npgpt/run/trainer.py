@@ -27,7 +27,6 @@ from npgpt.run import state, times
 from npgpt.run.audit import BOUND
 from npgpt.run.beginning import doubt_of
 from npgpt.run.divergence import diverged, first_not_finite
-from npgpt.run.evaluation import mean_loss
 from npgpt.run.events import Audited, Evaluation, Notice, Progress, log_row
 from npgpt.run.parallel import DataParallel
 from npgpt.run.ranks import ALONE
@@ -207,21 +206,22 @@ class Trainer:
             if self.audit is not None:
                 yield from saving.log({"iter": n, "gradcheck": self.audit.errors})
             raise
-        speed, left = pace.measure(at.iter, 0.0 if self.audit is None else self.audit.seconds)
+        is_told = n % self.config.log_interval == 0
+        pace.since += 0.0 if self.audit is None else self.audit.seconds
+        speed, left = pace.measure(at.iter, is_told)
         if self.audit is not None:
             yield Audited(n, self.audit)
         progress = Progress(n, loss, lr, norm, speed, left, skipped)
         yield from saving.log(log_row(n, at.seconds(), progress, evaluation, self.audit))
         if skipped:
             yield Notice(f"iteration {n:,}: loss {loss}, gradient norm {norm}; the update was skipped")
-        if n % self.config.log_interval == 0:
-            pace.restart_as_measured()
+        if is_told:
             yield progress
         if self.save_is_due:
             started = times.clock()
             self.setup.world.first(saving.check_weights)
             notices = saving.save(by_clock=True)
-            pace.leave_out(times.clock() - started)
+            pace.since += times.clock() - started
             yield from notices
 
     def _is_audited(self):
@@ -247,7 +247,7 @@ class Trainer:
     def _evaluate_and_save(self, stop):
         """Evaluate, and save; at the end on the whole split as well.  Returns the Evaluation that it has yielded."""
         setup, at, saving, patience = self.setup, self.standing, self.saving, self.config.patience
-        loss = mean_loss(setup, setup.val_sample, stop)
+        loss = setup.mean_loss(setup.val_sample, stop)
         if not math.isfinite(loss):  # of text that the training may know nothing of: what was learnt is not lost
             setup.world.first(saving.check_weights)
             yield from saving.save()
@@ -282,7 +282,7 @@ class Trainer:
 
     def evaluate(self, blocks, stop=NEVER):
         """Mean loss over EvaluationBlocks.  Raises DivergedError if it is not finite, and TokensChanged."""
-        loss = mean_loss(self.setup, blocks, stop)
+        loss = self.setup.mean_loss(blocks, stop)
         if not math.isfinite(loss):
             raise diverged(f"the validation loss is {loss}", self.config, self.iter)
         return loss

@@ -20,36 +20,28 @@ import warnings
 from npgpt.signals import SIGNALS
 
 
-class Aside:
-    """process: (its number, the iteration that it saves), or None if there is none."""
-
-    process = None
-
-    def start(self, iteration, save):
-        """Have a new process call save(), which returns whether there is a checkpoint of the iteration now."""
-        if not hasattr(os, "fork"):
-            return
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Python warns of threads, which are not there in the new process
-                child = os.fork()
-        except OSError:  # no memory for it
-            return
-        if child:
-            self.process = child, iteration
-            return
-        saved = False
-        try:
-            os.setsid()  # away from the processes that mpiexec kills
-            for number in SIGNALS:
-                signal.signal(number, signal.SIG_IGN)
-            saved = save()
-        finally:
-            os._exit(not saved)
-
-    def wait(self):
-        """Wait until the process has ended, if there is one; the iteration that it has saved, or None."""
-        process, self.process = self.process, None
-        if process is not None and os.waitpid(process[0], 0)[1] == 0:
-            return process[1]
+def start(save):
+    """The number of a new process that calls save(), which returns whether there is a checkpoint now; None if none."""
+    if not hasattr(os, "fork"):
         return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python warns of threads, which are not there in the new process
+            child = os.fork()
+    except OSError:  # no memory for it
+        return None
+    if child:
+        return child
+    saved = False
+    try:
+        os.setsid()  # away from the processes that mpiexec kills
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        saved = save()
+    finally:
+        os._exit(not saved)
+
+
+def has_saved(child):
+    """Wait until a process has ended; whether it has saved."""
+    return os.waitpid(child, 0)[1] == 0

@@ -11,8 +11,7 @@ import numpy as np
 
 from npgpt.errors import BusyError, CheckpointError, quoted
 from npgpt.files import folder
-from npgpt.run import times
-from npgpt.run.aside import Aside
+from npgpt.run import aside, times
 from npgpt.run.divergence import diverged
 from npgpt.run.events import Notice
 from npgpt.run.state import written
@@ -34,7 +33,7 @@ class Saving:
     saved_iter    the iteration of the last checkpoint
     unsaved       why the last checkpoint, or a row of the log, could not be written: a CheckpointError
     next_save     what the clock of rank 0 shows when it saves between evaluations
-    aside         the process that saves, if there is one
+    aside         (number of the process that saves, the iteration that it saves), if there is one
     """
 
     def __init__(self, setup, standing, overwrite=False, origin=None):
@@ -43,7 +42,7 @@ class Saving:
         self.folder, self.was_open = None, False
         self.saved_iter, self.unsaved = standing.resumed_from, None
         self.next_save, self.said_slow = math.inf, False
-        self.aside = Aside()
+        self.aside = None
 
     # ---- the folder
 
@@ -68,7 +67,8 @@ class Saving:
             self.there = None
             if not self.was_open:
                 # what was agreed on is on the disk before the first update
-                state = written(self.setup, self.standing, **self.origin.kind)
+                val_loss, by_clock = self.origin.state.get("val_loss"), bool(self.origin.state.get("by_clock"))
+                state = written(self.setup, self.standing, val_loss, by_clock)
                 self.folder.go_on_from(self.standing.iter, self.origin.found, *state, bool(self.origin.changes))
         self.folder.open_log(self.standing.iter)
         self.was_open = True
@@ -135,11 +135,12 @@ class Saving:
 
     def save_aside(self):
         """Save in a process of its own, from the memory as it is now: nobody knows how long this one has to live."""
-        iteration, process = self.standing.iter, self.aside.process
-        if self.folder is None or self.saved_iter == iteration or (process and process[1] == iteration):
+        iteration = self.standing.iter
+        if self.folder is None or iteration in (self.saved_iter, self.aside and self.aside[1]):
             return
         self.wait_for_aside()
-        self.aside.start(iteration, self._is_saved)
+        child = aside.start(self._is_saved)
+        self.aside = child and (child, iteration)
 
     def _is_saved(self):
         """Whether there is a checkpoint of the weights as they are, after an attempt to write it."""
@@ -149,9 +150,9 @@ class Saving:
 
     def wait_for_aside(self):
         """Wait until the process that saves, if there is one, has ended."""
-        iteration = self.aside.wait()
-        if iteration is not None:
-            self.saved_iter = iteration
+        process, self.aside = self.aside, None
+        if process and aside.has_saved(process[0]):
+            self.saved_iter = process[1]
 
     def check_saved(self):
         """Raise CheckpointError if the last checkpoint, or a row of the log, could not be written."""

@@ -40,7 +40,7 @@ class Standing:
     elapsed: float = 0.0  # seconds that run() had taken when it was interrupted
     began: float | None = None  # what the clock showed, or would have shown without interruptions, at the first update
     resumed_from: int | None = None  # the iteration of the checkpoint that this run goes on from
-    changes: dict = field(default_factory=dict)  # of settings at that iteration: see _changes_of
+    changes: dict = field(default_factory=dict)  # of settings at that iteration: name -> [old, new]
 
     def start(self):
         """The run goes on from here."""
@@ -84,11 +84,6 @@ class Origin:
         names = (f.name for f in dataclasses.fields(TrainConfig) if f.name != "out_dir")
         both = {name: [getattr(self.before, name), getattr(self.config, name)] for name in names}
         return {name: [old, new] for name, (old, new) in both.items() if old != new}
-
-    @property
-    def kind(self):
-        """What is to be said of this checkpoint only, if it is written anew: see `written`."""
-        return {"val_loss": self.state.get("val_loss"), "by_clock": bool(self.state.get("by_clock"))}
 
 
 @contextlib.contextmanager
@@ -153,11 +148,12 @@ def restored(setup, origin):
         now = setup.environment
         then = {"ranks": 1, "blas_kernels": now["blas_kernels"], **state["environment"]}  # if it does not say
         frozen = [str(name) for name in state.get("frozen", ())]
+        earlier = {**state.get("changed", {})}  # settings that were changed at this very iteration
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the state of the run is not complete ({error})") from None
     for name, parameter in setup.model.named_parameters():
         parameter.requires_grad = name not in frozen
-    earlier, changes = _changes_of(state, path), origin.changes
+    changes = origin.changes
     at.changes = {**earlier, **{k: [earlier.get(k, [old])[0], new] for k, (old, new) in changes.items()}}
     notices = [f"{', '.join(frozen)} stay as they are (requires_grad is False), as before"] if frozen else []
     for name, value in now.items():
@@ -217,14 +213,6 @@ def _check_fixed(before, config):
         old, new = getattr(before, name), getattr(config, name)
         if old != new:
             raise UsageError(f"the run in {config.out_dir} was begun with {name} = {old}; it cannot go on with {new}")
-
-
-def _changes_of(state, path):
-    """The settings that were changed at a checkpoint's own iteration: name -> [old, new]."""
-    changed = state.get("changed", {})
-    if not isinstance(changed, dict):
-        raise CheckpointError(f"{path}: the state of the run is not complete (changed)")
-    return changed
 
 
 def _find_best(state, out_dir):

@@ -35,11 +35,9 @@ NANOGPT_FILES = {"train_shakespeare_char.py": "nanogpt-gpu"}
 
 
 def _boolean(text):
-    if text.lower() in ("true", "yes", "1", "on"):
-        return True
-    if text.lower() in ("false", "no", "0", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    if text.lower() not in ("true", "yes", "1", "on", "false", "no", "0", "off"):
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    return text.lower() in ("true", "yes", "1", "on")
 
 
 def build_parser():
@@ -176,7 +174,7 @@ def _print_sample(trainer, n_tokens, stop):
 @showing_all()
 def main(argv=None, stop=NEVER):
     with joined() as world:
-        return train(sys.argv[1:] if argv is None else argv, stop, world)
+        return train(argv, stop, world)
 
 
 def train(argv, stop, world):
@@ -241,11 +239,7 @@ def train(argv, stop, world):
 
 def command():
     """Entry point of the console script npgpt-train."""
-
-    def stoppable():  # run_command gives back the signals that are caught within it
-        return main(stop=catch_signals())
-
-    run_command(PROG, stoppable)
+    run_command(PROG, lambda: main(stop=catch_signals()))  # which gives back what signals did before
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from npgpt.files import folder
 from npgpt.run import aside, times
 from npgpt.run.divergence import diverged
 from npgpt.run.events import Notice
+from npgpt.run.ranks import ALONE
 from npgpt.run.state import written
 
 SAVE_SHARE = 0.01  # of the time that saves by the clock may take
@@ -25,9 +26,6 @@ class _LogError(CheckpointError):
 
 class Saving:
     """The files of a run.
-
-    overwrite     whether an earlier run in its folder may be lost
-    origin        the Origin that the run goes on from, if it does
 
     folder        the RunFolder, while the run goes on, on rank 0
     saved_iter    the iteration of the last checkpoint
@@ -94,8 +92,12 @@ class Saving:
             what = "weights are not finite: no checkpoint is written of them"
             raise diverged(what, self.setup.config, self.standing.iter)
 
-    def save(self, val_loss=None, by_clock=False):
-        """Write a checkpoint of the weights as they are, unless there is one.  Returns a list of Notices."""
+    def save(self, val_loss=None, by_clock=False, world=None):
+        """Write a checkpoint of the weights as they are, unless there is one.  Returns a list of Notices.
+
+        Raises DivergedError if they are not finite; world: who learns of it, by default all ranks.
+        """
+        (world or self.setup.world).first(self.check_weights)
         self.wait_for_aside()
         if self.folder is None or (self.saved_iter == self.standing.iter and val_loss is None):
             return []
@@ -129,10 +131,6 @@ class Saving:
         )
         return [Notice(words)]
 
-    def is_due(self):
-        """Whether the clock asks for a save."""
-        return times.clock() >= self.next_save
-
     def save_aside(self):
         """Save in a process of its own, from the memory as it is now: nobody knows how long this one has to live."""
         iteration = self.standing.iter
@@ -144,8 +142,7 @@ class Saving:
 
     def _is_saved(self):
         """Whether there is a checkpoint of the weights as they are, after an attempt to write it."""
-        self.check_weights()
-        self.save()
+        self.save(world=ALONE)
         return self.saved_iter == self.standing.iter
 
     def wait_for_aside(self):

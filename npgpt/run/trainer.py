@@ -98,7 +98,7 @@ class Trainer:
             loss += parallel.forward_backward(
                 x[mine], y[mine], seed, weight=1 / n, offset=mine.start, last=i == setup.micro_steps[-1]
             ) / n  # fmt: skip
-        squares, due = parallel.gather_grads(), self.saving.is_due()
+        squares, due = parallel.gather_grads(), times.clock() >= self.saving.next_save
         loss, squares, due, gone = setup.world.sum(stop, loss, squares, due, setup.tokens.changed())
         if gone:
             raise setup.tokens.error()
@@ -171,14 +171,12 @@ class Trainer:
             self.setup.broadcast()
             yield
         except (StopNow, TokensChanged) as stopped:
-            world.first(saving.check_weights)
             saving.save()
             if isinstance(stopped, TokensChanged):
                 raise TokensChanged(f"{stopped}; {saving.farewell()}, with the data as they were") from None
             raise StoppedError(stopped.number, saving.farewell()) from None
         except GeneratorExit:  # nobody asks for the next event: the output was closed, say
-            saving.check_weights()
-            saving.save()
+            saving.save(world=ALONE)
             raise
         finally:
             stop.warned = None
@@ -219,7 +217,6 @@ class Trainer:
             yield progress
         if self.save_is_due:
             started = times.clock()
-            self.setup.world.first(saving.check_weights)
             notices = saving.save(by_clock=True)
             pace.since += times.clock() - started
             yield from notices
@@ -249,7 +246,6 @@ class Trainer:
         setup, at, saving, patience = self.setup, self.standing, self.saving, self.config.patience
         loss = setup.mean_loss(setup.val_sample, stop)
         if not math.isfinite(loss):  # of text that the training may know nothing of: what was learnt is not lost
-            setup.world.first(saving.check_weights)
             yield from saving.save()
             raise diverged(f"the validation loss is {loss}", setup.config, at.iter)
         is_best = at.evaluated(loss)
@@ -258,7 +254,6 @@ class Trainer:
                 "the ranks' weights were no longer the same (are their processors, and numbers of threads?); "
                 "now all have those of rank 0"
             )
-        setup.world.first(saving.check_weights)
         yield from saving.save(loss)
         if at.iter == 0 and (words := doubt_of(setup.config, setup.model, loss)):
             yield Notice(words)

@@ -3,12 +3,11 @@
 Open MPI's mpiexec, told to end, sends SIGCONT to its processes, then SIGTERM, and SIGKILL half a second later: too soon
 for a large model's checkpoint.  So
 
-- npgpt.signals.catch_signals takes SIGCONT for a warning, and calls `Stop.warned` at once, between any two instructions
-  of the main thread; but not within `held`, where weights, moments and iteration do not belong together: then it waits
-  until `held` is over;
+- npgpt.signals.catch_signals takes SIGCONT for a warning, and calls `Stop.warned` between any two instructions of the
+  main thread; but not within `held`, where weights, moments and iteration do not belong together: then it waits;
 - while a run of several ranks goes on, `Stop.warned` is Saving.save_aside, which starts the process that is here: a
-  fork, which has the memory as it is now, and in a session of its own, which mpiexec does not know;
-- if the run lives on, whoever saves next waits for that process first, so that no two write a checkpoint at a time.
+  fork, which has the memory as it is now, in a session of its own, which mpiexec does not know;
+- if the run lives on, whoever saves next waits for that process first: no two write a checkpoint at a time.
 
 Where a process cannot fork (Windows) nothing is started, and the last checkpoint is what a killed run goes on from.
 """

@@ -45,10 +45,7 @@ class Saving:
     # ---- the folder
 
     def open(self):
-        """Take the run folder into possession, and put away what this run replaces.
-
-        Raises BusyError, UsageError and CheckpointError.
-        """
+        """Take the run folder into possession.  Raises BusyError, UsageError and CheckpointError."""
         out_dir = self.setup.out_dir
         self.folder = folder.RunFolder(out_dir)
         if self.origin is None and not self.was_open:
@@ -125,11 +122,8 @@ class Saving:
         if least <= asked or self.said_slow:
             return []
         self.said_slow = True
-        words = (
-            f"a save takes {took:.3g} s: between evaluations one comes every {least / 60:.3g} minutes, not every "
-            f"{minutes:g}, so that saves take no more than {SAVE_SHARE:.0%} of the time"
-        )
-        return [Notice(words)]
+        words = f"a save takes {took:.3g} s: between evaluations one comes every {least / 60:.3g} minutes, not every "
+        return [Notice(f"{words}{minutes:g}, so that saves take no more than {SAVE_SHARE:.0%} of the time")]
 
     def save_aside(self):
         """Save in a process of its own, from the memory as it is now: nobody knows how long this one has to live."""

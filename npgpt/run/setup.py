@@ -86,10 +86,7 @@ class Setup:
         return ("", self.parallel.flat.weights), ("adamw.m.", self.optimizer.m), ("adamw.v.", self.optimizer.v)
 
     def micro_batches(self, iteration, numbers=None):
-        """Micro-steps of an update, by default all: of each x, y (B, T) and the seed of its dropout masks.
-
-        They are the same for any number of ranks.
-        """
+        """Micro-steps of an update, by default all: of each x, y (B, T) and the seed of its dropout masks."""
         config, n_micro = self.config, self.config.gradient_accumulation_steps
         for i in range(n_micro) if numbers is None else numbers:
             if self.tokens.changed():
@@ -155,9 +152,7 @@ class Setup:
 def prepare(config, world, stop, overwrite=False, force=False, origin=None):
     """The Setup of a run, as it is before the first update.  Raises UsageError and CheckpointError.
 
-    overwrite    whether an earlier run in config.out_dir may be lost
-    force        whether to begin even if the memory seems too small
-    origin       the Origin that the run goes on from, if it does
+    overwrite, force as for a Trainer; origin: the Origin that the run goes on from, if it does.
     """
     if origin is None:
         world.first(lambda: _refuse(config, overwrite))
@@ -171,9 +166,7 @@ def prepare(config, world, stop, overwrite=False, force=False, origin=None):
     words, vocab_size, n_characters, n_bytes, fingerprint, most_tokens = told
     tokenizer = world.agree(lambda: from_dict(words) if tokenizer is None else tokenizer)
     n_sequences = sequences.stop - sequences.start
-    workers, blas = choose_threads(
-        n_sequences, config.block_size, config.workers, config.blas_threads, world.cores
-    )
+    workers, blas = choose_threads(n_sequences, config.block_size, config.workers, config.blas_threads, world.cores)
 
     def needed(n_tokens):
         return memory.of_rank(config, world, vocab_size, n_tokens, n_sequences, workers)

@@ -1,5 +1,6 @@
 """The tokens of a run: in a file that its folder holds, or in --data; all ranks map them, and see when they change."""
 
+import contextlib
 import hashlib
 import json
 import time
@@ -100,12 +101,9 @@ def _encoded(config, corpus, tokenizer):
         blocks_of(config, *split(range(n), config.val_fraction))  # they look at the length only
     path = folder.tokens_file(config.out_dir, name)
     if path is None:  # there are none, or they are damaged
-        run = folder.RunFolder(config.out_dir)
-        try:
+        with contextlib.closing(folder.RunFolder(config.out_dir)) as run:
             parts = tokenizer.encode_pieces(corpus.pieces())
             path = run.write_tokens(name, (part.astype(_dtype(tokenizer)) for part in parts))
-        finally:
-            run.close()
     return path.name, map_tokens(path, _dtype(tokenizer))
 
 

@@ -372,7 +372,7 @@ def test_the_first_threads_clock_decides_when_all_save(config, monkeypatch):
         trainer = first.get(threading.get_ident())
         return 1e9 if trainer is None else trainer.iter * 60.0
 
-    monkeypatch.setattr("npgpt.run.times.clock", clock)
+    monkeypatch.setattr("npgpt.run.state.clock", clock)
 
     def work(world):
         trainer = Trainer(variant(config, eval_interval=100, save_minutes=3.0), world=world)

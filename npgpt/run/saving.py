@@ -11,11 +11,10 @@ import numpy as np
 
 from npgpt.errors import BusyError, CheckpointError, quoted
 from npgpt.files import folder
-from npgpt.run import aside, times
+from npgpt.run import aside, state
 from npgpt.run.divergence import diverged
 from npgpt.run.events import Notice
 from npgpt.run.ranks import ALONE
-from npgpt.run.state import written
 
 SAVE_SHARE = 0.01  # of the time that saves by the clock may take
 
@@ -63,8 +62,8 @@ class Saving:
             if not self.was_open:
                 # what was agreed on is on the disk before the first update
                 val_loss, by_clock = self.origin.state.get("val_loss"), bool(self.origin.state.get("by_clock"))
-                state = written(self.setup, self.standing, val_loss, by_clock)
-                self.folder.go_on_from(self.standing.iter, self.origin.found, *state, bool(self.origin.changes))
+                now = state.written(self.setup, self.standing, val_loss, by_clock)
+                self.folder.go_on_from(self.standing.iter, self.origin.found, *now, bool(self.origin.changes))
         self.folder.open_log(self.standing.iter)
         self.was_open = True
 
@@ -99,15 +98,15 @@ class Saving:
         if self.folder is None or (self.saved_iter == self.standing.iter and val_loss is None):
             return []
         self.check_model()
-        started, notices = times.clock(), []
+        started, notices = state.clock(), []
         try:
-            state = written(self.setup, self.standing, val_loss, by_clock)
-            self.folder.save(self.standing.iter, *state, self.setup.config.keep)
+            now = state.written(self.setup, self.standing, val_loss, by_clock)
+            self.folder.save(self.standing.iter, *now, self.setup.config.keep)
             self.saved_iter, self.unsaved = self.standing.iter, None
         except CheckpointError as error:
             self.unsaved = error
             notices.append(Notice(f"{error}; the training goes on, and tries again at the next save"))
-        return [*notices, *self.set_next_save(times.clock() - started)]
+        return [*notices, *self.set_next_save(state.clock() - started)]
 
     def set_next_save(self, took=0.0):
         """Say when the clock saves next, after a save of so many seconds.
@@ -118,7 +117,7 @@ class Saving:
         if self.folder is None or not minutes:
             return []
         asked, least = 60 * minutes, took / SAVE_SHARE
-        self.next_save = times.clock() + max(asked, least)
+        self.next_save = state.clock() + max(asked, least)
         if least <= asked or self.said_slow:
             return []
         self.said_slow = True

@@ -26,7 +26,7 @@ from npgpt.run.beginning import beginning
 from npgpt.run.parallel import DataParallel, choose_threads
 from npgpt.run.ranks import World, share
 from npgpt.run.state import vocab_size_of
-from npgpt.run.tokens import Tokens, blocks_of, prepare_tokens
+from npgpt.run.tokens import Tokens, TokensChanged, blocks_of, prepare_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,10 +119,16 @@ class Setup:
                 total, count = total + loss, count + n
         finally:
             self.parallel.train(True)
-        total, count, gone = self.world.sum(stop, total, count, self.tokens.changed())
-        if gone:
-            raise self.tokens.error()
+        total, count = self.sum(stop, total, count)
         return total / count
+
+    def sum(self, stop, *numbers):
+        """World.sum.  Raises TokensChanged, too, on all ranks, if the tokens of one have changed."""
+        *totals, gone = self.world.sum(stop, *numbers, self.tokens.changed())
+        if gone:
+            file = self.tokens.gone or " ".join(self.config.data)
+            raise TokensChanged(f"data: {file} was changed while the run read it")
+        return totals
 
     def broadcast(self):
         """Make all that a checkpoint holds what it is on rank 0."""

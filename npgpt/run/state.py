@@ -1,4 +1,4 @@
-"""Where a run stands, and what of it goes to a checkpoint and comes from one.
+"""Where a run stands, how fast it is, and what of it goes to a checkpoint and comes from one.
 
     standing, notices = begun(setup)                 a new run; or, going on with one that was interrupted:
     with opened(path, changes, world) as origin:
@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from npgpt import __version__
 from npgpt.config import TrainConfig, contradictions
 from npgpt.errors import CheckpointError, UsageError, user_path
 from npgpt.files import checkpoint, folder
-from npgpt.run import times
+
+clock = time.perf_counter  # whoever asks for the time calls state.clock(), so that tests can set it
 
 # settings without which a run would not be the same run any more
 FIXED = (
@@ -44,7 +46,7 @@ class Standing:
 
     def start(self):
         """The run goes on from here."""
-        self.began = times.clock() - self.elapsed
+        self.began = clock() - self.elapsed
 
     def pause(self):
         """The run is interrupted."""
@@ -52,7 +54,7 @@ class Standing:
 
     def seconds(self):
         """That run() has taken up to now."""
-        return self.elapsed if self.began is None else times.clock() - self.began
+        return self.elapsed if self.began is None else clock() - self.began
 
     def evaluated(self, loss):
         """Note the validation loss of the weights as they are; whether it is the best so far."""
@@ -64,6 +66,38 @@ class Standing:
             self.since_best += 1
         self.evaluated_iter = self.iter
         return is_best
+
+
+class Pace:
+    """How fast a run is, and how much time is left.
+
+    iteration   the one that it begins at
+    tokens      of an update
+    most        iterations that there will be
+
+    since       when the speed began to be measured; to be put off by what was not spent on training
+    """
+
+    def __init__(self, iteration, tokens, most):
+        self.tokens, self.most = tokens, most
+        self.steady = None  # (time, iteration) after the first update: from there on all take about the same time
+        self.restart(iteration)
+
+    def restart(self, iteration):
+        """Measure the speed from now on."""
+        self.since, self.since_iter = clock(), iteration
+
+    def measure(self, iteration, restart):
+        """(tokens per second, seconds left or None) after an update; restart: whether to measure from here on."""
+        now, left = clock(), None
+        speed = (iteration - self.since_iter) * self.tokens / (now - self.since) if now > self.since else math.inf
+        if self.steady is None:
+            self.steady = now, iteration
+        else:
+            left = (now - self.steady[0]) / (iteration - self.steady[1]) * (self.most - iteration)
+        if restart:
+            self.since, self.since_iter = now, iteration
+        return speed, left
 
 
 @dataclass(frozen=True, eq=False)

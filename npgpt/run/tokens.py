@@ -34,7 +34,6 @@ class Tokens:
     def __init__(self, config, fingerprint, splits, file, repeated_lines=None, notes=()):
         self.train, self.val = splits
         self.file, self.repeated_lines, self.notes, self.gone = file, repeated_lines, notes, None
-        self._sources = " ".join(config.data)
         if file is not None:
             path = Path(config.out_dir) / file
             self._watch = Watch({path: self.train}, lambda: folder.is_whole(path))
@@ -50,10 +49,6 @@ class Tokens:
         """Whether the tokens are not what they were any more: then nobody may look at them."""
         self.gone = self.gone or self._watch.changed()
         return self.gone is not None
-
-    def error(self):
-        """The TokensChanged to raise, on all ranks, if those of one have changed."""
-        return TokensChanged(f"data: {self.gone or self._sources} was changed while the run read it")
 
 
 def prepare_tokens(config, world, data, tokenizer, fingerprint):

@@ -23,7 +23,7 @@ from npgpt.generate.writer import Writer
 from npgpt.kernels.profiler import profiling
 from npgpt.model import GPT
 from npgpt.optim import clip_scale
-from npgpt.run import state, times
+from npgpt.run import state
 from npgpt.run.audit import BOUND
 from npgpt.run.beginning import doubt_of
 from npgpt.run.divergence import diverged, first_not_finite
@@ -98,10 +98,8 @@ class Trainer:
             loss += parallel.forward_backward(
                 x[mine], y[mine], seed, weight=1 / n, offset=mine.start, last=i == setup.micro_steps[-1]
             ) / n  # fmt: skip
-        squares, due = parallel.gather_grads(), times.clock() >= self.saving.next_save
-        loss, squares, due, gone = setup.world.sum(stop, loss, squares, due, setup.tokens.changed())
-        if gone:
-            raise setup.tokens.error()
+        squares, due = parallel.gather_grads(), state.clock() >= self.saving.next_save
+        loss, squares, due = setup.sum(stop, loss, squares, due)
         self.save_is_due = due > 0
         norm, lr = math.sqrt(squares), setup.learning_rate(at.iter)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
@@ -191,7 +189,7 @@ class Trainer:
         if at.resumed_from == at.iter and at.changes:
             yield from saving.log({"iter": at.iter, "changed": at.changes})
         at.start()
-        self.pace = times.Pace(at.iter, self.setup.tokens_per_iter, self.setup.max_iters)
+        self.pace = state.Pace(at.iter, self.setup.tokens_per_iter, self.setup.max_iters)
         yield from saving.set_next_save()
 
     def _update(self, stop, evaluation):
@@ -216,9 +214,9 @@ class Trainer:
         if is_told:
             yield progress
         if self.save_is_due:
-            started = times.clock()
+            started = state.clock()
             notices = saving.save(by_clock=True)
-            pace.since += times.clock() - started
+            pace.since += state.clock() - started
             yield from notices
 
     def _is_audited(self):

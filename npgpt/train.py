@@ -59,13 +59,12 @@ def build_parser():
         options = {"dest": setting.name, "default": argparse.SUPPRESS, "help": setting.metadata["help"]}
         kind = next((t for t in typing.get_args(hints[setting.name]) if t is not type(None)), hints[setting.name])
         if kind is tuple:
-            options.update(nargs="+", type=FileName, metavar="SOURCE")
+            options |= {"nargs": "+", "type": FileName, "metavar": "SOURCE"}
         elif kind is bool:
-            options.update(type=_boolean, nargs="?", const=True, metavar="BOOL")
+            options |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
         else:
-            options.update(type=kind, metavar={int: "N", float: "X", str: "TEXT"}[kind])
-            if setting.metadata["is_path"]:
-                options["type"] = FileName
+            its_type = FileName if setting.metadata["is_path"] else kind
+            options |= {"type": its_type, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
         if setting.default is not None:
             shown = " ".join(setting.default) if kind is tuple else setting.default
             options["help"] += f" (default: {shown})".replace("%", "%%")

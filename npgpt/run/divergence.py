@@ -11,20 +11,16 @@ from npgpt.kernels.masks import random_stream
 
 def diverged(what, config, iteration):
     """The DivergedError of a run; what: which number is not finite."""
-    good = folder.checkpoints(config.out_dir)
-    hint = f"; the last good checkpoint is {good[0]}" if good else ""
-    return DivergedError(f"{what} at iteration {iteration}{hint}. Try a smaller {_flag_too_large(config)}")
-
-
-def _flag_too_large(config):
-    """The flag of the setting that is farthest above its default, of those that make a run diverge."""
-    factors = {
+    factors = {  # how far settings that make a run diverge are above their defaults
         "learning_rate": config.learning_rate / TrainConfig.learning_rate,
         "min_lr": (config.min_lr or 0) / TrainConfig.learning_rate if config.decay_lr else 0,
         "muon_learning_rate": config.muon_learning_rate / TrainConfig.muon_learning_rate * (config.optimizer == "muon"),
         "weight_decay": config.weight_decay * config.learning_rate,  # from 1 on, weights change their sign
     }
-    return "--" + max(factors, key=factors.get).replace("_", "-")
+    flag = max(factors, key=factors.get).replace("_", "-")
+    good = folder.checkpoints(config.out_dir)
+    hint = f"; the last good checkpoint is {good[0]}" if good else ""
+    return DivergedError(f"{what} at iteration {iteration}{hint}. Try a smaller --{flag}")
 
 
 class _NotFinite(Exception):

@@ -40,9 +40,7 @@ def share(rank, size, micro_steps, batch_size):
     """(range of the micro-steps, slice of each one's sequences) that are a rank's share of an update.
 
     Whole micro-steps as far as they go round, so that matrices stay large; what is left is a cut through each of them:
-    4 ranks have one micro-step each of 4, a half of one of 2, and a quarter of 1.
-
-    Raises UsageError if the number of ranks does not divide the number of sequences: their shares must be equal.
+    4 ranks have one micro-step each of 4, a half of one of 2, and a quarter of 1.  Raises UsageError if it is not even.
     """
     groups = math.gcd(size, micro_steps)
     parts = size // groups
@@ -141,8 +139,8 @@ class MPIWorld(World):
         self._begun = []  # requests
         local = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_size = local.size
-        # On one machine the ranks' own cores move the bytes: then there is nothing to gain from sending behind the
-        # backward, and a sum that is waited for is three to eight times faster than one that is begun.
+        # on one machine the ranks' own cores move the bytes: nothing is gained by sending behind the backward, and a
+        # sum that is waited for is three to eight times faster than one that is begun
         self.between_machines = local.size < self.size
         # whether mpiexec gave each rank cores of its own or all of them the same, each has its part of all of them; and
         # its part of the quota: the ranks of a machine are taken to be in one container

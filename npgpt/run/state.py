@@ -1,10 +1,9 @@
 """Where a run stands, how fast it is, and what of it goes to a checkpoint and comes from one.
 
-    standing, notices = begun(setup)                 a new run; or, going on with one that was interrupted:
-    with opened(path, changes, world) as origin:
+    with opened(path, changes, world) as origin:            for a new run, origin is None
         setup = prepare(origin.config, ..., origin=origin)
-        standing, notices = restored(setup, origin)
-    arrays, state = written(setup, standing)         what folder.RunFolder.save writes
+        standing, notices = first(setup, origin)
+    arrays, state = written(setup, standing)                what folder.RunFolder.save writes
 """
 
 import contextlib
@@ -156,19 +155,15 @@ def _find(path, changes, stack):
     return (found, reader, there), (state, str(out_dir))
 
 
-def begun(setup):
-    """(Standing, lines for a person) of a new run."""
-    config, notices = setup.config, [*contradictions(setup.config, setup.max_iters)]
-    if config.init_from is not None and (words := setup.world.first(lambda: folder.choice(config.init_from))):
-        notices.append(f"init_from: {words}")
-    return Standing(), notices
-
-
-def restored(setup, origin):
-    """(Standing, lines for a person) of the run that wrote a checkpoint; its arrays go straight to their places.
+def first(setup, origin):
+    """(Standing, lines for a person) of a run: a new one, or that of an Origin, whose arrays go to their places.
 
     Raises CheckpointError.
     """
+    config, contradicting = setup.config, [*contradictions(setup.config, setup.max_iters)]
+    if origin is None:
+        words = setup.world.first(lambda: config.init_from and folder.choice(config.init_from))
+        return Standing(), [*contradicting, *([f"init_from: {words}"] if words else [])]
     path, state = origin.path, origin.state
     setup.world.first(lambda: _read_arrays(setup, origin))
     try:
@@ -193,8 +188,7 @@ def restored(setup, origin):
     for name, value in now.items():
         if then.get(name) != value:
             notices.append(f"{name} was {then.get(name)} and is {value}: the run goes on, but not with the same bits")
-    if changes:
-        notices += contradictions(setup.config, setup.max_iters)
+    notices += contradicting if changes else []
     notices += (f"{name} was {old} and is {new} from iteration {at.iter:,} on" for name, (old, new) in changes.items())
     return at, notices
 
@@ -202,12 +196,10 @@ def restored(setup, origin):
 def _read_arrays(setup, origin):
     for prefix, values in setup.arrays():
         for name, view in setup.parallel.flat.views(values):
-            entry = origin.reader.entries.get(prefix + name)
+            full, entry = prefix + name, origin.reader.entries.get(prefix + name)
             if entry is None or entry.shape != view.shape or entry.dtype not in checkpoint.FLOATS:
-                raise CheckpointError(
-                    f"{origin.path}: {prefix + name} is missing, or has another shape than {view.shape}"
-                )
-            origin.reader.copy_to(prefix + name, view)
+                raise CheckpointError(f"{origin.path}: {full} is missing, or has another shape than {view.shape}")
+            origin.reader.copy_to(full, view)
 
 
 def written(setup, standing, val_loss=None, by_clock=False):

@@ -58,15 +58,13 @@ class Trainer:
         """Train to the end; yields a Progress after each logged update and an Evaluation at each evaluation.
 
         stop: a Stop; when it has a number, the work ends within a micro-step, a checkpoint is written, and StoppedError
-        is raised.  Raises DivergedError, GradientError, BusyError, and CheckpointError if at the end the last
-        checkpoint or the log could not be written; while it goes on, such a failure is a Notice.
+        is raised.  Without it, Ctrl-C (or a notebook's stop button) does the same, and KeyboardInterrupt is raised.
 
-        Parameters of `model` with requires_grad = False stay as they are, also after a resume.  Raises ValueError for a
-        model that was made another one than its config says, before anything of it is written.
+        Called again, it goes on where the loop over it was left, and yields nothing if it had come to the end.
+        Parameters of `model` with requires_grad = False stay as they are, also after a resume.
 
-        Called again, it goes on where the loop over it was left, and yields nothing if it had come to the end.  Without
-        a `stop`, Ctrl-C (or a notebook's stop button) does not break an update: a checkpoint is written after it, and
-        KeyboardInterrupt is raised.
+        Raises DivergedError, GradientError, BusyError; CheckpointError if at the end the last checkpoint or the log
+        could not be written (while it goes on, that is a Notice); and ValueError for a model that is not GPT(config).
         """
         if self.at_end:
             return
@@ -121,11 +119,10 @@ class Trainer:
     def __init__(self, config, overwrite=False, profile=None, force=False, stop=NEVER, world=ALONE, *, origin=None):
         """origin: the Origin that the run goes on from; see `resume`, which opens it."""
         self.setup = prepare(config, world, stop, overwrite, force, origin)
-        # notices: what run() has to say first
-        self.standing, self.notices = state.begun(self.setup) if origin is None else state.restored(self.setup, origin)
+        self.standing, self.notices = state.first(self.setup, origin)  # notices: what run() has to say at first
         self.saving = Saving(self.setup, self.standing, overwrite, origin)
         self.profile, self.pace = profile, None
-        self.audit, self.audited_iter = None, None  # of the last update if it was audited; the last that passed
+        self.audit, self.audited_iter = None, -1  # of the last update if it was audited; the last that passed
         self.save_is_due = False  # whether at the last update rank 0's clock asked for a save
         self.at_end = False  # whether run() came to the end
 
@@ -133,9 +130,7 @@ class Trainer:
     def resume(cls, path, changes=None, profile=None, force=False, stop=NEVER, world=ALONE):
         """The run in a folder, or in a checkpoint file, as it stood when its newest checkpoint was written.
 
-        changes    settings that are to be other than before, as a dict
-        profile, force, stop, world    as for a new run
-
+        changes: settings that are to be other than before, as a dict; the rest is as for a new run.
         Raises CheckpointError if there is no good checkpoint, and UsageError if data or changes do not fit it.
         """
         with state.opened(path, changes, world) as origin:
@@ -229,7 +224,7 @@ class Trainer:
             self.audit = auditor.audit(list(self.setup.micro_batches(iteration)), (self.config.seed, iteration), stop)
         (wrong,) = self.setup.world.sum(stop, self.audit is not None and not self.audit.passed)
         if wrong:
-            good = folder.newest_until(self.out_dir, 0 if self.audited_iter is None else self.audited_iter + 1)
+            good = folder.newest_until(self.out_dir, self.audited_iter + 1)
             worst = self.audit and self.audit.worst  # there is none where rank 0 has the words
             raise GradientError(
                 f"the gradient at iteration {iteration} is wrong: {worst}, bound {BOUND:.0e}; nothing of it "

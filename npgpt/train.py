@@ -168,6 +168,7 @@ def _print_sample(trainer, n_tokens, stop):
             if stop.number is not None:
                 break
         say()
+    say("-" * 60)
 
 
 @showing_all()
@@ -223,11 +224,9 @@ def train(argv, stop, world):
             say(f"iter {event.iter:>6,} | validation loss {event.val_loss:.4f}{' (best so far)' * event.is_best}")
             if event.val_loss_whole is None:
                 _print_sample(trainer, trainer.config.sample_tokens, stop)
-                say("-" * 60)
                 continue
             say(f"whole validation split: loss {event.val_loss_whole:.4f}")
             _print_sample(trainer, trainer.config.final_sample_tokens, stop)
-            say("-" * 60)
             say(f"best validation loss {trainer.best_loss:.4f} at iteration {trainer.best_iter:,}; sample from it:")
             say(f"  python -m npgpt.sample --out-dir {quoted(trainer.out_dir)}")
             say(f"its loss curve:\n  python -m npgpt.plot {quoted(trainer.out_dir)}")

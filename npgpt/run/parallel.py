@@ -109,11 +109,10 @@ class DataParallel:
 
     def _twin(self):
         """A Replica of the model as it is, over the same weights.  Raises ValueError for what cannot be copied."""
-        own = next((place for place in structure(self.model) if place.rpartition(".")[2] == "forward"), None)
-        if own is not None:
-            raise ValueError(
-                f"workers: model.{own} was set on this object alone, and would go on calling it; make it a class"
-            )
+        for place in structure(self.model):
+            if place.rpartition(".")[2] == "forward":
+                words = "was set on this object alone, and would go on calling it; make it a class"
+                raise ValueError(f"workers: model.{place} {words}")
         # what is not to be copied: FlatParameters give the twin its places
         shared = [getattr(self.model, "tokenizer", None)]
         shared += [array for parameter in self.model.parameters() for array in (parameter.data, parameter.grad)]

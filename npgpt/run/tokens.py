@@ -54,8 +54,7 @@ class Tokens:
 def prepare_tokens(config, world, data, tokenizer, fingerprint):
     """The Tokens of a run; data: what open_data gives, on rank 0.
 
-    Raises UsageError for a text that is too short, CheckpointError if the file cannot be written, and BusyError if
-    another training writes to the folder.
+    Raises UsageError for a text that is too short, CheckpointError if the file cannot be written, and BusyError.
     """
 
     def read():

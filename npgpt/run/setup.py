@@ -61,11 +61,6 @@ class Setup:
         return Path(self.config.out_dir)
 
     @property
-    def n_sequences(self):
-        """Of a micro-step that are this rank's."""
-        return self.sequences.stop - self.sequences.start
-
-    @property
     def tokens_per_iter(self):
         return self.config.batch_size * self.config.block_size * self.config.gradient_accumulation_steps
 
@@ -109,7 +104,7 @@ class Setup:
 
         Raises TokensChanged, and StopNow.
         """
-        total, count, B = 0, 0, self.n_sequences
+        total, count, B = 0, 0, self.sequences.stop - self.sequences.start
         self.parallel.train(False)
         try:
             for i in range(self.world.rank * B, len(blocks), self.world.size * B):

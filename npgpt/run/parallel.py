@@ -88,10 +88,10 @@ class DataParallel:
         self.slices = _cut(slice(0, size), self.n_threads)
         self.mine = _cut(slice(0, size), world.size)[world.rank]  # this rank's part of the sum of squares
         self.buckets = self._buckets()
-        self.bucket_of = {  # parameter's name -> number of its bucket
-            name: next(n for n, bucket in enumerate(self.buckets) if bucket.start <= place.start < bucket.stop)
-            for name, place in self.flat.names.items()
-        }
+        self.bucket_of = [  # number of each parameter's bucket
+            next(n for n, bucket in enumerate(self.buckets) if bucket.start <= place.start < bucket.stop)
+            for place in self.flat.names.values()
+        ]
         self._crew = Crew(min(self.n_threads, processors()) - 1, "npgpt-worker")
 
     def each(self, work, n=None):
@@ -226,8 +226,7 @@ class DataParallel:
         done = [0] * len(self.replicas)  # buckets that each worker is done with
 
         def context(rank):
-            parameters = dict(zip(self.flat.names, self.replicas[rank].flat.parameters, strict=True))
-            bucket_of = {id(parameters[name]): n for name, n in self.bucket_of.items()}
+            bucket_of = dict(zip(map(id, self.replicas[rank].flat.parameters), self.bucket_of, strict=True))
             uses = [0] * len(self.buckets)  # of each bucket's parameters, which the backward has not passed yet
 
             def count(parents, change):

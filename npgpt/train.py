@@ -35,11 +35,9 @@ NANOGPT_FILES = {"train_shakespeare_char.py": "nanogpt-gpu"}
 
 
 def _boolean(text):
-    if text.lower() in ("true", "yes", "1", "on"):
-        return True
-    if text.lower() in ("false", "no", "0", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    if text.lower() not in ("true", "yes", "1", "on", "false", "no", "0", "off"):
+        raise argparse.ArgumentTypeError(f"expected True or False, got {text!r}")
+    return text.lower() in ("true", "yes", "1", "on")
 
 
 def build_parser():
@@ -61,13 +59,12 @@ def build_parser():
         options = {"dest": setting.name, "default": argparse.SUPPRESS, "help": setting.metadata["help"]}
         kind = next((t for t in typing.get_args(hints[setting.name]) if t is not type(None)), hints[setting.name])
         if kind is tuple:
-            options.update(nargs="+", type=FileName, metavar="SOURCE")
+            options |= {"nargs": "+", "type": FileName, "metavar": "SOURCE"}
         elif kind is bool:
-            options.update(type=_boolean, nargs="?", const=True, metavar="BOOL")
+            options |= {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
         else:
-            options.update(type=kind, metavar={int: "N", float: "X", str: "TEXT"}[kind])
-            if setting.metadata["is_path"]:
-                options["type"] = FileName
+            its_type = FileName if setting.metadata["is_path"] else kind
+            options |= {"type": its_type, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
         if setting.default is not None:
             shown = " ".join(setting.default) if kind is tuple else setting.default
             options["help"] += f" (default: {shown})".replace("%", "%%")
@@ -171,12 +168,13 @@ def _print_sample(trainer, n_tokens, stop):
             if stop.number is not None:
                 break
         say()
+    say("-" * 60)
 
 
 @showing_all()
 def main(argv=None, stop=NEVER):
     with joined() as world:
-        return train(sys.argv[1:] if argv is None else argv, stop, world)
+        return train(argv, stop, world)
 
 
 def train(argv, stop, world):
@@ -226,11 +224,9 @@ def train(argv, stop, world):
             say(f"iter {event.iter:>6,} | validation loss {event.val_loss:.4f}{' (best so far)' * event.is_best}")
             if event.val_loss_whole is None:
                 _print_sample(trainer, trainer.config.sample_tokens, stop)
-                say("-" * 60)
                 continue
             say(f"whole validation split: loss {event.val_loss_whole:.4f}")
             _print_sample(trainer, trainer.config.final_sample_tokens, stop)
-            say("-" * 60)
             say(f"best validation loss {trainer.best_loss:.4f} at iteration {trainer.best_iter:,}; sample from it:")
             say(f"  python -m npgpt.sample --out-dir {quoted(trainer.out_dir)}")
             say(f"its loss curve:\n  python -m npgpt.plot {quoted(trainer.out_dir)}")
@@ -241,11 +237,7 @@ def train(argv, stop, world):
 
 def command():
     """Entry point of the console script npgpt-train."""
-
-    def stoppable():  # run_command gives back the signals that are caught within it
-        return main(stop=catch_signals())
-
-    run_command(PROG, stoppable)
+    run_command(PROG, lambda: main(stop=catch_signals()))  # which gives back what signals did before
 
 
 if __name__ == "__main__":

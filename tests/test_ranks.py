@@ -317,11 +317,11 @@ def test_a_process_of_its_own_saves_when_a_warning_comes(config):
         for event in trainer.run(stop if world.rank == 0 else Stop()):
             if isinstance(event, Progress) and event.iter == 1 and world.rank == 0:
                 stop.warned()
-                aside = trainer.saving.aside.process
+                aside = trainer.saving.aside
                 stop.warned()  # once is enough
-                assert aside is trainer.saving.aside.process and aside[1] == 2 == trainer.iter
+                assert aside is trainer.saving.aside and aside[1] == 2 == trainer.iter
                 trainer.saving.wait_for_aside()
-                assert trainer.saving.saved_iter == 2 and trainer.saving.aside.process is None
+                assert trainer.saving.saved_iter == 2 and trainer.saving.aside is None
                 assert folder.load(folder.newest(config.out_dir))[1]["iter"] == 2
         return trainer.parallel.flat.weights
 
@@ -372,7 +372,7 @@ def test_the_first_threads_clock_decides_when_all_save(config, monkeypatch):
         trainer = first.get(threading.get_ident())
         return 1e9 if trainer is None else trainer.iter * 60.0
 
-    monkeypatch.setattr("npgpt.run.times.clock", clock)
+    monkeypatch.setattr("npgpt.run.state.clock", clock)
 
     def work(world):
         trainer = Trainer(variant(config, eval_interval=100, save_minutes=3.0), world=world)

@@ -13,7 +13,7 @@ from npgpt.config import TrainConfig
 from npgpt.data.bpe import BPETokenizer
 from npgpt.errors import BusyError, CheckpointError, DivergedError, StoppedError, UsageError
 from npgpt.files import checkpoint, folder
-from npgpt.run import setup, times
+from npgpt.run import setup, state
 from npgpt.run.events import Evaluation, Notice, Progress
 from npgpt.run.trainer import Trainer
 from npgpt.signals import NEVER, Stop
@@ -37,7 +37,7 @@ def config(tmp_path):
 def made_up_clock(monkeypatch):
     """A clock that shows half a second for each update: then the log's times repeat themselves as well."""
     running = []
-    monkeypatch.setattr(times, "clock", lambda: running[-1].iter * 0.5 if running else 0.0)
+    monkeypatch.setattr(state, "clock", lambda: running[-1].iter * 0.5 if running else 0.0)
 
     def run(one, stop=NEVER):
         running.append(one)

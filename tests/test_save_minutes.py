@@ -13,7 +13,7 @@ from test_resume import StopAt, outcome
 from npgpt.config import TrainConfig
 from npgpt.errors import CheckpointError, StoppedError
 from npgpt.files import checkpoint, folder
-from npgpt.run import times
+from npgpt.run import state
 from npgpt.run.events import Notice, Progress
 from npgpt.run.trainer import Trainer
 from npgpt.signals import NEVER, Stop
@@ -42,7 +42,7 @@ def made_up_clock(monkeypatch):
             late[0] += extra
             save(*args)
 
-        monkeypatch.setattr(times, "clock", lambda: one.iter * SECONDS + late[0])
+        monkeypatch.setattr(state, "clock", lambda: one.iter * SECONDS + late[0])
         monkeypatch.setattr(checkpoint, "save", slow_save)
         yield from one.run(stop)
 
@@ -184,8 +184,8 @@ def test_a_log_that_cannot_be_written_through_fails_the_save_and_nothing_is_remo
 
 def test_the_clocks_save_is_never_the_best(tmp_path):
     run = folder.RunFolder(tmp_path)
-    for n, state in enumerate([{"val_loss": 2.0}, {"val_loss": 3.0}, {"val_loss": None, "by_clock": True}]):
-        run.save(n, {}, state, keep=1)
+    for n, said in enumerate([{"val_loss": 2.0}, {"val_loss": 3.0}, {"val_loss": None, "by_clock": True}]):
+        run.save(n, {}, said, keep=1)
     run.close()
     assert folder.best(tmp_path).name == "iter-00000000.safetensors"
     assert folder.newest(tmp_path).name == "iter-00000002.safetensors"

@@ -3,12 +3,11 @@
 Open MPI's mpiexec, told to end, sends SIGCONT to its processes, then SIGTERM, and SIGKILL half a second later: too soon
 for a large model's checkpoint.  So
 
-- npgpt.signals.catch_signals takes SIGCONT for a warning, and calls `Stop.warned` at once, between any two instructions
-  of the main thread; but not within `held`, where weights, moments and iteration do not belong together: then it waits
-  until `held` is over;
+- npgpt.signals.catch_signals takes SIGCONT for a warning, and calls `Stop.warned` between any two instructions of the
+  main thread; but not within `held`, where weights, moments and iteration do not belong together: then it waits;
 - while a run of several ranks goes on, `Stop.warned` is Saving.save_aside, which starts the process that is here: a
-  fork, which has the memory as it is now, and in a session of its own, which mpiexec does not know;
-- if the run lives on, whoever saves next waits for that process first, so that no two write a checkpoint at a time.
+  fork, which has the memory as it is now, in a session of its own, which mpiexec does not know;
+- if the run lives on, whoever saves next waits for that process first: no two write a checkpoint at a time.
 
 Where a process cannot fork (Windows) nothing is started, and the last checkpoint is what a killed run goes on from.
 """
@@ -20,36 +19,28 @@ import warnings
 from npgpt.signals import SIGNALS
 
 
-class Aside:
-    """process: (its number, the iteration that it saves), or None if there is none."""
-
-    process = None
-
-    def start(self, iteration, save):
-        """Have a new process call save(), which returns whether there is a checkpoint of the iteration now."""
-        if not hasattr(os, "fork"):
-            return
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Python warns of threads, which are not there in the new process
-                child = os.fork()
-        except OSError:  # no memory for it
-            return
-        if child:
-            self.process = child, iteration
-            return
-        saved = False
-        try:
-            os.setsid()  # away from the processes that mpiexec kills
-            for number in SIGNALS:
-                signal.signal(number, signal.SIG_IGN)
-            saved = save()
-        finally:
-            os._exit(not saved)
-
-    def wait(self):
-        """Wait until the process has ended, if there is one; the iteration that it has saved, or None."""
-        process, self.process = self.process, None
-        if process is not None and os.waitpid(process[0], 0)[1] == 0:
-            return process[1]
+def start(save):
+    """The number of a new process that calls save(), which returns whether there is a checkpoint now; None if none."""
+    if not hasattr(os, "fork"):
         return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python warns of threads, which are not there in the new process
+            child = os.fork()
+    except OSError:  # no memory for it
+        return None
+    if child:
+        return child
+    saved = False
+    try:
+        os.setsid()  # away from the processes that mpiexec kills
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+        saved = save()
+    finally:
+        os._exit(not saved)
+
+
+def has_saved(child):
+    """Wait until a process has ended; whether it has saved."""
+    return os.waitpid(child, 0)[1] == 0

@@ -10,19 +10,17 @@ Of each tensor these directions d are looked at:
 
 - a few single entries, half of them drawn evenly, half in proportion to the size of the gradient that they have;
 - one direction of random signs, +1 or -1 for each entry.  The derivative along it is the sum of all entries of the
-  gradient with these signs, so an error in one entry shows in it as it is, and that of many as their root of the sum of
-  squares, about: it is seen if it is more than some thousandths of the length of the tensor's gradient.  (Half of a
-  tensor's being 1 % too large is; one typical entry of a million's missing is just at the edge.)  Errors can cancel
-  along a direction: two equal ones do every other time.  The next audit has other signs.
+  gradient with these signs, so errors show in it as their root of the sum of squares, about: they are seen from some
+  thousandths of the length of the tensor's gradient on.  (Half of a tensor's being 1 % too large is; one typical entry
+  of a million's missing is just at the edge.)  Two equal errors cancel every other time: the next audit draws anew.
 
-What differs by more than BOUND is looked at again, as both sides of the comparison may be rounding: float32 has few
-digits left of a p - y near 0, or of scores that are huge; and finite differences of a loss of size 3 have none of a
-derivative of 1e-10.  So the gradient is computed in the shadow, too, and it is right if both of these hold:
+What differs by more than BOUND is looked at again, as it may be rounding: float32 has few digits left of a p - y near
+0, or of huge scores; finite differences of a loss of size 3 have none of a derivative of 1e-10.  So the gradient is
+computed in the shadow, too, and it is right if both of these hold:
 
 - the shadow's, in float64, agrees with finite differences to BOUND, at one of a few lengths of h d, by five points;
-- the live one agrees with the shadow's to what float32 loses, which is measured: the same backward is run in float32
-  for weights that differ in the last digit, and with a softmax that does.  Its gradient may be off by
-  ROUNDINGS times as much as these differ from each other.
+- the live one agrees with the shadow's to ROUNDINGS times what float32 loses, which is measured: by how much gradients
+  in float32 differ if the last digits of weights and softmax do.
 
 What cannot be seen so is a mistake that forward and backward share, such as a mask that is one too short in both; and
 one that is smaller than what float32 loses of this gradient.
@@ -31,6 +29,7 @@ A weight of block l does not change what the blocks before it put out.  That is 
 at block l; and the tensors are shared out among the threads that the training has anyway.
 """
 
+import itertools
 import time
 from dataclasses import dataclass
 
@@ -60,8 +59,6 @@ COMMON = 100  # which is not yet too long for most
 REPEATS = 5  # gradients in float32 that differ by rounding only
 ROUNDINGS = 10  # how far off float32 may be, in units of how far these are from each other
 EPS32, EPS64 = (float(np.finfo(dtype).eps) for dtype in (np.float32, np.float64))
-
-clock = time.perf_counter
 
 
 @dataclass(frozen=True)
@@ -116,10 +113,7 @@ class Audit:
 
 
 class Auditor:
-    """Audits the gradients of a DataParallel.
-
-    entries  how many single entries of each tensor are looked at
-    """
+    """Audits the gradients of a DataParallel; entries: how many of each tensor are looked at."""
 
     def __init__(self, parallel, entries):
         self.live, self.entries = parallel.flat, entries
@@ -133,11 +127,11 @@ class Auditor:
         micro_batches  tuples x, y (B, T) and the seed of the dropout masks
         seed           numbers, from which the directions are drawn
 
-        Frozen parameters have no gradient, and are left out.  Raises ValueError for a model that is not GPT(config).
+        Raises ValueError for a model that is not GPT(config).
         """
         if other := self.live.model.difference():
             raise ValueError(f"an audit knows GPT(config) only: {other}")
-        start, rng = clock(), np.random.default_rng([*seed, AUDIT])
+        start, rng = time.perf_counter(), np.random.default_rng([*seed, AUDIT])
         self.shadow.flat.weights[...] = self.live.weights
         gradients, frozen = dict(self.live.views(self.live.grads)), self.live.frozen
         tensors = [
@@ -152,7 +146,8 @@ class Auditor:
         rounding = self._look_again(suspects, micro_batches, rng, stop) if suspects else frozenset()
         if stop.number is not None:
             return None
-        return Audit(worst_of, sum(len(tensor.places) for tensor in tensors), clock() - start, rounding)
+        seconds = time.perf_counter() - start
+        return Audit(worst_of, sum(len(tensor.places) for tensor in tensors), seconds, rounding)
 
     def _measure(self, tensors, micro_batches, stop, longer=None):
         """Measure the derivatives of the mean loss along the directions of some Probes; not all if it is stopped."""
@@ -190,15 +185,12 @@ class Auditor:
             self._measure([tensor], micro_batches, stop, longer)
             return tensor.compare(shadow[tensor.name], tensor.smallest(loss)).error <= BOUND
 
-        rounding = set()
-        for tensor in suspects:
+        def is_rounding(tensor):
             name = tensor.name
             most = BOUND * max(length(shadow[name]), tensor.smallest(loss)) + ROUNDINGS * lost[name]
-            near = length(live[name] - shadow[name]) <= most
-            if not near or not any(agrees(tensor, longer) for longer in LONGER):
-                break
-            rounding.add(name)
-        return frozenset(rounding)
+            return length(live[name] - shadow[name]) <= most and any(agrees(tensor, longer) for longer in LONGER)
+
+        return frozenset(tensor.name for tensor in itertools.takewhile(is_rounding, suspects))
 
     def _rounding(self, micro_batches, rng, stop):
         """Tensor's name -> the length of what rounding changes in its gradient in float32."""
@@ -318,8 +310,7 @@ class Probes:
         norm = max(length(gradient), smallest)
         typical = [norm / (1 if i is None else np.sqrt(gradient.size)) for i in self.places]
         scale = np.maximum(np.abs(self.measured), typical)
-        differences = np.abs(live - self.measured)
-        errors = differences / np.where(scale == 0, 1, scale)
+        errors = np.abs(live - self.measured) / np.where(scale == 0, 1, scale)
         errors = np.where(np.isnan(errors), np.inf, errors)
         worst = int(errors.argmax())
         i = self.places[worst]

@@ -46,13 +46,12 @@ class Notice:
 
 def log_row(iteration, seconds, progress=None, evaluation=None, audit=None):
     """A row of the log; numbers that are not finite are null.  seconds: that the run has taken."""
-    row = {"iter": iteration, "train_loss": None if progress is None else progress.train_loss}
+    row = {"iter": iteration, "train_loss": getattr(progress, "train_loss", None)}
     if evaluation is not None:
         row["val_loss"] = evaluation.val_loss
         if evaluation.val_loss_whole is not None:
             row["val_loss_whole"] = evaluation.val_loss_whole
-    for name in ("lr", "grad_norm", "tokens_per_second"):
-        row[name] = None if progress is None else getattr(progress, name)
+    row |= {name: getattr(progress, name, None) for name in ("lr", "grad_norm", "tokens_per_second")}
     if audit is not None:
         row["gradcheck"] = audit.errors
     row["elapsed_s"] = round(seconds, 3)

@@ -12,18 +12,12 @@ MAPPED = "the text's tokens, mapped from their file"  # which the system takes b
 
 
 def total(parts):
-    """Peak memory in bytes of a training run that needs these parts.
-
-    To be asked before anything is allocated: what the process has taken already counts as it is.
-    """
+    """Peak memory in bytes of a run that needs these parts; to be asked before anything of them is allocated."""
     return in_use() + KERNELS + sum(parts.values())
 
 
 def parts(config, vocab_size, n_tokens, workers):
-    """What the memory of a training run will be for, from a TrainConfig, its corpus and its workers: words -> bytes.
-
-    The tokens that are mapped from their file count with all of it, as they do once they were looked at.
-    """
+    """What the memory of a training run will be for, from a TrainConfig, its corpus and its workers: words -> bytes."""
     L, C, T, V = config.n_layer, config.n_embd, config.block_size, vocab_size
     sizes = [12 * C * C * L, (V + T) * C]  # matrices of the blocks, embeddings; vectors are small
     n = -(-config.batch_size // workers) * T  # tokens in a worker's share of a micro-step
@@ -59,19 +53,15 @@ def parts(config, vocab_size, n_tokens, workers):
 
 def of_rank(config, world, vocab_size, n_tokens, n_sequences, workers):
     """What one rank will need memory for, as `parts` says it; n_sequences: its share of a micro-step."""
-    found = parts(
-        dataclasses.replace(config, batch_size=n_sequences, gradcheck_every=0), vocab_size, n_tokens, workers
-    )
+    its_own = dataclasses.replace(config, batch_size=n_sequences, gradcheck_every=0)
+    found = parts(its_own, vocab_size, n_tokens, workers)
     if config.gradcheck_every and world.rank == 0:  # which audits alone, whole micro-steps
         found[AUDIT] = parts(config, vocab_size, n_tokens, workers)[AUDIT]
     return found
 
 
 def check(parts, world, force=False):
-    """Raise UsageError if a rank's run, which needs these parts, will need more memory than there is.
-
-    The tokens themselves do not count: they are mapped from a file, which may be larger than the memory.
-    """
+    """Raise UsageError if a rank's run, which needs these parts, will need more memory than there is."""
     parts = {words: size for words, size in parts.items() if words != MAPPED}
     others = KERNELS + sum(size for words, size in parts.items() if words != AUDIT)
     needed, there_is = total(parts) + (world.local_size - 1) * others, available()

@@ -8,9 +8,9 @@ arrays.
 Only one kind of thread may be busy: either workers, with one BLAS thread each, or one worker with all BLAS threads.
 Two pools of threads that both spin for work on the same cores make everything several times slower.
 
-Where there are several ranks (npgpt/run/ranks.py), each of them does this with its share of the sequences, and their
-gradients are added up on top, in buckets: while the last micro-step's backward is still busy with the first blocks, the
-gradients of the last ones are on their way to other machines.
+Several ranks (npgpt/run/ranks.py) each do this with their share of the sequences, and add their gradients up on top, in
+buckets: while the last micro-step's backward is still busy with the first blocks, the gradients of the last ones are on
+their way to other machines.
 """
 
 import contextlib
@@ -31,20 +31,16 @@ from npgpt.nn import Module, Parameter, structure
 from npgpt.optim import FlatParameters, sum_of_squares
 from npgpt.run.ranks import ALONE
 
-# --------------------------------------------------------------------------------------------------------------------
-# How many
-
 TOKENS_PER_WORKER = 256
+BUCKET = 2**20  # elements of the gradient that are sent at once, at least
 
 
 def choose_threads(batch_size, block_size, workers=None, blas=None, n=None):
     """(workers, BLAS threads of each) for a micro-step of batch_size sequences; a number that is given is kept.
 
     A worker must be worth its own pass over all gradients: one for each 256 tokens, at most one per sequence and core.
-    A limit on the BLAS threads that the user has set in the environment is kept.
-
     More workers than processors take turns.  BLAS threads cannot: of them there are no more than can run at a time, and
-    it is this number that the bits depend on.
+    no more than the environment allows; it is this number that the bits depend on.
 
     n: cores to use; by default all that there are.
     """
@@ -59,18 +55,11 @@ def choose_threads(batch_size, block_size, workers=None, blas=None, n=None):
     return workers, max(1, min(blas, most // workers))
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Workers
-
-
 class Replica:
     """What one worker owns: a model over the shared weights, its own gradients, and its own buffers."""
 
     def __init__(self, model, flat):
         self.model, self.flat, self.pool = model, flat, BufferPool()
-
-
-BUCKET = 2**20  # elements of the gradient that are sent at once, at least
 
 
 class DataParallel:
@@ -92,16 +81,17 @@ class DataParallel:
         self.replicas = [Replica(model, self.flat)]
         for _ in range(1, workers):
             self.replicas.append(self._twin())
-        self.fingerprint, self.n_unseeded, self.n_sent = fingerprint(model), 0, 0
+        self.fingerprint, self.n_unseeded = fingerprint(model), 0
+        self.n_sent = 0  # buckets of this update's gradient that are on their way to the other ranks
         # adding gradients and updating weights uses no BLAS: there is a share for each thread that the products use
         size, self.n_threads = len(self.flat.weights), workers * blas
         self.slices = _cut(slice(0, size), self.n_threads)
         self.mine = _cut(slice(0, size), world.size)[world.rank]  # this rank's part of the sum of squares
         self.buckets = self._buckets()
-        self.bucket_of = {  # parameter's name -> number of its bucket
-            name: next(n for n, bucket in enumerate(self.buckets) if bucket.start <= place.start < bucket.stop)
-            for name, place in self.flat.names.items()
-        }
+        self.bucket_of = [  # number of each parameter's bucket
+            next(n for n, bucket in enumerate(self.buckets) if bucket.start <= place.start < bucket.stop)
+            for place in self.flat.names.values()
+        ]
         self._crew = Crew(min(self.n_threads, processors()) - 1, "npgpt-worker")
 
     def each(self, work, n=None):
@@ -114,16 +104,15 @@ class DataParallel:
 
     def _shares(self, n):
         """How n sequences are cut: (start, stop) for each worker; they differ by one at most."""
-        workers = len(self.replicas)
-        return [(n * rank // workers, n * (rank + 1) // workers) for rank in range(workers)]
+        cuts = [n * rank // len(self.replicas) for rank in range(len(self.replicas) + 1)]
+        return list(itertools.pairwise(cuts))
 
     def _twin(self):
         """A Replica of the model as it is, over the same weights.  Raises ValueError for what cannot be copied."""
-        own = next((place for place in structure(self.model) if place.rpartition(".")[2] == "forward"), None)
-        if own is not None:
-            raise ValueError(
-                f"workers: model.{own} was set on this object alone, and would go on calling it; make it a class"
-            )
+        for place in structure(self.model):
+            if place.rpartition(".")[2] == "forward":
+                words = "was set on this object alone, and would go on calling it; make it a class"
+                raise ValueError(f"workers: model.{place} {words}")
         # what is not to be copied: FlatParameters give the twin its places
         shared = [getattr(self.model, "tokenizer", None)]
         shared += [array for parameter in self.model.parameters() for array in (parameter.data, parameter.grad)]
@@ -149,7 +138,7 @@ class DataParallel:
         self._follow()
         for replica in self.replicas:
             replica.flat.zero_grad()
-        self.n_sent = 0  # buckets of this update's gradient that are on their way to the other ranks
+        self.n_sent = 0
 
     def forward_backward(self, idx, targets, seed=None, weight=1.0, offset=0, last=False):
         """Add the gradients of weight * loss to the workers' gradients, and return the loss (the batch's mean).
@@ -172,7 +161,9 @@ class DataParallel:
             share = _count(targets[start:stop]) / count
             if share == 0:
                 return 0.0
-            with _quiet(), reuse_buffers(replica.pool), random_stream(seed, offset + start), sending(rank):
+            # numbers that are not finite are for the caller to see in the result, not for NumPy to warn of
+            quiet = np.errstate(all="ignore")
+            with quiet, reuse_buffers(replica.pool), random_stream(seed, offset + start), sending(rank):
                 _, loss = replica.model(idx[start:stop], targets[start:stop])
                 loss.backward(weight * share)
                 return share * loss.item()
@@ -235,8 +226,7 @@ class DataParallel:
         done = [0] * len(self.replicas)  # buckets that each worker is done with
 
         def context(rank):
-            parameters = dict(zip(self.flat.names, self.replicas[rank].flat.parameters, strict=True))
-            bucket_of = {id(parameters[name]): n for name, n in self.bucket_of.items()}
+            bucket_of = dict(zip(map(id, self.replicas[rank].flat.parameters), self.bucket_of, strict=True))
             uses = [0] * len(self.buckets)  # of each bucket's parameters, which the backward has not passed yet
 
             def count(parents, change):
@@ -284,7 +274,7 @@ class DataParallel:
             count = _count(targets[start:stop])
             if count == 0:
                 return 0.0, 0
-            with _quiet(), no_grad(), reuse_buffers(replica.pool):
+            with np.errstate(all="ignore"), no_grad(), reuse_buffers(replica.pool):
                 _, loss = replica.model(idx[start:stop], targets[start:stop])
                 return loss.item() * count, count
 
@@ -317,11 +307,6 @@ def _cut(whole, n):
     start, length = whole.start, whole.stop - whole.start
     cuts = [start + length * i // n // 16 * 16 for i in range(n)] + [whole.stop]
     return [slice(a, b) for a, b in itertools.pairwise(cuts)]
-
-
-def _quiet():
-    """Numbers that are not finite are for the caller to see in the result, not for NumPy to warn of."""
-    return np.errstate(all="ignore")
 
 
 def _count(targets):

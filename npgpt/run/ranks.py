@@ -40,9 +40,7 @@ def share(rank, size, micro_steps, batch_size):
     """(range of the micro-steps, slice of each one's sequences) that are a rank's share of an update.
 
     Whole micro-steps as far as they go round, so that matrices stay large; what is left is a cut through each of them:
-    4 ranks have one micro-step each of 4, a half of one of 2, and a quarter of 1.
-
-    Raises UsageError if the number of ranks does not divide the number of sequences: their shares must be equal.
+    4 ranks have one micro-step each of 4, a half of one of 2, and a quarter of 1.  Raises UsageError if it is not even.
     """
     groups = math.gcd(size, micro_steps)
     parts = size // groups
@@ -86,7 +84,7 @@ class World:
 
     def first(self, work):
         """The result of work() on rank 0, for all ranks: numbers, strings, and lists and dicts of them."""
-        return work()
+        return self.first_keeps(lambda: (None, work()))[1]
 
     def first_keeps(self, work):
         """(mine, told) = work() on rank 0, which keeps `mine`; the others get None and `told`, as from `first`."""
@@ -94,6 +92,14 @@ class World:
 
     def check_same(self, facts):
         """Raise UsageError if the values of a dict are not the same on all ranks."""
+        firsts = self.first(lambda: facts)
+
+        def compare():
+            for name, value in facts.items():
+                if value != firsts[name]:
+                    raise UsageError(f"{name} is {value} here, but {firsts[name]} on rank 0; they must be the same")
+
+        self.agree(compare)
 
     def broadcast(self, array):
         """Make an array (n,) what it is on rank 0."""
@@ -123,6 +129,8 @@ class MPIWorld(World):
     waited  seconds that this rank waited for others
     """
 
+    cores = 1  # or more: see __init__
+
     def __init__(self, MPI):
         self.MPI, self.comm = MPI, MPI.COMM_WORLD
         self.rank, self.size = self.comm.rank, self.comm.size
@@ -131,18 +139,14 @@ class MPIWorld(World):
         self._begun = []  # requests
         local = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.local_size = local.size
-        # On one machine the ranks' own cores move the bytes: then there is nothing to gain from sending behind the
-        # backward, and a sum that is waited for is three to eight times faster than one that is begun.
+        # on one machine the ranks' own cores move the bytes: nothing is gained by sending behind the backward, and a
+        # sum that is waited for is three to eight times faster than one that is begun
         self.between_machines = local.size < self.size
         # whether mpiexec gave each rank cores of its own or all of them the same, each has its part of all of them; and
         # its part of the quota: the ranks of a machine are taken to be in one container
         their_cores, quotas = zip(*local.allgather((core_ids(), quota())), strict=True)
-        self._cores = max(1, min(len(set().union(*their_cores)), *quotas) // local.size)
+        self.cores = max(1, min(len(set().union(*their_cores)), *quotas) // local.size)
         local.Free()
-
-    @property
-    def cores(self):
-        return self._cores
 
     def _meet(self):
         """Wait until all ranks have come here.  MPI's own waiting takes a core; this one lets others work on it."""
@@ -160,31 +164,17 @@ class MPIWorld(World):
         except NpgptError as found:
             error = found
         self._meet()
-        told = self.comm.allgather(None if error is None else (error.exit_code, str(error)))
+        told = self.comm.allgather(error and (error.exit_code, str(error)))
         for rank, words in enumerate(told):
-            if words is not None:
-                if rank == self.rank:
-                    raise error
-                code, text = words
-                raise ToldError(code, f"rank {rank}: {text}" if rank else text)
+            if words and rank == self.rank:
+                raise error
+            if words:
+                raise ToldError(words[0], f"rank {rank}: {words[1]}" if rank else words[1])
         return result
-
-    def first(self, work):
-        result = self.agree(lambda: work() if self.rank == 0 else None)
-        return self.comm.bcast(result)
 
     def first_keeps(self, work):
         mine, told = self.agree(lambda: work() if self.rank == 0 else (None, None))
         return mine, self.comm.bcast(told)
-
-    def check_same(self, facts):
-        def compare():
-            for name, value in facts.items():
-                if value != firsts[name]:
-                    raise UsageError(f"{name} is {value} here, but {firsts[name]} on rank 0; they must be the same")
-
-        firsts = self.first(lambda: facts)
-        self.agree(compare)
 
     def broadcast(self, array):
         self._meet()

@@ -11,11 +11,10 @@ import numpy as np
 
 from npgpt.errors import BusyError, CheckpointError, quoted
 from npgpt.files import folder
-from npgpt.run import times
-from npgpt.run.aside import Aside
+from npgpt.run import aside, state
 from npgpt.run.divergence import diverged
 from npgpt.run.events import Notice
-from npgpt.run.state import written
+from npgpt.run.ranks import ALONE
 
 SAVE_SHARE = 0.01  # of the time that saves by the clock may take
 
@@ -27,14 +26,11 @@ class _LogError(CheckpointError):
 class Saving:
     """The files of a run.
 
-    overwrite     whether an earlier run in its folder may be lost
-    origin        the Origin that the run goes on from, if it does
-
     folder        the RunFolder, while the run goes on, on rank 0
     saved_iter    the iteration of the last checkpoint
     unsaved       why the last checkpoint, or a row of the log, could not be written: a CheckpointError
     next_save     what the clock of rank 0 shows when it saves between evaluations
-    aside         the process that saves, if there is one
+    aside         (number of the process that saves, the iteration that it saves), if there is one
     """
 
     def __init__(self, setup, standing, overwrite=False, origin=None):
@@ -43,15 +39,12 @@ class Saving:
         self.folder, self.was_open = None, False
         self.saved_iter, self.unsaved = standing.resumed_from, None
         self.next_save, self.said_slow = math.inf, False
-        self.aside = Aside()
+        self.aside = None
 
     # ---- the folder
 
     def open(self):
-        """Take the run folder into possession, and put away what this run replaces.
-
-        Raises BusyError, UsageError and CheckpointError.
-        """
+        """Take the run folder into possession.  Raises BusyError, UsageError and CheckpointError."""
         out_dir = self.setup.out_dir
         self.folder = folder.RunFolder(out_dir)
         if self.origin is None and not self.was_open:
@@ -68,8 +61,9 @@ class Saving:
             self.there = None
             if not self.was_open:
                 # what was agreed on is on the disk before the first update
-                state = written(self.setup, self.standing, **self.origin.kind)
-                self.folder.go_on_from(self.standing.iter, self.origin.found, *state, bool(self.origin.changes))
+                val_loss, by_clock = self.origin.state.get("val_loss"), bool(self.origin.state.get("by_clock"))
+                now = state.written(self.setup, self.standing, val_loss, by_clock)
+                self.folder.go_on_from(self.standing.iter, self.origin.found, *now, bool(self.origin.changes))
         self.folder.open_log(self.standing.iter)
         self.was_open = True
 
@@ -94,21 +88,25 @@ class Saving:
             what = "weights are not finite: no checkpoint is written of them"
             raise diverged(what, self.setup.config, self.standing.iter)
 
-    def save(self, val_loss=None, by_clock=False):
-        """Write a checkpoint of the weights as they are, unless there is one.  Returns a list of Notices."""
+    def save(self, val_loss=None, by_clock=False, world=None):
+        """Write a checkpoint of the weights as they are, unless there is one.  Returns a list of Notices.
+
+        Raises DivergedError if they are not finite; world: who learns of it, by default all ranks.
+        """
+        (world or self.setup.world).first(self.check_weights)
         self.wait_for_aside()
         if self.folder is None or (self.saved_iter == self.standing.iter and val_loss is None):
             return []
         self.check_model()
-        started, notices = times.clock(), []
+        started, notices = state.clock(), []
         try:
-            state = written(self.setup, self.standing, val_loss, by_clock)
-            self.folder.save(self.standing.iter, *state, self.setup.config.keep)
+            now = state.written(self.setup, self.standing, val_loss, by_clock)
+            self.folder.save(self.standing.iter, *now, self.setup.config.keep)
             self.saved_iter, self.unsaved = self.standing.iter, None
         except CheckpointError as error:
             self.unsaved = error
             notices.append(Notice(f"{error}; the training goes on, and tries again at the next save"))
-        return [*notices, *self.set_next_save(times.clock() - started)]
+        return [*notices, *self.set_next_save(state.clock() - started)]
 
     def set_next_save(self, took=0.0):
         """Say when the clock saves next, after a save of so many seconds.
@@ -119,39 +117,32 @@ class Saving:
         if self.folder is None or not minutes:
             return []
         asked, least = 60 * minutes, took / SAVE_SHARE
-        self.next_save = times.clock() + max(asked, least)
+        self.next_save = state.clock() + max(asked, least)
         if least <= asked or self.said_slow:
             return []
         self.said_slow = True
-        words = (
-            f"a save takes {took:.3g} s: between evaluations one comes every {least / 60:.3g} minutes, not every "
-            f"{minutes:g}, so that saves take no more than {SAVE_SHARE:.0%} of the time"
-        )
-        return [Notice(words)]
-
-    def is_due(self):
-        """Whether the clock asks for a save."""
-        return times.clock() >= self.next_save
+        words = f"a save takes {took:.3g} s: between evaluations one comes every {least / 60:.3g} minutes, not every "
+        return [Notice(f"{words}{minutes:g}, so that saves take no more than {SAVE_SHARE:.0%} of the time")]
 
     def save_aside(self):
         """Save in a process of its own, from the memory as it is now: nobody knows how long this one has to live."""
-        iteration, process = self.standing.iter, self.aside.process
-        if self.folder is None or self.saved_iter == iteration or (process and process[1] == iteration):
+        iteration = self.standing.iter
+        if self.folder is None or iteration in (self.saved_iter, self.aside and self.aside[1]):
             return
         self.wait_for_aside()
-        self.aside.start(iteration, self._is_saved)
+        child = aside.start(self._is_saved)
+        self.aside = child and (child, iteration)
 
     def _is_saved(self):
         """Whether there is a checkpoint of the weights as they are, after an attempt to write it."""
-        self.check_weights()
-        self.save()
+        self.save(world=ALONE)
         return self.saved_iter == self.standing.iter
 
     def wait_for_aside(self):
         """Wait until the process that saves, if there is one, has ended."""
-        iteration = self.aside.wait()
-        if iteration is not None:
-            self.saved_iter = iteration
+        process, self.aside = self.aside, None
+        if process and aside.has_saved(process[0]):
+            self.saved_iter = process[1]
 
     def check_saved(self):
         """Raise CheckpointError if the last checkpoint, or a row of the log, could not be written."""

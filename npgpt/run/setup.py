@@ -26,7 +26,7 @@ from npgpt.run.beginning import beginning
 from npgpt.run.parallel import DataParallel, choose_threads
 from npgpt.run.ranks import World, share
 from npgpt.run.state import vocab_size_of
-from npgpt.run.tokens import Tokens, blocks_of, prepare_tokens
+from npgpt.run.tokens import Tokens, TokensChanged, blocks_of, prepare_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +61,6 @@ class Setup:
         return Path(self.config.out_dir)
 
     @property
-    def n_sequences(self):
-        """Of a micro-step that are this rank's."""
-        return self.sequences.stop - self.sequences.start
-
-    @property
     def tokens_per_iter(self):
         return self.config.batch_size * self.config.block_size * self.config.gradient_accumulation_steps
 
@@ -86,10 +81,7 @@ class Setup:
         return ("", self.parallel.flat.weights), ("adamw.m.", self.optimizer.m), ("adamw.v.", self.optimizer.v)
 
     def micro_batches(self, iteration, numbers=None):
-        """Micro-steps of an update, by default all: of each x, y (B, T) and the seed of its dropout masks.
-
-        They are the same for any number of ranks.
-        """
+        """Micro-steps of an update, by default all: of each x, y (B, T) and the seed of its dropout masks."""
         config, n_micro = self.config, self.config.gradient_accumulation_steps
         for i in range(n_micro) if numbers is None else numbers:
             if self.tokens.changed():
@@ -106,6 +98,32 @@ class Setup:
         if not config.decay_lr:
             min_lr, decay_iters = config.learning_rate, 0
         return cosine_lr(iteration, config.learning_rate, min_lr, config.warmup_iters, decay_iters)
+
+    def mean_loss(self, blocks, stop):
+        """Of the weights as they are on EvaluationBlocks, finite or not; ranks take turns at a micro-step's share.
+
+        Raises TokensChanged, and StopNow.
+        """
+        total, count, B = 0, 0, self.sequences.stop - self.sequences.start
+        self.parallel.train(False)
+        try:
+            for i in range(self.world.rank * B, len(blocks), self.world.size * B):
+                if stop.number is not None or self.tokens.changed():
+                    break
+                loss, n = self.parallel.loss(*blocks[i : i + B])
+                total, count = total + loss, count + n
+        finally:
+            self.parallel.train(True)
+        total, count = self.sum(stop, total, count)
+        return total / count
+
+    def sum(self, stop, *numbers):
+        """World.sum.  Raises TokensChanged, too, on all ranks, if the tokens of one have changed."""
+        *totals, gone = self.world.sum(stop, *numbers, self.tokens.changed())
+        if gone:
+            file = self.tokens.gone or " ".join(self.config.data)
+            raise TokensChanged(f"data: {file} was changed while the run read it")
+        return totals
 
     def broadcast(self):
         """Make all that a checkpoint holds what it is on rank 0."""
@@ -135,9 +153,7 @@ class Setup:
 def prepare(config, world, stop, overwrite=False, force=False, origin=None):
     """The Setup of a run, as it is before the first update.  Raises UsageError and CheckpointError.
 
-    overwrite    whether an earlier run in config.out_dir may be lost
-    force        whether to begin even if the memory seems too small
-    origin       the Origin that the run goes on from, if it does
+    overwrite, force as for a Trainer; origin: the Origin that the run goes on from, if it does.
     """
     if origin is None:
         world.first(lambda: _refuse(config, overwrite))
@@ -151,9 +167,7 @@ def prepare(config, world, stop, overwrite=False, force=False, origin=None):
     words, vocab_size, n_characters, n_bytes, fingerprint, most_tokens = told
     tokenizer = world.agree(lambda: from_dict(words) if tokenizer is None else tokenizer)
     n_sequences = sequences.stop - sequences.start
-    workers, blas = choose_threads(
-        n_sequences, config.block_size, config.workers, config.blas_threads, world.cores
-    )
+    workers, blas = choose_threads(n_sequences, config.block_size, config.workers, config.blas_threads, world.cores)
 
     def needed(n_tokens):
         return memory.of_rank(config, world, vocab_size, n_tokens, n_sequences, workers)

@@ -1,16 +1,16 @@
-"""Where a run stands, and what of it goes to a checkpoint and comes from one.
+"""Where a run stands, how fast it is, and what of it goes to a checkpoint and comes from one.
 
-    standing, notices = begun(setup)                 a new run; or, going on with one that was interrupted:
-    with opened(path, changes, world) as origin:
+    with opened(path, changes, world) as origin:            for a new run, origin is None
         setup = prepare(origin.config, ..., origin=origin)
-        standing, notices = restored(setup, origin)
-    arrays, state = written(setup, standing)         what folder.RunFolder.save writes
+        standing, notices = first(setup, origin)
+    arrays, state = written(setup, standing)                what folder.RunFolder.save writes
 """
 
 import contextlib
 import dataclasses
 import math
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,8 @@ from npgpt import __version__
 from npgpt.config import TrainConfig, contradictions
 from npgpt.errors import CheckpointError, UsageError, user_path
 from npgpt.files import checkpoint, folder
-from npgpt.run import times
+
+clock = time.perf_counter  # whoever asks for the time calls state.clock(), so that tests can set it
 
 # settings without which a run would not be the same run any more
 FIXED = (
@@ -40,11 +41,11 @@ class Standing:
     elapsed: float = 0.0  # seconds that run() had taken when it was interrupted
     began: float | None = None  # what the clock showed, or would have shown without interruptions, at the first update
     resumed_from: int | None = None  # the iteration of the checkpoint that this run goes on from
-    changes: dict = field(default_factory=dict)  # of settings at that iteration: see _changes_of
+    changes: dict = field(default_factory=dict)  # of settings at that iteration: name -> [old, new]
 
     def start(self):
         """The run goes on from here."""
-        self.began = times.clock() - self.elapsed
+        self.began = clock() - self.elapsed
 
     def pause(self):
         """The run is interrupted."""
@@ -52,7 +53,7 @@ class Standing:
 
     def seconds(self):
         """That run() has taken up to now."""
-        return self.elapsed if self.began is None else times.clock() - self.began
+        return self.elapsed if self.began is None else clock() - self.began
 
     def evaluated(self, loss):
         """Note the validation loss of the weights as they are; whether it is the best so far."""
@@ -64,6 +65,38 @@ class Standing:
             self.since_best += 1
         self.evaluated_iter = self.iter
         return is_best
+
+
+class Pace:
+    """How fast a run is, and how much time is left.
+
+    iteration   the one that it begins at
+    tokens      of an update
+    most        iterations that there will be
+
+    since       when the speed began to be measured; to be put off by what was not spent on training
+    """
+
+    def __init__(self, iteration, tokens, most):
+        self.tokens, self.most = tokens, most
+        self.steady = None  # (time, iteration) after the first update: from there on all take about the same time
+        self.restart(iteration)
+
+    def restart(self, iteration):
+        """Measure the speed from now on."""
+        self.since, self.since_iter = clock(), iteration
+
+    def measure(self, iteration, restart):
+        """(tokens per second, seconds left or None) after an update; restart: whether to measure from here on."""
+        now, left = clock(), None
+        speed = (iteration - self.since_iter) * self.tokens / (now - self.since) if now > self.since else math.inf
+        if self.steady is None:
+            self.steady = now, iteration
+        else:
+            left = (now - self.steady[0]) / (iteration - self.steady[1]) * (self.most - iteration)
+        if restart:
+            self.since, self.since_iter = now, iteration
+        return speed, left
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,11 +117,6 @@ class Origin:
         names = (f.name for f in dataclasses.fields(TrainConfig) if f.name != "out_dir")
         both = {name: [getattr(self.before, name), getattr(self.config, name)] for name in names}
         return {name: [old, new] for name, (old, new) in both.items() if old != new}
-
-    @property
-    def kind(self):
-        """What is to be said of this checkpoint only, if it is written anew: see `written`."""
-        return {"val_loss": self.state.get("val_loss"), "by_clock": bool(self.state.get("by_clock"))}
 
 
 @contextlib.contextmanager
@@ -127,19 +155,15 @@ def _find(path, changes, stack):
     return (found, reader, there), (state, str(out_dir))
 
 
-def begun(setup):
-    """(Standing, lines for a person) of a new run."""
-    config, notices = setup.config, [*contradictions(setup.config, setup.max_iters)]
-    if config.init_from is not None and (words := setup.world.first(lambda: folder.choice(config.init_from))):
-        notices.append(f"init_from: {words}")
-    return Standing(), notices
-
-
-def restored(setup, origin):
-    """(Standing, lines for a person) of the run that wrote a checkpoint; its arrays go straight to their places.
+def first(setup, origin):
+    """(Standing, lines for a person) of a run: a new one, or that of an Origin, whose arrays go to their places.
 
     Raises CheckpointError.
     """
+    config, contradicting = setup.config, [*contradictions(setup.config, setup.max_iters)]
+    if origin is None:
+        words = setup.world.first(lambda: config.init_from and folder.choice(config.init_from))
+        return Standing(), [*contradicting, *([f"init_from: {words}"] if words else [])]
     path, state = origin.path, origin.state
     setup.world.first(lambda: _read_arrays(setup, origin))
     try:
@@ -153,18 +177,18 @@ def restored(setup, origin):
         now = setup.environment
         then = {"ranks": 1, "blas_kernels": now["blas_kernels"], **state["environment"]}  # if it does not say
         frozen = [str(name) for name in state.get("frozen", ())]
+        earlier = {**state.get("changed", {})}  # settings that were changed at this very iteration
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the state of the run is not complete ({error})") from None
     for name, parameter in setup.model.named_parameters():
         parameter.requires_grad = name not in frozen
-    earlier, changes = _changes_of(state, path), origin.changes
+    changes = origin.changes
     at.changes = {**earlier, **{k: [earlier.get(k, [old])[0], new] for k, (old, new) in changes.items()}}
     notices = [f"{', '.join(frozen)} stay as they are (requires_grad is False), as before"] if frozen else []
     for name, value in now.items():
         if then.get(name) != value:
             notices.append(f"{name} was {then.get(name)} and is {value}: the run goes on, but not with the same bits")
-    if changes:
-        notices += contradictions(setup.config, setup.max_iters)
+    notices += contradicting if changes else []
     notices += (f"{name} was {old} and is {new} from iteration {at.iter:,} on" for name, (old, new) in changes.items())
     return at, notices
 
@@ -172,12 +196,10 @@ def restored(setup, origin):
 def _read_arrays(setup, origin):
     for prefix, values in setup.arrays():
         for name, view in setup.parallel.flat.views(values):
-            entry = origin.reader.entries.get(prefix + name)
+            full, entry = prefix + name, origin.reader.entries.get(prefix + name)
             if entry is None or entry.shape != view.shape or entry.dtype not in checkpoint.FLOATS:
-                raise CheckpointError(
-                    f"{origin.path}: {prefix + name} is missing, or has another shape than {view.shape}"
-                )
-            origin.reader.copy_to(prefix + name, view)
+                raise CheckpointError(f"{origin.path}: {full} is missing, or has another shape than {view.shape}")
+            origin.reader.copy_to(full, view)
 
 
 def written(setup, standing, val_loss=None, by_clock=False):
@@ -217,14 +239,6 @@ def _check_fixed(before, config):
         old, new = getattr(before, name), getattr(config, name)
         if old != new:
             raise UsageError(f"the run in {config.out_dir} was begun with {name} = {old}; it cannot go on with {new}")
-
-
-def _changes_of(state, path):
-    """The settings that were changed at a checkpoint's own iteration: name -> [old, new]."""
-    changed = state.get("changed", {})
-    if not isinstance(changed, dict):
-        raise CheckpointError(f"{path}: the state of the run is not complete (changed)")
-    return changed
 
 
 def _find_best(state, out_dir):

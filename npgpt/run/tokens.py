@@ -1,5 +1,6 @@
 """The tokens of a run: in a file that its folder holds, or in --data; all ranks map them, and see when they change."""
 
+import contextlib
 import hashlib
 import json
 import time
@@ -33,7 +34,6 @@ class Tokens:
     def __init__(self, config, fingerprint, splits, file, repeated_lines=None, notes=()):
         self.train, self.val = splits
         self.file, self.repeated_lines, self.notes, self.gone = file, repeated_lines, notes, None
-        self._sources = " ".join(config.data)
         if file is not None:
             path = Path(config.out_dir) / file
             self._watch = Watch({path: self.train}, lambda: folder.is_whole(path))
@@ -50,16 +50,11 @@ class Tokens:
         self.gone = self.gone or self._watch.changed()
         return self.gone is not None
 
-    def error(self):
-        """The TokensChanged to raise, on all ranks, if those of one have changed."""
-        return TokensChanged(f"data: {self.gone or self._sources} was changed while the run read it")
-
 
 def prepare_tokens(config, world, data, tokenizer, fingerprint):
     """The Tokens of a run; data: what open_data gives, on rank 0.
 
-    Raises UsageError for a text that is too short, CheckpointError if the file cannot be written, and BusyError if
-    another training writes to the folder.
+    Raises UsageError for a text that is too short, CheckpointError if the file cannot be written, and BusyError.
     """
 
     def read():
@@ -100,12 +95,9 @@ def _encoded(config, corpus, tokenizer):
         blocks_of(config, *split(range(n), config.val_fraction))  # they look at the length only
     path = folder.tokens_file(config.out_dir, name)
     if path is None:  # there are none, or they are damaged
-        run = folder.RunFolder(config.out_dir)
-        try:
+        with contextlib.closing(folder.RunFolder(config.out_dir)) as run:
             parts = tokenizer.encode_pieces(corpus.pieces())
             path = run.write_tokens(name, (part.astype(_dtype(tokenizer)) for part in parts))
-        finally:
-            run.close()
     return path.name, map_tokens(path, _dtype(tokenizer))
 
 

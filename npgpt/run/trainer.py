@@ -23,11 +23,10 @@ from npgpt.generate.writer import Writer
 from npgpt.kernels.profiler import profiling
 from npgpt.model import GPT
 from npgpt.optim import clip_scale
-from npgpt.run import state, times
+from npgpt.run import state
 from npgpt.run.audit import BOUND
 from npgpt.run.beginning import doubt_of
 from npgpt.run.divergence import diverged, first_not_finite
-from npgpt.run.evaluation import mean_loss
 from npgpt.run.events import Audited, Evaluation, Notice, Progress, log_row
 from npgpt.run.parallel import DataParallel
 from npgpt.run.ranks import ALONE
@@ -59,15 +58,13 @@ class Trainer:
         """Train to the end; yields a Progress after each logged update and an Evaluation at each evaluation.
 
         stop: a Stop; when it has a number, the work ends within a micro-step, a checkpoint is written, and StoppedError
-        is raised.  Raises DivergedError, GradientError, BusyError, and CheckpointError if at the end the last
-        checkpoint or the log could not be written; while it goes on, such a failure is a Notice.
+        is raised.  Without it, Ctrl-C (or a notebook's stop button) does the same, and KeyboardInterrupt is raised.
 
-        Parameters of `model` with requires_grad = False stay as they are, also after a resume.  Raises ValueError for a
-        model that was made another one than its config says, before anything of it is written.
+        Called again, it goes on where the loop over it was left, and yields nothing if it had come to the end.
+        Parameters of `model` with requires_grad = False stay as they are, also after a resume.
 
-        Called again, it goes on where the loop over it was left, and yields nothing if it had come to the end.  Without
-        a `stop`, Ctrl-C (or a notebook's stop button) does not break an update: a checkpoint is written after it, and
-        KeyboardInterrupt is raised.
+        Raises DivergedError, GradientError, BusyError; CheckpointError if at the end the last checkpoint or the log
+        could not be written (while it goes on, that is a Notice); and ValueError for a model that is not GPT(config).
         """
         if self.at_end:
             return
@@ -99,10 +96,8 @@ class Trainer:
             loss += parallel.forward_backward(
                 x[mine], y[mine], seed, weight=1 / n, offset=mine.start, last=i == setup.micro_steps[-1]
             ) / n  # fmt: skip
-        squares, due = parallel.gather_grads(), self.saving.is_due()
-        loss, squares, due, gone = setup.world.sum(stop, loss, squares, due, setup.tokens.changed())
-        if gone:
-            raise setup.tokens.error()
+        squares, due = parallel.gather_grads(), state.clock() >= self.saving.next_save
+        loss, squares, due = setup.sum(stop, loss, squares, due)
         self.save_is_due = due > 0
         norm, lr = math.sqrt(squares), setup.learning_rate(at.iter)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
@@ -124,11 +119,10 @@ class Trainer:
     def __init__(self, config, overwrite=False, profile=None, force=False, stop=NEVER, world=ALONE, *, origin=None):
         """origin: the Origin that the run goes on from; see `resume`, which opens it."""
         self.setup = prepare(config, world, stop, overwrite, force, origin)
-        # notices: what run() has to say first
-        self.standing, self.notices = state.begun(self.setup) if origin is None else state.restored(self.setup, origin)
+        self.standing, self.notices = state.first(self.setup, origin)  # notices: what run() has to say at first
         self.saving = Saving(self.setup, self.standing, overwrite, origin)
         self.profile, self.pace = profile, None
-        self.audit, self.audited_iter = None, None  # of the last update if it was audited; the last that passed
+        self.audit, self.audited_iter = None, -1  # of the last update if it was audited; the last that passed
         self.save_is_due = False  # whether at the last update rank 0's clock asked for a save
         self.at_end = False  # whether run() came to the end
 
@@ -136,9 +130,7 @@ class Trainer:
     def resume(cls, path, changes=None, profile=None, force=False, stop=NEVER, world=ALONE):
         """The run in a folder, or in a checkpoint file, as it stood when its newest checkpoint was written.
 
-        changes    settings that are to be other than before, as a dict
-        profile, force, stop, world    as for a new run
-
+        changes: settings that are to be other than before, as a dict; the rest is as for a new run.
         Raises CheckpointError if there is no good checkpoint, and UsageError if data or changes do not fit it.
         """
         with state.opened(path, changes, world) as origin:
@@ -172,14 +164,12 @@ class Trainer:
             self.setup.broadcast()
             yield
         except (StopNow, TokensChanged) as stopped:
-            world.first(saving.check_weights)
             saving.save()
             if isinstance(stopped, TokensChanged):
                 raise TokensChanged(f"{stopped}; {saving.farewell()}, with the data as they were") from None
             raise StoppedError(stopped.number, saving.farewell()) from None
         except GeneratorExit:  # nobody asks for the next event: the output was closed, say
-            saving.check_weights()
-            saving.save()
+            saving.save(world=ALONE)
             raise
         finally:
             stop.warned = None
@@ -194,7 +184,7 @@ class Trainer:
         if at.resumed_from == at.iter and at.changes:
             yield from saving.log({"iter": at.iter, "changed": at.changes})
         at.start()
-        self.pace = times.Pace(at.iter, self.setup.tokens_per_iter, self.setup.max_iters)
+        self.pace = state.Pace(at.iter, self.setup.tokens_per_iter, self.setup.max_iters)
         yield from saving.set_next_save()
 
     def _update(self, stop, evaluation):
@@ -207,21 +197,21 @@ class Trainer:
             if self.audit is not None:
                 yield from saving.log({"iter": n, "gradcheck": self.audit.errors})
             raise
-        speed, left = pace.measure(at.iter, 0.0 if self.audit is None else self.audit.seconds)
+        is_told = n % self.config.log_interval == 0
+        pace.since += 0.0 if self.audit is None else self.audit.seconds
+        speed, left = pace.measure(at.iter, is_told)
         if self.audit is not None:
             yield Audited(n, self.audit)
         progress = Progress(n, loss, lr, norm, speed, left, skipped)
         yield from saving.log(log_row(n, at.seconds(), progress, evaluation, self.audit))
         if skipped:
             yield Notice(f"iteration {n:,}: loss {loss}, gradient norm {norm}; the update was skipped")
-        if n % self.config.log_interval == 0:
-            pace.restart_as_measured()
+        if is_told:
             yield progress
         if self.save_is_due:
-            started = times.clock()
-            self.setup.world.first(saving.check_weights)
+            started = state.clock()
             notices = saving.save(by_clock=True)
-            pace.leave_out(times.clock() - started)
+            pace.since += state.clock() - started
             yield from notices
 
     def _is_audited(self):
@@ -234,7 +224,7 @@ class Trainer:
             self.audit = auditor.audit(list(self.setup.micro_batches(iteration)), (self.config.seed, iteration), stop)
         (wrong,) = self.setup.world.sum(stop, self.audit is not None and not self.audit.passed)
         if wrong:
-            good = folder.newest_until(self.out_dir, 0 if self.audited_iter is None else self.audited_iter + 1)
+            good = folder.newest_until(self.out_dir, self.audited_iter + 1)
             worst = self.audit and self.audit.worst  # there is none where rank 0 has the words
             raise GradientError(
                 f"the gradient at iteration {iteration} is wrong: {worst}, bound {BOUND:.0e}; nothing of it "
@@ -247,9 +237,8 @@ class Trainer:
     def _evaluate_and_save(self, stop):
         """Evaluate, and save; at the end on the whole split as well.  Returns the Evaluation that it has yielded."""
         setup, at, saving, patience = self.setup, self.standing, self.saving, self.config.patience
-        loss = mean_loss(setup, setup.val_sample, stop)
+        loss = setup.mean_loss(setup.val_sample, stop)
         if not math.isfinite(loss):  # of text that the training may know nothing of: what was learnt is not lost
-            setup.world.first(saving.check_weights)
             yield from saving.save()
             raise diverged(f"the validation loss is {loss}", setup.config, at.iter)
         is_best = at.evaluated(loss)
@@ -258,7 +247,6 @@ class Trainer:
                 "the ranks' weights were no longer the same (are their processors, and numbers of threads?); "
                 "now all have those of rank 0"
             )
-        setup.world.first(saving.check_weights)
         yield from saving.save(loss)
         if at.iter == 0 and (words := doubt_of(setup.config, setup.model, loss)):
             yield Notice(words)
@@ -282,7 +270,7 @@ class Trainer:
 
     def evaluate(self, blocks, stop=NEVER):
         """Mean loss over EvaluationBlocks.  Raises DivergedError if it is not finite, and TokensChanged."""
-        loss = mean_loss(self.setup, blocks, stop)
+        loss = self.setup.mean_loss(blocks, stop)
         if not math.isfinite(loss):
             raise diverged(f"the validation loss is {loss}", self.config, self.iter)
         return loss

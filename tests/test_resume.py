@@ -248,9 +248,12 @@ def test_what_may_change_is_said_and_logged(interrupted):
 def test_other_surroundings_are_said(interrupted, monkeypatch):
     was = setup.blas_kernels()
     monkeypatch.setattr(setup, "blas_kernels", lambda: "Other")
+    products = setup.PRODUCTS
+    monkeypatch.setattr(setup, "PRODUCTS", "others")
     again = Trainer.resume(interrupted.out_dir, {"workers": 1})
     texts = [event.text for event in again.run() if isinstance(event, Notice)]
-    for name, before, now in (("workers", 2, 1), ("blas_kernels", was, "Other")):
+    changes = ("workers", 2, 1), ("blas_kernels", was, "Other"), ("products", products, "others")
+    for name, before, now in changes:
         assert f"{name} was {before} and is {now}: the run goes on, but not with the same bits" in texts
 
 

@@ -17,6 +17,7 @@ from npgpt.errors import UsageError
 from npgpt.files import folder, hub
 from npgpt.kernels import jit
 from npgpt.kernels.blas import blas_kernels, blas_threads, sgemm_peak
+from npgpt.kernels.matmul import PRODUCTS
 from npgpt.model import GPT
 from npgpt.muon import Muon
 from npgpt.optim import AdamW, cosine_lr
@@ -74,6 +75,7 @@ class Setup:
             "workers": self.workers,
             "blas_threads": self.blas_threads,
             "blas_kernels": blas_kernels(),
+            "products": PRODUCTS,
         }
 
     def arrays(self):

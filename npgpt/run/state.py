@@ -175,7 +175,8 @@ def first(setup, origin):
         at.since_best = int(state.get("since_best", since_best))
         at.evaluated_iter = None if state.get("val_loss") is None else at.iter
         now = setup.environment
-        then = {"ranks": 1, "blas_kernels": now["blas_kernels"], **state["environment"]}  # if it does not say
+        unsaid = {"ranks": 1, "blas_kernels": now["blas_kernels"], "products": "blas"}  # by earlier versions
+        then = {**unsaid, **state["environment"]}
         frozen = [str(name) for name in state.get("frozen", ())]
         earlier = {**state.get("changed", {})}  # settings that were changed at this very iteration
     except (KeyError, TypeError, ValueError) as error:

@@ -25,8 +25,8 @@ BPE_VOCAB_SIZE = 4096  # what bpe learns if nobody says how many
 
 def _setting(default, text, low=None, above=None, high=None, below=None, choices=None, is_path=False):
     """A field with its help text, the range it must lie in, and whether it names a file or folder."""
-    limits = {"low": low, "above": above, "high": high, "below": below, "choices": choices}
-    return field(default=default, metadata={"help": text, "is_path": is_path, **limits})
+    limits = dict(low=low, above=above, high=high, below=below, choices=choices)
+    return field(default=default, metadata=dict(help=text, is_path=is_path, **limits))
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,8 @@ class GPTConfig:
         C^2 for the attention's output, 8 C^2 for the MLP.  Looking up an embedding multiplies nothing.
 
         Attention: two products forward (q k^T, p v) and four backward (dp, dv, dq, dk), each of 2 hs FLOPs for each
-        head and pair of a query and a key, so 12 C per pair.  Only the T (T + 1) / 2 pairs that the causal mask
-        leaves are counted, and neither is q k^T when a backward makes it a second time: this is work that had to be
-        done, not work that an implementation happens to do.
+        head and pair of a query and a key, so 12 C per pair.  What had to be done counts: the T (T + 1) / 2 pairs that
+        the causal mask leaves, and q k^T once, though a backward makes it a second time.
         """
         C = self.n_embd
         linear = 6 * B * T * (self.n_layer * 12 * C * C + self.vocab_size * C)
@@ -164,10 +163,7 @@ class Controls:
 
 
 PRESETS = {
-    "default": (
-        "about two minutes on two cores",
-        {},
-    ),
+    "default": ("about two minutes on two cores", {}),
     "nanogpt-cpu": (
         "the CPU recipe of nanoGPT's README: shakespeare, 0.8M parameters",
         dict(
@@ -206,7 +202,6 @@ PRESETS = {
 # What the command line takes where a run begins with a model: rates for one that knows nothing yet would ruin it.
 FINE_TUNING = dict(optimizer="adamw", learning_rate=3e-5, muon_learning_rate=2e-4)
 FAR = 10  # times these rates are worth a line
-
 
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 

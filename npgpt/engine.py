@@ -144,11 +144,7 @@ class Gradient:
 
 
 def backward(root, grad):
-    """Add the gradient of `root`, times grad (its shape), with respect to all nodes it was computed from to theirs.
-
-    The graph is used up; a second call raises RuntimeError, and so does a call on what was computed from a part of
-    it, before any gradient is added.  Where an op's backward fails, leaves may have got a share of their gradients.
-    """
+    """Tensor.backward: `root` is the node, grad its gradient, of its shape."""
     order = topological_order(root)
     for node in order:
         if node._backward is _used_up:

@@ -165,4 +165,4 @@ class Muon(AdamW):
         rows, columns = self.flat.shapes[name]
         n = 3 if name.endswith("c_attn.weight") else 1
         views = [array[place].reshape(n, rows // n, columns) for array in (self.flat.weights, self.m, grads)]
-        yield from zip(*views, strict=True)
+        return zip(*views, strict=True)

@@ -53,11 +53,6 @@ def no_dropout():
     return state.within(drops=False)
 
 
-def dropout_acts():
-    """Whether no_dropout leaves the choice to train() and eval()."""
-    return state.drops
-
-
 def watched(made=None, passed=None):
     """Within this context these functions are told of all that ops do in this thread; None is told of nothing.
 

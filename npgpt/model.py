@@ -165,10 +165,9 @@ class GPT(nn.Module):
                    default the number of calls without one before: calls differ, and the same script repeats itself
         cache      whether keys and values are kept from token to token; without it the result is the same, later.  A
                    model that is not GPT(config) any more (see `difference`) writes without it
-
-        Weights must stay as they are until all tokens are written.  Where the model has a tokenizer, only its tokens
-        are written.
         controls   those of npgpt.config.Controls: temperature, top_k, top_p, ...
+
+        Weights must stay as they are meanwhile.  Where the model has a tokenizer, only its tokens are written.
         """
         from npgpt.generate.generation import Generation
 

@@ -191,10 +191,9 @@ class AdamW:
         self.m, self.v, self.step = np.zeros_like(flat.weights), np.zeros_like(flat.weights), 0
 
     def update(self, grads, lr, scale=1.0, part=slice(None)):
-        """Update the weights in `part` (a slice of the flat arrays) with grads * scale.
+        """Update the weights in `part` (a slice of the flat arrays) with grads * scale; the caller has counted `step`.
 
-        The caller counts `step` up before the first part of an update.  Raises ValueError if it is still 0, or if there
-        is not one gradient, of the weights' dtype, for each of the flat weights.
+        Raises ValueError if it is still 0, or if there is not one gradient, of the weights' dtype, for each weight.
         """
         if self.step == 0:
             raise ValueError("update: step is 0; count it up before the first part of an update")

@@ -11,8 +11,7 @@ The operators broadcast as NumPy does.  Anything can be composed from them, the 
 tests/test_compositions.py does so and finds the same gradients.  Each is one line forward and one line backward; dy is
 the gradient of the output, and a and b are the operands, as in the formulas.
 
-Broadcasting copies a number to several places, so its gradient is the sum over these places: `unbroadcast` sums over
-every axis that was added or stretched.
+Broadcasting copies a number to several places, so its gradient is the sum over these places: `unbroadcast`.
 """
 
 import copy
@@ -197,16 +196,12 @@ class Tensor:
     def new_grad(self):
         """An array that an op's backward may fill with this tensor's gradient and must then return.
 
-        It is the place where the gradient is to end up, if that place is still free, else scratch memory: the engine
-        adds it in.  Ops that make their gradients with NumPy expressions need not ask: any array may be returned.
+        An op that makes its gradients with NumPy expressions need not ask: any array may be returned.
         """
         return self._gradient.new(self.data)
 
     def grad_to_add_to(self):
-        """This tensor's gradient so far (zeros if there is none), for a backward that only touches a few of its rows.
-
-        The op adds to it in place, and returns None for this tensor: there is nothing left to add.
-        """
+        """This tensor's gradient so far, or zeros: a backward that touches few rows adds to it, and returns None."""
         if not self.requires_grad:
             return zeros(self.data.shape, self.data.dtype)  # nobody will look at it
         return self._gradient.to_add_to(self.data)
@@ -216,8 +211,7 @@ class Tensor:
 
         grad: the gradient of this tensor itself (shape of the tensor); 1 by default, for a single number.
         The graph is used up; a second call raises RuntimeError, and so does a call on what was computed from a part of
-        it, before any gradient is added.  Where an op's backward fails, leaves may have got a share of their gradients:
-        set them to None before the next backward().
+        it, before any gradient is added.  Where an op's backward fails, leaves may have a share of their gradients.
         """
         if not self.requires_grad:
             raise RuntimeError("backward: this tensor does not depend on any tensor with requires_grad=True")
@@ -423,7 +417,7 @@ def _like(a, values):
 
 
 def unbroadcast(grad, x):
-    """Sum a gradient over the axes along which x was broadcast, so that it gets x's shape (and dtype)."""
+    """Sum a gradient over the axes along which x was broadcast: those that were added or stretched."""
     if grad.shape == x.shape:
         return grad.astype(x.dtype, copy=False)
     extra = grad.ndim - x.ndim

@@ -252,10 +252,7 @@ def check_ranges(config):
 
 
 def check_tokenizer(config):
-    """Raise UsageError if a new run cannot have the tokenizer that its TrainConfig names.
-
-    (One that is resumed has its tokenizer already, and the file may be gone.)
-    """
+    """Raise UsageError if a new run (a resumed one has its own) cannot have the tokenizer that a TrainConfig names."""
     tokenizer = config.tokenizer
     if config.vocab_size is not None and tokenizer != "bpe":
         raise UsageError(f"vocab_size is for --tokenizer bpe; with {tokenizer} the tokens are what they are")
@@ -277,11 +274,10 @@ def preset(name):
 
 
 def composed(name, given, new=True):
-    """The settings of a run as a dict: those of a preset (or None), and what is given beside it.
+    """The settings of a run as a dict: those of a preset (or None), and what is given beside it.  Raises UsageError.
 
     Settings of a preset that belong together follow the given ones: the decay ends with the run, min_lr is the same
-    share of the learning rate, and the warm-up is a tenth of the run at most.  A new run that begins with a model has
-    rates that do not ruin it.  Raises UsageError.
+    share of the learning rate, and the warm-up is a tenth of the run at most.
     """
     base = preset(name) if name else {}
     settings, followed = {**base, **given}, base.keys() - given.keys()

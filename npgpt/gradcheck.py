@@ -174,6 +174,7 @@ def _compare(f, inputs, names, seed):
 
 def cases(seed=0):
     """(title, f, inputs, names) for every op and for a whole GPT."""
+    from npgpt.kernels.masks import random_stream
     from npgpt.ops.attention import causal_attention
     from npgpt.ops.cross_entropy import cross_entropy
     from npgpt.ops.dropout import dropout
@@ -184,6 +185,7 @@ def cases(seed=0):
     from npgpt.ops.primitives import concatenate, stack, where
 
     rng = np.random.default_rng(seed)
+    later_rows = random_stream(1, batch_offset=5)  # as for a worker whose sequences come after five others of the batch
 
     def new(*shape):
         return Tensor(rng.normal(size=shape), requires_grad=True)
@@ -246,13 +248,6 @@ def cases(seed=0):
     for bias, p_drop in ((True, 0.0), (False, 0.2)):
         title = f"GPT, {'biases' if bias else 'no bias'}{', dropout' if p_drop else ''}"
         yield (title, *gpt_case(rng, bias=bias, dropout=p_drop))
-
-
-def later_rows(f):
-    """f as a worker computes it whose sequences come after five others of the batch: dropout counts from there."""
-    from npgpt.kernels.masks import random_stream
-
-    return random_stream(1, batch_offset=5)(f)
 
 
 def gpt_case(rng, **options):

@@ -114,8 +114,7 @@ class Module:
 
     def parameters(self):
         """Each Parameter below, once."""
-        for _, parameter in self.named_parameters():
-            yield parameter
+        return (parameter for _, parameter in self.named_parameters())
 
     def zero_grad(self):
         """Forget all gradients."""

@@ -63,7 +63,7 @@ def held():
 def interrupts_noted(stop):
     """Within this context of the main thread Ctrl-C is noted in a Stop, and the second one is a KeyboardInterrupt.
 
-    Unless someone has chosen another handler than Python's own.
+    A handler that is not Python's own stays in its place.
     """
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

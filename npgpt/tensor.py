@@ -211,7 +211,8 @@ class Tensor:
 
         grad: the gradient of this tensor itself (shape of the tensor); 1 by default, for a single number.
         The graph is used up; a second call raises RuntimeError, and so does a call on what was computed from a part of
-        it, before any gradient is added.  Where an op's backward fails, leaves may have a share of their gradients.
+        it, before any gradient is added.  Where an op's backward fails, leaves may have got a share of their gradients:
+        set them to None before the next backward().
         """
         if not self.requires_grad:
             raise RuntimeError("backward: this tensor does not depend on any tensor with requires_grad=True")

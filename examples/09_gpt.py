@@ -26,6 +26,7 @@ from checks import check, finish
 
 from npgpt import GPT, GPTConfig, Tensor
 from npgpt.gradcheck import numeric_grad
+from npgpt.kernels.masks import Dropout
 from npgpt.ops.attention import attention_backward_ref, attention_forward_ref
 from npgpt.ops.cross_entropy import cross_entropy_backward_ref, cross_entropy_forward_ref
 from npgpt.ops.embedding import embedding_backward_ref, embedding_forward_ref
@@ -50,7 +51,7 @@ for name, parameter in model.named_parameters():
     parameters.setdefault(module, []).append(parameter)
     w.setdefault(module, []).append(parameter.data)
 (wte,), (wpe,) = w["wte"], w["wpe"]  # (V, C), (8, C)
-no_dropout = 0.0, np.uint32(0), 0  # the probability, and two numbers that would say which weights are dropped
+no_dropout = Dropout()
 
 # --------------------------------------------------------------------------------------------------------------------
 # Forward.  x0 ... x4 is the residual stream (N, C), with a row for each token.  A layer reads it and adds what it makes
@@ -60,7 +61,7 @@ x0 = embedding_forward_ref(idx, wte, wpe).reshape(N, C)                         
 
 a0, *stats_a0 = layernorm_forward_ref(x0, *w["h.0.ln_1"], EPS)                                            # 2
 qkv0 = linear_forward_ref(a0, *w["h.0.attn.c_attn"]).reshape(B, T, 3 * C)                                 # 3
-y0, lse0 = attention_forward_ref(qkv0, n_head, *no_dropout)                                               # 4
+y0, lse0 = attention_forward_ref(qkv0, n_head, no_dropout)                                                # 4
 z0 = linear_forward_ref(y0.reshape(N, C), *w["h.0.attn.c_proj"])                                          # 5
 x1 = x0 + z0                                                                                              # 6
 b0, *stats_b0 = layernorm_forward_ref(x1, *w["h.0.ln_2"], EPS)                                            # 7
@@ -69,7 +70,7 @@ x2 = x1 + m0                                                                    
 
 a1, *stats_a1 = layernorm_forward_ref(x2, *w["h.1.ln_1"], EPS)                                            # 10
 qkv1 = linear_forward_ref(a1, *w["h.1.attn.c_attn"]).reshape(B, T, 3 * C)                                 # 11
-y1, lse1 = attention_forward_ref(qkv1, n_head, *no_dropout)                                               # 12
+y1, lse1 = attention_forward_ref(qkv1, n_head, no_dropout)                                                # 12
 z1 = linear_forward_ref(y1.reshape(N, C), *w["h.1.attn.c_proj"])                                          # 13
 x3 = x2 + z1                                                                                              # 14
 b1, *stats_b1 = layernorm_forward_ref(x3, *w["h.1.ln_2"], EPS)                                            # 15
@@ -96,7 +97,7 @@ d, *g["h.1.ln_2"] = layernorm_backward_ref(db1, x3, w["h.1.ln_2"][0], *stats_b1)
 dx3 = dx3 + d
 dx2, dz1 = dx3, dx3                                                                                       # 14
 dy1, *g["h.1.attn.c_proj"] = linear_backward_ref(dz1, y1.reshape(N, C), w["h.1.attn.c_proj"][0])          # 13
-dqkv1 = attention_backward_ref(dy1.reshape(B, T, C), qkv1, lse1, n_head, *no_dropout)                     # 12
+dqkv1 = attention_backward_ref(dy1.reshape(B, T, C), qkv1, lse1, n_head, no_dropout)                      # 12
 da1, *g["h.1.attn.c_attn"] = linear_backward_ref(dqkv1.reshape(N, 3 * C), a1, w["h.1.attn.c_attn"][0])    # 11
 d, *g["h.1.ln_1"] = layernorm_backward_ref(da1, x2, w["h.1.ln_1"][0], *stats_a1)                          # 10
 dx2 = dx2 + d
@@ -107,7 +108,7 @@ d, *g["h.0.ln_2"] = layernorm_backward_ref(db0, x1, w["h.0.ln_2"][0], *stats_b0)
 dx1 = dx1 + d
 dx0, dz0 = dx1, dx1                                                                                       # 6
 dy0, *g["h.0.attn.c_proj"] = linear_backward_ref(dz0, y0.reshape(N, C), w["h.0.attn.c_proj"][0])          # 5
-dqkv0 = attention_backward_ref(dy0.reshape(B, T, C), qkv0, lse0, n_head, *no_dropout)                     # 4
+dqkv0 = attention_backward_ref(dy0.reshape(B, T, C), qkv0, lse0, n_head, no_dropout)                      # 4
 da0, *g["h.0.attn.c_attn"] = linear_backward_ref(dqkv0.reshape(N, 3 * C), a0, w["h.0.attn.c_attn"][0])    # 3
 d, *g["h.0.ln_1"] = layernorm_backward_ref(da0, x0, w["h.0.ln_1"][0], *stats_a0)                          # 2
 dx0 = dx0 + d

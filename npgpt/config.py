@@ -25,8 +25,8 @@ BPE_VOCAB_SIZE = 4096  # what bpe learns if nobody says how many
 
 def _setting(default, text, low=None, above=None, high=None, below=None, choices=None, is_path=False):
     """A field with its help text, the range it must lie in, and whether it names a file or folder."""
-    limits = {"low": low, "above": above, "high": high, "below": below, "choices": choices}
-    return field(default=default, metadata={"help": text, "is_path": is_path, **limits})
+    limits = dict(low=low, above=above, high=high, below=below, choices=choices)
+    return field(default=default, metadata=dict(help=text, is_path=is_path, **limits))
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,8 @@ class GPTConfig:
         C^2 for the attention's output, 8 C^2 for the MLP.  Looking up an embedding multiplies nothing.
 
         Attention: two products forward (q k^T, p v) and four backward (dp, dv, dq, dk), each of 2 hs FLOPs for each
-        head and pair of a query and a key, so 12 C per pair.  Only the T (T + 1) / 2 pairs that the causal mask
-        leaves are counted, and neither is q k^T when a backward makes it a second time: this is work that had to be
-        done, not work that an implementation happens to do.
+        head and pair of a query and a key, so 12 C per pair.  What had to be done counts: the T (T + 1) / 2 pairs that
+        the causal mask leaves, and q k^T once, though a backward makes it a second time.
         """
         C = self.n_embd
         linear = 6 * B * T * (self.n_layer * 12 * C * C + self.vocab_size * C)
@@ -164,10 +163,7 @@ class Controls:
 
 
 PRESETS = {
-    "default": (
-        "about two minutes on two cores",
-        {},
-    ),
+    "default": ("about two minutes on two cores", {}),
     "nanogpt-cpu": (
         "the CPU recipe of nanoGPT's README: shakespeare, 0.8M parameters",
         dict(
@@ -206,7 +202,6 @@ PRESETS = {
 # What the command line takes where a run begins with a model: rates for one that knows nothing yet would ruin it.
 FINE_TUNING = dict(optimizer="adamw", learning_rate=3e-5, muon_learning_rate=2e-4)
 FAR = 10  # times these rates are worth a line
-
 
 _KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}
 
@@ -257,10 +252,7 @@ def check_ranges(config):
 
 
 def check_tokenizer(config):
-    """Raise UsageError if a new run cannot have the tokenizer that its TrainConfig names.
-
-    (One that is resumed has its tokenizer already, and the file may be gone.)
-    """
+    """Raise UsageError if a new run (a resumed one has its own) cannot have the tokenizer that a TrainConfig names."""
     tokenizer = config.tokenizer
     if config.vocab_size is not None and tokenizer != "bpe":
         raise UsageError(f"vocab_size is for --tokenizer bpe; with {tokenizer} the tokens are what they are")
@@ -282,11 +274,10 @@ def preset(name):
 
 
 def composed(name, given, new=True):
-    """The settings of a run as a dict: those of a preset (or None), and what is given beside it.
+    """The settings of a run as a dict: those of a preset (or None), and what is given beside it.  Raises UsageError.
 
     Settings of a preset that belong together follow the given ones: the decay ends with the run, min_lr is the same
-    share of the learning rate, and the warm-up is a tenth of the run at most.  A new run that begins with a model has
-    rates that do not ruin it.  Raises UsageError.
+    share of the learning rate, and the warm-up is a tenth of the run at most.
     """
     base = preset(name) if name else {}
     settings, followed = {**base, **given}, base.keys() - given.keys()

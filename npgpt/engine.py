@@ -53,11 +53,6 @@ def no_dropout():
     return state.within(drops=False)
 
 
-def dropout_acts():
-    """Whether no_dropout leaves the choice to train() and eval()."""
-    return state.drops
-
-
 def watched(made=None, passed=None):
     """Within this context these functions are told of all that ops do in this thread; None is told of nothing.
 
@@ -144,11 +139,7 @@ class Gradient:
 
 
 def backward(root, grad):
-    """Add the gradient of `root`, times grad (its shape), with respect to all nodes it was computed from to theirs.
-
-    The graph is used up; a second call raises RuntimeError, and so does a call on what was computed from a part of
-    it, before any gradient is added.  Where an op's backward fails, leaves may have got a share of their gradients.
-    """
+    """Tensor.backward: `root` is the node, grad its gradient, of its shape."""
     order = topological_order(root)
     for node in order:
         if node._backward is _used_up:

@@ -3,14 +3,8 @@
     0    ok
     1    a check found something wrong, and says what (gradcheck, explain, exercise check);
          or a bug in npgpt (an ordinary traceback)
-    2    usage: flags, data or prompt                UsageError
-    3    a checkpoint or the disk                    CheckpointError
-    4    the training diverged                       DivergedError
-    5    another training holds the run folder       BusyError
-    6    a gradient of a run is wrong                GradientError
-    130  stopped by Ctrl-C                           StoppedError
-    143  stopped by SIGTERM; 129 by a terminal that  StoppedError
-         closes; others: 128 and the signal's number
+    2-6  an error below
+    128  and a signal's number: stopped by it (130: Ctrl-C, 143: SIGTERM, 129: a terminal that closes)
     141  whoever read the output stopped reading (as in `... | head`)
 """
 

@@ -89,10 +89,7 @@ def in_use():
 
 
 def available():
-    """Bytes that this process may have in all: what it has, and what the machine or its container has left.
-
-    None where that cannot be told.
-    """
+    """Bytes that this process may have in all, those that it has among them; None where that cannot be told."""
     found = [_machine(), *_container()]
     return min((n for n in found if n is not None), default=None)
 
@@ -128,23 +125,19 @@ def _container():
 
 
 def _quotas():
-    """What each control group of this process that has a limit may use of processors' time (cgroup v2, then v1).
-
-    A part of a processor counts as one: with a thread less, nobody would use that part.
-    """
+    """What each control group of this process that has a limit may use of processors' time (cgroup v2, then v1)."""
     for group in _control_groups("cpu"):
         for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
             with contextlib.suppress(OSError, ValueError):  # "max" is no limit
                 quota, period = map(int, " ".join((group / name).read_text() for name in names).split())
                 if quota > 0 < period:  # nor is -1
-                    yield -(-quota // period)
+                    yield -(-quota // period)  # with a thread less, nobody would use a part of a processor
 
 
 def _control_groups(controller):
     """The folders that may tell the limits of this process's own control group, and of each one above it.
 
-    A container may see its own group as the root, but itself at a path of the host's, which is not there: so the root
-    is always among them.
+    The root is always among them: a container may see its group there, but be told a path of the host's.
     """
     with contextlib.suppress(OSError):
         for line in os.fsdecode((PROC / "self/cgroup").read_bytes()).splitlines():

@@ -16,33 +16,22 @@ import math
 
 import numpy as np
 
+from npgpt import nn
 from npgpt.config import INIT, SAMPLE, Controls
-from npgpt.nn import (
-    MLP,
-    CausalSelfAttention,
-    Dropout,
-    Embedding,
-    LayerNorm,
-    Linear,
-    Module,
-    ModuleDict,
-    Parameter,
-    structure,
-)
 from npgpt.ops.cross_entropy import cross_entropy
 from npgpt.ops.embedding import embedding
 
 _generations = itertools.count()  # generate() without rng
 
 
-class Block(Module):
+class Block(nn.Module):
     """One transformer block: attention, then the MLP, each added to the residual stream."""
 
     def __init__(self, config, dtype):
-        self.ln_1 = LayerNorm(config.n_embd, config.bias, dtype)
-        self.attn = CausalSelfAttention(config.n_embd, config.n_head, config.dropout, config.bias, dtype)
-        self.ln_2 = LayerNorm(config.n_embd, config.bias, dtype)
-        self.mlp = MLP(config.n_embd, config.dropout, config.bias, dtype)
+        self.ln_1 = nn.LayerNorm(config.n_embd, config.bias, dtype)
+        self.attn = nn.CausalSelfAttention(config.n_embd, config.n_head, config.dropout, config.bias, dtype)
+        self.ln_2 = nn.LayerNorm(config.n_embd, config.bias, dtype)
+        self.mlp = nn.MLP(config.n_embd, config.dropout, config.bias, dtype)
 
     def forward(self, x):
         x = x + self.attn(self.ln_1(x))
@@ -50,14 +39,13 @@ class Block(Module):
         return x
 
 
-class GPT(Module):
+class GPT(nn.Module):
     """logits, loss = GPT(config)(idx, targets)
 
-    config  a GPTConfig
-    seed    what the initial weights are drawn from; None leaves them zero, for weights that are filled in afterwards
-    dtype   float32, or float64 for gradient checks
-
-    tokenizer    what its tokens mean, or None where that is not known; the model itself has no use for it
+    config     a GPTConfig
+    seed       what the initial weights are drawn from; None leaves them zero, to be filled in afterwards
+    dtype      float32, or float64 for gradient checks
+    tokenizer  (attribute) what its tokens mean, or None where that is not known; the model has no use for it
     """
 
     tokenizer = None
@@ -65,14 +53,14 @@ class GPT(Module):
     def __init__(self, config, seed=1337, dtype=np.float32):
         self.config = config
         V, C = config.vocab_size, config.n_embd
-        self.transformer = ModuleDict(
-            wte=Embedding(V, C, dtype),
-            wpe=Embedding(config.block_size, C, dtype),
-            drop=Dropout(config.dropout),
+        self.transformer = nn.ModuleDict(
+            wte=nn.Embedding(V, C, dtype),
+            wpe=nn.Embedding(config.block_size, C, dtype),
+            drop=nn.Dropout(config.dropout),
             h=[Block(config, dtype) for _ in range(config.n_layer)],
-            ln_f=LayerNorm(C, config.bias, dtype),
+            ln_f=nn.LayerNorm(C, config.bias, dtype),
         )
-        self.lm_head = Linear(C, V, False, dtype)
+        self.lm_head = nn.Linear(C, V, False, dtype)
         self.lm_head.weight = self.transformer.wte.weight  # tied: one parameter in two places (Press and Wolf 2017)
         if seed is not None:
             self._init_weights(np.random.default_rng([seed, INIT]))
@@ -82,11 +70,8 @@ class GPT(Module):
         """The GPT in a run folder (its best checkpoint), a checkpoint file, or a Hugging Face GPT-2 folder.
 
         A Hugging Face folder holds config.json and model.safetensors, or the parts of a model.safetensors.index.json.
-        Nothing is downloaded, and no code that a file may hold is run.
-
-        The GPT comes with its `tokenizer`, and with dropout switched off, as after eval(); train() switches it on.
-
-        Raises CheckpointError that names the file and what is wrong with it.
+        Nothing is downloaded, and no code that a file may hold is run.  The GPT comes with its `tokenizer`, and with
+        dropout switched off, as after eval().  Raises CheckpointError that names the file and what is wrong with it.
         """
         from npgpt.files import pretrained
 
@@ -99,10 +84,8 @@ class GPT(Module):
     def save_pretrained(self, path):
         """Write config.json and model.safetensors, which Hugging Face's GPT2LMHeadModel.from_pretrained opens.
 
-        path  a folder, which is made if need be; files of these names are replaced, each of them whole or not at all
-
-        The `tokenizer` is written too; files of one that is not its own get names that end in .set-aside.
-        Raises CheckpointError.
+        path: a folder, which is made if need be; files of these names are replaced, each of them whole or not at all.
+        The `tokenizer` is written too; files of another one get names that end in .set-aside.  Raises CheckpointError.
         """
         from npgpt.files import hub
 
@@ -114,7 +97,7 @@ class GPT(Module):
             raise ValueError(f"crop_block_size: {block_size} is longer than block_size = {self.config.block_size}")
         self.config = dataclasses.replace(self.config, block_size=block_size)
         wpe = self.transformer.wpe
-        wpe.weight = Parameter(wpe.weight.data[:block_size].copy())
+        wpe.weight = nn.Parameter(wpe.weight.data[:block_size].copy())
 
     def set_dropout(self, p):
         """Drop activations with another probability from now on."""
@@ -157,12 +140,12 @@ class GPT(Module):
     def difference(self):
         """Words for what makes this model another one than GPT(config), or None if nothing does.
 
-        What knows GPT(config) only asks for it: writing with a cache, checkpoints, Hugging Face's folders, audits.
+        Those ask who know GPT(config) only: writing with a cache, checkpoints, Hugging Face's folders, audits.
         """
         methods = ("__call__", "forward", "features")
         if any(getattr(type(self), name) is not getattr(GPT, name) or name in vars(self) for name in methods):
             return f"the model is a {type(self).__name__} with a {' or '.join(methods)} of its own"
-        ours, theirs = structure(self), _structure_of(self.config, self.transformer.wte.weight.dtype)
+        ours, theirs = nn.structure(self), _structure_of(self.config, self.transformer.wte.weight.dtype)
         for place in (*theirs, *ours):
             if place and ours.get(place) != theirs.get(place):
                 found, wanted = (there.get(place, "missing") for there in (ours, theirs))
@@ -182,10 +165,9 @@ class GPT(Module):
                    default the number of calls without one before: calls differ, and the same script repeats itself
         cache      whether keys and values are kept from token to token; without it the result is the same, later.  A
                    model that is not GPT(config) any more (see `difference`) writes without it
-
-        Weights must stay as they are until all tokens are written.  Where the model has a tokenizer, only its tokens
-        are written.
         controls   those of npgpt.config.Controls: temperature, top_k, top_p, ...
+
+        Weights must stay as they are meanwhile.  Where the model has a tokenizer, only its tokens are written.
         """
         from npgpt.generate.generation import Generation
 
@@ -199,4 +181,4 @@ class GPT(Module):
 
 @functools.lru_cache(8)
 def _structure_of(config, dtype):
-    return structure(GPT(config, seed=None, dtype=dtype))
+    return nn.structure(GPT(config, seed=None, dtype=dtype))

@@ -24,8 +24,7 @@ def inverse_root(gram, steps=5):
     multiplied with each other, and x is left to the end: as all of them are polynomials of the first g, g <- (a I + b g
     + c g^2)^2 g, and every product is symmetric: half of it is computed.  Changes gram.
     """
-    poly, spare = empty(gram.shape, gram.dtype), empty(gram.shape, gram.dtype)
-    q = empty(gram.shape, gram.dtype)
+    poly, spare, q = (empty(gram.shape, gram.dtype) for _ in range(3))
     for step in range(steps):
         symmetric_product(poly, gram, gram)
         newton_schulz(poly, gram)
@@ -165,4 +164,4 @@ class Muon(AdamW):
         rows, columns = self.flat.shapes[name]
         n = 3 if name.endswith("c_attn.weight") else 1
         views = [array[place].reshape(n, rows // n, columns) for array in (self.flat.weights, self.m, grads)]
-        yield from zip(*views, strict=True)
+        return zip(*views, strict=True)

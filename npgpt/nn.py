@@ -5,7 +5,7 @@ from types import NoneType
 
 import numpy as np
 
-from npgpt.engine import dropout_acts
+from npgpt import engine
 from npgpt.ops.attention import causal_attention
 from npgpt.ops.dropout import dropout
 from npgpt.ops.layernorm import layernorm
@@ -18,8 +18,7 @@ class Parameter(Tensor):
     """A Tensor that training changes.
 
     Once an optimizer, workers and checkpoints share its numbers (FlatParameters), it has one home: what is assigned to
-    `data` is written there, and ValueError is raised for an array of another shape or dtype.  TypeError for what holds
-    other numbers than float32 and float64.
+    `data` is written there.  ValueError for an array of another shape or dtype, TypeError for one that is no float.
     """
 
     __slots__ = ()
@@ -72,7 +71,7 @@ class Module:
     """
 
     training = True
-    drops = property(lambda self: self.training and dropout_acts())  # whether dropout acts now
+    drops = property(lambda self: self.training and engine.state.drops)  # whether dropout acts now
 
     def __setattr__(self, name, value):
         """Refuse a Tensor where training would not see it: named_parameters() finds Parameters only."""
@@ -115,8 +114,7 @@ class Module:
 
     def parameters(self):
         """Each Parameter below, once."""
-        for _, parameter in self.named_parameters():
-            yield parameter
+        return (parameter for _, parameter in self.named_parameters())
 
     def zero_grad(self):
         """Forget all gradients."""
@@ -138,8 +136,7 @@ class Module:
 def structure(module, place="", seen=None):
     """What a module and those below it compute, apart from their parameters' numbers: a dict, place -> what is there.
 
-    Of what an attribute holds, count modules, parameters, and what the layers in this file were told.  seen: id of a
-    Parameter -> the first place that it has.
+    Modules and parameters count, and what the layers of this file were told.  seen: id of a Parameter -> first place.
     """
     found, seen = {place: type(module)}, {} if seen is None else seen
     for key, value in vars(module).items():

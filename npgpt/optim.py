@@ -21,8 +21,7 @@ class FlatParameters:
     names, shapes     parameter's name -> slice, shape
     n_hidden          the blocks' matrices come first: elements 0 .. n_hidden - 1
     n_decay           then the embeddings; weight decay applies to all matrices: elements 0 .. n_decay - 1
-
-    share: another FlatParameters of an equal model whose weights are used instead of this model's own.
+    share             another FlatParameters of an equal model whose weights are used instead of this model's own
 
     A parameter with requires_grad = False keeps its place, and its gradient is 0.  Raises ValueError for parameters of
     several dtypes, or that share memory.  Neither it nor what holds it can be copied or pickled: copy the model.
@@ -44,19 +43,16 @@ class FlatParameters:
         dtype = named[0][1].dtype
         for name, parameter in named:
             if parameter.dtype != dtype:
-                raise ValueError(
-                    f"FlatParameters: {named[0][0]} is {dtype}, and {name} {parameter.dtype}: all must have one dtype"
-                )
+                words = f"{named[0][0]} is {dtype}, and {name} {parameter.dtype}: all must have one dtype"
+                raise ValueError(f"FlatParameters: {words}")
         for (name, one), (other_name, other) in itertools.combinations(named, 2) if share is None else ():
             if np.may_share_memory(one.data, other.data):
-                raise ValueError(
-                    f"FlatParameters: {name} and {other_name} share memory; use one Parameter in both places"
-                )
+                words = f"{name} and {other_name} share memory; use one Parameter in both places"
+                raise ValueError(f"FlatParameters: {words}")
         self.weights = np.zeros(size, dtype) if share is None else share.weights
         self.grads = np.zeros(size, dtype)
-        for parameter, (_, data), (_, grad) in zip(
-            self.parameters, self.views(self.weights), self.views(self.grads), strict=True
-        ):
+        views = zip(self.parameters, self.views(self.weights), self.views(self.grads), strict=True)
+        for parameter, (_, data), (_, grad) in views:
             if share is None:
                 data[...] = parameter.data
             parameter.move(data, grad)
@@ -176,9 +172,7 @@ def adamw(p, m, v, g, scale, lr, beta1, beta2, eps, weight_decay, step):
 
 
 class AdamW:
-    """AdamW over flat storage.
-
-    flat: FlatParameters.  `step` counts the updates; m and v are the moments, arrays like flat.weights.
+    """AdamW over FlatParameters.  `step` counts the updates; m and v are the moments, arrays like flat.weights.
 
     Frozen parameters (requires_grad = False), and their moments, stay as they are.  Raises ValueError for settings that
     are out of their range.
@@ -194,23 +188,18 @@ class AdamW:
             if not holds:
                 raise ValueError(f"AdamW: {name} = {value} is out of its range")
         self.flat, self.beta1, self.beta2, self.eps, self.weight_decay = flat, beta1, beta2, eps, weight_decay
-        self.m = np.zeros_like(flat.weights)
-        self.v = np.zeros_like(flat.weights)
-        self.step = 0
+        self.m, self.v, self.step = np.zeros_like(flat.weights), np.zeros_like(flat.weights), 0
 
     def update(self, grads, lr, scale=1.0, part=slice(None)):
-        """Update the weights in `part` (a slice of the flat arrays) with grads * scale.
+        """Update the weights in `part` (a slice of the flat arrays) with grads * scale; the caller has counted `step`.
 
-        The caller counts `step` up before the first part of an update.  Raises ValueError if it is still 0, or if there
-        is not one gradient, of the weights' dtype, for each of the flat weights.
+        Raises ValueError if it is still 0, or if there is not one gradient, of the weights' dtype, for each weight.
         """
         if self.step == 0:
             raise ValueError("update: step is 0; count it up before the first part of an update")
         if grads.shape != self.m.shape or grads.dtype != self.m.dtype:
-            raise ValueError(
-                f"update: grads must be {self.m.dtype}, of shape {self.m.shape}, got {grads.dtype}, {grads.shape}; a "
-                f"part of them is chosen by `part`"
-            )
+            words = f"must be {self.m.dtype}, of shape {self.m.shape}, got {grads.dtype}, {grads.shape}"
+            raise ValueError(f"update: grads {words}; a part of them is chosen by `part`")
         start, stop, _ = part.indices(len(self.m))
         cut = min(max(self.flat.n_decay, start), stop)
         for low, high, weight_decay in ((start, cut, self.weight_decay), (cut, stop, 0.0)):

@@ -61,9 +61,9 @@ def held():
 
 @contextlib.contextmanager
 def interrupts_noted(stop):
-    """Within this context Ctrl-C is noted in a Stop, and the second one is a KeyboardInterrupt at once.
+    """Within this context of the main thread Ctrl-C is noted in a Stop, and the second one is a KeyboardInterrupt.
 
-    So it is in the main thread, as long as nobody has chosen another handler than Python's own, which is put back.
+    A handler that is not Python's own stays in its place.
     """
     in_main = threading.current_thread() is threading.main_thread()
     if not in_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:

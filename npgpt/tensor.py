@@ -5,18 +5,17 @@ An op computes its output with NumPy or a kernel and records how to go back:
     def __mul__(a, b):
         return record("mul", a.data * b.data, (a, b), lambda dy: (dy * b.data, dy * a.data))
 
-`record` gives a new Tensor that remembers its parents (a, b) and the function from the gradient of the output to the
-gradients of the parents.  `loss.backward()` walks back through all that is remembered so: npgpt/engine.py.
+`loss.backward()` walks back through all that is recorded so: npgpt/engine.py.
 
 The operators broadcast as NumPy does.  Anything can be composed from them, the fused ops of npgpt/ops/ included;
 tests/test_compositions.py does so and finds the same gradients.  Each is one line forward and one line backward; dy is
 the gradient of the output, and a and b are the operands, as in the formulas.
 
-Broadcasting copies a number to several places, so its gradient is the sum over these places: `unbroadcast` sums over
-every axis that was added or stretched.
+Broadcasting copies a number to several places, so its gradient is the sum over these places: `unbroadcast`.
 """
 
 import copy
+import operator
 
 import numpy as np
 
@@ -66,6 +65,27 @@ def record(op, data, parents, backward):
     if state.made is not None:
         state.made(op, out, parents, backward)
     return out
+
+
+def _comparison(compare):
+    """A method of a Tensor that compares its numbers with those of a Tensor, an array or a number."""
+    return lambda a, b: compare(a.data, b.data if isinstance(b, Tensor) else plain(b, "a Tensor's partner"))
+
+
+def _reflected(operation):
+    """A method of a Tensor for what stands right of a number or an array."""
+    return lambda a, b: operation(as_tensor(b, a), a)
+
+
+def _in_place(operation, sign):
+    """A method of a Tensor for the left side of a += b, say; it raises TypeError for a leaf."""
+
+    def operate(a, b):
+        if a.requires_grad and a._backward is None:
+            raise TypeError(f"a {sign}= b would put a result in the place of a leaf; write a.data {sign}= ... instead")
+        return operation(a, b)
+
+    return operate
 
 
 class Tensor:
@@ -176,16 +196,12 @@ class Tensor:
     def new_grad(self):
         """An array that an op's backward may fill with this tensor's gradient and must then return.
 
-        It is the place where the gradient is to end up, if that place is still free, else scratch memory: the engine
-        adds it in.  Ops that make their gradients with NumPy expressions need not ask: any array may be returned.
+        An op that makes its gradients with NumPy expressions need not ask: any array may be returned.
         """
         return self._gradient.new(self.data)
 
     def grad_to_add_to(self):
-        """This tensor's gradient so far (zeros if there is none), for a backward that only touches a few of its rows.
-
-        The op adds to it in place, and returns None for this tensor: there is nothing left to add.
-        """
+        """This tensor's gradient so far, or zeros: a backward that touches few rows adds to it, and returns None."""
         if not self.requires_grad:
             return zeros(self.data.shape, self.data.dtype)  # nobody will look at it
         return self._gradient.to_add_to(self.data)
@@ -235,32 +251,20 @@ class Tensor:
             y = a.data + b.data
         return record("add", y, (a, b), lambda dy: (unbroadcast(dy, a), unbroadcast(dy, b)))
 
-    def __radd__(a, b):
-        return as_tensor(b, a) + a
-
     def __sub__(a, b):
         b = as_tensor(b, a)
         return record("sub", a.data - b.data, (a, b), lambda dy: (unbroadcast(dy, a), unbroadcast(-dy, b)))
-
-    def __rsub__(a, b):
-        return as_tensor(b, a) - a
 
     def __mul__(a, b):
         b = as_tensor(b, a)
         y = a.data * b.data
         return record("mul", y, (a, b), lambda dy: (unbroadcast(dy * b.data, a), unbroadcast(dy * a.data, b)))
 
-    def __rmul__(a, b):
-        return as_tensor(b, a) * a
-
     def __truediv__(a, b):
         b = as_tensor(b, a)
         y = a.data / b.data
         # d(a/b)/db = -a/b^2 = -y/b
         return record("div", y, (a, b), lambda dy: (unbroadcast(dy / b.data, a), unbroadcast(-dy * y / b.data, b)))
-
-    def __rtruediv__(a, b):
-        return as_tensor(b, a) / a
 
     def __neg__(a):
         return record("neg", -a.data, (a,), lambda dy: (-dy,))
@@ -306,9 +310,6 @@ class Tensor:
             return unbroadcast(da, a), unbroadcast(db, b)
 
         return record("matmul", np.matmul(a.data, b.data), (a, b), backward)
-
-    def __rmatmul__(a, b):
-        return as_tensor(b, a) @ a
 
     def exp(a):
         y = np.exp(a.data)
@@ -378,45 +379,21 @@ class Tensor:
         y, index = a.data[index], copy.deepcopy(index)  # the caller may change its arrays before the backward
         return record("getitem", y, (a,), backward)
 
+    __radd__, __rsub__ = _reflected(operator.add), _reflected(operator.sub)
+    __rmul__, __rtruediv__ = _reflected(operator.mul), _reflected(operator.truediv)
+    __rmatmul__ = _reflected(operator.matmul)
+
     # Comparisons give arrays of bools, without a gradient
 
-    def __eq__(a, b):
-        return a.data == _array_of(b)
-
-    def __ne__(a, b):
-        return a.data != _array_of(b)
-
-    def __lt__(a, b):
-        return a.data < _array_of(b)
-
-    def __le__(a, b):
-        return a.data <= _array_of(b)
-
-    def __gt__(a, b):
-        return a.data > _array_of(b)
-
-    def __ge__(a, b):
-        return a.data >= _array_of(b)
+    __eq__, __ne__ = _comparison(operator.eq), _comparison(operator.ne)
+    __lt__, __le__ = _comparison(operator.lt), _comparison(operator.le)
+    __gt__, __ge__ = _comparison(operator.gt), _comparison(operator.ge)
 
     # a += b is a + b, but for a leaf: it would be replaced by a result, and be trained no more
 
-    def __iadd__(a, b):
-        return _no_leaf(a, "+") + b
-
-    def __isub__(a, b):
-        return _no_leaf(a, "-") - b
-
-    def __imul__(a, b):
-        return _no_leaf(a, "*") * b
-
-    def __itruediv__(a, b):
-        return _no_leaf(a, "/") / b
-
-    def __ipow__(a, b):
-        return _no_leaf(a, "**") ** b
-
-    def __imatmul__(a, b):
-        return _no_leaf(a, "@") @ b
+    __iadd__, __isub__ = _in_place(operator.add, "+"), _in_place(operator.sub, "-")
+    __imul__, __itruediv__ = _in_place(operator.mul, "*"), _in_place(operator.truediv, "/")
+    __ipow__, __imatmul__ = _in_place(operator.pow, "**"), _in_place(operator.matmul, "@")
 
 
 def _leaf(kind, data, requires_grad, grad):
@@ -441,24 +418,13 @@ def _like(a, values):
 
 
 def unbroadcast(grad, x):
-    """Sum a gradient over the axes along which x was broadcast, so that it gets x's shape (and dtype)."""
+    """Sum a gradient over the axes along which x was broadcast: those that were added or stretched."""
     if grad.shape == x.shape:
         return grad.astype(x.dtype, copy=False)
     extra = grad.ndim - x.ndim
     stretched = tuple(i + extra for i, n in enumerate(x.shape) if n == 1 and grad.shape[i + extra] != 1)
     grad = grad.sum(axis=tuple(range(extra)) + stretched, keepdims=True)
     return grad.reshape(x.shape).astype(x.dtype, copy=False)
-
-
-def _array_of(b):
-    return b.data if isinstance(b, Tensor) else plain(b, "a Tensor's partner")
-
-
-def _no_leaf(a, sign):
-    """The left side of a += b.  Raises TypeError for a leaf."""
-    if a.requires_grad and a._backward is None:
-        raise TypeError(f"a {sign}= b would put a result in the place of a leaf; write a.data {sign}= ... instead")
-    return a
 
 
 def _keep_axes(array, axis, shape, keepdims):

@@ -217,8 +217,8 @@ def scaled(which, factor):
 
 
 def no_mask(function):
-    def changed(dqkv, dy, qkv, lse, n_head, p_drop, key, batch_offset):
-        function(dqkv, dy, qkv, lse, n_head, 0.0, key, batch_offset)
+    def changed(dqkv, dy, qkv, lse, n_head, dropout):
+        function(dqkv, dy, qkv, lse, n_head, dropout._replace(p=0.0))
 
     return changed
 

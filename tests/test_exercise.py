@@ -208,7 +208,7 @@ WRONG = [
     ("attention", "ds = p * (dp", "ds = p * math.sqrt(q.shape[-1]) * (dp", "dq factor which is sqrt(hs). s = q @ k"),
     ("attention", "dk = ds.swapaxes(-1, -2) @ q / math.sqrt(q.shape[-1])", "dk = ds @ q", "dk besides, sqrt(hs)"),
     ("attention", "dp = da * drop", "dp = da", "dk wrong mask dropout"),
-    ("attention", "dp = da * drop", "dp = da * (drop > 0)", "dk constant factor 1 - p_drop"),
+    ("attention", "dp = da * drop", "dp = da * (drop > 0)", "dk constant factor 1 - dropout.p"),
     ("attention", "dv = (p * drop)", "dv = p", "dv wrong value after dropout"),
     ("attention", "dv = (p * drop).swapaxes(-1, -2) @ dy", "dv = (p * drop) @ dy", "dv transposed column"),
     ("attention", "dk = ds.swapaxes(-1, -2) @ q", "dk = ds @ q", "dk transposed column"),

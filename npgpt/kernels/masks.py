@@ -4,6 +4,8 @@ So the backward makes it again instead of storing it, and how the batch is split
 key comes from the thread's random stream: which masks come next.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from npgpt.context import ThreadState
@@ -39,6 +41,14 @@ def next_random_key():
     _state.calls += 1
     key = (_state.seed * 0x9E3779B1 + _state.calls * 0x85EBCA77) & 0xFFFFFFFF
     return np.uint32(key), _state.batch_offset
+
+
+class Dropout(NamedTuple):
+    """What a batch drops: with which probability, by which mask, from which sequence of the whole batch on."""
+
+    p: float = 0.0
+    key: np.uint32 = np.uint32(0)
+    batch_offset: int = 0
 
 
 def mix32_ref(x):

@@ -32,7 +32,7 @@ import numpy as np
 from npgpt.kernels.attention import QUERY_BLOCK, ROWS, backward_heads, forward_heads, scratch
 from npgpt.kernels.buffers import as_rows, empty
 from npgpt.kernels.jit import replaces
-from npgpt.kernels.masks import dropout_mask_ref, next_random_key
+from npgpt.kernels.masks import Dropout, dropout_mask_ref, next_random_key
 from npgpt.ops.dropout import check_p
 from npgpt.tensor import record
 
@@ -71,19 +71,19 @@ def _softmax_ref(s):
     return p, lse
 
 
-def _dropout_scale_ref(like, p_drop, key, batch_offset):
-    """What dropout multiplies p (B, n_head, T, T) with: 0 or 1 / (1 - p_drop)."""
+def _dropout_scale_ref(like, dropout):
+    """What dropout multiplies p (B, n_head, T, T) with: 0 or 1 / (1 - dropout.p).  dropout: a Dropout."""
     B, H, T, _ = like.shape
-    mask = dropout_mask_ref(key, batch_offset * H * T, (B * H * T, T), p_drop)
-    return mask.reshape(like.shape) * like.dtype.type(1 / (1 - p_drop))
+    mask = dropout_mask_ref(dropout.key, dropout.batch_offset * H * T, (B * H * T, T), dropout.p)
+    return mask.reshape(like.shape) * like.dtype.type(1 / (1 - dropout.p))
 
 
-def attention_forward_ref(qkv, n_head, p_drop, key, batch_offset):
+def attention_forward_ref(qkv, n_head, dropout):
     """qkv (B, T, 3C) -> y (B, T, C), lse (B, n_head, T) in float64."""
     q, k, v = split_heads(qkv, n_head)
     s = _scores_ref(q, k)
     p, lse = _softmax_ref(s)
-    a = p * _dropout_scale_ref(p, p_drop, key, batch_offset)
+    a = p * _dropout_scale_ref(p, dropout)
     y = a @ v  # (B, n_head, T, hs)
     B, H, T, hs = y.shape
     return y.transpose(0, 2, 1, 3).reshape(B, T, H * hs), lse
@@ -96,12 +96,12 @@ def attention_weights_ref(qkv, n_head):
     return p
 
 
-def attention_backward_ref(dy, qkv, lse, n_head, p_drop, key, batch_offset):
+def attention_backward_ref(dy, qkv, lse, n_head, dropout):
     """dy (B, T, C), and the forward's arrays -> dqkv (B, T, 3C)."""
     q, k, v = split_heads(qkv, n_head)
     dy = merged_heads(dy, n_head)  # (B, n_head, T, hs)
     p = np.exp(_scores_ref(q, k) - lse[..., None]).astype(q.dtype)
-    drop = _dropout_scale_ref(p, p_drop, key, batch_offset)
+    drop = _dropout_scale_ref(p, dropout)
     # y = a @ v
     da = dy @ v.swapaxes(-1, -2)
     dv = (p * drop).swapaxes(-1, -2) @ dy
@@ -136,15 +136,15 @@ def causal_attention(qkv, n_head, p_drop=0.0):
             f"causal_attention: qkv must have shape (B, T, 3 * n_head * hs) with n_head = {n_head}, got {qkv.shape}"
         )
     B, T, C3 = qkv.shape
-    key, batch_offset = next_random_key() if p_drop > 0 else (np.uint32(0), 0)
+    dropout = Dropout(p_drop, *next_random_key()) if p_drop > 0 else Dropout()
     data = as_rows(qkv.data).reshape(B, T, C3)
     y = empty((B, T, C3 // 3), qkv.dtype)
     lse = empty((B, n_head, T), np.float64)
-    attention_forward(y, lse, data, n_head, p_drop, key, batch_offset)
+    attention_forward(y, lse, data, n_head, dropout)
 
     def backward(dy):
         dqkv = qkv.new_grad()
-        attention_backward(dqkv, as_rows(dy).reshape(y.shape), data, lse, n_head, p_drop, key, batch_offset)
+        attention_backward(dqkv, as_rows(dy).reshape(y.shape), data, lse, n_head, dropout)
         return (dqkv,)
 
     return record("causal_attention", y, (qkv,), backward)
@@ -155,20 +155,20 @@ def causal_attention(qkv, n_head, p_drop=0.0):
 
 
 @replaces(attention_forward_ref, flops=lambda y, *_: 2 * y.size * (y.shape[1] + 1))
-def attention_forward(y, lse, qkv, n_head, p_drop, key, batch_offset):
+def attention_forward(y, lse, qkv, n_head, dropout):
     B, T, C3 = qkv.shape
     hs = C3 // 3 // n_head
     (k_t,), s = scratch(1, ROWS, T, hs, qkv.dtype)
     y, qkv = y.reshape(B, T, 1, n_head, hs), qkv.reshape(B, T, 3, n_head, hs)
-    forward_heads(y, lse, qkv, k_t, s, p_drop, key, batch_offset)
+    forward_heads(y, lse, qkv, k_t, s, *dropout)
 
 
 @replaces(attention_backward_ref, flops=lambda dqkv, dy, *_: 4 * dy.size * (dy.shape[1] + 1))
-def attention_backward(dqkv, dy, qkv, lse, n_head, p_drop, key, batch_offset):
+def attention_backward(dqkv, dy, qkv, lse, n_head, dropout):
     B, T, C3 = qkv.shape
     hs = C3 // 3 // n_head
     n = min(T, QUERY_BLOCK)
     (k_t, v_t), scores = scratch(2, 2 * n, T, hs, qkv.dtype)
     qkv, dqkv = qkv.reshape(B, T, 3, n_head, hs), dqkv.reshape(B, T, 3, n_head, hs)
     dy = dy.reshape(B, T, 1, n_head, hs)
-    backward_heads(dqkv, dy, qkv, lse, k_t, v_t, scores[:n], scores[n:], p_drop, key, batch_offset)
+    backward_heads(dqkv, dy, qkv, lse, k_t, v_t, scores[:n], scores[n:], *dropout)

@@ -15,7 +15,6 @@ Where N, O and I differ, the shapes alone leave no other way to write the produc
 (O, N) (N, I) -> (O, I).  They are two thirds of a linear layer's multiplications in training, the forward's one third.
 """
 
-
 from npgpt.kernels.buffers import as_rows, empty
 from npgpt.kernels.jit import kernel, replaces
 from npgpt.kernels.matmul import matmul

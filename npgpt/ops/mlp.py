@@ -34,13 +34,7 @@ from npgpt.kernels.buffers import as_rows, empty
 from npgpt.kernels.jit import kernel, replaces
 from npgpt.kernels.maths import exp
 from npgpt.kernels.matmul import matmul
-from npgpt.ops.linear import (
-    add_bias,
-    check_linear,
-    linear_backward_ref,
-    linear_forward_ref,
-    sum_rows,
-)
+from npgpt.ops.linear import add_bias, check_linear, linear_backward_ref, linear_forward_ref, sum_rows
 from npgpt.tensor import check_dtypes, record
 
 K = math.sqrt(2 / math.pi)

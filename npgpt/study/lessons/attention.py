@@ -6,19 +6,22 @@ from npgpt.study.lesson import Fault, Lesson
 
 SCORES_LINE = "s = q @ k.swapaxes(-1, -2) / math.sqrt(hs)"
 SOFTMAX_LINE = "p = e / total"
-DROP_LINE = "a = p * _dropout_scale(p, p_drop, key, batch_offset)"
+DROP_LINE = "a = p * _dropout_scale(p, dropout)"
 
 
 def arguments(new, B, T, n_head, hs, p_drop, batch_offset, key=0xC0FFEE):
     import numpy as np
 
-    qkv = new(B, T, 3 * n_head * hs)
-    return {"qkv": qkv, "n_head": n_head, "p_drop": p_drop, "key": np.uint32(key), "batch_offset": batch_offset}
+    from npgpt.kernels.masks import Dropout
+
+    dropout = Dropout(p_drop, np.uint32(key), batch_offset)
+    return {"qkv": new(B, T, 3 * n_head * hs), "n_head": n_head, "dropout": dropout}
 
 
-def factors(qkv, n_head, p_drop, **_):
+def factors(qkv, n_head, dropout, **_):
     hs = qkv.shape[2] // 3 // n_head
-    return {"sqrt(hs)": (math.sqrt(hs), SCORES_LINE), "hs": (hs, SCORES_LINE), "1 - p_drop": (1 - p_drop, DROP_LINE)}
+    kept = {"1 - dropout.p": (1 - dropout.p, DROP_LINE)}
+    return {"sqrt(hs)": (math.sqrt(hs), SCORES_LINE), "hs": (hs, SCORES_LINE), **kept}
 
 
 def parts(values, dqkv):
@@ -27,7 +30,7 @@ def parts(values, dqkv):
     return dict(zip(("dq", "dk", "dv"), split_heads(dqkv, values["n_head"]), strict=True))
 
 
-def mistakes(dy, qkv, lse, n_head, p_drop, key, batch_offset):
+def mistakes(dy, qkv, lse, n_head, dropout):
     import numpy as np
 
     from npgpt.ops.attention import _dropout_scale_ref, _scores_ref, merged_heads, split_heads
@@ -37,7 +40,7 @@ def mistakes(dy, qkv, lse, n_head, p_drop, key, batch_offset):
     scale = 1 / math.sqrt(q.shape[-1])
     p = np.exp(_scores_ref(q, k) - lse[..., None])
     p_all = np.exp(q @ k.swapaxes(-1, -2) * scale - lse[..., None])  # future positions, too
-    drop = _dropout_scale_ref(p, p_drop, key, batch_offset)
+    drop = _dropout_scale_ref(p, dropout)
     a, da = p * drop, dy @ v.swapaxes(-1, -2)
     dp = da * drop
 

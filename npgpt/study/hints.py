@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from npgpt.gradcheck import BOUND, numeric_grad, relative_error
-from npgpt.study.arguments import New, backward_values, outputs
+from npgpt.study.lesson import New
 from npgpt.tensor import Tensor
 
 CLOSE = 1e-6  # two arrays are the same if they differ by less than this share of the larger one's largest entry
@@ -37,14 +37,14 @@ class Case:
         self.lesson, new = lesson, New(seed=3)
         _, _, self.parameters = lesson.references()
         inputs = lesson.arguments(new, **lesson.sizes)
-        self.values = backward_values(lesson, inputs, new)
+        self.values = lesson.backward_values(inputs, new)
         self.so_far = {name: self.values[name] for name in lesson.results if name in self.parameters}
         dy = np.asarray(self.values.get("dy", self.values.get("dloss")))
         self.many = dy.shape[:-1]  # the axes along which a bias, say, is used many times
         self.right = {}
         for name in lesson.results:
             inputs[name[1:]] = (x := Tensor(inputs[name[1:]])).data
-            self.right[name] = numeric_grad(lambda: outputs(lesson, inputs)[0], x, dy) + self.so_far.get(name, 0)
+            self.right[name] = numeric_grad(lambda: lesson.outputs(inputs)[0], x, dy) + self.so_far.get(name, 0)
         self.parts = {part: array for name in lesson.results for part, array in self._parts(name, self.right[name])}
         self.lengths = {name: lesson.sizes[name] for name in lesson.lengths}
         self.factors = lesson.factors(**self.values)

@@ -31,7 +31,6 @@ class Lesson:
     """An op to learn from.  Names are those of functions, arguments and results in its file."""
 
     op: str  # what it is called on the command line
-    file: str  # in npgpt/ops/, without .py
     topic: str  # what there is to be learnt
 
     # What a student's file holds
@@ -57,6 +56,11 @@ class Lesson:
 
     bugs: dict[int, Fault]  # for students to find, by number; each fails gradcheck
 
+    @property
+    def file(self):
+        """The name of the op's file in npgpt/ops/, without .py."""
+        return self.op.replace("-", "_")
+
     def function(self):
         """The name of the function that a student writes."""
         return dict(self.exchange).get(self.backward[-1], self.backward[-1]).removesuffix("_ref")
@@ -73,6 +77,48 @@ class Lesson:
         forward, backward = (getattr(self.module(), names[-1]) for names in (self.forward, self.backward))
         names, code = dict(self.exchange), backward.__code__
         return forward, backward, [names.get(name, name) for name in code.co_varnames[: code.co_argcount]]
+
+    def outputs(self, inputs):
+        """What the forward makes of `inputs`, {name: value}: the result, and what it keeps for the backward."""
+        forward, _, _ = self.references()
+        made = forward(*inputs.values())
+        return made if isinstance(made, tuple) else (made,)
+
+    def backward_values(self, inputs, new):
+        """{name: value}: the forward's inputs, and what the backward is given beside them.
+
+        What the backward adds to in place, as embedding's, has got numbers already.
+        """
+        _, _, parameters = self.references()
+        y, *kept = self.outputs(inputs)
+        dy = new(*y.shape)
+        values = {**inputs, **{name: new(*inputs[name[1:]].shape) for name in self.results if name in parameters}}
+        values["dloss" if "dloss" in parameters else "dy"] = dy if dy.ndim else float(dy)
+        return values | dict(zip([name for name in parameters if name not in values], kept, strict=True))
+
+    def reference_arguments(self, reference, new, *sizes, **named):
+        """Arguments for the forward or the backward, whichever `reference` is, of sizes that `arguments` takes."""
+        forward, _, parameters = self.references()
+        inputs = self.arguments(new, *sizes, **named)
+        if reference is forward:
+            return list(inputs.values())
+        values = self.backward_values(inputs, new)
+        return [values[name] for name in parameters]
+
+
+class New:
+    """new(3, 4): normal random numbers, an array of the dtype."""
+
+    def __init__(self, dtype="float64", seed=0):
+        import numpy as np
+
+        self.rng, self.dtype = np.random.default_rng(seed), np.dtype(dtype)
+
+    def __call__(self, *shape):
+        return self.rng.normal(size=shape).astype(self.dtype)
+
+    def integers(self, high, *shape):
+        return self.rng.integers(0, high, shape)
 
 
 def one_row(**summed):

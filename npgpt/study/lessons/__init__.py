@@ -6,3 +6,8 @@ LESSONS = {  # by the op's name, from easy to hard
     module.LESSON.op: module.LESSON
     for module in (linear, dropout, embedding, cross_entropy, mlp, layernorm, attention)
 }
+
+
+def lesson_of(reference):
+    """The lesson whose forward or backward a function is, or None."""
+    return next((lesson for lesson in LESSONS.values() if reference in lesson.references()[:2]), None)

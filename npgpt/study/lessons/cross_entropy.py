@@ -48,19 +48,8 @@ def mistakes(dloss, logits, targets, lse, ignore_index, count):
     yield "dlogits", f"missing term (the target's), and {ignored}", p * scale, z_line
 
 
-BUGS = {
-    5: Fault(
-        "cross-entropy: ignored rows get a gradient",
-        "npgpt/ops/cross_entropy.py",
-        "    dlogits[~valid] = 0\n",
-        "",
-        "The loss does not depend on rows whose target is ignored.",
-    ),
-}
-
 LESSON = Lesson(
     op="cross-entropy",
-    file="cross_entropy",
     topic="softmax and logarithm in one, and rows that do not count",
     forward=("cross_entropy_forward_ref",),
     backward=("cross_entropy_backward_ref",),
@@ -72,5 +61,11 @@ LESSON = Lesson(
     lines={"dlogits": "return losses.sum() / count, lse"},
     zeros=ZEROS,
     mistakes=mistakes,
-    bugs=BUGS,
-)
+    bugs={
+        5: Fault(
+            "cross-entropy: ignored rows get a gradient", "npgpt/ops/cross_entropy.py",
+            "    dlogits[~valid] = 0\n", "",
+            "The loss does not depend on rows whose target is ignored.",
+        ),
+    },
+)  # fmt: skip

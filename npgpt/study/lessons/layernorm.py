@@ -46,34 +46,8 @@ def mistakes(dy, x, weight, mean, rstd):
     yield from one_row(dweight=dy * xhat, dbias=dy)
 
 
-BUGS = {
-    6: Fault(
-        "layernorm: weight's gradient from x instead of xhat",
-        "npgpt/ops/layernorm.py",
-        "    dweight = (dy * xhat).sum(axis=0)\n",
-        "    dweight = (dy * x).sum(axis=0)\n",
-        "The weight multiplied the normalised value.",
-    ),
-    7: Fault(
-        "layernorm: without the mean's term",
-        "npgpt/ops/layernorm.py",
-        "    dx = rstd[:, None] * (g - g_mean - xhat * g_xhat_mean)\n",
-        "    dx = rstd[:, None] * (g - xhat * g_xhat_mean)\n",
-        "x reaches the output through the mean, too.",
-    ),
-    16: Fault(
-        "layernorm kernel: without the variance's term",
-        "npgpt/ops/layernorm.py",
-        "r * (dy[n, i] * weight[i] - g_mean - xhat * g_xhat_mean)",
-        "r * (dy[n, i] * weight[i] - g_mean)",
-        "x reaches the output through the variance, too.",
-        kernel=True,
-    ),
-}
-
 LESSON = Lesson(
     op="layernorm",
-    file="layernorm",
     topic="one number reaches the output by three ways",
     forward=("layernorm_forward_ref",),
     backward=("layernorm_backward_ref",),
@@ -83,5 +57,23 @@ LESSON = Lesson(
     lengths=("N", "C"),
     lines={"dx": "xhat = (x - mean[:, None]) * rstd[:, None]", "dweight": Y_LINE, "dbias": Y_LINE},
     mistakes=mistakes,
-    bugs=BUGS,
-)
+    bugs={
+        6: Fault(
+            "layernorm: weight's gradient from x instead of xhat", "npgpt/ops/layernorm.py",
+            "    dweight = (dy * xhat).sum(axis=0)\n", "    dweight = (dy * x).sum(axis=0)\n",
+            "The weight multiplied the normalised value.",
+        ),
+        7: Fault(
+            "layernorm: without the mean's term", "npgpt/ops/layernorm.py",
+            "    dx = rstd[:, None] * (g - g_mean - xhat * g_xhat_mean)\n",
+            "    dx = rstd[:, None] * (g - xhat * g_xhat_mean)\n",
+            "x reaches the output through the mean, too.",
+        ),
+        16: Fault(
+            "layernorm kernel: without the variance's term", "npgpt/ops/layernorm.py",
+            "r * (dy[n, i] * weight[i] - g_mean - xhat * g_xhat_mean)", "r * (dy[n, i] * weight[i] - g_mean)",
+            "x reaches the output through the variance, too.",
+            kernel=True,
+        ),
+    },
+)  # fmt: skip

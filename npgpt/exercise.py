@@ -121,7 +121,7 @@ def run_answer(args):
 
 
 def run_train(args):
-    from npgpt.study.training import train
+    from npgpt.study.check import train
 
     losses = train()
     print(f"{PACKAGE}: a small GPT's loss, step by step")

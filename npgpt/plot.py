@@ -80,10 +80,5 @@ def main(argv=None):
     return 0
 
 
-def command():
-    """Entry point: a mistake of the user's is one line."""
-    run_command(PROG, main)
-
-
 if __name__ == "__main__":
-    command()
+    run_command(PROG, main)

@@ -41,11 +41,11 @@ class Case:
         self.so_far = {name: self.values[name] for name in lesson.results if name in self.parameters}
         dy = np.asarray(self.values.get("dy", self.values.get("dloss")))
         self.many = dy.shape[:-1]  # the axes along which a bias, say, is used many times
-        self.right = {}
+        self.right, self.parts = {}, {}
         for name in lesson.results:
-            inputs[name[1:]] = (x := Tensor(inputs[name[1:]])).data
-            self.right[name] = numeric_grad(lambda: lesson.outputs(inputs)[0], x, dy) + self.so_far.get(name, 0)
-        self.parts = {part: array for name in lesson.results for part, array in self._parts(name, self.right[name])}
+            change = numeric_grad(lambda: lesson.outputs(inputs)[0], Tensor(inputs[name[1:]]), dy)
+            self.right[name] = change + self.so_far.get(name, 0)
+            self.parts |= self._parts(name, self.right[name])
         self.lengths = {name: lesson.sizes[name] for name in lesson.lengths}
         self.factors = lesson.factors(**self.values)
 
@@ -56,38 +56,37 @@ class Case:
 
     def changed(self, arguments):
         """Names of the arguments that a backward changed, and must not have."""
-        pairs = zip(self.parameters, arguments, strict=True)
-        return [name for name, value in pairs if name not in self.so_far and not _same(value, self.values[name])]
+        given = dict(zip(self.parameters, arguments, strict=True))
+        return [name for name in given if name not in self.so_far and not np.array_equal(given[name], self.values[name])]
 
     def _parts(self, name, array):
         if self.lesson.parts is None or array.shape != self.right[name].shape:
-            return [(name, array)]
-        return list(self.lesson.parts(self.values, array).items())
+            return {name: array}
+        return self.lesson.parts(self.values, array)
 
     def compare(self, results):
-        """{name: a Verdict for each part of the result} of what a backward returns, {name: array}."""
-        verdicts = {name: [] for name in results}
-        self.got = {}
+        """{part: its Verdict} of what a backward returns, {name: array}; None for what is None."""
+        verdicts, self.got = {}, {}
         for name, array in results.items():
-            if np.iscomplexobj(array):
-                verdicts[name].append(Verdict(name, math.inf, "it is complex, and a gradient is real"))
-                continue
-            parts = dict(self._parts(name, array))
-            self.got.update(parts)
-            verdicts[name] += [Verdict(part, *self._fault(part, name, got)) for part, got in parts.items()]
-        by_part = {verdict.name: verdict for verdicts_of in verdicts.values() for verdict in verdicts_of}
-        for part in self.got:
-            verdict, right = by_part[part], self.parts.get(part, self.right.get(part))
-            if verdict.wrong:
-                verdict.kind, verdict.line = _mistake(self, part, self.got[part], right)
+            if array is None:
+                verdicts[name] = None
+            elif np.iscomplexobj(array):
+                verdicts[name] = Verdict(math.inf, "it is complex, and a gradient is real")
+            else:
+                parts = self._parts(name, array)
+                self.got |= parts
+                verdicts |= {part: Verdict(*self._fault(part, name, got)) for part, got in parts.items()}
+        for part, got in self.got.items():
+            if verdicts[part].wrong:
+                right = self.parts.get(part, self.right.get(part))
+                verdicts[part].kind, verdicts[part].line = _mistake(self, part, got, right)
         names, line = self.lesson.shared
-        through = [by_part.get(part) for part in names]
-        if all(through) and len({(verdict.kind, verdict.line) for verdict in through}) == 1 and not through[0].line:
+        through = [verdicts.get(part) for part in names]
+        if all(through) and len({(verdict.kind, verdict.line) for verdict in through}) == 1:
             for verdict in through:
-                verdict.line = line
-        for verdict in by_part.values():
-            if verdict.kind and not verdict.line:
-                verdict.line = self.lesson.lines[verdict.name]
+                verdict.line = verdict.line or line
+        for part in self.got:
+            verdicts[part].line = verdicts[part].line or self.lesson.lines[part]
         return verdicts
 
     def _fault(self, part, name, got):
@@ -107,7 +106,6 @@ class Case:
 
 @dataclass
 class Verdict:
-    name: str  # of a result, or of a part of it
     error: float  # the worst relative one
     wrong: str = ""  # what is wrong, if something is
     kind: str = ""  # what kind of mistake that is
@@ -118,10 +116,6 @@ class Verdict:
         if not self.kind:
             return ""
         return f"{self.kind}{'' if self.kind.endswith('?') else '.'} Look at the forward's line:  {self.line}"
-
-
-def _same(a, b):
-    return np.array_equal(a, b) if isinstance(b, np.ndarray) else a == b
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -186,7 +180,9 @@ def _shape_mistake(case, name, got, right):
         sure = "it is what is wanted, transposed" if ratio(got.T, right) is not None else "the shape is the transpose's"
         return f"transposed: {sure}. Write the product down with indices: which index comes first?", None
     if got.ndim > right.ndim:
-        for axes in _axes_left_over(got.shape, right.shape):
+        for axes in itertools.combinations(range(got.ndim), got.ndim - right.ndim):
+            if tuple(n for axis, n in enumerate(got.shape) if axis not in axes) != right.shape:
+                continue
             total = got.sum(axis=axes)
             many = right.ndim == 1 and all(got.shape[axis] in case.many for axis in axes)
             if ratio(total, right) is not None or many:
@@ -201,13 +197,6 @@ def _shape_mistake(case, name, got, right):
     if names and right.ndim == 1:
         return f"summed over the wrong axis: what is left is the axis {names[0]}", None
     return "a gradient has the shape of what it is the gradient of", None
-
-
-def _axes_left_over(shape, wanted):
-    """Which axes of `shape` to sum over for the shape `wanted`."""
-    for axes in itertools.combinations(range(len(shape)), len(shape) - len(wanted)):
-        if tuple(n for axis, n in enumerate(shape) if axis not in axes) == wanted:
-            yield axes
 
 
 def _factor(case, c):

@@ -35,21 +35,10 @@ class Line(NamedTuple):
     points: list
 
 
-class Panel(NamedTuple):
-    title: str
-    height: int
-    lines: list
-
-
 def points_of(rows, name):
     """(iteration, number) of the rows of a log that have such a number; None for one that is not finite."""
-    points = []
-    for row in rows:
-        value = row.get(name, "")
-        if value is None or (type(value) in (int, float) and not math.isfinite(value)):
-            points.append((row["iter"], None))
-        elif type(value) in (int, float):
-            points.append((row["iter"], float(value)))
+    found = ((row["iter"], row[name]) for row in rows if type(row.get(name, "")) in (int, float, type(None)))
+    points = [(x, None if y is None or not math.isfinite(y) else float(y)) for x, y in found]
     while points and points[-1][1] is None:  # the row after the last update has no training loss
         points.pop()
     return points
@@ -75,7 +64,7 @@ def smoothed(points):
 
 
 def panels(logs):
-    """The Panels of the curves of some runs, given the rows of their logs."""
+    """[(title, height, its Lines)] of the curves of some runs, given the rows of their logs."""
     loss, norm, rate = [], [], []
     for n, rows in enumerate(logs):
         train = points_of(rows, "train_loss")
@@ -83,15 +72,14 @@ def panels(logs):
         loss.append(Line(n, "dotted", points_of(rows, "val_loss")))
         norm.append(Line(n, "light", points_of(rows, "grad_norm")))
         rate.append(Line(n, "strong", points_of(rows, "lr")))
-    found = Panel("loss", 330, loss), Panel("gradient norm", 90, norm), Panel("learning rate", 90, rate)
-    return [panel for panel in found if any(y is not None for line in panel.lines for _, y in line.points)]
+    found = ("loss", 330, loss), ("gradient norm", 90, norm), ("learning rate", 90, rate)
+    return [panel for panel in found if any(y is not None for line in panel[-1] for _, y in line.points)]
 
 
 def labels(runs, logs):
     """What the legend says of each run: its name, and its best validation loss if it has one."""
     for run, rows in zip(runs, logs, strict=True):
-        finite = [(y, x) for x, y in points_of(rows, "val_loss") if y is not None]
-        best = min(finite, default=None)
+        best = min(((y, x) for x, y in points_of(rows, "val_loss") if y is not None), default=None)
         yield one_line(str(run)) + (f": best validation loss {best[0]:.4f} at iteration {best[1]:,}" if best else "")
 
 
@@ -101,16 +89,12 @@ def segments(points):
         if is_gap:
             continue
         group = list(group)
-        step = 2 * math.ceil(len(group) / MOST_POINTS)
-        if len(group) <= MOST_POINTS:
-            yield group
-            continue
-        kept = []
-        for start in range(0, len(group), step):
-            part = group[start : start + step]
-            extremes = {min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])}
-            kept += sorted(extremes)
-        yield kept
+        if len(group) > MOST_POINTS:
+            step = 2 * math.ceil(len(group) / MOST_POINTS)
+            parts = [group[start : start + step] for start in range(0, len(group), step)]
+            ends = [(min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])) for part in parts]
+            group = [point for pair in ends for point in sorted({*pair})]
+        yield group
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -148,8 +132,8 @@ class Axis:
 
 def svg(width, height, title, parts):
     """An SVG of some parts, as bytes."""
-    light = "".join(f".c{n} {{ color: {color} }} " for n, (color, _) in enumerate(COLORS))
-    dark = "".join(f".c{n} {{ color: {color} }} " for n, (_, color) in enumerate(COLORS))
+    rules = [[f".c{n} {{ color: {color} }} " for n, color in enumerate(colors)] for colors in zip(*COLORS, strict=True)]
+    light, dark = map("".join, rules)
     style = (
         "svg { background: #ffffff; color: #24292f; font: 12px system-ui, sans-serif } text { fill: currentColor } "
         "polyline { fill: none; stroke: currentColor; stroke-linejoin: round } circle { fill: currentColor } "
@@ -159,14 +143,9 @@ def svg(width, height, title, parts):
         f".frame {{ fill: none; stroke: #8888 }} path {{ fill: currentColor }} {light}"
         f"@media (prefers-color-scheme: dark) {{ svg {{ background: #0d1117; color: #e6edf3 }} {dark}}}"
     )
-    lines = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">',
-        f"<title>{html.escape(title)}</title>",
-        f"<style>{style}</style>",
-        *parts,
-        "</svg>\n",
-    )
-    return "\n".join(lines).encode("utf-8")
+    box = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    head = f"<title>{html.escape(title)}</title>", f"<style>{style}</style>"
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {box}>', *head, *parts, "</svg>\n"]).encode("utf-8")
 
 
 def text_at(x, y, text, options=""):
@@ -181,13 +160,12 @@ def line_svg(line, x_axis, y_axis):
         if len(places) > 1:
             yield f'<polyline class="{color} {line.style}" points="{" ".join(places)}"/>'
         if line.style == "dotted" or len(places) == 1:
-            for place in places:
-                x, y = place.split(",")
+            for x, y in (place.split(",") for place in places):
                 yield f'<circle class="{color}" cx="{x}" cy="{y}" r="2.6"/>'
 
 
 def curves_svg(found, legend):
-    """The picture of some Panels as bytes; legend: a line of text for each run."""
+    """The picture of some panels as bytes; legend: a line of text for each run."""
     width, left, right = 960, 70, 24
     parts = [text_at(left, 24, "light: training loss; strong: the same, smoothed; dashed with points: validation")]
     y = 24
@@ -195,22 +173,18 @@ def curves_svg(found, legend):
         y += 20
         parts.append(f'<circle class="c{n % len(COLORS)}" cx="{left + 5}" cy="{y - 4}" r="5"/>')
         parts.append(text_at(left + 18, y, words))
-    x_axis = Axis([x for panel in found for line in panel.lines for x, _ in line.points], left, width - right)
-    for panel in found:
-        top, bottom = y + 36, y + 36 + panel.height
-        numbers = [y for line in panel.lines for _, y in line.points if y is not None]
-        y_axis = Axis(numbers, bottom, top, 0.04)
-        parts.append(text_at(left, top - 8, panel.title, ' class="head"'))
-        for number, words in y_axis.ticks(panel.height / 40):
+    x_axis = Axis([x for *_, lines in found for line in lines for x, _ in line.points], left, width - right)
+    for title, height, lines in found:
+        top, y = y + 36, y + 36 + height
+        y_axis = Axis([y for line in lines for _, y in line.points if y is not None], y, top, 0.04)
+        parts.append(text_at(left, top - 8, title, ' class="head"'))
+        for number, words in y_axis.ticks(height / 40):
             at = y_axis(number)
             parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{at:.2f}" y2="{at:.2f}"/>')
             parts.append(text_at(left - 8, at + 4, words, ' text-anchor="end" class="y"'))
-        for line in sorted(panel.lines, key=lambda line: ("light", "strong", "dotted").index(line.style)):
+        for line in sorted(lines, key=lambda line: ("light", "strong", "dotted").index(line.style)):
             parts += line_svg(line, x_axis, y_axis)
-        parts.append(
-            f'<rect class="frame" x="{left}" y="{top}" width="{width - right - left}" height="{panel.height}"/>'
-        )
-        y = bottom
+        parts.append(f'<rect class="frame" x="{left}" y="{top}" width="{width - right - left}" height="{height}"/>')
     for number, words in x_axis.ticks(8):
         if abs(number - round(number)) < 1e-9:  # there is no half an iteration
             at = x_axis(number)
@@ -259,12 +233,11 @@ def attention_svg(maps, words):
         for h, p in enumerate(weights):
             x, y = 12 + room + h * (size + room + 16), 66 + room + n * (size + room + 34)
             parts.append(text_at(x, y - room - 4 if has_words else y - 8, f"layer {n}, head {h}", ' class="head"'))
-            if has_words:
-                for t, word in enumerate(words):
-                    middle = (t + 0.5) * cell + 3.5
-                    parts.append(text_at(x - 4, y + middle, word, ' text-anchor="end" class="small"'))
-                    turned = f' class="small" transform="rotate(-90 {x + middle:.2f} {y - 4})"'
-                    parts.append(text_at(x + middle, y - 4, word, turned))
+            for t, word in enumerate(words if has_words else []):
+                middle = (t + 0.5) * cell + 3.5
+                turned = f' class="small" transform="rotate(-90 {x + middle:.2f} {y - 4})"'
+                parts.append(text_at(x - 4, y + middle, word, ' text-anchor="end" class="small"'))
+                parts.append(text_at(x + middle, y - 4, word, turned))
             parts.append(f'<g class="c0" transform="translate({x} {y}) scale({cell})" shape-rendering="crispEdges">')
             squares = {}  # level of opacity, of 16 -> its squares
             for t, row in enumerate(p.tolist()):

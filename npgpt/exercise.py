@@ -38,7 +38,6 @@ def run_list(args):
     for level, words in LEVELS.items():
         print(f"  {level}  {words}")
     print(f"\n{PROG} show OP [--level N] --out FILE, then check FILE; and {len(BUGS)} bugs to find: bug N")
-    return 0
 
 
 def run_show(args):
@@ -54,7 +53,7 @@ def run_show(args):
     text = exercise_text(LESSONS[op], args.level, args.out or f"{LESSONS[op].file}.py")
     if args.out is None:
         print(text, end="")
-        return 0
+        return
     try:
         open(args.out, "x").close()  # from now on the name is ours
     except FileExistsError:
@@ -69,7 +68,6 @@ def run_show(args):
         os.unlink(args.out)
         raise
     print(f"{args.out}: {op}, level {args.level}; when the blanks are filled:  {PROG} check {quoted(args.out)}")
-    return 0
 
 
 def run_check(args):
@@ -88,7 +86,7 @@ def run_check(args):
 def run_bug(args):
     if args.number is None:
         print(f"there are {len(BUGS)} bugs, from easy to hard:  {PROG} bug 1  plants the first one")
-        return 0
+        return
     fault, folder = bug(args.number), Path(args.dir or f"bug-{args.number}")
     plant(fault, folder)
     command = with_kernels(fault.kernels, "python -m npgpt.gradcheck")
@@ -106,7 +104,6 @@ def run_bug(args):
     else:
         print("With NPGPT_KERNELS=numpy all of it is plain NumPy: a debugger stops in it, and any line can print.")
     print(f"\nTo see where it was, go back to this folder:  {PROG} answer {args.number}")
-    return 0
 
 
 def run_answer(args):
@@ -117,7 +114,6 @@ def run_answer(args):
     for line in list(difflib.unified_diff(wrong.splitlines(), right.splitlines(), lineterm="", n=2))[2:]:
         print(line)
     print(f"\n{fault.why}")
-    return 0
 
 
 def run_train(args):
@@ -126,7 +122,6 @@ def run_train(args):
     losses = train()
     print(f"{PACKAGE}: a small GPT's loss, step by step")
     print(" ".join(f"{loss:.4f}" for loss in losses))
-    return 0
 
 
 def parse(argv):
@@ -162,7 +157,7 @@ def parse(argv):
 @showing_all()
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
-    return args.run(args)
+    return args.run(args) or 0  # 0, too, if a command has nothing to find wrong
 
 
 if __name__ == "__main__":

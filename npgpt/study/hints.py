@@ -56,8 +56,8 @@ class Case:
 
     def changed(self, arguments):
         """Names of the arguments that a backward changed, and must not have."""
-        given = dict(zip(self.parameters, arguments, strict=True))
-        return [name for name in given if name not in self.so_far and not np.array_equal(given[name], self.values[name])]
+        given = zip(self.parameters, arguments, strict=True)
+        return [n for n, value in given if n not in self.so_far and not np.array_equal(value, self.values[n])]
 
     def _parts(self, name, array):
         if self.lesson.parts is None or array.shape != self.right[name].shape:

@@ -147,13 +147,18 @@ def describe_boxes(model, nodes):
     return boxes
 
 
+def _errors(analytic, numeric):
+    return np.nan_to_num(relative_error(analytic, numeric), nan=np.inf)
+
+
 def _verdict(checks, shape):
-    worst = max(error for *_, error in checks)
+    _, analytic, numeric = np.array(checks).T
+    errors = _errors(analytic, numeric)
     rows = []
-    for i, analytic, numeric, error in checks:
+    for (i, analytic, numeric), error in zip(checks, errors, strict=True):
         index = ", ".join(map(str, np.unravel_index(i, shape)))
         rows.append([f"[{index}]", f"{analytic:.6g}", f"{numeric:.6g}", f"{error:.1e}"])
-    return {"checks": rows, "error": f"{worst:.1e}", "ok": worst <= BOUND}
+    return {"checks": rows, "error": f"{errors.max():.1e}", "ok": bool(errors.max() <= BOUND)}
 
 
 def describe(model, idx, targets, text_of):
@@ -162,28 +167,23 @@ def describe(model, idx, targets, text_of):
         nodes = trace(model, idx, targets)
         check(model, idx, targets, nodes)
         expected, measured = check_whole(model, idx, targets)
-    error = float(np.nan_to_num(relative_error(np.array(expected), np.array(measured)), nan=np.inf))
+    error = float(_errors(np.array(expected), np.array(measured)))
     logits, c = nodes[-1].parents[0].data[0], targets[0]
     loss, lse = cross_entropy_forward_ref(logits, c, -1, len(c))
     logp = logits - lse[:, None]  # (T, V)
     best = np.argsort(-logp, axis=1, kind="stable")[:, :BEST]
     return {
-        "config": dataclasses.asdict(model.config),
-        "n_params": model.num_params(),
+        "config": dataclasses.asdict(model.config), "n_params": model.num_params(),
         "texts": [text_of(token) for token in (idx[0, 0], *c)],
-        "loss": f"{loss:.4f}",
-        "losses": [f"{-row[token]:.3f}" for row, token in zip(logp, c, strict=True)],
+        "loss": f"{loss:.4f}", "losses": [f"{-row[token]:.3f}" for row, token in zip(logp, c, strict=True)],
         "guesses": [[(text_of(i), f"{np.exp(row[i]):.1%}") for i in few] for row, few in zip(logp, best, strict=True)],
         "bound": f"{BOUND:.0e}",
         "whole": {
-            "gradients": f"{expected:.8g}",
-            "measured": f"{measured:.8g}",
-            "error": f"{error:.1e}",
-            "ok": error <= BOUND,
+            "gradients": f"{expected:.8g}", "measured": f"{measured:.8g}", "error": f"{error:.1e}", "ok": error <= BOUND,
         },
         "boxes": describe_boxes(model, nodes),
         "ops": {node.op: describe_op(node) for node in nodes},
-    }
+    }  # fmt: skip
 
 
 def html(data):

@@ -3,8 +3,7 @@
 from npgpt.study.lessons import attention, cross_entropy, dropout, embedding, layernorm, linear, mlp
 
 LESSONS = {  # by the op's name, from easy to hard
-    module.LESSON.op: module.LESSON
-    for module in (linear, dropout, embedding, cross_entropy, mlp, layernorm, attention)
+    module.LESSON.op: module.LESSON for module in (linear, dropout, embedding, cross_entropy, mlp, layernorm, attention)
 }
 
 

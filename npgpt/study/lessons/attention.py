@@ -76,23 +76,17 @@ def mistakes(dy, qkv, lse, n_head, p_drop, key, batch_offset):
 
 
 LESSON = Lesson(
-    op="attention",
-    topic="the softmax's gradient, between two products with two factors each",
+    op="attention", topic="the softmax's gradient, between two products with two factors each",
     forward=("_scores_ref", "_softmax_ref", "_dropout_scale_ref", "attention_forward_ref"),
-    backward=("attention_backward_ref",),
-    results=("dqkv",),
+    backward=("attention_backward_ref",), results=("dqkv",),
     imports="from npgpt.ops.attention import merged_heads, split_heads\n"
     "from npgpt.ops.dropout import dropout_mask_ref",
-    arguments=arguments,
-    sizes={"B": 2, "T": 4, "n_head": 3, "hs": 5, "p_drop": 0.3, "batch_offset": 1, "key": 9},
-    factors=factors,
+    arguments=arguments, sizes={"B": 2, "T": 4, "n_head": 3, "hs": 5, "p_drop": 0.3, "batch_offset": 1, "key": 9},
     lines={
         "dq": SCORES_LINE, "dk": SCORES_LINE, "dv": "y = a @ v",
         "dqkv": "return y.transpose(0, 2, 1, 3).reshape(B, T, H * hs), lse",
     },
-    shared=(("dq", "dk"), SOFTMAX_LINE),
-    parts=parts,
-    mistakes=mistakes,
+    factors=factors, shared=(("dq", "dk"), SOFTMAX_LINE), parts=parts, mistakes=mistakes,
     bugs={
         10: Fault(
             "attention: queries without the scale", "npgpt/ops/attention.py",

@@ -49,18 +49,12 @@ def mistakes(dloss, logits, targets, lse, ignore_index, count):
 
 
 LESSON = Lesson(
-    op="cross-entropy",
-    topic="softmax and logarithm in one, and rows that do not count",
-    forward=("cross_entropy_forward_ref",),
-    backward=("cross_entropy_backward_ref",),
-    results=("dlogits",),
-    arguments=arguments,
-    sizes={"N": 7, "V": 6, "n_ignored": 2, "ignore_index": -3, "targets": TARGETS},
+    op="cross-entropy", topic="softmax and logarithm in one, and rows that do not count",
+    forward=("cross_entropy_forward_ref",), backward=("cross_entropy_backward_ref",), results=("dlogits",),
+    arguments=arguments, sizes={"N": 7, "V": 6, "n_ignored": 2, "ignore_index": -3, "targets": TARGETS},
     lengths=("N", "V"),
-    factors=factors,
     lines={"dlogits": "return losses.sum() / count, lse"},
-    zeros=ZEROS,
-    mistakes=mistakes,
+    factors=factors, zeros=ZEROS, mistakes=mistakes,
     bugs={
         5: Fault(
             "cross-entropy: ignored rows get a gradient", "npgpt/ops/cross_entropy.py",

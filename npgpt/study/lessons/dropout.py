@@ -29,21 +29,13 @@ def mistakes(dy, key, first_row, p):
 
 
 LESSON = Lesson(
-    op="dropout",
-    topic="the same mask once more",
-    forward=("dropout_ref",),
-    backward=("dropout_ref",),
-    results=("dx",),
+    op="dropout", topic="the same mask once more",
+    forward=("dropout_ref",), backward=("dropout_ref",), results=("dx",),
     imports="from npgpt.ops.dropout import dropout_mask_ref",
-    replaces="dropout_rows",
-    exchange=(("dropout_ref", "dropout_backward_ref"), ("x", "dy"), ("y", "dx")),
-    arguments=arguments,
-    sizes={"N": 4, "C": 7, "p": 0.4, "first_row": 3, "key": 9},
-    lengths=("N", "C"),
-    factors=factors,
+    replaces="dropout_rows", exchange=(("dropout_ref", "dropout_backward_ref"), ("x", "dy"), ("y", "dx")),
+    arguments=arguments, sizes={"N": 4, "C": 7, "p": 0.4, "first_row": 3, "key": 9}, lengths=("N", "C"),
     lines={"dx": "return np.where(mask, x * x.dtype.type(1 / (1 - p)), x.dtype.type(0))"},
-    zeros="where the mask dropped x: y does not depend on it",
-    mistakes=mistakes,
+    factors=factors, zeros="where the mask dropped x: y does not depend on it", mistakes=mistakes,
     bugs={
         19: Fault(
             "dropout: another mask in the backward", "npgpt/ops/dropout.py",

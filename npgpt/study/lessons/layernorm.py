@@ -47,14 +47,9 @@ def mistakes(dy, x, weight, mean, rstd):
 
 
 LESSON = Lesson(
-    op="layernorm",
-    topic="one number reaches the output by three ways",
-    forward=("layernorm_forward_ref",),
-    backward=("layernorm_backward_ref",),
-    results=("dx", "dweight", "dbias"),
-    arguments=arguments,
-    sizes={"N": 4, "C": 7},
-    lengths=("N", "C"),
+    op="layernorm", topic="one number reaches the output by three ways",
+    forward=("layernorm_forward_ref",), backward=("layernorm_backward_ref",), results=("dx", "dweight", "dbias"),
+    arguments=arguments, sizes={"N": 4, "C": 7}, lengths=("N", "C"),
     lines={"dx": "xhat = (x - mean[:, None]) * rstd[:, None]", "dweight": Y_LINE, "dbias": Y_LINE},
     mistakes=mistakes,
     bugs={

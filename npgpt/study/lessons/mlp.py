@@ -42,18 +42,13 @@ def mistakes(dy, x, w_fc, w_proj, pre):
 
 
 LESSON = Lesson(
-    op="mlp",
-    topic="the product rule in GELU's slope, and which value goes where",
-    forward=("gelu_ref", "mlp_forward_ref"),
-    backward=("gelu_slope_ref", "mlp_backward_ref"),
+    op="mlp", topic="the product rule in GELU's slope, and which value goes where",
+    forward=("gelu_ref", "mlp_forward_ref"), backward=("gelu_slope_ref", "mlp_backward_ref"),
     results=("dx", "dw_fc", "db_fc", "dw_proj", "db_proj"),
     imports="from npgpt.ops.linear import linear_backward_ref, linear_forward_ref\nfrom npgpt.ops.mlp import A, K",
-    arguments=arguments,
-    sizes={"N": 4, "C": 5, "F": 11, "out": 7},
-    lengths=("N", "C", "F"),
+    arguments=arguments, sizes={"N": 4, "C": 5, "F": 11, "out": 7}, lengths=("N", "C", "F"),
     lines={"dx": FC_LINE, "dw_fc": FC_LINE, "db_fc": FC_LINE, "dw_proj": PROJ_LINE, "db_proj": PROJ_LINE},
-    shared=(("dx", "dw_fc", "db_fc"), GELU_LINE),
-    mistakes=mistakes,
+    shared=(("dx", "dw_fc", "db_fc"), GELU_LINE), mistakes=mistakes,
     bugs={
         8: Fault(
             "mlp: second weight from the value before the activation", "npgpt/ops/mlp.py",

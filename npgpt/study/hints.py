@@ -29,16 +29,15 @@ class Case:
 
     values   what the backward is given, by name
     so_far   result -> what stood in it before, for a backward that adds in place
-    right    result -> what it must be
-    parts    the same, with a result taken apart that the lesson looks at in parts
+    right    result, or part of a result that the lesson looks at in parts -> what it must be
+    parts    the same, without a result that is taken apart
     """
 
     def __init__(self, lesson):
         self.lesson, new = lesson, New(seed=3)
-        _, _, self.parameters = lesson.references()
         inputs = lesson.arguments(new, **lesson.sizes)
-        self.values = lesson.backward_values(inputs, new)
-        self.so_far = {name: self.values[name] for name in lesson.results if name in self.parameters}
+        self.values = lesson.backward_arguments(inputs, new)
+        self.so_far = {name: self.values[name] for name in lesson.results if name in self.values}
         dy = np.asarray(self.values.get("dy", self.values.get("dloss")))
         self.many = dy.shape[:-1]  # the axes along which a bias, say, is used many times
         self.right, self.parts = {}, {}
@@ -46,17 +45,17 @@ class Case:
             change = numeric_grad(lambda: lesson.outputs(inputs)[0], Tensor(inputs[name[1:]]), dy)
             self.right[name] = change + self.so_far.get(name, 0)
             self.parts |= self._parts(name, self.right[name])
+        self.right |= self.parts
         self.lengths = {name: lesson.sizes[name] for name in lesson.lengths}
         self.factors = lesson.factors(**self.values)
 
     def arguments(self):
         """Arguments for the backward, copies that it may keep."""
-        values = (self.values[name] for name in self.parameters)
-        return [value.copy() if isinstance(value, np.ndarray) else value for value in values]
+        return [value.copy() if isinstance(value, np.ndarray) else value for value in self.values.values()]
 
     def changed(self, arguments):
         """Names of the arguments that a backward changed, and must not have."""
-        given = zip(self.parameters, arguments, strict=True)
+        given = zip(self.values, arguments, strict=True)
         return [n for n, value in given if n not in self.so_far and not np.array_equal(value, self.values[n])]
 
     def _parts(self, name, array):
@@ -73,13 +72,10 @@ class Case:
             elif np.iscomplexobj(array):
                 verdicts[name] = Verdict(math.inf, "it is complex, and a gradient is real")
             else:
-                parts = self._parts(name, array)
-                self.got |= parts
-                verdicts |= {part: Verdict(*self._fault(part, name, got)) for part, got in parts.items()}
-        for part, got in self.got.items():
-            if verdicts[part].wrong:
-                right = self.parts.get(part, self.right.get(part))
-                verdicts[part].kind, verdicts[part].line = _mistake(self, part, got, right)
+                self.got |= (parts := self._parts(name, array))
+                verdicts |= dict.fromkeys(parts)
+        for part in self.got:
+            verdicts[part] = self._verdict(part)
         names, line = self.lesson.shared
         through = [verdicts.get(part) for part in names]
         if all(through) and len({(verdict.kind, verdict.line) for verdict in through}) == 1:
@@ -89,19 +85,20 @@ class Case:
             verdicts[part].line = verdicts[part].line or self.lesson.lines[part]
         return verdicts
 
-    def _fault(self, part, name, got):
-        """(the worst relative error, what is wrong if something is) of a part of the result `name`."""
-        right = self.parts.get(part, self.right[name])
+    def _verdict(self, part):
+        got, right = self.got[part], self.right[part]
         if got.shape != right.shape:
-            return math.inf, f"its shape is {got.shape}, it must be {right.shape}"
-        errors = relative_error(got, right)
-        errors = np.where(np.isnan(errors), np.inf, errors)
-        worst = np.unravel_index(errors.argmax(), errors.shape)
-        error, index = float(errors[worst]), list(map(int, worst))
-        if error <= BOUND:
-            return error, ""
-        where = f"worst at {index}: yours {got[worst]:.6g}, finite differences {right[worst]:.6g}"
-        return error, f"{where}; {(errors > BOUND).sum()} of {right.size} entries are wrong"
+            error, wrong = math.inf, f"its shape is {got.shape}, it must be {right.shape}"
+        else:
+            errors = relative_error(got, right)
+            errors = np.where(np.isnan(errors), np.inf, errors)
+            worst = np.unravel_index(errors.argmax(), errors.shape)
+            error, index = float(errors[worst]), list(map(int, worst))
+            if error <= BOUND:
+                return Verdict(error)
+            wrong = f"worst at {index}: yours {got[worst]:.6g}, finite differences {right[worst]:.6g}"
+            wrong += f"; {(errors > BOUND).sum()} of {right.size} entries are wrong"
+        return Verdict(error, wrong, *_mistake(self, part, got, right))
 
 
 @dataclass
@@ -150,13 +147,13 @@ def _mistake(case, name, got, right):
     if c is not None:
         return _factor(case, c)
     for other, array in case.parts.items():
-        mine = case.parts.get(name, right)
+        mine = case.right[name]
         if other != name and _near(case.got[name], array) and other in case.got and _near(case.got[other], mine):
             return f"wrong place: this is {other}, and what stands there is {name}", None
     wrong, zero = _wrong_and_zero(got, right)
     if not (wrong & ~zero).any():
         return f"wrong mask: it must be 0 {case.lesson.zeros}", None
-    for result, words, wrong, line in case.lesson.mistakes(*(case.values[name] for name in case.parameters)):
+    for result, words, wrong, line in case.lesson.mistakes(*case.values.values()):
         c = ratio(got, wrong) if result == name else None
         if c is not None:
             return words + ("" if _is(c, 1) else f"; besides, a {_factor(case, c)[0]}"), line

@@ -84,8 +84,8 @@ class Lesson:
         made = forward(*inputs.values())
         return made if isinstance(made, tuple) else (made,)
 
-    def backward_values(self, inputs, new):
-        """{name: value}: the forward's inputs, and what the backward is given beside them.
+    def backward_arguments(self, inputs, new):
+        """{name: value} for the backward, in its order.
 
         What the backward adds to in place, as embedding's, has got numbers already.
         """
@@ -94,16 +94,14 @@ class Lesson:
         dy = new(*y.shape)
         values = {**inputs, **{name: new(*inputs[name[1:]].shape) for name in self.results if name in parameters}}
         values["dloss" if "dloss" in parameters else "dy"] = dy if dy.ndim else float(dy)
-        return values | dict(zip([name for name in parameters if name not in values], kept, strict=True))
+        values.update(zip([name for name in parameters if name not in values], kept, strict=True))
+        return {name: values[name] for name in parameters}
 
     def reference_arguments(self, reference, new, *sizes, **named):
         """Arguments for the forward or the backward, whichever `reference` is, of sizes that `arguments` takes."""
-        forward, _, parameters = self.references()
         inputs = self.arguments(new, *sizes, **named)
-        if reference is forward:
-            return list(inputs.values())
-        values = self.backward_values(inputs, new)
-        return [values[name] for name in parameters]
+        forward, _, _ = self.references()
+        return list((inputs if reference is forward else self.backward_arguments(inputs, new)).values())
 
 
 class New:

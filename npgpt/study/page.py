@@ -179,7 +179,8 @@ def describe(model, idx, targets, text_of):
         "guesses": [[(text_of(i), f"{np.exp(row[i]):.1%}") for i in few] for row, few in zip(logp, best, strict=True)],
         "bound": f"{BOUND:.0e}",
         "whole": {
-            "gradients": f"{expected:.8g}", "measured": f"{measured:.8g}", "error": f"{error:.1e}", "ok": error <= BOUND,
+            "gradients": f"{expected:.8g}", "measured": f"{measured:.8g}",
+            "error": f"{error:.1e}", "ok": error <= BOUND,
         },
         "boxes": describe_boxes(model, nodes),
         "ops": {node.op: describe_op(node) for node in nodes},

@@ -91,7 +91,6 @@ class Case:
             error, wrong = math.inf, f"its shape is {got.shape}, it must be {right.shape}"
         else:
             errors = relative_error(got, right)
-            errors = np.where(np.isnan(errors), np.inf, errors)
             worst = np.unravel_index(errors.argmax(), errors.shape)
             error, index = float(errors[worst]), list(map(int, worst))
             if error <= BOUND:

@@ -34,11 +34,6 @@ LINE_CELLS = 192  # columns of one that has one row
 BEST = 5  # guesses shown for each token
 
 
-def figure(x):
-    """A number as text, as all figures of the page are: JSON has no word for a NaN."""
-    return f"{x:.3g}"
-
-
 def heat_map(array):
     """An array as cells of 8 bits, and its figures; (1, T, C) and (T, C) are T rows, (C,) is one.
 
@@ -56,14 +51,9 @@ def heat_map(array):
     cells = np.where(high >= -low, high, low)
     largest = np.abs(cells).max() or 1.0
     codes = np.rint(127 * np.sign(cells) * np.sqrt(np.abs(cells) / largest)).astype(np.int8)
-    return {
-        "shape": list(table.shape),
-        "cells": list(codes.shape),
-        "codes": base64.b64encode(codes.tobytes()).decode("ascii"),
-        "min": figure(table.min()),
-        "max": figure(table.max()),
-        "rms": figure(rms(table)),
-    }
+    shape, cells, text = list(table.shape), list(codes.shape), base64.b64encode(codes.tobytes()).decode("ascii")
+    figures = {"min": f"{table.min():.3g}", "max": f"{table.max():.3g}", "rms": f"{rms(table):.3g}"}
+    return {"shape": shape, "cells": cells, "codes": text, **figures}  # no number: JSON has no word for a NaN
 
 
 def describe_op(node):
@@ -147,17 +137,13 @@ def describe_boxes(model, nodes):
     return boxes
 
 
-def _errors(analytic, numeric):
-    return np.nan_to_num(relative_error(analytic, numeric), nan=np.inf)
-
-
 def _verdict(checks, shape):
     _, analytic, numeric = np.array(checks).T
-    errors = _errors(analytic, numeric)
-    rows = []
-    for (i, analytic, numeric), error in zip(checks, errors, strict=True):
-        index = ", ".join(map(str, np.unravel_index(i, shape)))
-        rows.append([f"[{index}]", f"{analytic:.6g}", f"{numeric:.6g}", f"{error:.1e}"])
+    errors = relative_error(analytic, numeric)
+    rows = [
+        [str([int(n) for n in np.unravel_index(i, shape)]), f"{analytic:.6g}", f"{numeric:.6g}", f"{error:.1e}"]
+        for (i, analytic, numeric), error in zip(checks, errors, strict=True)
+    ]
     return {"checks": rows, "error": f"{errors.max():.1e}", "ok": bool(errors.max() <= BOUND)}
 
 
@@ -167,7 +153,7 @@ def describe(model, idx, targets, text_of):
         nodes = trace(model, idx, targets)
         check(model, idx, targets, nodes)
         expected, measured = check_whole(model, idx, targets)
-    error = float(_errors(np.array(expected), np.array(measured)))
+    error = float(relative_error(np.array(expected), np.array(measured)))
     logits, c = nodes[-1].parents[0].data[0], targets[0]
     loss, lse = cross_entropy_forward_ref(logits, c, -1, len(c))
     logp = logits - lse[:, None]  # (T, V)

@@ -104,13 +104,12 @@ class Rule(NamedTuple):
     """How an op makes one entry of a parameter's gradient, as a sum over the positions (b, t)."""
 
     formula: str  # what position (b, t) adds to the entry {0} or {0},{1}
-    reference: object  # the function that computes it
-    name: str  # what the gradient is called there
+    reference: object  # the function that computes it, under the name with which the formula begins
     factors: object  # (dy, x, *index) -> the two factors of each position's term, (B, T) or numbers
 
     def made_at(self):
         """file:line of where the reference makes the gradient."""
-        return made_at(self.reference, self.name)
+        return made_at(self.reference, self.formula.partition("[")[0])
 
 
 def _xhat(x):
@@ -122,32 +121,23 @@ def _xhat(x):
 # (op, the end of the parameter's name) -> Rule; x is the op's input, that of `embedding` the tokens idx (B, T)
 RULES = {
     ("embedding", "wte.weight"): Rule(
-        "dwte[{0},{1}] += dy[b,t,{1}] if idx[b,t] = {0}", embedding_backward_ref, "dwte",
+        "dwte[{0},{1}] += dy[b,t,{1}] if idx[b,t] = {0}", embedding_backward_ref,
         lambda dy, idx, v, i: (dy[..., i], idx == v),
     ),
     ("embedding", "wpe.weight"): Rule(
-        "dwpe[{0},{1}] += dy[b,{0},{1}]", embedding_backward_ref, "dwpe",
+        "dwpe[{0},{1}] += dy[b,{0},{1}]", embedding_backward_ref,
         lambda dy, idx, t, i: (dy[..., i], np.arange(idx.shape[1]) == t),
     ),
     ("layernorm", "weight"): Rule(
-        "dweight[{0}] += dy[b,t,{0}] xhat[b,t,{0}]", layernorm_backward_ref, "dweight",
+        "dweight[{0}] += dy[b,t,{0}] xhat[b,t,{0}]", layernorm_backward_ref,
         lambda dy, x, i: (dy[..., i], _xhat(x)[..., i]),
     ),
-    ("layernorm", "bias"): Rule(
-        "dbias[{0}] += dy[b,t,{0}]", layernorm_backward_ref, "dbias", lambda dy, x, i: (dy[..., i], 1)
-    ),
+    ("layernorm", "bias"): Rule("dbias[{0}] += dy[b,t,{0}]", layernorm_backward_ref, lambda dy, x, i: (dy[..., i], 1)),
     ("linear", "weight"): Rule(
-        "dweight[{0},{1}] += dy[b,t,{0}] x[b,t,{1}]", linear_backward_ref, "dweight",
-        lambda dy, x, o, i: (dy[..., o], x[..., i]),
+        "dweight[{0},{1}] += dy[b,t,{0}] x[b,t,{1}]", linear_backward_ref, lambda dy, x, o, i: (dy[..., o], x[..., i])
     ),
-    ("linear", "bias"): Rule(
-        "dbias[{0}] += dy[b,t,{0}]", linear_backward_ref, "dbias", lambda dy, x, o: (dy[..., o], 1)
-    ),
+    ("linear", "bias"): Rule("dbias[{0}] += dy[b,t,{0}]", linear_backward_ref, lambda dy, x, o: (dy[..., o], 1)),
 }  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The ways
 
 
 class Way(NamedTuple):
@@ -243,10 +233,6 @@ def ways(model, idx, targets, name):
                 add(f"the embedding, {_short(name)}", [("embedding", dy, None)], *origin)
     model.zero_grad()
     return found
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The receipt
 
 
 def gradient(model, idx, targets, parameter):

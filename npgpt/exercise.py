@@ -5,8 +5,7 @@
     python -m npgpt.exercise bug 3                                  a copy of npgpt with a mistake in it: find it
     python -m npgpt.exercise answer 3                               where it was, and why it was wrong
 
-`check` runs the file that it is given, which is your own code.  What is behind this is in study/: lessons/ on each op,
-blanks.py, check.py and hints.py, bugs.py.
+`check` runs the file that it is given, which is your own code.  What is behind this is in study/.
 """
 
 import difflib
@@ -111,9 +110,8 @@ def run_answer(args):
     right = right_source(fault)
     wrong = right.replace(fault.before, fault.after)
     print(f"bug {args.number} is in {fault.file}; - is the mistake, + is how it must be:\n")
-    for line in list(difflib.unified_diff(wrong.splitlines(), right.splitlines(), lineterm="", n=2))[2:]:
-        print(line)
-    print(f"\n{fault.why}")
+    lines = [*difflib.unified_diff(wrong.splitlines(), right.splitlines(), lineterm="", n=2)][2:]
+    print(*lines, f"\n{fault.why}", sep="\n")
 
 
 def run_train(args):

@@ -25,9 +25,10 @@ def exercise_text(lesson, level, name):
     base = Path(name).name
     name = base if re.fullmatch(r"\w[\w.-]*", base) else "FILE"
     source = lesson.source()
-    nodes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
-    forward = ["\n".join(_lines(source, nodes[name])) for name in lesson.forward]
-    backward = ["\n".join(_blank(_lines(source, nodes[name]), level)) for name in lesson.backward]
+    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    lines = {node.name: source.splitlines()[node.lineno - 1 : node.end_lineno] for node in nodes}
+    forward = ["\n".join(lines[name]) for name in lesson.forward]
+    backward = ["\n".join(_blank(lines[name], level)) for name in lesson.backward]
     if lesson.exchange:  # one function is both
         forward[-1] = forward[-1].replace(lesson.forward[-1], f"{lesson.file}_forward")
     for before, after in lesson.exchange:
@@ -53,10 +54,6 @@ like, and trains a small GPT with it.  The solution is npgpt/ops/{lesson.file}.p
 
 {functions}
 '''
-
-
-def _lines(source, node):
-    return source.splitlines()[node.lineno - 1 : node.end_lineno]
 
 
 def _blank(lines, level):

@@ -1,7 +1,6 @@
 """What kind of mistake is it?  A wrong gradient is compared with what the usual mistakes would have made of it.
 
-`Case` holds numbers for a lesson's op: what its backward is given, and by finite differences of its forward what it
-must return.  `compare` finds for what is wrong
+For what is wrong, `Case.compare` finds
 
 - the kinds of mistakes that can be seen in any array: a shape that is transposed or not summed, a constant factor (and
   which length it is), a sign, right numbers at wrong places, entries that should be 0;
@@ -25,7 +24,7 @@ CLOSE = 1e-6  # two arrays are the same if they differ by less than this share o
 
 
 class Case:
-    """Numbers for an op.
+    """Numbers for an op; what its backward must return is measured by finite differences of its forward.
 
     values   what the backward is given, by name
     so_far   result -> what stood in it before, for a backward that adds in place
@@ -149,8 +148,9 @@ def _mistake(case, name, got, right):
         mine = case.right[name]
         if other != name and _near(case.got[name], array) and other in case.got and _near(case.got[other], mine):
             return f"wrong place: this is {other}, and what stands there is {name}", None
-    wrong, zero = _wrong_and_zero(got, right)
-    if not (wrong & ~zero).any():
+    is_wrong = relative_error(got, right) > BOUND
+    is_zero = np.abs(right) <= CLOSE * CLOSE * np.abs(right).max()  # or should be
+    if not (is_wrong & ~is_zero).any():
         return f"wrong mask: it must be 0 {case.lesson.zeros}", None
     for result, words, wrong, line in case.lesson.mistakes(*case.values.values()):
         c = ratio(got, wrong) if result == name else None
@@ -163,7 +163,7 @@ def _mistake(case, name, got, right):
         return "transposed, then reshaped: reshape makes the shape right but does not exchange axes", None
     if _near(np.sort(got, axis=None), np.sort(right, axis=None)):
         return "right numbers at wrong places: reshape keeps the order in memory, transpose exchanges axes", None
-    return _where(got, right)
+    return _where(got, right, is_wrong, is_zero)
 
 
 def _shape_mistake(case, name, got, right):
@@ -202,8 +202,9 @@ def _factor(case, c):
     if _is(c, -1):
         return "sign: every entry has the wrong one", None
 
-    def times(sign, factor):
-        return f"{sign}constant factor: every entry is {_digits(factor)} times what it must be"
+    def times(sign, factor):  # in as few digits as tell it from 1
+        figures = next(text for n in (4, 6, 8, 10) if (text := f"{factor:.{n}g}").strip("-") != "1" or n == 10)
+        return f"{sign}constant factor: every entry is {figures} times what it must be"
 
     ways = ("", c), ("sign, and ", -c)
     for sign, factor in ways:
@@ -219,11 +220,6 @@ def _factor(case, c):
     return times(*ways[c < 0]), None  # the one whose factor is positive
 
 
-def _digits(c):
-    """A number in as few digits as tell it from 1."""
-    return next(text for digits in (4, 6, 8, 10) if (text := f"{c:.{digits}g}").strip("-") != "1" or digits == 10)
-
-
 def _is(c, value):
     return math.isclose(c, value, rel_tol=CLOSE)
 
@@ -232,25 +228,19 @@ def _near(a, b):
     return a.shape == b.shape and np.abs(a - b).max(initial=0) <= CLOSE * np.abs(b).max(initial=0)
 
 
-def _wrong_and_zero(got, right):
-    """Where got is wrong, by the rule of gradcheck, and where it should be 0."""
-    return relative_error(got, right) > BOUND, np.abs(right) <= CLOSE * CLOSE * np.abs(right).max()
-
-
-def _where(got, right):
+def _where(got, right, is_wrong, is_zero):
     """Words that tell no more than where the wrong entries are."""
-    wrong, zero = _wrong_and_zero(got, right)
-    if not got[wrong].any() or not got[~zero].any():
+    if not got[is_wrong].any() or not got[~is_zero].any():
         return "wrong mask: it is 0 where it must not be", None
     if right.ndim == 2:
-        if not zero.any():
+        if not is_zero.any():
             quotients = got / right
             for axis, per in ((1, "row"), (0, "column")):
                 if (np.ptp(quotients, axis=axis) <= CLOSE * np.abs(quotients).max(axis=axis)).all():
                     return f"missing factor: it is the same in a whole {per}, and differs from {per} to {per}", None
         for axis, per in ((1, "row"), (0, "column")):
-            places = np.flatnonzero(wrong.any(axis=axis))
-            if 2 * len(places) <= wrong.shape[1 - axis]:
+            places = np.flatnonzero(is_wrong.any(axis=axis))
+            if 2 * len(places) <= right.shape[1 - axis]:
                 return f"wrong in the {per}s {', '.join(map(str, places))} only: what is special there?", None
     return "none of the usual mistakes: undo the forward line by line, from its last line back to this one", None
 

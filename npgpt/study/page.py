@@ -127,7 +127,14 @@ def describe_boxes(model, nodes):
                 row["x"], row["total"] = heat_map(x.data), heat_map(x.grad)["rms"]
             else:
                 row["name"], row["box"] = arguments[j], places[id(x)]
-            inputs.append(row | _verdict(checks, x.shape))
+            _, analytic, numeric = np.array(checks).T
+            errors = relative_error(analytic, numeric)
+            row["checks"] = [
+                [str([int(n) for n in np.unravel_index(i, x.shape)]), f"{a:.6g}", f"{b:.6g}", f"{error:.1e}"]
+                for (i, a, b), error in zip(checks, errors, strict=True)
+            ]
+            row["error"], row["ok"] = f"{errors.max():.1e}", bool(errors.max() <= BOUND)
+            inputs.append(row)
         box = {"label": label, "group": group, "op": node.op, "shape": list(node.y.shape), "inputs": inputs}
         box["y"], box["dy"] = heat_map(node.y.data), heat_map(node.y.grad)
         box["ok"] = all(row["ok"] for row in inputs)
@@ -135,16 +142,6 @@ def describe_boxes(model, nodes):
             box["heads"] = [heat_map(p) for p in attention_weights_ref(node.parents[0].data, model.config.n_head)[0]]
         boxes.append(box)
     return boxes
-
-
-def _verdict(checks, shape):
-    _, analytic, numeric = np.array(checks).T
-    errors = relative_error(analytic, numeric)
-    rows = [
-        [str([int(n) for n in np.unravel_index(i, shape)]), f"{analytic:.6g}", f"{numeric:.6g}", f"{error:.1e}"]
-        for (i, analytic, numeric), error in zip(checks, errors, strict=True)
-    ]
-    return {"checks": rows, "error": f"{errors.max():.1e}", "ok": bool(errors.max() <= BOUND)}
 
 
 def describe(model, idx, targets, text_of):

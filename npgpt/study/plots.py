@@ -24,7 +24,7 @@ COLORS = (
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# What is drawn
+# Curves
 
 
 class Line(NamedTuple):
@@ -97,10 +97,6 @@ def segments(points):
         yield group
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Axes
-
-
 class Axis:
     """Places numbers on the pixels from `start` to `end`, of which a share `margin` stays free at each end."""
 
@@ -124,10 +120,6 @@ class Axis:
         for n in range(math.ceil(self.low / step), math.floor(self.high / step) + 1):
             number = n * step
             yield number, f"{number:,.{digits}f}" if digits < 7 and abs(number) < 1e7 else f"{number:.{figures}g}"
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# SVG
 
 
 def svg(width, height, title, parts):
@@ -220,10 +212,9 @@ def attention_svg(maps, words):
     """A map for each layer (downwards) and head (to the right); words: what the T tokens are, as text."""
     T = len(words)
     cell = max(3, min(14, 420 // T))
-    has_words = cell >= 9
-    words = [one_line(word).replace(" ", "␣") for word in words]
+    words = [one_line(word).replace(" ", "␣") for word in words if cell >= 9]
     words = [word if len(word) <= 9 else word[:8] + "…" for word in words]
-    room = 8 + 6 * max(map(len, words)) if has_words else 8
+    room = 8 + 6 * max(map(len, words), default=0)
     size = T * cell
     parts = [
         text_at(12, 22, "Each row is a position, which looks at itself and at those before it."),
@@ -232,8 +223,8 @@ def attention_svg(maps, words):
     for n, weights in enumerate(maps):
         for h, p in enumerate(weights):
             x, y = 12 + room + h * (size + room + 16), 66 + room + n * (size + room + 34)
-            parts.append(text_at(x, y - room - 4 if has_words else y - 8, f"layer {n}, head {h}", ' class="head"'))
-            for t, word in enumerate(words if has_words else []):
+            parts.append(text_at(x, y - room - 4 if words else y - 8, f"layer {n}, head {h}", ' class="head"'))
+            for t, word in enumerate(words):
                 middle = (t + 0.5) * cell + 3.5
                 turned = f' class="small" transform="rotate(-90 {x + middle:.2f} {y - 4})"'
                 parts.append(text_at(x - 4, y + middle, word, ' text-anchor="end" class="small"'))

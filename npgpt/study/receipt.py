@@ -45,9 +45,6 @@ from npgpt.tensor import Tensor, record
 
 SHOWN = 5  # positions of a path that get a line of their own: the largest
 
-# --------------------------------------------------------------------------------------------------------------------
-# Names
-
 
 def _short(name):
     """transformer.wte.weight -> wte, transformer.h.0.ln_1.weight -> h.0.ln_1.weight."""

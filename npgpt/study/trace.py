@@ -56,22 +56,15 @@ def trace(model, idx, targets):
     with watched(made):
         _, loss = model(idx, targets)
     loss.backward()
-    for node in nodes:
-        node.gradients = _gradients_of_inputs(node)
+    for node in nodes:  # whose backward is called again, with the same dy, where its inputs have no gradient yet
+        totals = [parent.grad for parent in node.parents]
+        for parent in node.parents:
+            parent.grad = None
+        found = zip(node.parents, node.backward(node.y.grad), strict=True)
+        node.gradients = [parent.grad if dx is None else dx for parent, dx in found]  # None: it is added to in place
+        for parent, total in zip(node.parents, totals, strict=True):
+            parent.grad = total
     return nodes
-
-
-def _gradients_of_inputs(node):
-    """What the node adds to the gradients of its parents: its backward is called again, with the same dy."""
-    totals = [parent.grad for parent in node.parents]
-    for parent in node.parents:
-        parent.grad = None
-    gradients = node.backward(node.y.grad)
-    # None: the op has added to the parent's own gradient
-    found = [parent.grad if dx is None else dx for parent, dx in zip(node.parents, gradients, strict=True)]
-    for parent, total in zip(node.parents, totals, strict=True):
-        parent.grad = total
-    return found
 
 
 def check(model, idx, targets, nodes, seed=0):

@@ -12,18 +12,12 @@ def arguments(new, N, V, n_ignored=0, ignore_index=-1, targets=None):
     if targets is None:
         targets = new.integers(V, N)
         targets[:n_ignored] = ignore_index
-    return {
-        "logits": new(N, V), "targets": np.array(targets), "ignore_index": ignore_index, "count": N - n_ignored,
-    }  # fmt: skip
+    return {"logits": new(N, V), "targets": np.array(targets), "ignore_index": ignore_index, "count": N - n_ignored}
 
 
 def factors(logits, count, dloss, **_):
-    return {
-        "count": (count, None),
-        "dloss": (dloss, None),
-        "count / dloss": (count / dloss, None),
-        "count / N": (count / len(logits), None),
-    }
+    values = {"count": count, "dloss": dloss, "count / dloss": count / dloss, "count / N": count / len(logits)}
+    return {name: (value, None) for name, value in values.items()}
 
 
 def mistakes(dloss, logits, targets, lse, ignore_index, count):

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from npgpt.command import FileName, Parser, showing_all
 from npgpt.errors import UsageError, quoted, run_command
-from npgpt.study.blanks import LEVELS, PROG, exercise_text
 from npgpt.study.bugs import BUGS, bug, plant, right_source
+from npgpt.study.lesson import LEVELS, PROG, exercise_text
 from npgpt.study.lessons import LESSONS
 
 PACKAGE = Path(__file__).resolve().parent

@@ -18,8 +18,8 @@ from npgpt.exercise import PACKAGE, main, with_kernels
 from npgpt.kernels import jit
 from npgpt.study import check as checking
 from npgpt.study import hints
-from npgpt.study.blanks import LEVELS, exercise_text
 from npgpt.study.bugs import BUGS, NUMBERED
+from npgpt.study.lesson import LEVELS, exercise_text
 from npgpt.study.lessons import LESSONS
 
 

@@ -108,9 +108,8 @@ class Verdict:
 
     @property
     def hint(self):
-        if not self.kind:
-            return ""
-        return f"{self.kind}{'' if self.kind.endswith('?') else '.'} Look at the forward's line:  {self.line}"
+        stop = "" if self.kind.endswith("?") else "."
+        return f"{self.kind}{stop} Look at the forward's line:  {self.line}" if self.kind else ""
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -67,9 +67,8 @@ def panels(logs):
     """[(title, height, its Lines)] of the curves of some runs, given the rows of their logs."""
     loss, norm, rate = [], [], []
     for n, rows in enumerate(logs):
-        train = points_of(rows, "train_loss")
-        loss += [Line(n, "light", train), Line(n, "strong", smoothed(train))]
-        loss.append(Line(n, "dotted", points_of(rows, "val_loss")))
+        train, val = points_of(rows, "train_loss"), points_of(rows, "val_loss")
+        loss += [Line(n, "light", train), Line(n, "strong", smoothed(train)), Line(n, "dotted", val)]
         norm.append(Line(n, "light", points_of(rows, "grad_norm")))
         rate.append(Line(n, "strong", points_of(rows, "lr")))
     found = ("loss", 330, loss), ("gradient norm", 90, norm), ("learning rate", 90, rate)
@@ -239,6 +238,5 @@ def attention_svg(maps, words):
                 parts.append(f'<path fill-opacity="{level / 16}" d="{"".join(those)}"/>')
             parts.append("</g>")
             parts.append(f'<rect class="frame" x="{x}" y="{y}" width="{size}" height="{size}"/>')
-    n_head = len(maps[0])
-    width, height = 12 + n_head * (size + room + 16), 66 + len(maps) * (size + room + 34)
+    width, height = 12 + len(maps[0]) * (size + room + 16), 66 + len(maps) * (size + room + 34)
     return svg(max(width, 520), height, "Attention", parts)

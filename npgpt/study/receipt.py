@@ -75,10 +75,6 @@ def find(model, param):
     return names[asked], parameter, index
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What a gradient is made of at each position
-
-
 def source_of(function):
     """(text, file, number of its first line) of a function of npgpt; file: from the folder in which npgpt lies."""
     function = inspect.unwrap(function)
@@ -224,10 +220,9 @@ def ways(model, idx, targets, name):
         dx, _ = _back(f, x, sum(dy for *_, dy in arrived), parameter)
         ln = modules[0].removeprefix("transformer.").rstrip(".")
         arrived.append((f"back through {words}", f"dy from dx of {ln}", made_here, dx))
-    else:
-        if name in ("transformer.wte.weight", "transformer.wpe.weight"):
-            for *origin, dy in arrived:
-                add(f"the embedding, {_short(name)}", [("embedding", dy, None)], *origin)
+    if name in ("transformer.wte.weight", "transformer.wpe.weight"):
+        for *origin, dy in arrived:
+            add(f"the embedding, {_short(name)}", [("embedding", dy, None)], *origin)
     model.zero_grad()
     return found
 

@@ -79,8 +79,7 @@ LESSON = Lesson(
     op="attention", topic="the softmax's gradient, between two products with two factors each",
     forward=("_scores_ref", "_softmax_ref", "_dropout_scale_ref", "attention_forward_ref"),
     backward=("attention_backward_ref",), results=("dqkv",),
-    imports="from npgpt.ops.attention import merged_heads, split_heads\n"
-    "from npgpt.ops.dropout import dropout_mask_ref",
+    imports="from npgpt.ops.attention import merged_heads, split_heads\nfrom npgpt.ops.dropout import dropout_mask_ref",
     arguments=arguments, sizes={"B": 2, "T": 4, "n_head": 3, "hs": 5, "p_drop": 0.3, "batch_offset": 1, "key": 9},
     lines={
         "dq": SCORES_LINE, "dk": SCORES_LINE, "dv": "y = a @ v",

@@ -64,8 +64,7 @@ LESSON = Lesson(
         16: Fault(
             "layernorm kernel: without the variance's term", "npgpt/ops/layernorm.py",
             "r * (dy[n, i] * weight[i] - g_mean - xhat * g_xhat_mean)", "r * (dy[n, i] * weight[i] - g_mean)",
-            "x reaches the output through the variance, too.",
-            kernel=True,
+            "x reaches the output through the variance, too.", kernel=True,
         ),
     },
 )  # fmt: skip

@@ -63,8 +63,7 @@ LESSON = Lesson(
         17: Fault(
             "mlp kernel: GELU's slope without the inner derivative", "npgpt/ops/mlp.py",
             " * two_k * (one + a3 * z * z)\n", " * two_k\n",
-            "u = k (z + a z^3) has the derivative k (1 + 3 a z^2); near 0 it is nearly k.",
-            kernel=True,
+            "u = k (z + a z^3) has the derivative k (1 + 3 a z^2); near 0 it is nearly k.", kernel=True,
         ),
     },
 )  # fmt: skip

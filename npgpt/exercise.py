@@ -43,10 +43,8 @@ def run_show(args):
     op = args.op.lower().replace("_", "-")
     if op not in LESSONS:
         close = difflib.get_close_matches(op, LESSONS, 1)
-        raise UsageError(
-            f"show: there is no exercise {args.op!r}" + (f"; did you mean {close[0]}?" if close else "")
-            + f" (there are {', '.join(LESSONS)})"
-        )  # fmt: skip
+        meant = f"; did you mean {close[0]}?" if close else ""
+        raise UsageError(f"show: there is no exercise {args.op!r}{meant} (there are {', '.join(LESSONS)})")
     if args.level not in LEVELS:
         raise UsageError(f"--level must be 1, 2 or 3, got {args.level}")
     text = exercise_text(LESSONS[op], args.level, args.out or f"{LESSONS[op].file}.py")

@@ -1,7 +1,6 @@
 """Draw loss curves, or what a model's attention looks at: python -m npgpt.plot RUN [RUN ...] [--attention TEXT] ...
 
-This file reads flags and prints; the pictures are made in npgpt/study/plots.py.  Exit codes are listed in
-npgpt/errors.py.
+The pictures are made in npgpt/study/plots.py; exit codes are listed in npgpt/errors.py.
 """
 
 import os

@@ -92,8 +92,8 @@ class Answer:
                         array = np.asarray(result)
                         arrays[name] = array if np.iscomplexobj(array) else np.asarray(array, np.float64)
                     except (TypeError, ValueError):
-                        words = f"{name} is a {type(result).__name__}, not an array"
-                        raise Wrong(f"{lesson.function()}: {words}") from None
+                        words = f"{lesson.function()}: {name} is a {type(result).__name__}, not an array"
+                        raise Wrong(words) from None
             return arrays
 
     def check_signature(self, lesson):
@@ -106,9 +106,8 @@ class Answer:
         try:
             takes.bind(*parameters)
         except TypeError:
-            name = lesson.function()
-            words = f"{name} takes {takes}, it is called with ({', '.join(parameters)})"
-            raise Wrong(self._at(self.line.get(name), words)) from None
+            words = f"{lesson.function()} takes {takes}, it is called with ({', '.join(parameters)})"
+            raise Wrong(self._at(self.line.get(lesson.function()), words)) from None
 
     def still_blank(self, words):
         """words, with the lines that are blank; nothing if none is."""

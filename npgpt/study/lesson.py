@@ -140,10 +140,9 @@ def one_row(**summed):
 
 
 def exercise_text(lesson, level, name):
-    """The file for an op's exercise; level 0 is the solution.  name: where the file will be.
+    """The file for an op's exercise; level 0 is the solution.
 
-    A name becomes part of the file's docstring if there is nothing in it that could end the docstring or mean something
-    else there, as a backslash does.
+    name: where the file will be.  FILE stands for one that might end the file's docstring, or mean something in it.
     """
     name = name if re.fullmatch(r"\w[\w.-]*", name := Path(name).name) else "FILE"
     source = lesson.source()

@@ -1,7 +1,5 @@
 """The page that npgpt.explain writes: one forward and backward of a GPT, to look at.
 
-    html(describe(model, idx, targets, text_of))
-
 Every op that the model calls becomes a box of the page, with the op's formulas and source, its values and gradients,
 and the verdict on its backward (trace.py).  The page is one file, explain.html with the data put in: it needs no
 network, and nothing but a browser.
@@ -38,7 +36,8 @@ def heat_map(array):
     """An array as cells of 8 bits, and its figures; (1, T, C) and (T, C) are T rows, (C,) is one.
 
     A cell stands for a block of entries, and shows the largest of them by size, with its sign.  Its code c means
-    (c / 127)^2 of the largest of all, with the sign of c: the root leaves something to see of the small ones.
+    (c / 127)^2 of the largest of all, with the sign of c: the root leaves something to see of the small ones.  Figures
+    are text: JSON has no word for a NaN.
     """
     table = array.reshape(-1, array.shape[-1] if array.ndim else 1)
     finite = np.nan_to_num(table)
@@ -51,9 +50,9 @@ def heat_map(array):
     cells = np.where(high >= -low, high, low)
     largest = np.abs(cells).max() or 1.0
     codes = np.rint(127 * np.sign(cells) * np.sqrt(np.abs(cells) / largest)).astype(np.int8)
-    shape, cells, text = list(table.shape), list(codes.shape), base64.b64encode(codes.tobytes()).decode("ascii")
+    text = base64.b64encode(codes.tobytes()).decode("ascii")
     figures = {"min": f"{table.min():.3g}", "max": f"{table.max():.3g}", "rms": f"{rms(table):.3g}"}
-    return {"shape": shape, "cells": cells, "codes": text, **figures}  # no number: JSON has no word for a NaN
+    return {"shape": list(table.shape), "cells": list(codes.shape), "codes": text, **figures}
 
 
 def describe_op(node):
@@ -174,5 +173,4 @@ def html(data):
     """The page of what describe returned, as text."""
     template = importlib.resources.files("npgpt.study").joinpath("explain.html").read_text(encoding="utf-8")
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")  # no </script> in it
-    before, after = template.split("DATA")
-    return before + text + after
+    return text.join(template.split("DATA"))

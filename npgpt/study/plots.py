@@ -9,7 +9,6 @@ A picture is the bytes of its file.  Drawing curves needs the standard library o
 import html
 import itertools
 import math
-from typing import NamedTuple
 
 from npgpt.errors import one_line
 
@@ -21,18 +20,6 @@ COLORS = (
     ("#1f6fb4", "#6cb4ee"), ("#d1342f", "#ff7b72"), ("#2b8a3e", "#7ee787"), ("#8250b8", "#c4a5f5"),
     ("#c96a00", "#ffb06b"), ("#0b8a99", "#6fe0ec"), ("#805044", "#d0a090"), ("#c2458f", "#f5a9dc"),
 )  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Curves
-
-
-class Line(NamedTuple):
-    """points: (iteration, number or None), in order; a None parts the line."""
-
-    run: int  # number of the run, which chooses the colour
-    style: str  # "light", "strong" or "dotted"
-    points: list
 
 
 def points_of(rows, name):
@@ -64,15 +51,18 @@ def smoothed(points):
 
 
 def panels(logs):
-    """[(title, height, its Lines)] of the curves of some runs, given the rows of their logs."""
+    """[(title, height, lines)] of the curves of some runs, given the rows of their logs.
+
+    A line is (the run's number, its style, its points).  A point is (iteration, number); a None there parts the line.
+    """
     loss, norm, rate = [], [], []
     for n, rows in enumerate(logs):
         train, val = points_of(rows, "train_loss"), points_of(rows, "val_loss")
-        loss += [Line(n, "light", train), Line(n, "strong", smoothed(train)), Line(n, "dotted", val)]
-        norm.append(Line(n, "light", points_of(rows, "grad_norm")))
-        rate.append(Line(n, "strong", points_of(rows, "lr")))
+        loss += [(n, "light", train), (n, "strong", smoothed(train)), (n, "dotted", val)]
+        norm.append((n, "light", points_of(rows, "grad_norm")))
+        rate.append((n, "strong", points_of(rows, "lr")))
     found = ("loss", 330, loss), ("gradient norm", 90, norm), ("learning rate", 90, rate)
-    return [panel for panel in found if any(y is not None for line in panel[-1] for _, y in line.points)]
+    return [panel for panel in found if any(y is not None for *_, points in panel[-1] for _, y in points)]
 
 
 def labels(runs, logs):
@@ -143,14 +133,14 @@ def text_at(x, y, text, options=""):
     return f'<text x="{x:.2f}" y="{y:.2f}"{options}>{html.escape(text)}</text>'
 
 
-def line_svg(line, x_axis, y_axis):
-    """A Line as polylines, and as circles where it has points of its own or is a single point."""
-    color = f"c{line.run % len(COLORS)}"
-    for segment in segments(line.points):
+def line_svg(run, style, points, x_axis, y_axis):
+    """A line as polylines, and as circles where it is dotted or a single point."""
+    color = f"c{run % len(COLORS)}"
+    for segment in segments(points):
         places = [f"{x_axis(x):.2f},{y_axis(y):.2f}" for x, y in segment]
         if len(places) > 1:
-            yield f'<polyline class="{color} {line.style}" points="{" ".join(places)}"/>'
-        if line.style == "dotted" or len(places) == 1:
+            yield f'<polyline class="{color} {style}" points="{" ".join(places)}"/>'
+        if style == "dotted" or len(places) == 1:
             for x, y in (place.split(",") for place in places):
                 yield f'<circle class="{color}" cx="{x}" cy="{y}" r="2.6"/>'
 
@@ -164,17 +154,17 @@ def curves_svg(found, legend):
         y += 20
         parts.append(f'<circle class="c{n % len(COLORS)}" cx="{left + 5}" cy="{y - 4}" r="5"/>')
         parts.append(text_at(left + 18, y, words))
-    x_axis = Axis([x for *_, lines in found for line in lines for x, _ in line.points], left, width - right)
+    x_axis = Axis([x for *_, lines in found for *_, points in lines for x, _ in points], left, width - right)
     for title, height, lines in found:
         top, y = y + 36, y + 36 + height
-        y_axis = Axis([y for line in lines for _, y in line.points if y is not None], y, top, 0.04)
+        y_axis = Axis([value for *_, points in lines for _, value in points if value is not None], y, top, 0.04)
         parts.append(text_at(left, top - 8, title, ' class="head"'))
         for number, words in y_axis.ticks(height / 40):
             at = y_axis(number)
             parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{at:.2f}" y2="{at:.2f}"/>')
             parts.append(text_at(left - 8, at + 4, words, ' text-anchor="end" class="y"'))
-        for line in sorted(lines, key=lambda line: ("light", "strong", "dotted").index(line.style)):
-            parts += line_svg(line, x_axis, y_axis)
+        for run, style, points in sorted(lines, key=lambda line: ("light", "strong", "dotted").index(line[1])):
+            parts += line_svg(run, style, points, x_axis, y_axis)
         parts.append(f'<rect class="frame" x="{left}" y="{top}" width="{width - right - left}" height="{height}"/>')
     for number, words in x_axis.ticks(8):
         if abs(number - round(number)) < 1e-9:  # there is no half an iteration

@@ -19,8 +19,6 @@ their sum, gives the parts of its weights' gradients.
 Positions.  In every op each position adds a product of two numbers: a number of dy there, and what the weight was
 multiplied with there.  For a linear layer, dw_oi = sum over b, t of dy_bto x_bti.  The MLP is one op; here it is
 taken apart into two linear layers and GELU, as in its reference.
-
-    print(receipt(model, idx, targets, "wte[17,3]"))
 """
 
 import ast

@@ -18,8 +18,8 @@ import numpy as np
 from benchmarks.common import BenchmarkError, machine, machine_line, positive
 from benchmarks.workloads import WORKLOADS
 from npgpt.errors import UsageError, run_command
-from npgpt.study.arguments import New, lesson_of, reference_arguments
-from npgpt.study.lessons import LESSONS
+from npgpt.study.lesson import New
+from npgpt.study.lessons import LESSONS, lesson_of
 
 TOLERANCE = 1e-4  # of an output's largest entry: the two sides round differently
 P_DROP = 0.1
@@ -47,7 +47,8 @@ class Cases:
         if lesson is None:
             return getattr(self, name)()
         wanted = inspect.signature(lesson.arguments).parameters
-        return reference_arguments(reference, self.new, **{k: v for k, v in self.sizes.items() if k in wanted})
+        sizes = {k: v for k, v in self.sizes.items() if k in wanted}
+        return lesson.reference_arguments(reference, self.new, **sizes)
 
     def matmul(self):
         return self.new(self.N, self.C), self.new(4 * self.C, self.C).T

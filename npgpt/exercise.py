@@ -5,8 +5,7 @@
     python -m npgpt.exercise bug 3                                  a copy of npgpt with a mistake in it: find it
     python -m npgpt.exercise answer 3                               where it was, and why it was wrong
 
-`check` runs the file that it is given, which is your own code.  What is behind this is in study/: lessons/ on each op,
-blanks.py, check.py and hints.py, bugs.py.
+`check` runs the file that it is given, which is your own code.  What is behind this is in study/.
 """
 
 import difflib
@@ -16,8 +15,8 @@ from pathlib import Path
 
 from npgpt.command import FileName, Parser, showing_all
 from npgpt.errors import UsageError, quoted, run_command
-from npgpt.study.blanks import LEVELS, PROG, exercise_text
 from npgpt.study.bugs import BUGS, bug, plant, right_source
+from npgpt.study.lesson import LEVELS, PROG, exercise_text
 from npgpt.study.lessons import LESSONS
 
 PACKAGE = Path(__file__).resolve().parent
@@ -38,23 +37,20 @@ def run_list(args):
     for level, words in LEVELS.items():
         print(f"  {level}  {words}")
     print(f"\n{PROG} show OP [--level N] --out FILE, then check FILE; and {len(BUGS)} bugs to find: bug N")
-    return 0
 
 
 def run_show(args):
     op = args.op.lower().replace("_", "-")
     if op not in LESSONS:
         close = difflib.get_close_matches(op, LESSONS, 1)
-        raise UsageError(
-            f"show: there is no exercise {args.op!r}" + (f"; did you mean {close[0]}?" if close else "")
-            + f" (there are {', '.join(LESSONS)})"
-        )  # fmt: skip
+        meant = f"; did you mean {close[0]}?" if close else ""
+        raise UsageError(f"show: there is no exercise {args.op!r}{meant} (there are {', '.join(LESSONS)})")
     if args.level not in LEVELS:
         raise UsageError(f"--level must be 1, 2 or 3, got {args.level}")
     text = exercise_text(LESSONS[op], args.level, args.out or f"{LESSONS[op].file}.py")
     if args.out is None:
         print(text, end="")
-        return 0
+        return
     try:
         open(args.out, "x").close()  # from now on the name is ours
     except FileExistsError:
@@ -69,7 +65,6 @@ def run_show(args):
         os.unlink(args.out)
         raise
     print(f"{args.out}: {op}, level {args.level}; when the blanks are filled:  {PROG} check {quoted(args.out)}")
-    return 0
 
 
 def run_check(args):
@@ -88,7 +83,7 @@ def run_check(args):
 def run_bug(args):
     if args.number is None:
         print(f"there are {len(BUGS)} bugs, from easy to hard:  {PROG} bug 1  plants the first one")
-        return 0
+        return
     fault, folder = bug(args.number), Path(args.dir or f"bug-{args.number}")
     plant(fault, folder)
     command = with_kernels(fault.kernels, "python -m npgpt.gradcheck")
@@ -106,7 +101,6 @@ def run_bug(args):
     else:
         print("With NPGPT_KERNELS=numpy all of it is plain NumPy: a debugger stops in it, and any line can print.")
     print(f"\nTo see where it was, go back to this folder:  {PROG} answer {args.number}")
-    return 0
 
 
 def run_answer(args):
@@ -114,19 +108,16 @@ def run_answer(args):
     right = right_source(fault)
     wrong = right.replace(fault.before, fault.after)
     print(f"bug {args.number} is in {fault.file}; - is the mistake, + is how it must be:\n")
-    for line in list(difflib.unified_diff(wrong.splitlines(), right.splitlines(), lineterm="", n=2))[2:]:
-        print(line)
-    print(f"\n{fault.why}")
-    return 0
+    lines = [*difflib.unified_diff(wrong.splitlines(), right.splitlines(), lineterm="", n=2)][2:]
+    print(*lines, f"\n{fault.why}", sep="\n")
 
 
 def run_train(args):
-    from npgpt.study.training import train
+    from npgpt.study.check import train
 
     losses = train()
     print(f"{PACKAGE}: a small GPT's loss, step by step")
     print(" ".join(f"{loss:.4f}" for loss in losses))
-    return 0
 
 
 def parse(argv):
@@ -162,7 +153,7 @@ def parse(argv):
 @showing_all()
 def main(argv=None):
     args = parse(sys.argv[1:] if argv is None else argv)
-    return args.run(args)
+    return args.run(args) or 0  # 0, too, if a command has nothing to find wrong
 
 
 if __name__ == "__main__":

@@ -73,8 +73,9 @@ def relative_error(analytic, numeric):
     """|a - n| / max(|a|, |n|) of each entry; tiny entries, drowned in rounding, are measured by the largest one."""
     largest = np.abs(numeric).max(initial=0.0)
     scale = np.maximum(np.maximum(np.abs(analytic), np.abs(numeric)), FLOOR * largest)
-    with np.errstate(invalid="ignore"):  # what is not finite has an error of NaN
-        return np.abs(analytic - numeric) / np.where(scale == 0, 1.0, scale)
+    with np.errstate(invalid="ignore"):
+        errors = np.abs(analytic - numeric) / np.where(scale == 0, 1.0, scale)
+    return np.where(np.isnan(errors), np.inf, errors)  # what is not finite is wrong
 
 
 def gradcheck(f, inputs, names=None, bound=BOUND, seed=0):
@@ -163,7 +164,6 @@ def _compare(f, inputs, names, seed):
             fits = abs(numeric - analytic) <= abs(near - analytic)  # not where the long step has left f's domain: NaN
             numeric = np.where(fits, numeric, near)
             errors = relative_error(analytic, numeric)
-        errors = np.where(np.isnan(errors), np.inf, errors)
         index = np.unravel_index(errors.argmax(), errors.shape)
         yield name, float(errors[index]), tuple(map(int, index)), float(analytic[index]), float(numeric[index])
 

@@ -1,7 +1,6 @@
 """Draw loss curves, or what a model's attention looks at: python -m npgpt.plot RUN [RUN ...] [--attention TEXT] ...
 
-This file reads flags and prints; the pictures are made in npgpt/study/plots.py.  Exit codes are listed in
-npgpt/errors.py.
+The pictures are made in npgpt/study/plots.py; exit codes are listed in npgpt/errors.py.
 """
 
 import os
@@ -80,10 +79,5 @@ def main(argv=None):
     return 0
 
 
-def command():
-    """Entry point: a mistake of the user's is one line."""
-    run_command(PROG, main)
-
-
 if __name__ == "__main__":
-    command()
+    run_command(PROG, main)

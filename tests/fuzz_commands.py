@@ -36,7 +36,7 @@ os.environ["NPGPT_KERNELS"] = "numpy"  # nothing is compiled, so a line takes a 
 from npgpt import GPT, exercise, explain, gradcheck, plot, sample, train  # noqa: E402
 from npgpt.command import Parser  # noqa: E402
 from npgpt.errors import run_command  # noqa: E402
-from npgpt.study.blanks import exercise_text  # noqa: E402
+from npgpt.study.lesson import exercise_text  # noqa: E402
 from npgpt.study.lessons import LESSONS  # noqa: E402
 
 SECONDS, BYTES = 20, 2 * 10**9

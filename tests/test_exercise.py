@@ -16,9 +16,10 @@ from npgpt import errors, exercise
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.exercise import PACKAGE, main, with_kernels
 from npgpt.kernels import jit
-from npgpt.study import hints, training
-from npgpt.study.blanks import LEVELS, exercise_text
+from npgpt.study import check as checking
+from npgpt.study import hints
 from npgpt.study.bugs import BUGS, NUMBERED
+from npgpt.study.lesson import LEVELS, exercise_text
 from npgpt.study.lessons import LESSONS
 
 
@@ -54,8 +55,8 @@ def with_mistake(op, before, after):
 @pytest.mark.parametrize("op", LESSONS)
 def test_the_op_itself_solves_its_exercise_and_trains_a_gpt(op, check, monkeypatch):
     losses = []
-    train = training.train
-    monkeypatch.setattr(training, "train", lambda *args: losses.append(train(*args)) or losses[-1])
+    train = checking.train
+    monkeypatch.setattr(checking, "train", lambda *args: losses.append(train(*args)) or losses[-1])
     code, out = check(solution(op))
     assert code == 0 and f"passed: {op}" in out and "WRONG" not in out
     shown = ["dq", "dk", "dv"] if op == "attention" else LESSONS[op].results
@@ -315,7 +316,7 @@ def test_what_cannot_be_called_is_named_and_what_has_no_signature_is_called(chec
 
 
 def test_a_mistake_of_npgpt_is_not_taken_for_the_students(check, monkeypatch):
-    monkeypatch.setattr(training, "train", lambda *args: 1 / 0)
+    monkeypatch.setattr(checking, "train", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         check(solution("linear"))
 
@@ -648,7 +649,7 @@ def test_a_bug_changes_training(tmp_path):
     for folder in (tmp_path / "bug", PACKAGE.parent):
         code, out, _ = command("npgpt.exercise", "train", cwd=folder)
         losses[folder] = [float(number) for number in out.splitlines()[1].split()]
-        assert code == 0 and len(losses[folder]) == training.STEPS
+        assert code == 0 and len(losses[folder]) == checking.STEPS
     bad, good = losses.values()
     assert bad[0] == good[0] and bad[-1] > good[-1] + 0.1
 

@@ -29,7 +29,8 @@ from npgpt.ops.embedding import embedding
 from npgpt.ops.layernorm import layernorm, layernorm_forward_ref
 from npgpt.ops.linear import linear
 from npgpt.ops.mlp import gelu_ref, mlp
-from npgpt.study.arguments import New, reference_arguments
+from npgpt.study.lesson import New
+from npgpt.study.lessons import lesson_of
 
 KEY = np.uint32(0xC0FFEE)
 DTYPES = [np.float32, np.float64]
@@ -39,10 +40,10 @@ BOUND = {np.float32: 1e-5, np.float64: 1e-12}  # of the largest entry
 # Kernel against reference.  A case makes the arguments of a reference: `new(*shape)` gives normal random numbers.
 
 
-def of_lesson(name, **named):
+def of_lesson(name):
     """The case that the op's lesson makes for a pair."""
     _, reference = jit.PAIRS[name]
-    return functools.partial(reference_arguments, reference, **named)
+    return functools.partial(lesson_of(reference).reference_arguments, reference)
 
 
 def embedding_backward_case(new, B, T, C, V, block_size):
@@ -130,7 +131,7 @@ CASES = {
     "attention_forward": (of_lesson("attention_forward"), ATTENTIONS),
     "attention_backward": (of_lesson("attention_backward"), ATTENTIONS),
     "cross_entropy_forward": (of_lesson("cross_entropy_forward"), LOGITS),
-    "cross_entropy_backward": (of_lesson("cross_entropy_backward", dy=0.7), LOGITS),
+    "cross_entropy_backward": (of_lesson("cross_entropy_backward"), LOGITS),
     "dropout_rows": (of_lesson("dropout_rows"), DROPOUTS),
     "symmetric_product": (symmetric_product_case, [(1, 1), (2, 5), (3, 33), (1, 70)]),
     "newton_schulz": (newton_schulz_case, [(1, 1), (2, 3), (3, 33)]),

@@ -418,7 +418,7 @@ def test_that_test_knows_every_place_where_a_command_is_printed():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 found[path.name] += len(re.findall(r"(\{PROG\}|npgpt\.\w+|\.command\}) \S", ast.unparse(node)))
-    assert +found == {"blanks.py": 1, "check.py": 1, "exercise.py": 5, "folder.py": 1, "saving.py": 1, "train.py": 2}
+    assert +found == {"check.py": 1, "exercise.py": 5, "folder.py": 1, "lesson.py": 1, "saving.py": 1, "train.py": 2}
 
 
 def test_a_picture_of_several_runs_does_not_take_the_place_of_a_runs_own(folder, tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ import pytest
 from npgpt import GPT, GPTConfig, plot
 from npgpt.data.characters import CharTokenizer
 from npgpt.engine import no_grad, watched
-from npgpt.errors import CheckpointError, UsageError, one_line, quoted
+from npgpt.errors import CheckpointError, UsageError, one_line, quoted, run_command
 from npgpt.files.folder import RunFolder
 from npgpt.files.log import read_log
 from npgpt.ops.attention import merged_heads, split_heads
@@ -242,7 +242,7 @@ def test_a_picture_that_cannot_be_written_leaves_nothing(tmp_path):
 def test_the_command_ends_with_a_line_and_a_code(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plot", "there is none"])
     with pytest.raises(SystemExit) as end:
-        plot.command()
+        run_command(plot.PROG, plot.main)
     assert end.value.code == 3
     assert capsys.readouterr().err == (
         "python -m npgpt.plot: there is none is not a run folder: it has no metrics.jsonl\n"
@@ -252,7 +252,7 @@ def test_the_command_ends_with_a_line_and_a_code(monkeypatch, capsys):
 def test_a_png_ends_with_a_line_and_a_code_before_anything_is_read(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["plot", "there is none", "--out", "x.png"])
     with pytest.raises(SystemExit) as end:
-        plot.command()
+        run_command(plot.PROG, plot.main)
     assert end.value.code == 2
     assert capsys.readouterr().err == (
         "python -m npgpt.plot: --out must end in .svg, got x.png; write --out x.svg, which any browser shows\n"

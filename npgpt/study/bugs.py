@@ -8,43 +8,33 @@ from npgpt.study.lessons import LESSONS
 
 OTHERS = {  # in files that have no lesson: the small operations, and the engine
     2: Fault(
-        "log: multiplied instead of divided",
-        "npgpt/tensor.py",
-        "(dy / a.data,)",
-        "(dy * a.data,)",
+        "log: multiplied instead of divided", "npgpt/tensor.py",
+        "(dy / a.data,)", "(dy * a.data,)",
         "The derivative of log x is 1/x.",
     ),
     3: Fault(
-        "tanh: slope from the input",
-        "npgpt/tensor.py",
-        "dy * (1 - y * y)",
-        "dy * (1 - a.data * a.data)",
+        "tanh: slope from the input", "npgpt/tensor.py",
+        "dy * (1 - y * y)", "dy * (1 - a.data * a.data)",
         "The slope 1 - tanh(x)^2 is made of the output, not of the input.",
     ),
     4: Fault(
-        "relu: gate by the gradient",
-        "npgpt/tensor.py",
-        "dy * (a.data > 0)",
-        "dy * (dy > 0)",
+        "relu: gate by the gradient", "npgpt/tensor.py",
+        "dy * (a.data > 0)", "dy * (dy > 0)",
         "ReLU lets a gradient pass where its input was positive, whatever the gradient's own sign.",
     ),
     14: Fault(
-        "unbroadcast: stretched axes are not summed",
-        "npgpt/tensor.py",
+        "unbroadcast: stretched axes are not summed", "npgpt/tensor.py",
         "    grad = grad.sum(axis=tuple(range(extra)) + stretched, keepdims=True)\n",
         "    grad = grad.sum(axis=tuple(range(extra)))[tuple(slice(0, n) for n in x.shape)]\n",
         "An axis of length 1 that was stretched was copied too, so it must be summed over, not cut.",
     ),
     20: Fault(
-        "engine: the second contribution forgets the first",
-        "npgpt/engine.py",
-        "            np.add(self.value, grad, out=total)\n",
-        "            total[...] = grad\n",
+        "engine: the second contribution forgets the first", "npgpt/engine.py",
+        "            np.add(self.value, grad, out=total)\n", "            total[...] = grad\n",
         "The first contribution was somebody else's array, so the sum needs a new one; but it must be the sum.",
     ),
     21: Fault(
-        "engine: breadth-first instead of topological order",
-        "npgpt/engine.py",
+        "engine: breadth-first instead of topological order", "npgpt/engine.py",
         """\
         node, parents = stack[-1]
         for parent in parents:
@@ -66,7 +56,7 @@ OTHERS = {  # in files that have no lesson: the small operations, and the engine
 """,
         "A backward that runs before all contributions to its gradient have come passes on only a part of it.",
     ),
-}
+}  # fmt: skip
 NUMBERED = [pair for bugs in (OTHERS, *(lesson.bugs for lesson in LESSONS.values())) for pair in bugs.items()]
 BUGS = [fault for _, fault in sorted(NUMBERED)]  # from easy to hard; bug N is BUGS[N - 1]
 
@@ -88,8 +78,8 @@ def right_source(fault):
 
 def plant(fault, folder):
     """Copy the package's sources into folder/npgpt, with the fault in them: all of it or nothing."""
-    for number in range(1, len(BUGS) + 1):
-        right_source(bug(number))  # two mistakes at a time are one too many
+    for other in BUGS:
+        right_source(other)  # two mistakes at a time are one too many
     sources = dict(_contents(SOURCES, "npgpt"))
     sources[fault.file] = right_source(fault).replace(fault.before, fault.after).encode("utf-8")
     try:

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
+from npgpt.config import GPTConfig
 from npgpt.errors import UsageError
 from npgpt.gradcheck import replaced
-from npgpt.study import training
-from npgpt.study.blanks import PROG, blank_lines
+from npgpt.kernels.masks import random_stream
+from npgpt.model import GPT
+from npgpt.optim import AdamW, FlatParameters
 from npgpt.study.hints import Case, of_exception
+from npgpt.study.lesson import PROG
 from npgpt.study.lessons import LESSONS
 
 
@@ -73,7 +76,25 @@ class Answer:
     def results(self, lesson, arguments):
         """{name: array} of what the backward returns; None where a result is blank."""
         with self.running():
-            return written(self.functions[lesson.op], lesson, arguments)
+            results = self.functions[lesson.op](*arguments)
+            if results is None or results is ...:
+                return dict.fromkeys(lesson.results)
+            results = tuple(results) if isinstance(results, (tuple, list)) else (results,)
+            if len(results) != len(lesson.results):
+                raise Wrong(
+                    f"{lesson.function()} returns {len(results)} result{'s' * (len(results) != 1)}, "
+                    f"it must return {len(lesson.results)}: {', '.join(lesson.results)}"
+                )
+            arrays = dict.fromkeys(lesson.results)
+            for name, result in zip(lesson.results, results, strict=True):
+                if result is not None and result is not ...:
+                    try:
+                        array = np.asarray(result)
+                        arrays[name] = array if np.iscomplexobj(array) else np.asarray(array, np.float64)
+                    except (TypeError, ValueError):
+                        words = f"{lesson.function()}: {name} is a {type(result).__name__}, not an array"
+                        raise Wrong(words) from None
+            return arrays
 
     def check_signature(self, lesson):
         """Raise Wrong if the function cannot be called as the op's own."""
@@ -85,9 +106,8 @@ class Answer:
         try:
             takes.bind(*parameters)
         except TypeError:
-            name = lesson.function()
-            words = f"{name} takes {takes}, it is called with ({', '.join(parameters)})"
-            raise Wrong(self._at(self.line.get(name), words)) from None
+            words = f"{lesson.function()} takes {takes}, it is called with ({', '.join(parameters)})"
+            raise Wrong(self._at(self.line.get(lesson.function()), words)) from None
 
     def still_blank(self, words):
         """words, with the lines that are blank; nothing if none is."""
@@ -95,6 +115,16 @@ class Answer:
 
     def _at(self, line, words):
         return f"{self.path.name}{'' if line is None else f' line {line}'}: {' '.join(str(words).split())}"
+
+
+def blank_lines(tree):
+    """Numbers of the lines of a file in which there is still a `...` where code belongs.
+
+    In dx = dweight = dbias = ... results have got a value for the time being; that line may stay.
+    """
+    statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
+    values = [getattr(node, "value", None) for node in statements if len(getattr(node, "targets", ())) < 2]
+    return sorted({value.lineno for value in values if isinstance(value, ast.Constant) and value.value is ...})
 
 
 @contextlib.contextmanager
@@ -115,30 +145,6 @@ def imports_beside(path):
                 del sys.modules[name]
 
 
-def written(backward, lesson, arguments):
-    """{name: array} of what a student's backward returns; None where a result is blank."""
-    results = backward(*arguments)
-    if results is None or results is ...:
-        return dict.fromkeys(lesson.results)
-    results = tuple(results) if isinstance(results, (tuple, list)) else (results,)
-    if len(results) != len(lesson.results):
-        raise Wrong(
-            f"{lesson.function()} returns {len(results)} result{'s' * (len(results) != 1)}, "
-            f"it must return {len(lesson.results)}: {', '.join(lesson.results)}"
-        )
-    arrays = {}
-    for name, result in zip(lesson.results, results, strict=True):
-        if result is None or result is ...:
-            arrays[name] = None
-            continue
-        try:
-            array = np.asarray(result)
-            arrays[name] = array if np.iscomplexobj(array) else np.asarray(array, np.float64)
-        except (TypeError, ValueError):
-            raise Wrong(f"{lesson.function()}: {name} is a {type(result).__name__}, not an array") from None
-    return arrays
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Comparing: with finite differences, and in a GPT
 
@@ -149,18 +155,14 @@ def check(lesson, answer, say):
     say(f"{lesson.op}: {lesson.function()} against finite differences")
     case = Case(lesson)
     arguments = case.arguments()
-    results = answer.results(lesson, arguments)
-    right = True
-    verdicts = case.compare({name: array for name, array in results.items() if array is not None})
-    for name in results:
-        if name not in verdicts:
+    results, right = answer.results(lesson, arguments), True
+    for name, verdict in case.compare(results).items():
+        if verdict is None:
             say(f"  {name:<8} blank  {answer.still_blank('see ') or 'it is None'}")
-            right = False
-            continue
-        for verdict in verdicts[name]:
+        else:
             words = f"WRONG  {verdict.wrong}" if verdict.wrong else f"ok     {verdict.error:.0e}"
-            say(f"  {verdict.name:<8} {words}" + (f"\n           hint: {verdict.hint}" if verdict.hint else ""))
-            right = right and not verdict.wrong
+            say(f"  {name:<8} {words}" + (f"\n           hint: {verdict.hint}" if verdict.hint else ""))
+        right = right and verdict is not None and not verdict.wrong
     if not right:
         if answer.blank:
             say(answer.still_blank("  still blank: "))
@@ -169,10 +171,9 @@ def check(lesson, answer, say):
     if changed:
         say(f"  WRONG  it changes {' and '.join(changed)} in place, which others still need: work on a copy")
         return False
-    ours = training.train()
-    theirs = training.train(in_place_of(lesson, answer))
+    ours, theirs = train(), train(in_place_of(lesson, answer))
     for whose, losses in (("yours", theirs), ("npgpt's", ours)):
-        say(f"  a GPT after {training.STEPS} steps, with {whose + ':':<8} loss {losses[0]:.6f} -> {losses[-1]:.6f}")
+        say(f"  a GPT after {STEPS} steps, with {whose + ':':<8} loss {losses[0]:.6f} -> {losses[-1]:.6f}")
     if not all(abs(a - b) <= 1e-6 * abs(b) for a, b in zip(theirs, ours, strict=True)):
         say("  WRONG  in a GPT it makes another gradient: does it hold for other shapes, and for other numbers, too?")
         return False
@@ -199,3 +200,62 @@ def in_place_of(lesson, answer):
             out[...] = result
 
     return lambda: replaced(lesson.module(), lesson.replaces or lesson.function(), adapter)
+
+
+STEPS = 12
+# Shakespeare, sonnets 18 and 116
+TEXT = """\
+Shall I compare thee to a summer's day?
+Thou art more lovely and more temperate:
+Rough winds do shake the darling buds of May,
+And summer's lease hath all too short a date;
+Sometime too hot the eye of heaven shines,
+And often is his gold complexion dimm'd;
+And every fair from fair sometime declines,
+By chance or nature's changing course untrimm'd;
+But thy eternal summer shall not fade,
+Nor lose possession of that fair thou ow'st;
+Nor shall Death brag thou wander'st in his shade,
+When in eternal lines to time thou grow'st:
+So long as men can breathe, or eyes can see,
+So long lives this, and this gives life to thee.
+
+Let me not to the marriage of true minds
+Admit impediments. Love is not love
+Which alters when it alteration finds,
+Or bends with the remover to remove:
+O no; it is an ever-fixed mark,
+That looks on tempests, and is never shaken;
+It is the star to every wandering bark,
+Whose worth's unknown, although his height be taken.
+Love's not Time's fool, though rosy lips and cheeks
+Within his bending sickle's compass come;
+Love alters not with his brief hours and weeks,
+But bears it out even to the edge of doom.
+If this be error and upon me proved,
+I never writ, nor no man ever loved.
+"""
+
+
+def train(backward_context=contextlib.nullcontext):
+    """The losses of a small GPT's first steps on TEXT; each backward runs inside of backward_context()."""
+    characters = sorted(set(TEXT))
+    tokens = np.array([characters.index(c) for c in TEXT])
+    config = GPTConfig(vocab_size=len(characters), block_size=16, n_layer=2, n_head=2, n_embd=32, dropout=0.1)
+    model, rng = GPT(config, dtype=np.float64), np.random.default_rng(0)
+    flat = FlatParameters(model)
+    optimizer = AdamW(flat)
+    losses = []
+    for step in range(STEPS):
+        starts = rng.integers(0, len(tokens) - config.block_size, 4)
+        rows = starts[:, None] + np.arange(config.block_size)
+        flat.zero_grad()
+        with random_stream(step):
+            _, loss = model(tokens[rows], tokens[rows + 1])
+            with backward_context():
+                loss.backward()
+        flat.finish_grads()
+        optimizer.step += 1
+        optimizer.update(flat.grads, lr=1e-2)
+        losses.append(loss.item())
+    return losses

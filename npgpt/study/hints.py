@@ -1,7 +1,6 @@
 """What kind of mistake is it?  A wrong gradient is compared with what the usual mistakes would have made of it.
 
-`Case` holds numbers for a lesson's op: what its backward is given, and by finite differences of its forward what it
-must return.  `compare` finds for what is wrong
+For what is wrong, `Case.compare` finds
 
 - the kinds of mistakes that can be seen in any array: a shape that is transposed or not summed, a constant factor (and
   which length it is), a sign, right numbers at wrong places, entries that should be 0;
@@ -18,96 +17,90 @@ from dataclasses import dataclass
 import numpy as np
 
 from npgpt.gradcheck import BOUND, numeric_grad, relative_error
-from npgpt.study.arguments import New, backward_values, outputs
+from npgpt.study.lesson import New
 from npgpt.tensor import Tensor
 
 CLOSE = 1e-6  # two arrays are the same if they differ by less than this share of the larger one's largest entry
 
 
 class Case:
-    """Numbers for an op.
+    """Numbers for an op; what its backward must return is measured by finite differences of its forward.
 
     values   what the backward is given, by name
     so_far   result -> what stood in it before, for a backward that adds in place
-    right    result -> what it must be
-    parts    the same, with a result taken apart that the lesson looks at in parts
+    right    result, or part of a result that the lesson looks at in parts -> what it must be
+    parts    the same, without a result that is taken apart
     """
 
     def __init__(self, lesson):
         self.lesson, new = lesson, New(seed=3)
-        _, _, self.parameters = lesson.references()
         inputs = lesson.arguments(new, **lesson.sizes)
-        self.values = backward_values(lesson, inputs, new)
-        self.so_far = {name: self.values[name] for name in lesson.results if name in self.parameters}
+        self.values = lesson.backward_arguments(inputs, new)
+        self.so_far = {name: self.values[name] for name in lesson.results if name in self.values}
         dy = np.asarray(self.values.get("dy", self.values.get("dloss")))
         self.many = dy.shape[:-1]  # the axes along which a bias, say, is used many times
-        self.right = {}
+        self.right, self.parts = {}, {}
         for name in lesson.results:
-            inputs[name[1:]] = (x := Tensor(inputs[name[1:]])).data
-            self.right[name] = numeric_grad(lambda: outputs(lesson, inputs)[0], x, dy) + self.so_far.get(name, 0)
-        self.parts = {part: array for name in lesson.results for part, array in self._parts(name, self.right[name])}
+            change = numeric_grad(lambda: lesson.outputs(inputs)[0], Tensor(inputs[name[1:]]), dy)
+            self.right[name] = change + self.so_far.get(name, 0)
+            self.parts |= self._parts(name, self.right[name])
+        self.right |= self.parts
         self.lengths = {name: lesson.sizes[name] for name in lesson.lengths}
         self.factors = lesson.factors(**self.values)
 
     def arguments(self):
         """Arguments for the backward, copies that it may keep."""
-        values = (self.values[name] for name in self.parameters)
-        return [value.copy() if isinstance(value, np.ndarray) else value for value in values]
+        return [value.copy() if isinstance(value, np.ndarray) else value for value in self.values.values()]
 
     def changed(self, arguments):
         """Names of the arguments that a backward changed, and must not have."""
-        pairs = zip(self.parameters, arguments, strict=True)
-        return [name for name, value in pairs if name not in self.so_far and not _same(value, self.values[name])]
+        given = zip(self.values, arguments, strict=True)
+        return [n for n, value in given if n not in self.so_far and not np.array_equal(value, self.values[n])]
 
     def _parts(self, name, array):
         if self.lesson.parts is None or array.shape != self.right[name].shape:
-            return [(name, array)]
-        return list(self.lesson.parts(self.values, array).items())
+            return {name: array}
+        return self.lesson.parts(self.values, array)
 
     def compare(self, results):
-        """{name: a Verdict for each part of the result} of what a backward returns, {name: array}."""
-        verdicts = {name: [] for name in results}
-        self.got = {}
+        """{part: its Verdict} of what a backward returns, {name: array}; None for what is None."""
+        verdicts, self.got = {}, {}
         for name, array in results.items():
-            if np.iscomplexobj(array):
-                verdicts[name].append(Verdict(name, math.inf, "it is complex, and a gradient is real"))
-                continue
-            parts = dict(self._parts(name, array))
-            self.got.update(parts)
-            verdicts[name] += [Verdict(part, *self._fault(part, name, got)) for part, got in parts.items()]
-        by_part = {verdict.name: verdict for verdicts_of in verdicts.values() for verdict in verdicts_of}
+            if array is None:
+                verdicts[name] = None
+            elif np.iscomplexobj(array):
+                verdicts[name] = Verdict(math.inf, "it is complex, and a gradient is real")
+            else:
+                self.got |= (parts := self._parts(name, array))
+                verdicts |= dict.fromkeys(parts)
         for part in self.got:
-            verdict, right = by_part[part], self.parts.get(part, self.right.get(part))
-            if verdict.wrong:
-                verdict.kind, verdict.line = _mistake(self, part, self.got[part], right)
+            verdicts[part] = self._verdict(part)
         names, line = self.lesson.shared
-        through = [by_part.get(part) for part in names]
-        if all(through) and len({(verdict.kind, verdict.line) for verdict in through}) == 1 and not through[0].line:
+        through = [verdicts.get(part) for part in names]
+        if all(through) and len({(verdict.kind, verdict.line) for verdict in through}) == 1:
             for verdict in through:
-                verdict.line = line
-        for verdict in by_part.values():
-            if verdict.kind and not verdict.line:
-                verdict.line = self.lesson.lines[verdict.name]
+                verdict.line = verdict.line or line
+        for part in self.got:
+            verdicts[part].line = verdicts[part].line or self.lesson.lines[part]
         return verdicts
 
-    def _fault(self, part, name, got):
-        """(the worst relative error, what is wrong if something is) of a part of the result `name`."""
-        right = self.parts.get(part, self.right[name])
+    def _verdict(self, part):
+        got, right = self.got[part], self.right[part]
         if got.shape != right.shape:
-            return math.inf, f"its shape is {got.shape}, it must be {right.shape}"
-        errors = relative_error(got, right)
-        errors = np.where(np.isnan(errors), np.inf, errors)
-        worst = np.unravel_index(errors.argmax(), errors.shape)
-        error, index = float(errors[worst]), list(map(int, worst))
-        if error <= BOUND:
-            return error, ""
-        where = f"worst at {index}: yours {got[worst]:.6g}, finite differences {right[worst]:.6g}"
-        return error, f"{where}; {(errors > BOUND).sum()} of {right.size} entries are wrong"
+            error, wrong = math.inf, f"its shape is {got.shape}, it must be {right.shape}"
+        else:
+            errors = relative_error(got, right)
+            worst = np.unravel_index(errors.argmax(), errors.shape)
+            error, index = float(errors[worst]), list(map(int, worst))
+            if error <= BOUND:
+                return Verdict(error)
+            wrong = f"worst at {index}: yours {got[worst]:.6g}, finite differences {right[worst]:.6g}"
+            wrong += f"; {(errors > BOUND).sum()} of {right.size} entries are wrong"
+        return Verdict(error, wrong, *_mistake(self, part, got, right))
 
 
 @dataclass
 class Verdict:
-    name: str  # of a result, or of a part of it
     error: float  # the worst relative one
     wrong: str = ""  # what is wrong, if something is
     kind: str = ""  # what kind of mistake that is
@@ -115,13 +108,8 @@ class Verdict:
 
     @property
     def hint(self):
-        if not self.kind:
-            return ""
-        return f"{self.kind}{'' if self.kind.endswith('?') else '.'} Look at the forward's line:  {self.line}"
-
-
-def _same(a, b):
-    return np.array_equal(a, b) if isinstance(b, np.ndarray) else a == b
+        stop = "" if self.kind.endswith("?") else "."
+        return f"{self.kind}{stop} Look at the forward's line:  {self.line}" if self.kind else ""
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -156,13 +144,14 @@ def _mistake(case, name, got, right):
     if c is not None:
         return _factor(case, c)
     for other, array in case.parts.items():
-        mine = case.parts.get(name, right)
+        mine = case.right[name]
         if other != name and _near(case.got[name], array) and other in case.got and _near(case.got[other], mine):
             return f"wrong place: this is {other}, and what stands there is {name}", None
-    wrong, zero = _wrong_and_zero(got, right)
-    if not (wrong & ~zero).any():
+    is_wrong = relative_error(got, right) > BOUND
+    is_zero = np.abs(right) <= CLOSE * CLOSE * np.abs(right).max()  # or should be
+    if not (is_wrong & ~is_zero).any():
         return f"wrong mask: it must be 0 {case.lesson.zeros}", None
-    for result, words, wrong, line in case.lesson.mistakes(*(case.values[name] for name in case.parameters)):
+    for result, words, wrong, line in case.lesson.mistakes(*case.values.values()):
         c = ratio(got, wrong) if result == name else None
         if c is not None:
             return words + ("" if _is(c, 1) else f"; besides, a {_factor(case, c)[0]}"), line
@@ -173,7 +162,7 @@ def _mistake(case, name, got, right):
         return "transposed, then reshaped: reshape makes the shape right but does not exchange axes", None
     if _near(np.sort(got, axis=None), np.sort(right, axis=None)):
         return "right numbers at wrong places: reshape keeps the order in memory, transpose exchanges axes", None
-    return _where(got, right)
+    return _where(got, right, is_wrong, is_zero)
 
 
 def _shape_mistake(case, name, got, right):
@@ -186,7 +175,9 @@ def _shape_mistake(case, name, got, right):
         sure = "it is what is wanted, transposed" if ratio(got.T, right) is not None else "the shape is the transpose's"
         return f"transposed: {sure}. Write the product down with indices: which index comes first?", None
     if got.ndim > right.ndim:
-        for axes in _axes_left_over(got.shape, right.shape):
+        for axes in itertools.combinations(range(got.ndim), got.ndim - right.ndim):
+            if tuple(n for axis, n in enumerate(got.shape) if axis not in axes) != right.shape:
+                continue
             total = got.sum(axis=axes)
             many = right.ndim == 1 and all(got.shape[axis] in case.many for axis in axes)
             if ratio(total, right) is not None or many:
@@ -203,13 +194,6 @@ def _shape_mistake(case, name, got, right):
     return "a gradient has the shape of what it is the gradient of", None
 
 
-def _axes_left_over(shape, wanted):
-    """Which axes of `shape` to sum over for the shape `wanted`."""
-    for axes in itertools.combinations(range(len(shape)), len(shape) - len(wanted)):
-        if tuple(n for axis, n in enumerate(shape) if axis not in axes) == wanted:
-            yield axes
-
-
 def _factor(case, c):
     """(words for a result that is c times what it must be, line)."""
     if _is(c, 1):
@@ -217,8 +201,9 @@ def _factor(case, c):
     if _is(c, -1):
         return "sign: every entry has the wrong one", None
 
-    def times(sign, factor):
-        return f"{sign}constant factor: every entry is {_digits(factor)} times what it must be"
+    def times(sign, factor):  # in as few digits as tell it from 1
+        figures = next(text for n in (4, 6, 8, 10) if (text := f"{factor:.{n}g}").strip("-") != "1" or n == 10)
+        return f"{sign}constant factor: every entry is {figures} times what it must be"
 
     ways = ("", c), ("sign, and ", -c)
     for sign, factor in ways:
@@ -234,11 +219,6 @@ def _factor(case, c):
     return times(*ways[c < 0]), None  # the one whose factor is positive
 
 
-def _digits(c):
-    """A number in as few digits as tell it from 1."""
-    return next(text for digits in (4, 6, 8, 10) if (text := f"{c:.{digits}g}").strip("-") != "1" or digits == 10)
-
-
 def _is(c, value):
     return math.isclose(c, value, rel_tol=CLOSE)
 
@@ -247,25 +227,19 @@ def _near(a, b):
     return a.shape == b.shape and np.abs(a - b).max(initial=0) <= CLOSE * np.abs(b).max(initial=0)
 
 
-def _wrong_and_zero(got, right):
-    """Where got is wrong, by the rule of gradcheck, and where it should be 0."""
-    return relative_error(got, right) > BOUND, np.abs(right) <= CLOSE * CLOSE * np.abs(right).max()
-
-
-def _where(got, right):
+def _where(got, right, is_wrong, is_zero):
     """Words that tell no more than where the wrong entries are."""
-    wrong, zero = _wrong_and_zero(got, right)
-    if not got[wrong].any() or not got[~zero].any():
+    if not got[is_wrong].any() or not got[~is_zero].any():
         return "wrong mask: it is 0 where it must not be", None
     if right.ndim == 2:
-        if not zero.any():
+        if not is_zero.any():
             quotients = got / right
             for axis, per in ((1, "row"), (0, "column")):
                 if (np.ptp(quotients, axis=axis) <= CLOSE * np.abs(quotients).max(axis=axis)).all():
                     return f"missing factor: it is the same in a whole {per}, and differs from {per} to {per}", None
         for axis, per in ((1, "row"), (0, "column")):
-            places = np.flatnonzero(wrong.any(axis=axis))
-            if 2 * len(places) <= wrong.shape[1 - axis]:
+            places = np.flatnonzero(is_wrong.any(axis=axis))
+            if 2 * len(places) <= right.shape[1 - axis]:
                 return f"wrong in the {per}s {', '.join(map(str, places))} only: what is special there?", None
     return "none of the usual mistakes: undo the forward line by line, from its last line back to this one", None
 

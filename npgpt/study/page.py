@@ -1,7 +1,5 @@
 """The page that npgpt.explain writes: one forward and backward of a GPT, to look at.
 
-    html(describe(model, idx, targets, text_of))
-
 Every op that the model calls becomes a box of the page, with the op's formulas and source, its values and gradients,
 and the verdict on its backward (trace.py).  The page is one file, explain.html with the data put in: it needs no
 network, and nothing but a browser.
@@ -34,16 +32,12 @@ LINE_CELLS = 192  # columns of one that has one row
 BEST = 5  # guesses shown for each token
 
 
-def figure(x):
-    """A number as text, as all figures of the page are: JSON has no word for a NaN."""
-    return f"{x:.3g}"
-
-
 def heat_map(array):
     """An array as cells of 8 bits, and its figures; (1, T, C) and (T, C) are T rows, (C,) is one.
 
     A cell stands for a block of entries, and shows the largest of them by size, with its sign.  Its code c means
-    (c / 127)^2 of the largest of all, with the sign of c: the root leaves something to see of the small ones.
+    (c / 127)^2 of the largest of all, with the sign of c: the root leaves something to see of the small ones.  Figures
+    are text: JSON has no word for a NaN.
     """
     table = array.reshape(-1, array.shape[-1] if array.ndim else 1)
     finite = np.nan_to_num(table)
@@ -56,14 +50,9 @@ def heat_map(array):
     cells = np.where(high >= -low, high, low)
     largest = np.abs(cells).max() or 1.0
     codes = np.rint(127 * np.sign(cells) * np.sqrt(np.abs(cells) / largest)).astype(np.int8)
-    return {
-        "shape": list(table.shape),
-        "cells": list(codes.shape),
-        "codes": base64.b64encode(codes.tobytes()).decode("ascii"),
-        "min": figure(table.min()),
-        "max": figure(table.max()),
-        "rms": figure(rms(table)),
-    }
+    text = base64.b64encode(codes.tobytes()).decode("ascii")
+    figures = {"min": f"{table.min():.3g}", "max": f"{table.max():.3g}", "rms": f"{rms(table):.3g}"}
+    return {"shape": list(table.shape), "cells": list(codes.shape), "codes": text, **figures}
 
 
 def describe_op(node):
@@ -137,7 +126,14 @@ def describe_boxes(model, nodes):
                 row["x"], row["total"] = heat_map(x.data), heat_map(x.grad)["rms"]
             else:
                 row["name"], row["box"] = arguments[j], places[id(x)]
-            inputs.append(row | _verdict(checks, x.shape))
+            _, analytic, numeric = np.array(checks).T
+            errors = relative_error(analytic, numeric)
+            row["checks"] = [
+                [str([int(n) for n in np.unravel_index(i, x.shape)]), f"{a:.6g}", f"{b:.6g}", f"{error:.1e}"]
+                for (i, a, b), error in zip(checks, errors, strict=True)
+            ]
+            row["error"], row["ok"] = f"{errors.max():.1e}", bool(errors.max() <= BOUND)
+            inputs.append(row)
         box = {"label": label, "group": group, "op": node.op, "shape": list(node.y.shape), "inputs": inputs}
         box["y"], box["dy"] = heat_map(node.y.data), heat_map(node.y.grad)
         box["ok"] = all(row["ok"] for row in inputs)
@@ -147,48 +143,34 @@ def describe_boxes(model, nodes):
     return boxes
 
 
-def _verdict(checks, shape):
-    worst = max(error for *_, error in checks)
-    rows = []
-    for i, analytic, numeric, error in checks:
-        index = ", ".join(map(str, np.unravel_index(i, shape)))
-        rows.append([f"[{index}]", f"{analytic:.6g}", f"{numeric:.6g}", f"{error:.1e}"])
-    return {"checks": rows, "error": f"{worst:.1e}", "ok": worst <= BOUND}
-
-
 def describe(model, idx, targets, text_of):
     """All that the page shows: idx, targets (1, T), and what tells the text of a token."""
     with blas_threads(1):  # the products of a few tokens are too small to be shared
         nodes = trace(model, idx, targets)
         check(model, idx, targets, nodes)
         expected, measured = check_whole(model, idx, targets)
-    error = float(np.nan_to_num(relative_error(np.array(expected), np.array(measured)), nan=np.inf))
+    error = float(relative_error(np.array(expected), np.array(measured)))
     logits, c = nodes[-1].parents[0].data[0], targets[0]
     loss, lse = cross_entropy_forward_ref(logits, c, -1, len(c))
     logp = logits - lse[:, None]  # (T, V)
     best = np.argsort(-logp, axis=1, kind="stable")[:, :BEST]
     return {
-        "config": dataclasses.asdict(model.config),
-        "n_params": model.num_params(),
+        "config": dataclasses.asdict(model.config), "n_params": model.num_params(),
         "texts": [text_of(token) for token in (idx[0, 0], *c)],
-        "loss": f"{loss:.4f}",
-        "losses": [f"{-row[token]:.3f}" for row, token in zip(logp, c, strict=True)],
+        "loss": f"{loss:.4f}", "losses": [f"{-row[token]:.3f}" for row, token in zip(logp, c, strict=True)],
         "guesses": [[(text_of(i), f"{np.exp(row[i]):.1%}") for i in few] for row, few in zip(logp, best, strict=True)],
         "bound": f"{BOUND:.0e}",
         "whole": {
-            "gradients": f"{expected:.8g}",
-            "measured": f"{measured:.8g}",
-            "error": f"{error:.1e}",
-            "ok": error <= BOUND,
+            "gradients": f"{expected:.8g}", "measured": f"{measured:.8g}",
+            "error": f"{error:.1e}", "ok": error <= BOUND,
         },
         "boxes": describe_boxes(model, nodes),
         "ops": {node.op: describe_op(node) for node in nodes},
-    }
+    }  # fmt: skip
 
 
 def html(data):
     """The page of what describe returned, as text."""
     template = importlib.resources.files("npgpt.study").joinpath("explain.html").read_text(encoding="utf-8")
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")  # no </script> in it
-    before, after = template.split("DATA")
-    return before + text + after
+    return text.join(template.split("DATA"))

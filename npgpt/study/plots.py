@@ -9,7 +9,6 @@ A picture is the bytes of its file.  Drawing curves needs the standard library o
 import html
 import itertools
 import math
-from typing import NamedTuple
 
 from npgpt.errors import one_line
 
@@ -23,33 +22,10 @@ COLORS = (
 )  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What is drawn
-
-
-class Line(NamedTuple):
-    """points: (iteration, number or None), in order; a None parts the line."""
-
-    run: int  # number of the run, which chooses the colour
-    style: str  # "light", "strong" or "dotted"
-    points: list
-
-
-class Panel(NamedTuple):
-    title: str
-    height: int
-    lines: list
-
-
 def points_of(rows, name):
     """(iteration, number) of the rows of a log that have such a number; None for one that is not finite."""
-    points = []
-    for row in rows:
-        value = row.get(name, "")
-        if value is None or (type(value) in (int, float) and not math.isfinite(value)):
-            points.append((row["iter"], None))
-        elif type(value) in (int, float):
-            points.append((row["iter"], float(value)))
+    found = ((row["iter"], row[name]) for row in rows if type(row.get(name, "")) in (int, float, type(None)))
+    points = [(x, None if y is None or not math.isfinite(y) else float(y)) for x, y in found]
     while points and points[-1][1] is None:  # the row after the last update has no training loss
         points.pop()
     return points
@@ -75,23 +51,24 @@ def smoothed(points):
 
 
 def panels(logs):
-    """The Panels of the curves of some runs, given the rows of their logs."""
+    """[(title, height, lines)] of the curves of some runs, given the rows of their logs.
+
+    A line is (the run's number, its style, its points).  A point is (iteration, number); a None there parts the line.
+    """
     loss, norm, rate = [], [], []
     for n, rows in enumerate(logs):
-        train = points_of(rows, "train_loss")
-        loss += [Line(n, "light", train), Line(n, "strong", smoothed(train))]
-        loss.append(Line(n, "dotted", points_of(rows, "val_loss")))
-        norm.append(Line(n, "light", points_of(rows, "grad_norm")))
-        rate.append(Line(n, "strong", points_of(rows, "lr")))
-    found = Panel("loss", 330, loss), Panel("gradient norm", 90, norm), Panel("learning rate", 90, rate)
-    return [panel for panel in found if any(y is not None for line in panel.lines for _, y in line.points)]
+        train, val = points_of(rows, "train_loss"), points_of(rows, "val_loss")
+        loss += [(n, "light", train), (n, "strong", smoothed(train)), (n, "dotted", val)]
+        norm.append((n, "light", points_of(rows, "grad_norm")))
+        rate.append((n, "strong", points_of(rows, "lr")))
+    found = ("loss", 330, loss), ("gradient norm", 90, norm), ("learning rate", 90, rate)
+    return [panel for panel in found if any(y is not None for *_, points in panel[-1] for _, y in points)]
 
 
 def labels(runs, logs):
     """What the legend says of each run: its name, and its best validation loss if it has one."""
     for run, rows in zip(runs, logs, strict=True):
-        finite = [(y, x) for x, y in points_of(rows, "val_loss") if y is not None]
-        best = min(finite, default=None)
+        best = min(((y, x) for x, y in points_of(rows, "val_loss") if y is not None), default=None)
         yield one_line(str(run)) + (f": best validation loss {best[0]:.4f} at iteration {best[1]:,}" if best else "")
 
 
@@ -101,20 +78,12 @@ def segments(points):
         if is_gap:
             continue
         group = list(group)
-        step = 2 * math.ceil(len(group) / MOST_POINTS)
-        if len(group) <= MOST_POINTS:
-            yield group
-            continue
-        kept = []
-        for start in range(0, len(group), step):
-            part = group[start : start + step]
-            extremes = {min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])}
-            kept += sorted(extremes)
-        yield kept
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Axes
+        if len(group) > MOST_POINTS:
+            step = 2 * math.ceil(len(group) / MOST_POINTS)
+            parts = [group[start : start + step] for start in range(0, len(group), step)]
+            ends = [(min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])) for part in parts]
+            group = [point for pair in ends for point in sorted({*pair})]
+        yield group
 
 
 class Axis:
@@ -142,14 +111,10 @@ class Axis:
             yield number, f"{number:,.{digits}f}" if digits < 7 and abs(number) < 1e7 else f"{number:.{figures}g}"
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# SVG
-
-
 def svg(width, height, title, parts):
     """An SVG of some parts, as bytes."""
-    light = "".join(f".c{n} {{ color: {color} }} " for n, (color, _) in enumerate(COLORS))
-    dark = "".join(f".c{n} {{ color: {color} }} " for n, (_, color) in enumerate(COLORS))
+    rules = [[f".c{n} {{ color: {color} }} " for n, color in enumerate(colors)] for colors in zip(*COLORS, strict=True)]
+    light, dark = map("".join, rules)
     style = (
         "svg { background: #ffffff; color: #24292f; font: 12px system-ui, sans-serif } text { fill: currentColor } "
         "polyline { fill: none; stroke: currentColor; stroke-linejoin: round } circle { fill: currentColor } "
@@ -159,35 +124,29 @@ def svg(width, height, title, parts):
         f".frame {{ fill: none; stroke: #8888 }} path {{ fill: currentColor }} {light}"
         f"@media (prefers-color-scheme: dark) {{ svg {{ background: #0d1117; color: #e6edf3 }} {dark}}}"
     )
-    lines = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">',
-        f"<title>{html.escape(title)}</title>",
-        f"<style>{style}</style>",
-        *parts,
-        "</svg>\n",
-    )
-    return "\n".join(lines).encode("utf-8")
+    box = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    head = f"<title>{html.escape(title)}</title>", f"<style>{style}</style>"
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {box}>', *head, *parts, "</svg>\n"]).encode("utf-8")
 
 
 def text_at(x, y, text, options=""):
     return f'<text x="{x:.2f}" y="{y:.2f}"{options}>{html.escape(text)}</text>'
 
 
-def line_svg(line, x_axis, y_axis):
-    """A Line as polylines, and as circles where it has points of its own or is a single point."""
-    color = f"c{line.run % len(COLORS)}"
-    for segment in segments(line.points):
+def line_svg(run, style, points, x_axis, y_axis):
+    """A line as polylines, and as circles where it is dotted or a single point."""
+    color = f"c{run % len(COLORS)}"
+    for segment in segments(points):
         places = [f"{x_axis(x):.2f},{y_axis(y):.2f}" for x, y in segment]
         if len(places) > 1:
-            yield f'<polyline class="{color} {line.style}" points="{" ".join(places)}"/>'
-        if line.style == "dotted" or len(places) == 1:
-            for place in places:
-                x, y = place.split(",")
+            yield f'<polyline class="{color} {style}" points="{" ".join(places)}"/>'
+        if style == "dotted" or len(places) == 1:
+            for x, y in (place.split(",") for place in places):
                 yield f'<circle class="{color}" cx="{x}" cy="{y}" r="2.6"/>'
 
 
 def curves_svg(found, legend):
-    """The picture of some Panels as bytes; legend: a line of text for each run."""
+    """The picture of some panels as bytes; legend: a line of text for each run."""
     width, left, right = 960, 70, 24
     parts = [text_at(left, 24, "light: training loss; strong: the same, smoothed; dashed with points: validation")]
     y = 24
@@ -195,22 +154,18 @@ def curves_svg(found, legend):
         y += 20
         parts.append(f'<circle class="c{n % len(COLORS)}" cx="{left + 5}" cy="{y - 4}" r="5"/>')
         parts.append(text_at(left + 18, y, words))
-    x_axis = Axis([x for panel in found for line in panel.lines for x, _ in line.points], left, width - right)
-    for panel in found:
-        top, bottom = y + 36, y + 36 + panel.height
-        numbers = [y for line in panel.lines for _, y in line.points if y is not None]
-        y_axis = Axis(numbers, bottom, top, 0.04)
-        parts.append(text_at(left, top - 8, panel.title, ' class="head"'))
-        for number, words in y_axis.ticks(panel.height / 40):
+    x_axis = Axis([x for *_, lines in found for *_, points in lines for x, _ in points], left, width - right)
+    for title, height, lines in found:
+        top, y = y + 36, y + 36 + height
+        y_axis = Axis([value for *_, points in lines for _, value in points if value is not None], y, top, 0.04)
+        parts.append(text_at(left, top - 8, title, ' class="head"'))
+        for number, words in y_axis.ticks(height / 40):
             at = y_axis(number)
             parts.append(f'<line class="grid" x1="{left}" x2="{width - right}" y1="{at:.2f}" y2="{at:.2f}"/>')
             parts.append(text_at(left - 8, at + 4, words, ' text-anchor="end" class="y"'))
-        for line in sorted(panel.lines, key=lambda line: ("light", "strong", "dotted").index(line.style)):
-            parts += line_svg(line, x_axis, y_axis)
-        parts.append(
-            f'<rect class="frame" x="{left}" y="{top}" width="{width - right - left}" height="{panel.height}"/>'
-        )
-        y = bottom
+        for run, style, points in sorted(lines, key=lambda line: ("light", "strong", "dotted").index(line[1])):
+            parts += line_svg(run, style, points, x_axis, y_axis)
+        parts.append(f'<rect class="frame" x="{left}" y="{top}" width="{width - right - left}" height="{height}"/>')
     for number, words in x_axis.ticks(8):
         if abs(number - round(number)) < 1e-9:  # there is no half an iteration
             at = x_axis(number)
@@ -246,10 +201,9 @@ def attention_svg(maps, words):
     """A map for each layer (downwards) and head (to the right); words: what the T tokens are, as text."""
     T = len(words)
     cell = max(3, min(14, 420 // T))
-    has_words = cell >= 9
-    words = [one_line(word).replace(" ", "␣") for word in words]
+    words = [one_line(word).replace(" ", "␣") for word in words if cell >= 9]
     words = [word if len(word) <= 9 else word[:8] + "…" for word in words]
-    room = 8 + 6 * max(map(len, words)) if has_words else 8
+    room = 8 + 6 * max(map(len, words), default=0)
     size = T * cell
     parts = [
         text_at(12, 22, "Each row is a position, which looks at itself and at those before it."),
@@ -258,13 +212,12 @@ def attention_svg(maps, words):
     for n, weights in enumerate(maps):
         for h, p in enumerate(weights):
             x, y = 12 + room + h * (size + room + 16), 66 + room + n * (size + room + 34)
-            parts.append(text_at(x, y - room - 4 if has_words else y - 8, f"layer {n}, head {h}", ' class="head"'))
-            if has_words:
-                for t, word in enumerate(words):
-                    middle = (t + 0.5) * cell + 3.5
-                    parts.append(text_at(x - 4, y + middle, word, ' text-anchor="end" class="small"'))
-                    turned = f' class="small" transform="rotate(-90 {x + middle:.2f} {y - 4})"'
-                    parts.append(text_at(x + middle, y - 4, word, turned))
+            parts.append(text_at(x, y - room - 4 if words else y - 8, f"layer {n}, head {h}", ' class="head"'))
+            for t, word in enumerate(words):
+                middle = (t + 0.5) * cell + 3.5
+                turned = f' class="small" transform="rotate(-90 {x + middle:.2f} {y - 4})"'
+                parts.append(text_at(x - 4, y + middle, word, ' text-anchor="end" class="small"'))
+                parts.append(text_at(x + middle, y - 4, word, turned))
             parts.append(f'<g class="c0" transform="translate({x} {y}) scale({cell})" shape-rendering="crispEdges">')
             squares = {}  # level of opacity, of 16 -> its squares
             for t, row in enumerate(p.tolist()):
@@ -275,6 +228,5 @@ def attention_svg(maps, words):
                 parts.append(f'<path fill-opacity="{level / 16}" d="{"".join(those)}"/>')
             parts.append("</g>")
             parts.append(f'<rect class="frame" x="{x}" y="{y}" width="{size}" height="{size}"/>')
-    n_head = len(maps[0])
-    width, height = 12 + n_head * (size + room + 16), 66 + len(maps) * (size + room + 34)
+    width, height = 12 + len(maps[0]) * (size + room + 16), 66 + len(maps) * (size + room + 34)
     return svg(max(width, 520), height, "Attention", parts)

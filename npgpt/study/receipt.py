@@ -19,8 +19,6 @@ their sum, gives the parts of its weights' gradients.
 Positions.  In every op each position adds a product of two numbers: a number of dy there, and what the weight was
 multiplied with there.  For a linear layer, dw_oi = sum over b, t of dy_bto x_bti.  The MLP is one op; here it is
 taken apart into two linear layers and GELU, as in its reference.
-
-    print(receipt(model, idx, targets, "wte[17,3]"))
 """
 
 import ast
@@ -44,9 +42,6 @@ from npgpt.ops.mlp import gelu_ref, gelu_slope_ref
 from npgpt.tensor import Tensor, record
 
 SHOWN = 5  # positions of a path that get a line of their own: the largest
-
-# --------------------------------------------------------------------------------------------------------------------
-# Names
 
 
 def _short(name):
@@ -78,10 +73,6 @@ def find(model, param):
     return names[asked], parameter, index
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# What a gradient is made of at each position
-
-
 def source_of(function):
     """(text, file, number of its first line) of a function of npgpt; file: from the folder in which npgpt lies."""
     function = inspect.unwrap(function)
@@ -104,13 +95,12 @@ class Rule(NamedTuple):
     """How an op makes one entry of a parameter's gradient, as a sum over the positions (b, t)."""
 
     formula: str  # what position (b, t) adds to the entry {0} or {0},{1}
-    reference: object  # the function that computes it
-    name: str  # what the gradient is called there
+    reference: object  # the function that computes it, under the name with which the formula begins
     factors: object  # (dy, x, *index) -> the two factors of each position's term, (B, T) or numbers
 
     def made_at(self):
         """file:line of where the reference makes the gradient."""
-        return made_at(self.reference, self.name)
+        return made_at(self.reference, self.formula.partition("[")[0])
 
 
 def _xhat(x):
@@ -122,32 +112,23 @@ def _xhat(x):
 # (op, the end of the parameter's name) -> Rule; x is the op's input, that of `embedding` the tokens idx (B, T)
 RULES = {
     ("embedding", "wte.weight"): Rule(
-        "dwte[{0},{1}] += dy[b,t,{1}] if idx[b,t] = {0}", embedding_backward_ref, "dwte",
+        "dwte[{0},{1}] += dy[b,t,{1}] if idx[b,t] = {0}", embedding_backward_ref,
         lambda dy, idx, v, i: (dy[..., i], idx == v),
     ),
     ("embedding", "wpe.weight"): Rule(
-        "dwpe[{0},{1}] += dy[b,{0},{1}]", embedding_backward_ref, "dwpe",
+        "dwpe[{0},{1}] += dy[b,{0},{1}]", embedding_backward_ref,
         lambda dy, idx, t, i: (dy[..., i], np.arange(idx.shape[1]) == t),
     ),
     ("layernorm", "weight"): Rule(
-        "dweight[{0}] += dy[b,t,{0}] xhat[b,t,{0}]", layernorm_backward_ref, "dweight",
+        "dweight[{0}] += dy[b,t,{0}] xhat[b,t,{0}]", layernorm_backward_ref,
         lambda dy, x, i: (dy[..., i], _xhat(x)[..., i]),
     ),
-    ("layernorm", "bias"): Rule(
-        "dbias[{0}] += dy[b,t,{0}]", layernorm_backward_ref, "dbias", lambda dy, x, i: (dy[..., i], 1)
-    ),
+    ("layernorm", "bias"): Rule("dbias[{0}] += dy[b,t,{0}]", layernorm_backward_ref, lambda dy, x, i: (dy[..., i], 1)),
     ("linear", "weight"): Rule(
-        "dweight[{0},{1}] += dy[b,t,{0}] x[b,t,{1}]", linear_backward_ref, "dweight",
-        lambda dy, x, o, i: (dy[..., o], x[..., i]),
+        "dweight[{0},{1}] += dy[b,t,{0}] x[b,t,{1}]", linear_backward_ref, lambda dy, x, o, i: (dy[..., o], x[..., i])
     ),
-    ("linear", "bias"): Rule(
-        "dbias[{0}] += dy[b,t,{0}]", linear_backward_ref, "dbias", lambda dy, x, o: (dy[..., o], 1)
-    ),
+    ("linear", "bias"): Rule("dbias[{0}] += dy[b,t,{0}]", linear_backward_ref, lambda dy, x, o: (dy[..., o], 1)),
 }  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The ways
 
 
 class Way(NamedTuple):
@@ -237,38 +218,11 @@ def ways(model, idx, targets, name):
         dx, _ = _back(f, x, sum(dy for *_, dy in arrived), parameter)
         ln = modules[0].removeprefix("transformer.").rstrip(".")
         arrived.append((f"back through {words}", f"dy from dx of {ln}", made_here, dx))
-    else:
-        if name in ("transformer.wte.weight", "transformer.wpe.weight"):
-            for *origin, dy in arrived:
-                add(f"the embedding, {_short(name)}", [("embedding", dy, None)], *origin)
+    if name in ("transformer.wte.weight", "transformer.wpe.weight"):
+        for *origin, dy in arrived:
+            add(f"the embedding, {_short(name)}", [("embedding", dy, None)], *origin)
     model.zero_grad()
     return found
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The receipt
-
-
-class Part(NamedTuple):
-    """What one position adds to a gradient on one way."""
-
-    use: str
-    path: str
-    position: tuple  # (b, t)
-    formula: str
-    where: str
-    value: float
-
-
-def parts(model, idx, targets, param):
-    """The gradient of one weight as a list of Part, whose values sum to it; those of 0 are left out."""
-    name, _, index = find(model, param)
-    return [
-        Part(way.use, way.words, (b, t), way.rule.formula.format(*index), way.rule.made_at(), float(dy[b, t] * x[b, t]))
-        for way in ways(model, idx, targets, name)
-        for dy, x in [way.factors(index)]
-        for b, t in np.argwhere(dy * x).tolist()
-    ]
 
 
 def gradient(model, idx, targets, parameter):
@@ -327,13 +281,11 @@ def receipt(model, idx, targets, param):
     view = Tensor(parameter.data[index[:-1]][index[-1] : index[-1] + 1])  # of this one weight
     with no_grad():
         (difference,) = numeric_grad(lambda: model(idx, targets)[1].data, view, 1.0)
-    sums = (
-        ("total", "the sum of the subtotals", total),
-        ("the engine's gradient", "loss.backward()", grad),
-        ("their difference", "rounding", total - grad),
-        ("by finite differences", "5 points of the loss", float(difference)),
-    )
-    rows += [None, *((words, formula, "", amount) for words, formula, amount in sums)]
+    rows += [
+        None, ("total", "the sum of the subtotals", "", total), ("the engine's gradient", "loss.backward()", "", grad),
+        ("their difference", "rounding", "", total - grad),
+        ("by finite differences", "5 points of the loss", "", float(difference)),
+    ]  # fmt: skip
     title = f"{entry} = {parameter.data[index]:.6g}{_meaning(model, name, index)}, and the loss is {loss:.6f}"
     return "\n".join([title, *_table(rows, total)])
 

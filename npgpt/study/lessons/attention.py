@@ -78,65 +78,45 @@ def mistakes(dy, qkv, lse, n_head, dropout):
     yield "dv", reshaped, (dy.swapaxes(-1, -2) @ a).reshape(v.shape), None
 
 
-BUGS = {
-    10: Fault(
-        "attention: queries without the scale",
-        "npgpt/ops/attention.py",
-        "    dq = ds @ k / math.sqrt(q.shape[-1])\n",
-        "    dq = ds @ k\n",
-        "The scores were divided by sqrt(hs), and so is their gradient on its way to q.",
-    ),
-    11: Fault(
-        "attention: softmax backward without the sum",
-        "npgpt/ops/attention.py",
-        "    ds = p * (dp - (dp * p).sum(axis=-1, keepdims=True))\n",
-        "    ds = p * dp\n",
-        "The probabilities of a row sum to 1: raising one score lowers all other probabilities.",
-    ),
-    12: Fault(
-        "attention: keys transposed, then reshaped",
-        "npgpt/ops/attention.py",
-        "    dk = ds.swapaxes(-1, -2) @ q",
-        "    dk = (q.swapaxes(-1, -2) @ ds).reshape(q.shape)",
-        "q^T ds is the transpose of what is wanted; reshaping it makes the shapes agree, and the figures no righter.",
-    ),
-    15: Fault(
-        "attention: backward without the dropout mask",
-        "npgpt/ops/attention.py",
-        "    dp = da * drop\n",
-        "    dp = da\n",
-        "A weight that was dropped did not reach the output.",
-    ),
-    22: Fault(
-        "attention kernel: later blocks replace the gradient of the keys",
-        "npgpt/kernels/attention.py",
-        "product(dk[j0:j1], grad[rows, j0:j1].T, q[t0:end], end < T)",
-        "product(dk[j0:j1], grad[rows, j0:j1].T, q[t0:end], False)",
-        "A key is seen by the queries of its own block and of all later ones; their contributions add up.",
-        kernel=True,
-    ),
-}
-
 LESSON = Lesson(
-    op="attention",
-    file="attention",
-    topic="the softmax's gradient, between two products with two factors each",
+    op="attention", topic="the softmax's gradient, between two products with two factors each",
     forward=("_scores_ref", "_softmax_ref", "_dropout_scale_ref", "attention_forward_ref"),
-    backward=("attention_backward_ref",),
-    results=("dqkv",),
-    imports="from npgpt.ops.attention import merged_heads, split_heads\n"
-    "from npgpt.ops.dropout import dropout_mask_ref",
-    arguments=arguments,
-    sizes={"B": 2, "T": 4, "n_head": 3, "hs": 5, "p_drop": 0.3, "batch_offset": 1, "key": 9},
-    factors=factors,
+    backward=("attention_backward_ref",), results=("dqkv",),
+    imports="from npgpt.ops.attention import merged_heads, split_heads\nfrom npgpt.ops.dropout import dropout_mask_ref",
+    arguments=arguments, sizes={"B": 2, "T": 4, "n_head": 3, "hs": 5, "p_drop": 0.3, "batch_offset": 1, "key": 9},
     lines={
+        "dq": SCORES_LINE, "dk": SCORES_LINE, "dv": "y = a @ v",
         "dqkv": "return y.transpose(0, 2, 1, 3).reshape(B, T, H * hs), lse",
-        "dq": SCORES_LINE,
-        "dk": SCORES_LINE,
-        "dv": "y = a @ v",
     },
-    shared=(("dq", "dk"), SOFTMAX_LINE),
-    parts=parts,
-    mistakes=mistakes,
-    bugs=BUGS,
-)
+    factors=factors, shared=(("dq", "dk"), SOFTMAX_LINE), parts=parts, mistakes=mistakes,
+    bugs={
+        10: Fault(
+            "attention: queries without the scale", "npgpt/ops/attention.py",
+            "    dq = ds @ k / math.sqrt(q.shape[-1])\n", "    dq = ds @ k\n",
+            "The scores were divided by sqrt(hs), and so is their gradient on its way to q.",
+        ),
+        11: Fault(
+            "attention: softmax backward without the sum", "npgpt/ops/attention.py",
+            "    ds = p * (dp - (dp * p).sum(axis=-1, keepdims=True))\n", "    ds = p * dp\n",
+            "The probabilities of a row sum to 1: raising one score lowers all other probabilities.",
+        ),
+        12: Fault(
+            "attention: keys transposed, then reshaped", "npgpt/ops/attention.py",
+            "    dk = ds.swapaxes(-1, -2) @ q", "    dk = (q.swapaxes(-1, -2) @ ds).reshape(q.shape)",
+            "q^T ds is the transpose of what is wanted; reshaping it makes the shapes agree, "
+            "and the figures no righter.",
+        ),
+        15: Fault(
+            "attention: backward without the dropout mask", "npgpt/ops/attention.py",
+            "    dp = da * drop\n", "    dp = da\n",
+            "A weight that was dropped did not reach the output.",
+        ),
+        22: Fault(
+            "attention kernel: later blocks replace the gradient of the keys", "npgpt/kernels/attention.py",
+            "product(dk[j0:j1], grad[rows, j0:j1].T, q[t0:end], end < T)",
+            "product(dk[j0:j1], grad[rows, j0:j1].T, q[t0:end], False)",
+            "A key is seen by the queries of its own block and of all later ones; their contributions add up.",
+            kernel=True,
+        ),
+    },
+)  # fmt: skip

@@ -12,18 +12,12 @@ def arguments(new, N, V, n_ignored=0, ignore_index=-1, targets=None):
     if targets is None:
         targets = new.integers(V, N)
         targets[:n_ignored] = ignore_index
-    return {
-        "logits": new(N, V), "targets": np.array(targets), "ignore_index": ignore_index, "count": N - n_ignored,
-    }  # fmt: skip
+    return {"logits": new(N, V), "targets": np.array(targets), "ignore_index": ignore_index, "count": N - n_ignored}
 
 
 def factors(logits, count, dloss, **_):
-    return {
-        "count": (count, None),
-        "dloss": (dloss, None),
-        "count / dloss": (count / dloss, None),
-        "count / N": (count / len(logits), None),
-    }
+    values = {"count": count, "dloss": dloss, "count / dloss": count / dloss, "count / N": count / len(logits)}
+    return {name: (value, None) for name, value in values.items()}
 
 
 def mistakes(dloss, logits, targets, lse, ignore_index, count):
@@ -48,29 +42,17 @@ def mistakes(dloss, logits, targets, lse, ignore_index, count):
     yield "dlogits", f"missing term (the target's), and {ignored}", p * scale, z_line
 
 
-BUGS = {
-    5: Fault(
-        "cross-entropy: ignored rows get a gradient",
-        "npgpt/ops/cross_entropy.py",
-        "    dlogits[~valid] = 0\n",
-        "",
-        "The loss does not depend on rows whose target is ignored.",
-    ),
-}
-
 LESSON = Lesson(
-    op="cross-entropy",
-    file="cross_entropy",
-    topic="softmax and logarithm in one, and rows that do not count",
-    forward=("cross_entropy_forward_ref",),
-    backward=("cross_entropy_backward_ref",),
-    results=("dlogits",),
-    arguments=arguments,
-    sizes={"N": 7, "V": 6, "n_ignored": 2, "ignore_index": -3, "targets": TARGETS},
-    lengths=("N", "V"),
-    factors=factors,
-    lines={"dlogits": "return losses.sum() / count, lse"},
-    zeros=ZEROS,
-    mistakes=mistakes,
-    bugs=BUGS,
-)
+    op="cross-entropy", topic="softmax and logarithm in one, and rows that do not count",
+    forward=("cross_entropy_forward_ref",), backward=("cross_entropy_backward_ref",), results=("dlogits",),
+    arguments=arguments, sizes={"N": 7, "V": 6, "n_ignored": 2, "ignore_index": -3, "targets": TARGETS},
+    lengths=("N", "V"), lines={"dlogits": "return losses.sum() / count, lse"},
+    factors=factors, zeros=ZEROS, mistakes=mistakes,
+    bugs={
+        5: Fault(
+            "cross-entropy: ignored rows get a gradient", "npgpt/ops/cross_entropy.py",
+            "    dlogits[~valid] = 0\n", "",
+            "The loss does not depend on rows whose target is ignored.",
+        ),
+    },
+)  # fmt: skip

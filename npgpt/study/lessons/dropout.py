@@ -28,32 +28,20 @@ def mistakes(dy, key, first_row, p):
     yield "dx", "missing factor: the mask alone, where dy belongs too", mask * scale, None
 
 
-BUGS = {
-    19: Fault(
-        "dropout: another mask in the backward",
-        "npgpt/ops/dropout.py",
-        "        dropout_rows(dx.reshape(rows.shape), as_rows(dy), key, first_row, p)\n",
-        "        dropout_rows(dx.reshape(rows.shape), as_rows(dy), next_random_key()[0], first_row, p)\n",
-        "The gradient goes where the forward's mask let the value pass.",
-    ),
-}
-
 LESSON = Lesson(
-    op="dropout",
-    file="dropout",
-    topic="the same mask once more",
-    forward=("dropout_ref",),
-    backward=("dropout_ref",),
-    results=("dx",),
+    op="dropout", topic="the same mask once more",
+    forward=("dropout_ref",), backward=("dropout_ref",), results=("dx",),
     imports="from npgpt.ops.dropout import dropout_mask_ref",
-    replaces="dropout_rows",
-    exchange=(("dropout_ref", "dropout_backward_ref"), ("x", "dy"), ("y", "dx")),
-    arguments=arguments,
-    sizes={"N": 4, "C": 7, "p": 0.4, "first_row": 3, "key": 9},
-    lengths=("N", "C"),
-    factors=factors,
+    replaces="dropout_rows", exchange=(("dropout_ref", "dropout_backward_ref"), ("x", "dy"), ("y", "dx")),
+    arguments=arguments, sizes={"N": 4, "C": 7, "p": 0.4, "first_row": 3, "key": 9}, lengths=("N", "C"),
     lines={"dx": "return np.where(mask, x * x.dtype.type(1 / (1 - p)), x.dtype.type(0))"},
-    zeros="where the mask dropped x: y does not depend on it",
-    mistakes=mistakes,
-    bugs=BUGS,
-)
+    factors=factors, zeros="where the mask dropped x: y does not depend on it", mistakes=mistakes,
+    bugs={
+        19: Fault(
+            "dropout: another mask in the backward", "npgpt/ops/dropout.py",
+            "        dropout_rows(dx.reshape(rows.shape), as_rows(dy), key, first_row, p)\n",
+            "        dropout_rows(dx.reshape(rows.shape), as_rows(dy), next_random_key()[0], first_row, p)\n",
+            "The gradient goes where the forward's mask let the value pass.",
+        ),
+    },
+)  # fmt: skip

@@ -28,35 +28,24 @@ def mistakes(dwte, dwpe, dy, idx):
         yield "dwpe", "one row only: every sequence of the batch used the same positions", array, None
 
 
-BUGS = {
-    13: Fault(
-        "embedding: of a repeated token one gradient counts",
-        "npgpt/ops/embedding.py",
-        "    np.add.at(dwte, idx, dy)  # not dwte[idx] += dy: a token that occurs twice would count once\n",
-        "    dwte[idx] += dy\n",
-        "A token that occurs twice in the batch used the same row twice; both gradients belong to it.",
-    ),
-    18: Fault(
-        "embedding: the tied output layer's share is lost",
-        "npgpt/ops/embedding.py",
-        "        dwte, dwpe = wte.grad_to_add_to(), wpe.grad_to_add_to()\n",
-        "        wte.grad = None\n        dwte, dwpe = wte.grad_to_add_to(), wpe.grad_to_add_to()\n",
-        "The token table is the output layer's weight as well; what that layer left in its gradient must stay.",
-    ),
-}
-
 LESSON = Lesson(
-    op="embedding",
-    file="embedding",
-    topic="a row that is looked up several times, and adding in place",
-    forward=("embedding_forward_ref",),
-    backward=("embedding_backward_ref",),
-    results=("dwte", "dwpe"),
-    arguments=arguments,
-    sizes={"B": 3, "T": 4, "C": 5, "V": 8, "block_size": 6, "idx": IDX},
-    lengths=("B", "T", "V", "C"),
-    lines={"dwte": LOOKED_UP, "dwpe": LOOKED_UP},
-    zeros="in the rows of what does not occur in the batch",
-    mistakes=mistakes,
-    bugs=BUGS,
-)
+    op="embedding", topic="a row that is looked up several times, and adding in place",
+    forward=("embedding_forward_ref",), backward=("embedding_backward_ref",), results=("dwte", "dwpe"),
+    arguments=arguments, sizes={"B": 3, "T": 4, "C": 5, "V": 8, "block_size": 6, "idx": IDX},
+    lengths=("B", "T", "V", "C"), lines={"dwte": LOOKED_UP, "dwpe": LOOKED_UP},
+    zeros="in the rows of what does not occur in the batch", mistakes=mistakes,
+    bugs={
+        13: Fault(
+            "embedding: of a repeated token one gradient counts", "npgpt/ops/embedding.py",
+            "    np.add.at(dwte, idx, dy)  # not dwte[idx] += dy: a token that occurs twice would count once\n",
+            "    dwte[idx] += dy\n",
+            "A token that occurs twice in the batch used the same row twice; both gradients belong to it.",
+        ),
+        18: Fault(
+            "embedding: the tied output layer's share is lost", "npgpt/ops/embedding.py",
+            "        dwte, dwpe = wte.grad_to_add_to(), wpe.grad_to_add_to()\n",
+            "        wte.grad = None\n        dwte, dwpe = wte.grad_to_add_to(), wpe.grad_to_add_to()\n",
+            "The token table is the output layer's weight as well; what that layer left in its gradient must stay.",
+        ),
+    },
+)  # fmt: skip

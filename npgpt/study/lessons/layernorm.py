@@ -26,11 +26,8 @@ def mistakes(dy, x, weight, mean, rstd):
     yield "dx", f"{through} mean", dx(g, 0, of_var), mean_line
     yield "dx", f"{through} variance", dx(g, of_mean, 0), var_line
     yield "dx", "missing terms: mean and rstd depend on x, too", dx(g, 0, 0), mean_line
-    for words, of_mean_wrong, of_var_wrong in (
-        ("sign of the term that comes through the mean", -of_mean, of_var),
-        ("sign of the term that comes through the variance", of_mean, -of_var),
-    ):
-        yield "dx", words, dx(g, of_mean_wrong, of_var_wrong), None
+    yield "dx", "sign of the term that comes through the mean", dx(g, -of_mean, of_var), None
+    yield "dx", "sign of the term that comes through the variance", dx(g, of_mean, -of_var), None
     yield "dx", "missing factor: dy is the gradient of y, not of xhat", dx(dy, *terms(dy)), Y_LINE
     for one, other in ((x, x), (x, xhat), (xhat, x)):
         wrong = dx(g, of_mean, one * (g * other).mean(axis=1, keepdims=True))
@@ -46,42 +43,28 @@ def mistakes(dy, x, weight, mean, rstd):
     yield from one_row(dweight=dy * xhat, dbias=dy)
 
 
-BUGS = {
-    6: Fault(
-        "layernorm: weight's gradient from x instead of xhat",
-        "npgpt/ops/layernorm.py",
-        "    dweight = (dy * xhat).sum(axis=0)\n",
-        "    dweight = (dy * x).sum(axis=0)\n",
-        "The weight multiplied the normalised value.",
-    ),
-    7: Fault(
-        "layernorm: without the mean's term",
-        "npgpt/ops/layernorm.py",
-        "    dx = rstd[:, None] * (g - g_mean - xhat * g_xhat_mean)\n",
-        "    dx = rstd[:, None] * (g - xhat * g_xhat_mean)\n",
-        "x reaches the output through the mean, too.",
-    ),
-    16: Fault(
-        "layernorm kernel: without the variance's term",
-        "npgpt/ops/layernorm.py",
-        "r * (dy[n, i] * weight[i] - g_mean - xhat * g_xhat_mean)",
-        "r * (dy[n, i] * weight[i] - g_mean)",
-        "x reaches the output through the variance, too.",
-        kernel=True,
-    ),
-}
-
 LESSON = Lesson(
-    op="layernorm",
-    file="layernorm",
-    topic="one number reaches the output by three ways",
-    forward=("layernorm_forward_ref",),
-    backward=("layernorm_backward_ref",),
-    results=("dx", "dweight", "dbias"),
-    arguments=arguments,
-    sizes={"N": 4, "C": 7},
-    lengths=("N", "C"),
+    op="layernorm", topic="one number reaches the output by three ways",
+    forward=("layernorm_forward_ref",), backward=("layernorm_backward_ref",), results=("dx", "dweight", "dbias"),
+    arguments=arguments, sizes={"N": 4, "C": 7}, lengths=("N", "C"),
     lines={"dx": "xhat = (x - mean[:, None]) * rstd[:, None]", "dweight": Y_LINE, "dbias": Y_LINE},
     mistakes=mistakes,
-    bugs=BUGS,
-)
+    bugs={
+        6: Fault(
+            "layernorm: weight's gradient from x instead of xhat", "npgpt/ops/layernorm.py",
+            "    dweight = (dy * xhat).sum(axis=0)\n", "    dweight = (dy * x).sum(axis=0)\n",
+            "The weight multiplied the normalised value.",
+        ),
+        7: Fault(
+            "layernorm: without the mean's term", "npgpt/ops/layernorm.py",
+            "    dx = rstd[:, None] * (g - g_mean - xhat * g_xhat_mean)\n",
+            "    dx = rstd[:, None] * (g - xhat * g_xhat_mean)\n",
+            "x reaches the output through the mean, too.",
+        ),
+        16: Fault(
+            "layernorm kernel: without the variance's term", "npgpt/ops/layernorm.py",
+            "r * (dy[n, i] * weight[i] - g_mean - xhat * g_xhat_mean)", "r * (dy[n, i] * weight[i] - g_mean)",
+            "x reaches the output through the variance, too.", kernel=True,
+        ),
+    },
+)  # fmt: skip

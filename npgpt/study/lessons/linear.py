@@ -2,6 +2,8 @@
 
 from npgpt.study.lesson import Fault, Lesson, one_row
 
+Y_LINE = "y = x @ weight.T"
+
 
 def arguments(new, N, I, O, bias=True):  # noqa: E741  (as ops/linear.py calls them)
     return {"x": new(N, I), "weight": new(O, I), "bias": new(O) if bias else None}
@@ -18,31 +20,17 @@ def mistakes(dy, x, weight):
         yield "dweight", f"one row only: it is that of the {row} row", np.outer(dy[n], x[n]), None
 
 
-BUGS = {
-    1: Fault(
-        "linear: the bias gets the mean",
-        "npgpt/ops/linear.py",
-        "    dbias = dy.sum(axis=0)\n",
-        "    dbias = dy.mean(axis=0)\n",
-        "Every row used the bias; the gradients of the rows add up.",
-    ),
-}
-
 LESSON = Lesson(
-    op="linear",
-    file="linear",
-    topic="two matrix products, and a sum over a broadcast axis",
-    forward=("linear_forward_ref",),
-    backward=("linear_backward_ref",),
-    results=("dx", "dweight", "dbias"),
-    arguments=arguments,
-    sizes={"N": 4, "I": 5, "O": 7},
-    lengths=("N", "I", "O"),
-    lines={
-        "dx": "y = x @ weight.T",
-        "dweight": "y = x @ weight.T",
-        "dbias": "return y if bias is None else y + bias",
-    },
+    op="linear", topic="two matrix products, and a sum over a broadcast axis",
+    forward=("linear_forward_ref",), backward=("linear_backward_ref",), results=("dx", "dweight", "dbias"),
+    arguments=arguments, sizes={"N": 4, "I": 5, "O": 7}, lengths=("N", "I", "O"),
+    lines={"dx": Y_LINE, "dweight": Y_LINE, "dbias": "return y if bias is None else y + bias"},
     mistakes=mistakes,
-    bugs=BUGS,
-)
+    bugs={
+        1: Fault(
+            "linear: the bias gets the mean", "npgpt/ops/linear.py",
+            "    dbias = dy.sum(axis=0)\n", "    dbias = dy.mean(axis=0)\n",
+            "Every row used the bias; the gradients of the rows add up.",
+        ),
+    },
+)  # fmt: skip

@@ -41,44 +41,29 @@ def mistakes(dy, x, w_fc, w_proj, pre):
     yield from one_row(db_fc=dy @ w_proj * gelu_slope_ref(pre), db_proj=dy)
 
 
-BUGS = {
-    8: Fault(
-        "mlp: second weight from the value before the activation",
-        "npgpt/ops/mlp.py",
-        "linear_backward_ref(dy, act, w_proj)",
-        "linear_backward_ref(dy, pre, w_proj)",
-        "The second layer multiplied what came out of the GELU.",
-    ),
-    9: Fault(
-        "mlp: slope at the value after the activation",
-        "npgpt/ops/mlp.py",
-        "    dpre = dact * gelu_slope_ref(pre)\n",
-        "    dpre = dact * gelu_slope_ref(act)\n",
-        "The slope of the GELU is taken where the GELU was: at its input.",
-    ),
-    17: Fault(
-        "mlp kernel: GELU's slope without the inner derivative",
-        "npgpt/ops/mlp.py",
-        " * two_k * (one + a3 * z * z)\n",
-        " * two_k\n",
-        "u = k (z + a z^3) has the derivative k (1 + 3 a z^2); near 0 it is nearly k.",
-        kernel=True,
-    ),
-}
-
 LESSON = Lesson(
-    op="mlp",
-    file="mlp",
-    topic="the product rule in GELU's slope, and which value goes where",
-    forward=("gelu_ref", "mlp_forward_ref"),
-    backward=("gelu_slope_ref", "mlp_backward_ref"),
+    op="mlp", topic="the product rule in GELU's slope, and which value goes where",
+    forward=("gelu_ref", "mlp_forward_ref"), backward=("gelu_slope_ref", "mlp_backward_ref"),
     results=("dx", "dw_fc", "db_fc", "dw_proj", "db_proj"),
     imports="from npgpt.ops.linear import linear_backward_ref, linear_forward_ref\nfrom npgpt.ops.mlp import A, K",
-    arguments=arguments,
-    sizes={"N": 4, "C": 5, "F": 11, "out": 7},
-    lengths=("N", "C", "F"),
+    arguments=arguments, sizes={"N": 4, "C": 5, "F": 11, "out": 7}, lengths=("N", "C", "F"),
     lines={"dx": FC_LINE, "dw_fc": FC_LINE, "db_fc": FC_LINE, "dw_proj": PROJ_LINE, "db_proj": PROJ_LINE},
-    shared=(("dx", "dw_fc", "db_fc"), GELU_LINE),
-    mistakes=mistakes,
-    bugs=BUGS,
-)
+    shared=(("dx", "dw_fc", "db_fc"), GELU_LINE), mistakes=mistakes,
+    bugs={
+        8: Fault(
+            "mlp: second weight from the value before the activation", "npgpt/ops/mlp.py",
+            "linear_backward_ref(dy, act, w_proj)", "linear_backward_ref(dy, pre, w_proj)",
+            "The second layer multiplied what came out of the GELU.",
+        ),
+        9: Fault(
+            "mlp: slope at the value after the activation", "npgpt/ops/mlp.py",
+            "    dpre = dact * gelu_slope_ref(pre)\n", "    dpre = dact * gelu_slope_ref(act)\n",
+            "The slope of the GELU is taken where the GELU was: at its input.",
+        ),
+        17: Fault(
+            "mlp kernel: GELU's slope without the inner derivative", "npgpt/ops/mlp.py",
+            " * two_k * (one + a3 * z * z)\n", " * two_k\n",
+            "u = k (z + a z^3) has the derivative k (1 + 3 a z^2); near 0 it is nearly k.", kernel=True,
+        ),
+    },
+)  # fmt: skip

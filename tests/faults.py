@@ -318,8 +318,8 @@ FAULTS = [
     Fault(
         "attention: sees one position of the future",
         "npgpt/ops/attention.py",
-        "np.triu(np.ones((T, T), bool), k=1)",
-        "np.triu(np.ones((T, T), bool), k=2)",
+        "np.triu(np.ones((T, n), bool), k=1 + n - T)",
+        "np.triu(np.ones((T, n), bool), k=2 + n - T)",
         "Position t may see 0 .. t.  Finite differences cannot find this one: forward and backward agree.",
     ),
     Fault(

@@ -873,26 +873,26 @@ FAULTS = [
         "A rank that goes on alone waits for the others for ever.",
     ),
     # ----------------------------------------------------------------------------------------------------------------
-    # decode.py, decode_kernel.py
+    # the cache of the model; decode.py, decode_kernel.py
     Fault(
-        "decode: the reference takes keys for values",
-        "npgpt/generate/decode.py",
-        "q, k, v = qkv.reshape(R, 3, n_head, hs)",
-        "q, v, k = qkv.reshape(R, 3, n_head, hs)",
-        "c_attn gives queries, keys and values, in this order.",
+        "cache: keys are taken for values",
+        "npgpt/ops/attention.py",
+        "past or (k[:, :, :0], v[:, :, :0]), (k, v)",
+        "past or (k[:, :, :0], v[:, :, :0]), (v, k)",
+        "The scores are made with the keys; the values are what is summed.",
     ),
     Fault(
-        "decode: the reference's positions are off by one",
-        "npgpt/generate/decode.py",
-        "wte[tokens] + wpe[positions]",
-        "wte[tokens] + wpe[np.maximum(positions - 1, 0)]",
-        "The first token stands at position 0, the second at 1.",
+        "cache: positions begin anew with each call",
+        "npgpt/model.py",
+        "transformer.wpe.weight, n))",
+        "transformer.wpe.weight))",
+        "The first token after n that are in the cache stands at position n.",
     ),
     Fault(
-        "decode: the reference shows the first rows' logits",
-        "npgpt/generate/decode.py",
-        "return norm(x[R - n_logits :],",
-        "return norm(x[:n_logits],",
+        "cache: the first row's logits are shown",
+        "npgpt/generate/generation.py",
+        ".data[0, -1] for",
+        ".data[0, 0] for",
         "What follows a prompt follows its last row.",
     ),
     Fault(
@@ -901,6 +901,7 @@ FAULTS = [
         "at = np.arange(position + start, position + start + n)",
         "at = np.arange(position, position + n)",
         "The second chunk of a prompt goes on where the first one ended.",
+        kernel=True,
     ),
     Fault(
         "decode: the prompt is copied from the wrong stream",
@@ -908,6 +909,7 @@ FAULTS = [
         "cache[:, stream : stream + 1, :, :length]",
         "cache[:, :1, :, :length]",
         "All streams get what stands in the one that has read the prompt.",
+        kernel=True,
     ),
     Fault(
         "decode: weights are rounded towards zero",
@@ -915,6 +917,7 @@ FAULTS = [
         "np.rint(w / scale[:, None])",
         "np.trunc(w / scale[:, None])",
         "The nearest of the 255 numbers is at most half a step away, the next one towards zero a whole one.",
+        kernel=True,
     ),
     Fault(
         "decode: positions are off by one",

@@ -8,6 +8,7 @@ import pytest
 from npgpt.config import Controls, GPTConfig
 from npgpt.data.characters import ByteTokenizer, CharTokenizer
 from npgpt.errors import CheckpointError, UsageError
+from npgpt.generate.decode import rounded
 from npgpt.generate.decode_kernel import _draw
 from npgpt.generate.generation import Generation, context_start
 from npgpt.generate.sampling import choose, probabilities
@@ -191,6 +192,16 @@ def test_with_the_cache_and_without_it_the_tokens_are_the_same(controls, n_promp
         texts.append(generation.texts[0])
     assert texts[0] == texts[1] and len(texts[0]) == n_prompt + 29
     assert len(set(texts[0])) > 2  # it is no test if it says the same thing over and over
+
+
+def test_with_int8_the_model_is_the_rounded_one():
+    model, texts = lively(), []
+    for writes, int8, cache in ((model, True, True), (rounded(model), False, True), (rounded(model), False, False)):
+        generation = Generation(writes, [3], rngs(7), CONTROLS[2], cache=cache, int8=int8)
+        while len(generation.texts[0]) < 25:
+            generation.step()
+        texts.append(generation.texts[0][:25])
+    assert texts[0] == texts[1] == texts[2]
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 70])

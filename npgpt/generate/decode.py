@@ -1,18 +1,8 @@
-"""One token after the other: the forward pass of a GPT for the newest tokens only, at the speed of memory.
+"""One token after the other, at the speed of memory: GPT.forward(idx, cache=...) in one kernel, which must equal it.
 
-A token's keys and values depend on the tokens up to it alone, so they are computed once and kept (the KV cache): the
-next token needs one row of every matrix product instead of T rows.
-
-    for each block l and each row, which is one token at one position of one stream:
-        q, k, v = c_attn(ln_1(x))
-        keys[l, stream, :, position], values[l, stream, :, position] = k, v
-        x += c_proj(softmax(q keys[l, stream, :, :position+1]^T / sqrt(hs)) values[l, stream, :, :position+1])
-        x += mlp(ln_2(x))
-    logits = ln_f(x) wte^T
-
-This is the model of npgpt/model.py without what only its gradients need.  A row may belong to any stream (one of the
-texts that are written side by side) and stand at any position whose predecessors are in the cache or among the rows of
-the same call: reading a prompt is many rows of one stream, writing eight texts is one row of each.
+Its rows are tokens.  Each may belong to any stream (one of the texts that are written side by side) and stand at any
+position whose predecessors are in the cache or among the rows of the same call: reading a prompt is many rows of one
+stream, writing eight texts is one row of each.
 
 What takes the time is to fetch the weights from memory: see decode_kernel.py.  With int8 weights there is a quarter as
 much to fetch:
@@ -22,19 +12,17 @@ much to fetch:
 Dettmers et al. 2022 (LLM.int8(), section 2.1) call this row-wise quantisation.
 """
 
-import math
 import os
 
 import numpy as np
 
 from npgpt.generate.decode_kernel import BLOCK, MATRICES, claim_kernel, decode_kernel
 from npgpt.kernels.crew import Crew
-from npgpt.kernels.jit import KERNELS
 from npgpt.kernels.spin import SLEEPS
 from npgpt.machine import cores, processors
-from npgpt.ops.layernorm import EPS, layernorm_forward_ref
-from npgpt.ops.linear import linear_forward_ref
-from npgpt.ops.mlp import A, K, gelu_ref
+from npgpt.model import GPT
+from npgpt.ops.layernorm import EPS
+from npgpt.ops.mlp import A, K
 
 CHUNK = 32  # rows of a call when a prompt is read
 MOST_THREADS = 16  # more would wait for each other, and for the memory
@@ -43,52 +31,6 @@ ONE_CORE = 4e5  # bytes of weights, each read for four rows, with which one core
 AHEAD = 16  # steps of which the kernel draws the tokens in one call, at most
 
 FREE = -(2**62)  # the counter of threads that must not wait any more
-
-# --------------------------------------------------------------------------------------------------------------------
-# Reference
-
-
-def decode_ref(keys, values, tokens, streams, positions, n_logits, parameters, n_head):
-    """Put rows into the cache, and return the logits (n_logits, V) of the last ones.
-
-    keys, values                  (L, B, n_head, T, hs): the cache, changed in place
-    tokens, streams, positions    (R,) integers; a row's predecessors are in the cache or among the rows
-    parameters                    the model's parameters, name -> array
-    """
-    wte, wpe = parameters["transformer.wte.weight"], parameters["transformer.wpe.weight"]
-    zeros = np.zeros(4 * wte.shape[1], wte.dtype)
-
-    def norm(x, name):
-        weight = parameters[f"{name}.weight"]
-        return layernorm_forward_ref(x, weight, parameters.get(f"{name}.bias", zeros[: len(weight)]), EPS)[0]
-
-    def linear(x, name):
-        weight = parameters[f"{name}.weight"]
-        return linear_forward_ref(x, weight, parameters.get(f"{name}.bias", zeros[: len(weight)]))
-
-    x = wte[tokens] + wpe[positions]  # (R, C)
-    R, C = x.shape
-    hs = C // n_head
-    for layer in range(len(keys)):
-        block = f"transformer.h.{layer}"
-        qkv = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn")
-        q, k, v = qkv.reshape(R, 3, n_head, hs).transpose(1, 0, 2, 3)
-        keys[layer, streams, :, positions] = k  # (R, n_head, hs)
-        values[layer, streams, :, positions] = v
-        y = np.empty_like(q)
-        for row, (stream, position) in enumerate(zip(streams, positions, strict=True)):
-            past = layer, stream, slice(None), slice(0, position + 1)
-            scores = (keys[past] @ q[row][:, :, None])[:, :, 0] / math.sqrt(hs)  # (n_head, position + 1)
-            p = np.exp(scores - scores.max(axis=1, keepdims=True))
-            p /= p.sum(axis=1, keepdims=True)
-            y[row] = (p[:, None] @ values[past])[:, 0]
-        x = x + linear(y.reshape(R, C), f"{block}.attn.c_proj")
-        x = x + linear(gelu_ref(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")), f"{block}.mlp.c_proj")
-    return norm(x[R - n_logits :], "transformer.ln_f") @ wte.T
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The cache, and what runs on it
 
 
 def quantize(w):
@@ -101,6 +43,17 @@ def quantize(w):
 def _addresses(rows):
     """Where arrays lie in memory: a list of lists of them -> int64, 0 for None."""
     return np.array([[0 if array is None else array.ctypes.data for array in row] for row in rows], np.int64)
+
+
+def rounded(model):
+    """A GPT with the numbers that the matrices of another one have as int8."""
+    copy = GPT(model.config, seed=None, dtype=model.lm_head.weight.dtype)
+    for (name, parameter), ours in zip(model.named_parameters(), copy.parameters(), strict=True):
+        ours.data[...] = parameter.data
+        if ours.ndim == 2 and "wpe" not in name:
+            q, scale = quantize(parameter.data)
+            ours.data[...] = scale[:, None] * q
+    return copy.eval()
 
 
 class Decoder:
@@ -122,7 +75,7 @@ class Decoder:
             raise ValueError(f"Decoder: the model is not GPT(config): {other}")
         config = model.config
         L, H, C, V = config.n_layer, config.n_head, config.n_embd, config.vocab_size
-        self.n_head, self.length = H, min(config.block_size, length or config.block_size)
+        self.length = min(config.block_size, length or config.block_size)
         self.parameters = {name: np.ascontiguousarray(p.data) for name, p in model.named_parameters()}
         dtype = self.parameters["transformer.wte.weight"].dtype
         self.keys, self.values = np.zeros((2, L, n_streams, H, self.length, C // H), dtype)
@@ -136,10 +89,6 @@ class Decoder:
         self.rows = max(CHUNK, n_streams)
         self._rows = np.empty((3, self.rows), np.int64)  # tokens, streams, positions
         self._disturbed = False  # whether an interrupt may have left another thread at work
-        if KERNELS == "numpy":
-            for name, scale in scales.items():
-                self.parameters[name] = self.parameters[name] * scale[:, None]
-            return
         self.threads = max(1, min(threads or cores(), processors(), MOST_THREADS))
         blocks = [f"transformer.h.{layer}." for layer in range(L)]
         self._scales = scales  # as the kernel knows only where they lie, they must be kept here
@@ -170,9 +119,7 @@ class Decoder:
         tokens, streams, positions    (R,) integers, at most `rows` of them; what stands before a row in its stream must
                                       be in the cache, or among the rows
         """
-        rows = self._place(tokens, streams, positions, n_logits)
-        if KERNELS == "numpy":
-            return decode_ref(self.keys, self.values, *rows, n_logits, self.parameters, self.n_head)
+        self._place(tokens, streams, positions, n_logits)
         self._size[:] = len(tokens), n_logits, 0, 0
         self._run_job(len(tokens))
         return self._logits[:n_logits]
@@ -184,8 +131,7 @@ class Decoder:
         uniforms                      (steps, R) numbers in [0, 1), for at most AHEAD steps
         temperature, vocab_size       of Controls; only tokens below vocab_size are drawn
 
-        The last ones are not in the cache yet.  A token of -1 stands for logits that are not finite.  This is for
-        kernels only: with NPGPT_KERNELS=numpy, npgpt/generate/generation.py chooses all tokens.
+        The last ones are not in the cache yet.  A token of -1 stands for logits that are not finite.
         """
         R, steps = len(tokens), len(uniforms)
         rows = self._place(tokens, streams, positions, R)

@@ -99,7 +99,7 @@ def _decode(
     logits, keys, values, tokens, streams, positions, wte, wte_scale, wpe, places, scale_places, final,
     constants, x, qkv, y, hidden, h, p, rank, ranks, counter,
 ):  # fmt: skip
-    """What decode_ref does, as number `rank` of `ranks` threads that share the rows of all matrices.
+    """What GPT.forward does with a cache, as number `rank` of `ranks` threads that share the rows of all matrices.
 
     places              (L, 12) addresses of the parameters in BLOCK, 0 for none
     scale_places        (L, 4) those of the scales of int8 matrices

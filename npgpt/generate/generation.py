@@ -7,7 +7,7 @@ import numpy as np
 from npgpt.config import Controls
 from npgpt.engine import no_dropout, no_grad
 from npgpt.errors import CheckpointError
-from npgpt.generate.decode import AHEAD, Decoder
+from npgpt.generate.decode import AHEAD, Decoder, rounded
 from npgpt.generate.sampling import NOT_FINITE, choose, probabilities
 from npgpt.kernels.jit import KERNELS
 
@@ -69,7 +69,12 @@ class Generation:
         other = model.difference()
         if int8 and other:
             raise ValueError(f"int8 is for a GPT as its config says; {other}")
-        self.decoder = Decoder(model, len(rngs), length, int8, threads) if cache and other is None else None
+        cached, self.decoder = cache and other is None, None
+        if cached and KERNELS == "numba":
+            self.decoder = Decoder(model, len(rngs), length, int8, threads)
+        elif int8:
+            self.model = rounded(model)
+        self.caches = [{"cache": []} if cached else {} for _ in rngs]  # of each text, if its model writes with one
 
     def _contexts(self):
         """What the cache does not have yet of each text's context.  To be asked once for each token."""
@@ -77,13 +82,18 @@ class Generation:
         start = context_start(n, self.start, self.block_size)
         if start != self.start:
             self.start, self.cached = start, 0
+            self.caches = [{key: [] for key in cache} for cache in self.caches]
         return [self.texts[i][start + self.cached :] for i in self.alive]
 
     def _logits(self, contexts):
         """(texts alive, V): the model's scores of the next tokens."""
-        if self.decoder is None:
-            return self._forward()
         alive, position, n = self.alive, self.cached, len(contexts[0])
+        if self.decoder is None:
+            with no_grad(), no_dropout():
+                pairs = zip(alive, contexts, strict=True)
+                logits = np.stack([self.model(np.array([x]), **self.caches[i])[0].data[0, -1] for i, x in pairs])
+            self.cached += n if self.caches[0] else 0
+            return logits
         if n == 1:  # what was chosen last
             tokens = [context[0] for context in contexts]
             logits = self.decoder(tokens, alive, [position] * len(alive), len(alive))
@@ -97,16 +107,11 @@ class Generation:
         self.cached += n  # not before it is true
         return logits
 
-    def _forward(self):
-        with no_grad(), no_dropout():
-            logits, _ = self.model(np.array([self.texts[i][self.start :] for i in self.alive]))
-        return logits.data[:, -1]
-
     def _steps_ahead(self, contexts):
         """How many tokens of each text the decoder can draw by itself; 0 if it cannot."""
         c = self.controls
         only_temperature = c.top_k is c.top_p is None and not c.min_p and c.repetition_penalty == 1
-        if not only_temperature or self.logprobs or self.holes or self.decoder is None or KERNELS == "numpy":
+        if not only_temperature or self.logprobs or self.holes or self.decoder is None:
             return 0
         if len(contexts[0]) > 1:
             return 0

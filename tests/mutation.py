@@ -65,7 +65,7 @@ SOONER = {
     "decode: all tokens of a call are drawn": "draws",
     "decode: one random number for all tokens": "draws",
     "decode: the temperature is upside down": "draws",
-    "decode: the bias of c_attn": "shape0-True",
+    "decode: the biases of matrices": "shape0-True",
     "decode: layer norm without its bias": "shape0-True",
     "ranks: only who was told": "numbers_are_summed",
     "ranks: what was not sent": "in_the_middle",

@@ -206,7 +206,7 @@ def test_rows_that_are_not_there_are_refused(rows):
 def test_an_interrupt_sets_the_other_threads_free(monkeypatch):
     model = model_of(SHAPES[0])
     decoder = Decoder(model, threads=3)
-    kernel = decode.decode_kernel
+    kernel = decode.kernel.decode_kernel
 
     def interrupted(*args):
         if threading.current_thread() is threading.main_thread():
@@ -214,10 +214,10 @@ def test_an_interrupt_sets_the_other_threads_free(monkeypatch):
             raise KeyboardInterrupt
         kernel(*args)
 
-    monkeypatch.setattr(decode, "decode_kernel", interrupted)
+    monkeypatch.setattr(decode.kernel, "decode_kernel", interrupted)
     with pytest.raises(KeyboardInterrupt):
         decoder([3], [0], [0], 1)
-    monkeypatch.setattr(decode, "decode_kernel", kernel)
+    monkeypatch.setattr(decode.kernel, "decode_kernel", kernel)
     np.testing.assert_allclose(decoder([3], [0], [0], 1)[0], full(model, np.array([3]))[0], rtol=0, atol=1e-12)
 
 

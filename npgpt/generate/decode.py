@@ -12,17 +12,16 @@ much to fetch:
 Dettmers et al. 2022 (LLM.int8(), section 2.1) call this row-wise quantisation.
 """
 
+import math
 import os
 
 import numpy as np
 
-from npgpt.generate.decode_kernel import BLOCK, MATRICES, claim_kernel, decode_kernel
+from npgpt.generate import decode_kernel as kernel
 from npgpt.kernels.crew import Crew
 from npgpt.kernels.spin import SLEEPS
 from npgpt.machine import cores, processors
 from npgpt.model import GPT
-from npgpt.ops.layernorm import EPS
-from npgpt.ops.mlp import A, K
 
 CHUNK = 32  # rows of a call when a prompt is read
 MOST_THREADS = 16  # more would wait for each other, and for the memory
@@ -40,11 +39,6 @@ def quantize(w):
     return np.rint(w / scale[:, None]).astype(np.int8), scale
 
 
-def _addresses(rows):
-    """Where arrays lie in memory: a list of lists of them -> int64, 0 for None."""
-    return np.array([[0 if array is None else array.ctypes.data for array in row] for row in rows], np.int64)
-
-
 def rounded(model):
     """A GPT with the numbers that the matrices of another one have as int8."""
     copy = GPT(model.config, seed=None, dtype=model.lm_head.weight.dtype)
@@ -54,6 +48,42 @@ def rounded(model):
             q, scale = quantize(parameter.data)
             ours.data[...] = scale[:, None] * q
     return copy.eval()
+
+
+def _records(model, int8):
+    """ENDS and BLOCKs of a GPT, and the arrays that they name: those that are read for each token, then the others."""
+    each, others, transformer = [], [], model.transformer
+
+    def place(array, kept=each):
+        if array is None:
+            return 0
+        kept.append(np.ascontiguousarray(array))
+        return kept[-1].ctypes.data
+
+    def matrix(layer, int8=int8, kept=each):
+        w, scale = quantize(layer.weight.data) if int8 else (layer.weight.data, None)
+        bias = getattr(layer, "bias", None)
+        kind = kernel.INT8 if int8 else kernel.REAL
+        return place(w, kept), place(scale, kept), kind, place(None if bias is None else bias.data, kept), *w.shape
+
+    def norm(layer):
+        weight, bias = layer.weight.data, layer.bias
+        return place(weight), place(np.zeros_like(weight) if bias is None else bias.data), layer.eps
+
+    def scale(attn):
+        return 1 / math.sqrt(attn.c_proj.weight.shape[1] // attn.n_head) if attn.scale is None else attn.scale
+
+    blocks = [
+        (
+            norm(block.ln_1), matrix(block.attn.c_attn), scale(block.attn), matrix(block.attn.c_proj),
+            norm(block.ln_2), matrix(block.mlp.c_fc), kernel.GELU, matrix(block.mlp.c_proj),
+        )
+        for block in transformer.h
+    ]  # fmt: skip
+    ln_f, head = norm(transformer.ln_f), matrix(model.lm_head)
+    is_tied = model.lm_head.weight is transformer.wte.weight
+    wte, wpe = head if is_tied else matrix(transformer.wte, kept=others), matrix(transformer.wpe, False, others)
+    return np.array([(wte, wpe, ln_f, head)], kernel.ENDS), np.array(blocks, kernel.BLOCK), each, others
 
 
 class Decoder:
@@ -76,41 +106,27 @@ class Decoder:
         config = model.config
         L, H, C, V = config.n_layer, config.n_head, config.n_embd, config.vocab_size
         self.length = min(config.block_size, length or config.block_size)
-        self.parameters = {name: np.ascontiguousarray(p.data) for name, p in model.named_parameters()}
-        dtype = self.parameters["transformer.wte.weight"].dtype
+        dtype = model.lm_head.weight.dtype
         self.keys, self.values = np.zeros((2, L, n_streams, H, self.length, C // H), dtype)
-        scales = {}  # of the matrices that are int8: name -> (N,)
-        if int8:
-            for name, w in self.parameters.items():
-                if w.ndim == 2 and "wpe" not in name:
-                    self.parameters[name], scales[name] = quantize(w)
-        self.nbytes = sum(w.nbytes for name, w in self.parameters.items() if "wpe" not in name)  # read for each call
+        ends, blocks, *self._arrays = _records(model, int8)  # kept here: the kernel knows only where they lie
+        self.nbytes = sum(array.nbytes for array in self._arrays[0])  # read for each call
         self.limits = np.array([[V], [n_streams], [self.length]], np.uint64)
-        self.rows = max(CHUNK, n_streams)
-        self._rows = np.empty((3, self.rows), np.int64)  # tokens, streams, positions
+        self.rows = n = max(CHUNK, n_streams)
         self._disturbed = False  # whether an interrupt may have left another thread at work
         self.threads = max(1, min(threads or cores(), processors(), MOST_THREADS))
-        blocks = [f"transformer.h.{layer}." for layer in range(L)]
-        self._scales = scales  # as the kernel knows only where they lie, they must be kept here
-        self._weights = (
-            self.parameters["transformer.wte.weight"],
-            scales.get("transformer.wte.weight", np.zeros(0, dtype)),
-            self.parameters["transformer.wpe.weight"],
-            _addresses([[self.parameters.get(block + name) for name in BLOCK] for block in blocks]),
-            _addresses([[scales.get(block + name) for name in BLOCK if name in MATRICES] for block in blocks]),
-            _addresses([[self.parameters.get(f"transformer.ln_f.{name}") for name in ("weight", "bias")]]),
-            np.array([EPS, A, K]),
-        )
-        n, T = self.rows, self.length
-        self._logits = np.empty((n, V), dtype)
-        self._size, self._temperature = np.zeros(4, np.int64), np.zeros(1)
-        self._uniforms, self._drawn = np.zeros((AHEAD, n)), np.zeros((AHEAD, n), np.int64)
-        draws = self._temperature, self._uniforms, self._drawn
-        shared = [np.empty((n, width), dtype) for width in (C, 3 * C, C, 4 * C)]
-        self._args = self._size, *draws, self._logits, self.keys, self.values, self._rows, *self._weights, *shared
-        self._own = [(np.empty((n, C), dtype), np.empty((1, T), dtype)) for _ in range(self.threads)]
-        self._counter, self._jobs = np.zeros(8, np.int64), np.zeros(8, np.int64)  # (lines of memory of their own)
+        self._counter, self._jobs = np.zeros((2, 8), np.int64)  # (each has a line of memory for itself)
         self._states = np.empty((self.threads, 8), np.int64)
+        self._job = kernel.Job(
+            np.zeros(4, np.int64), np.empty((3, n), np.int64), np.empty((n, V), dtype), np.zeros(1),
+            np.zeros((AHEAD, n)), np.zeros((AHEAD, n), np.int64), self._counter, self._jobs,
+        )  # fmt: skip
+        sizes = (n, C), (n, 3 * C), (n, C), n * blocks["c_fc"]["n_out"].max()
+        shared = kernel.Shared(*(np.empty(size, dtype) for size in sizes))
+        self._args = kernel.Model(ends, blocks, self.keys, self.values), self._job, shared
+        self._own = [
+            kernel.Own(np.empty((n, C), dtype), np.empty((2, n), dtype), np.empty((1, self.length), dtype), state)
+            for state in self._states
+        ]
         self._start_over()
 
     def __call__(self, tokens, streams, positions, n_logits):
@@ -120,9 +136,9 @@ class Decoder:
                                       be in the cache, or among the rows
         """
         self._place(tokens, streams, positions, n_logits)
-        self._size[:] = len(tokens), n_logits, 0, 0
+        self._job.size[:] = len(tokens), n_logits, 0, 0
         self._run_job(len(tokens))
-        return self._logits[:n_logits]
+        return self._job.logits[:n_logits]
 
     def draw(self, tokens, streams, positions, uniforms, temperature, vocab_size):
         """Put rows into the cache, draw the token after each, put that into the cache, and so on -> (steps, R) tokens.
@@ -137,17 +153,18 @@ class Decoder:
         rows = self._place(tokens, streams, positions, R)
         if steps > AHEAD or (rows[2] + steps > self.length).any():
             raise ValueError(f"Decoder: {steps} steps are too many from positions {rows[2].tolist()} on")
-        self._size[:] = R, R, steps, vocab_size
-        self._temperature[0], self._uniforms[:steps, :R] = temperature, uniforms
+        job = self._job
+        job.size[:] = R, R, steps, vocab_size
+        job.temperature[0], job.uniforms[:steps, :R] = temperature, uniforms
         self._run_job(R)
-        return self._drawn[:steps, :R]
+        return job.drawn[:steps, :R]
 
     def _place(self, tokens, streams, positions, n_logits):
         """The rows (3, R) where the kernel finds them, which are checked."""
         if self._disturbed:
             self._calm()
         R = len(tokens)
-        rows = self._rows[:, : min(R, self.rows)]
+        rows = self._job.rows[:, : min(R, self.rows)]
         if R <= self.rows:
             rows[0], rows[1], rows[2] = tokens, streams, positions
         # (as unsigned numbers, those below 0 are huge)
@@ -165,8 +182,7 @@ class Decoder:
             self._run(0, 1, 0)
 
     def _run(self, rank, ranks, seen):
-        h, p = self._own[rank]
-        decode_kernel(*self._args, h, p, rank, ranks, self._counter, self._jobs, seen, self._states[rank])
+        kernel.decode_kernel(*self._args, self._own[rank], rank, ranks, seen)
 
     def _help(self, rank, seen):
         try:
@@ -180,7 +196,7 @@ class Decoder:
             self._start_over()
         self._disturbed, others = True, []  # until all is done
         try:
-            seen, asleep = int(self._jobs[0]), claim_kernel(self._states[1:])
+            seen, asleep = int(self._jobs[0]), kernel.claim_kernel(self._states[1:])
             for rank in range(1, self.threads):
                 if asleep >> (rank - 1) & 1:
                     others.append(self._crew.submit(self._help, rank, seen))
@@ -197,7 +213,7 @@ class Decoder:
         """Have all other threads sleep, whatever they wait for.  If an interrupt ends this, the next call does it."""
         if self._process != os.getpid():
             return self._start_over()
-        self._size[:] = 0  # should one of them take what follows for a job, there is nothing to do in it
+        self._job.size[:] = 0  # should one of them take what follows for a job, there is nothing to do in it
         self._counter[0] = FREE
         self._jobs[0] += 1
         self._crew.call_off()

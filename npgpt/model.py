@@ -199,8 +199,9 @@ class GPT(Module):
             rng = np.random.default_rng([SAMPLE, next(_generations)] if rng is None else rng)
         length = np.size(idx) + max_new_tokens
         generation = Generation(self, idx, [rng], Controls(**controls), length, cache=cache, tokenizer=self.tokenizer)
-        for _ in range(max_new_tokens):
-            yield generation.step()[0][0]
+        while len(generation.texts[0]) < length:
+            for token, _ in generation.step()[0]:
+                yield token
 
 
 @functools.lru_cache(8)

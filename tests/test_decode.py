@@ -10,11 +10,13 @@ import pytest
 from test_crew import begins_late
 
 from npgpt.config import Controls, GPTConfig
+from npgpt.engine import no_grad
 from npgpt.generate import decode
 from npgpt.generate.decode import AHEAD, CHUNK, Decoder, quantize, rounded
 from npgpt.generate.sampling import choose, probabilities
 from npgpt.kernels import jit, maths, spin
 from npgpt.model import GPT
+from npgpt.nn import Linear, Parameter
 
 decode.ONE_CORE = 0  # models are small here: with more threads than one there shall be as many
 
@@ -70,6 +72,67 @@ def test_token_by_token_the_logits_are_those_of_the_whole_forward_pass(shape, bi
         for t, token in enumerate(tokens):  # the second stream: the first stays empty
             logits = decoder([token], [1], [t], 1)
             np.testing.assert_allclose(logits[0], expected[t], rtol=0, atol=TOLERANCE[dtype] * abs(expected).max())
+
+
+def random_model(rng, dtype):
+    """A GPT of any shape, with more that may differ from layer to layer than a GPTConfig can say."""
+    L, H, T, V = (int(n) for n in rng.integers(1, [4, 5, 40, 70]))
+    C, bias = H * int(rng.integers(1, 20)), bool(rng.integers(2))
+    model = GPT(GPTConfig(T, V, L, H, C, bias=bias), seed=None, dtype=dtype)
+    for block in model.transformer.h:
+        width = int(rng.integers(1, 5 * C))
+        block.mlp.c_fc, block.mlp.c_proj = Linear(C, width, bias, dtype), Linear(width, C, bias, dtype)
+        block.attn.scale = rng.choice([None, rng.uniform(0.01, 1)])
+        block.ln_1.eps, block.ln_2.eps = 10 ** rng.uniform(-6, 0, 2)
+    model.transformer.ln_f.eps = 10 ** rng.uniform(-6, 0)
+    if rng.integers(2):
+        model.lm_head.weight = Parameter(np.zeros((V, C), dtype))
+    for parameter in model.parameters():
+        mean, std = (0.5, 0.5) if parameter.ndim == 1 else (0, 1 / np.sqrt(parameter.shape[1]))
+        parameter.data[...] = rng.normal(mean, std, parameter.shape)
+    model.difference = lambda: None  # the kernel knows all of this
+    return model
+
+
+def in_pieces(n, rng):
+    """Cut range(n) into some slices."""
+    ends = [0, *sorted(rng.integers(0, n + 1, 3).tolist()), n]
+    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False) if a < b]
+
+
+@pytest.mark.parametrize("int8, seeds", [(False, range(200)), (True, range(200, 260))])
+def test_rows_of_any_streams_through_a_model_of_any_shape_have_the_logits_of_its_forward_with_a_cache(int8, seeds):
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        model = random_model(rng, rng.choice([np.float32, np.float64]))
+        T, V = model.config.block_size, model.config.vocab_size
+        n_streams = int(rng.integers(1, 5))
+        decoder = Decoder(model, n_streams, int8=int8, threads=int(rng.integers(1, 4)))
+        if int8:
+            for layer in (model.lm_head, model.transformer.wte, *(part for h in model.transformer.h for part in (
+                h.attn.c_attn, h.attn.c_proj, h.mlp.c_fc, h.mlp.c_proj,
+            ))):  # fmt: skip
+                q, scale = quantize(layer.weight.data)
+                layer.weight.data[...] = scale[:, None] * q
+        texts = [rng.integers(0, V, rng.integers(1, T + 1)) for _ in range(n_streams)]
+        expected = []
+        for text in texts:
+            with no_grad():
+                cache = []
+                parts = [model(text[None, piece], cache=cache)[0].data[0] for piece in in_pieces(len(text), rng)]
+            expected.append(np.concatenate(parts))
+        largest = max(abs(logits).max() for logits in expected)
+        done = [0] * n_streams
+        while any(n < len(text) for n, text in zip(done, texts, strict=True)):
+            until = [min(len(text), n + int(rng.integers(0, 9))) for n, text in zip(done, texts, strict=True)]
+            rows = [(stream, t) for stream in range(n_streams) for t in range(done[stream], until[stream])]
+            rows = [rows[i] for i in rng.permutation(len(rows))]
+            if rows:
+                n = int(rng.integers(1, len(rows) + 1))
+                logits = decoder([texts[s][t] for s, t in rows], *zip(*rows, strict=True), n)
+                wanted = [expected[s][t] for s, t in rows[len(rows) - n :]]
+                np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-5 * largest, err_msg=f"seed {seed}")
+            done = until
 
 
 def test_rows_of_several_streams_in_any_order():

@@ -51,20 +51,20 @@ def rounded(model):
 
 
 def _records(model, int8):
-    """ENDS and BLOCKs of a GPT, and the arrays that they name: those that are read for each token, then the others."""
-    each, others, transformer = [], [], model.transformer
+    """ENDS and BLOCKs of a GPT, the arrays that they name, and how many bytes of these are read for each token."""
+    arrays, transformer = [], model.transformer
 
-    def place(array, kept=each):
+    def place(array):
         if array is None:
             return 0
-        kept.append(np.ascontiguousarray(array))
-        return kept[-1].ctypes.data
+        arrays.append(np.ascontiguousarray(array))
+        return arrays[-1].ctypes.data
 
-    def matrix(layer, int8=int8, kept=each):
+    def matrix(layer, int8=int8):
         w, scale = quantize(layer.weight.data) if int8 else (layer.weight.data, None)
         bias = getattr(layer, "bias", None)
         kind = kernel.INT8 if int8 else kernel.REAL
-        return place(w, kept), place(scale, kept), kind, place(None if bias is None else bias.data, kept), *w.shape
+        return place(w), place(scale), kind, place(None if bias is None else bias.data), *w.shape
 
     def norm(layer):
         weight, bias = layer.weight.data, layer.bias
@@ -81,9 +81,10 @@ def _records(model, int8):
         for block in transformer.h
     ]  # fmt: skip
     ln_f, head = norm(transformer.ln_f), matrix(model.lm_head)
-    is_tied = model.lm_head.weight is transformer.wte.weight
-    wte, wpe = head if is_tied else matrix(transformer.wte, kept=others), matrix(transformer.wpe, False, others)
-    return np.array([(wte, wpe, ln_f, head)], kernel.ENDS), np.array(blocks, kernel.BLOCK), each, others
+    nbytes = sum(array.nbytes for array in arrays)
+    wte = head if model.lm_head.weight is transformer.wte.weight else matrix(transformer.wte)
+    ends = np.array([(wte, matrix(transformer.wpe, int8=False), ln_f, head)], kernel.ENDS)
+    return ends, np.array(blocks, kernel.BLOCK), arrays, nbytes
 
 
 class Decoder:
@@ -108,8 +109,7 @@ class Decoder:
         self.length = min(config.block_size, length or config.block_size)
         dtype = model.lm_head.weight.dtype
         self.keys, self.values = np.zeros((2, L, n_streams, H, self.length, C // H), dtype)
-        ends, blocks, *self._arrays = _records(model, int8)  # kept here: the kernel knows only where they lie
-        self.nbytes = sum(array.nbytes for array in self._arrays[0])  # read for each call
+        ends, blocks, self._arrays, self.nbytes = _records(model, int8)  # (arrays: the kernel has but their addresses)
         self.limits = np.array([[V], [n_streams], [self.length]], np.uint64)
         self.rows = n = max(CHUNK, n_streams)
         self._disturbed = False  # whether an interrupt may have left another thread at work

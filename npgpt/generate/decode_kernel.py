@@ -1,5 +1,7 @@
 """The kernel of npgpt/generate/decode.py: the forward pass for the newest tokens, and the draw of what follows them.
 
+It is the one copy of the model, fused for speed; tests/test_decode.py holds it to GPT.forward(idx, cache=...).
+
 A product of one row with a matrix uses each weight once, for two operations: what takes the time is to fetch it from
 memory.  So the kernel takes all blocks in one call, reads each weight where the model has it, once for all rows, and
 shares the work with all cores where there is enough to read.

@@ -59,10 +59,10 @@ def npgpt_side(config, streams, int8):
     def write(n, greedy):
         generation.texts = [list(prompt) for _ in range(streams)]
         generation.start = generation.cached = 0
-        generation.drawn = [[] for _ in range(streams)]
+        generation.length = PROMPT + n
         generation.rngs = [np.random.default_rng(i) for i in range(streams)]
         generation.controls = Controls(temperature=0.0 if greedy else 1.0)
-        for _ in range(n):
+        while len(generation.texts[0]) < generation.length:
             generation.step()
         return np.array(generation.texts)[:, PROMPT:]
 

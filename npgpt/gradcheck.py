@@ -233,6 +233,7 @@ def cases(seed=0):
     yield "causal attention", lambda qkv: causal_attention(qkv, 2), [new(2, 5, 18)], ["qkv"]
     yield "causal attention, T = 1", lambda qkv: causal_attention(qkv, 3), [new(2, 1, 9)], ["qkv"]
     yield "causal attention, dropout", lambda qkv: causal_attention(qkv, 3, 0.3), [new(2, 5, 9)], ["qkv"]
+    yield "causal attention, scale", lambda qkv: causal_attention(qkv, 3, scale=0.7), [new(2, 5, 9)], ["qkv"]
     yield "causal attention, later rows", later_rows(lambda qkv: causal_attention(qkv, 3, 0.3)), [new(2, 5, 9)], ["qkv"]
     yield "causal attention, 2 blocks", lambda qkv: causal_attention(qkv, 1), [new(1, 130, 3)], ["qkv"]
     names = ["x", "c_fc.weight", "c_fc.bias", "c_proj.weight", "c_proj.bias"]

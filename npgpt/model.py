@@ -33,8 +33,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, config.bias, dtype)
         self.mlp = nn.MLP(config.n_embd, config.dropout, config.bias, dtype)
 
-    def forward(self, x):
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x, *past):
+        x = x + self.attn(self.ln_1(x), *past)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -114,26 +114,32 @@ class GPT(nn.Module):
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
                 parameter.data[...] = rng.normal(0.0, std, parameter.shape)
 
-    def features(self, idx, x=None, first=0):
+    def features(self, idx, x=None, first=0, cache=None):
         """idx (B, T) integers -> the last layer's output (B, T, C), from which the logits are made.
 
         x: what the blocks before number `first` put out (B, T, C), if that is known; then idx is not looked at.
         """
-        transformer = self.transformer
+        transformer, h = self.transformer, self.transformer.h
+        if cache == []:
+            cache += [[] for _ in h]
+        pasts = [()] * len(h) if cache is None else list(zip(cache, strict=True))  # each block's, or none
         if x is None:
-            x = transformer.drop(embedding(idx, transformer.wte.weight, transformer.wpe.weight))
-        for block in transformer.h[first:]:
-            x = block(x)
+            n = cache[0][0].shape[2] if cache and cache[0] else 0  # positions that have been
+            x = transformer.drop(embedding(idx, transformer.wte.weight, transformer.wpe.weight, n))
+        for block, past in zip(h[first:], pasts[first:], strict=True):
+            x = block(x, *past)
         return transformer.ln_f(x)
 
-    def forward(self, idx, targets=None):
+    def forward(self, idx, targets=None, cache=None):
         """idx (B, T) integers, targets (B, T) integers or None -> logits (B, T, V) and the loss, or None.
 
         The loss is the mean cross-entropy in nats; targets of -1 do not count.  The caller shifts: the target at a
         place is the token that follows it, as in model(tokens[:, :-1], tokens[:, 1:]).
-        Raises ValueError for T > block_size and for tokens outside 0 .. V - 1.
+        cache: a list, empty at first, which keeps each layer's `past` (see causal_attention) from call to call: idx
+        then follows the tokens of the calls before.  Only without gradient and dropout.
+        Raises ValueError for T > block_size, those in the cache included, and for tokens outside 0 .. V - 1.
         """
-        logits = self.lm_head(self.features(idx))
+        logits = self.lm_head(self.features(idx, cache=cache))
         loss = None if targets is None else cross_entropy(logits, targets)
         return logits, loss
 
@@ -175,8 +181,9 @@ class GPT(nn.Module):
             rng = np.random.default_rng([SAMPLE, next(_generations)] if rng is None else rng)
         length = np.size(idx) + max_new_tokens
         generation = Generation(self, idx, [rng], Controls(**controls), length, cache=cache, tokenizer=self.tokenizer)
-        for _ in range(max_new_tokens):
-            yield generation.step()[0][0]
+        while len(generation.texts[0]) < length:
+            for token, _ in generation.step()[0]:
+                yield token
 
 
 @functools.lru_cache(8)

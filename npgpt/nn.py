@@ -8,7 +8,7 @@ import numpy as np
 from npgpt import engine
 from npgpt.ops.attention import causal_attention
 from npgpt.ops.dropout import dropout
-from npgpt.ops.layernorm import layernorm
+from npgpt.ops.layernorm import EPS, layernorm
 from npgpt.ops.linear import linear
 from npgpt.ops.mlp import mlp
 from npgpt.tensor import FLOATS, Tensor, plain
@@ -150,7 +150,7 @@ def structure(module, place="", seen=None):
             found[at] = f"{len(value)} modules"
             for n, item in enumerate(value):
                 found |= structure(item, f"{at}.{n}", seen) if isinstance(item, Module) else {f"{at}.{n}": type(item)}
-        elif key in ("n_head", "p", "p_drop", "forward"):
+        elif key in ("n_head", "scale", "p", "p_drop", "eps", "forward"):
             found[at] = value
     return found
 
@@ -182,9 +182,10 @@ class LayerNorm(Module):
     def __init__(self, n_embd, bias, dtype):
         self.weight = Parameter(np.ones(n_embd, dtype))
         self.bias = Parameter(np.zeros(n_embd, dtype)) if bias else None
+        self.eps = EPS
 
     def forward(self, x):
-        return layernorm(x, self.weight, self.bias)
+        return layernorm(x, self.weight, self.bias, self.eps)
 
 
 class Dropout(Module):
@@ -197,14 +198,15 @@ class Dropout(Module):
 
 class CausalSelfAttention(Module):
     def __init__(self, n_embd, n_head, dropout, bias, dtype):
-        self.n_head = n_head
+        self.n_head, self.scale = n_head, None  # None: 1 / sqrt(hs)
         self.p_drop = dropout
         self.c_attn = Linear(n_embd, 3 * n_embd, bias, dtype)
         self.c_proj = Linear(n_embd, n_embd, bias, dtype)
         self.resid_dropout = Dropout(dropout)
 
-    def forward(self, x):
-        y = causal_attention(self.c_attn(x), self.n_head, self.p_drop if self.drops else 0.0)
+    def forward(self, x, past=None):
+        p_drop = self.p_drop if self.drops else 0.0
+        y = causal_attention(self.c_attn(x), self.n_head, p_drop, self.scale, past)
         return self.resid_dropout(self.c_proj(y))
 
 

@@ -10,15 +10,17 @@ import pytest
 from test_crew import begins_late
 
 from npgpt.config import Controls, GPTConfig
+from npgpt.engine import no_grad
 from npgpt.generate import decode
-from npgpt.generate.decode import AHEAD, CHUNK, Decoder, decode_ref, quantize
+from npgpt.generate.decode import AHEAD, CHUNK, Decoder, quantize, rounded
 from npgpt.generate.sampling import choose, probabilities
 from npgpt.kernels import jit, maths, spin
 from npgpt.model import GPT
+from npgpt.nn import Linear, Parameter
 
 decode.ONE_CORE = 0  # models are small here: with more threads than one there shall be as many
 
-kernels_only = pytest.mark.skipif(jit.KERNELS == "numpy", reason="there are no kernels to be tested")
+pytestmark = pytest.mark.skipif(jit.KERNELS == "numpy", reason="there are no kernels to be tested")
 
 
 @pytest.fixture(autouse=True)
@@ -72,15 +74,65 @@ def test_token_by_token_the_logits_are_those_of_the_whole_forward_pass(shape, bi
             np.testing.assert_allclose(logits[0], expected[t], rtol=0, atol=TOLERANCE[dtype] * abs(expected).max())
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_reference_is_the_model_too(shape):
-    model = model_of(shape)
-    tokens = tokens_of(model)
-    L, H, C, _, T = shape
-    keys, values = np.zeros((2, L, 1, H, T, C // H))
-    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
-    logits = decode_ref(keys, values, tokens, np.zeros(T, int), np.arange(T), T, parameters, H)
-    np.testing.assert_allclose(logits, full(model, tokens), rtol=0, atol=1e-12)
+def random_model(rng, dtype):
+    """A GPT of any shape, with more that may differ from layer to layer than a GPTConfig can say."""
+    L, H, T, V = (int(n) for n in rng.integers(1, [4, 5, 40, 70]))
+    C, bias = H * int(rng.integers(1, 20)), bool(rng.integers(2))
+    model = GPT(GPTConfig(T, V, L, H, C, bias=bias), seed=None, dtype=dtype)
+    for block in model.transformer.h:
+        width = int(rng.integers(1, 5 * C))
+        block.mlp.c_fc, block.mlp.c_proj = Linear(C, width, bias, dtype), Linear(width, C, bias, dtype)
+        block.attn.scale = rng.choice([None, rng.uniform(0.01, 1)])
+        block.ln_1.eps, block.ln_2.eps = 10 ** rng.uniform(-6, 0, 2)
+    model.transformer.ln_f.eps = 10 ** rng.uniform(-6, 0)
+    if rng.integers(2):
+        model.lm_head.weight = Parameter(np.zeros((V, C), dtype))
+    for parameter in model.parameters():
+        mean, std = (0.5, 0.5) if parameter.ndim == 1 else (0, 1 / np.sqrt(parameter.shape[1]))
+        parameter.data[...] = rng.normal(mean, std, parameter.shape)
+    model.difference = lambda: None  # the kernel knows all of this
+    return model
+
+
+def in_pieces(n, rng):
+    """Cut range(n) into some slices."""
+    ends = [0, *sorted(rng.integers(0, n + 1, 3).tolist()), n]
+    return [slice(a, b) for a, b in zip(ends, ends[1:], strict=False) if a < b]
+
+
+@pytest.mark.parametrize("int8, seeds", [(False, range(200)), (True, range(200, 260))])
+def test_rows_of_any_streams_through_a_model_of_any_shape_have_the_logits_of_its_forward_with_a_cache(int8, seeds):
+    for seed in seeds:
+        rng = np.random.default_rng(seed)
+        model = random_model(rng, rng.choice([np.float32, np.float64]))
+        T, V = model.config.block_size, model.config.vocab_size
+        n_streams = int(rng.integers(1, 5))
+        decoder = Decoder(model, n_streams, int8=int8, threads=int(rng.integers(1, 4)))
+        if int8:
+            for layer in (model.lm_head, model.transformer.wte, *(part for h in model.transformer.h for part in (
+                h.attn.c_attn, h.attn.c_proj, h.mlp.c_fc, h.mlp.c_proj,
+            ))):  # fmt: skip
+                q, scale = quantize(layer.weight.data)
+                layer.weight.data[...] = scale[:, None] * q
+        texts = [rng.integers(0, V, rng.integers(1, T + 1)) for _ in range(n_streams)]
+        expected = []
+        for text in texts:
+            with no_grad():
+                cache = []
+                parts = [model(text[None, piece], cache=cache)[0].data[0] for piece in in_pieces(len(text), rng)]
+            expected.append(np.concatenate(parts))
+        largest = max(abs(logits).max() for logits in expected)
+        done = [0] * n_streams
+        while any(n < len(text) for n, text in zip(done, texts, strict=True)):
+            until = [min(len(text), n + int(rng.integers(0, 9))) for n, text in zip(done, texts, strict=True)]
+            rows = [(stream, t) for stream in range(n_streams) for t in range(done[stream], until[stream])]
+            rows = [rows[i] for i in rng.permutation(len(rows))]
+            if rows:
+                n = int(rng.integers(1, len(rows) + 1))
+                logits = decoder([texts[s][t] for s, t in rows], *zip(*rows, strict=True), n)
+                wanted = [expected[s][t] for s, t in rows[len(rows) - n :]]
+                np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-5 * largest, err_msg=f"seed {seed}")
+            done = until
 
 
 def test_rows_of_several_streams_in_any_order():
@@ -112,7 +164,6 @@ def test_a_prompt_of_several_chunks_is_read_and_copied():
         np.testing.assert_allclose(logits, expected[-1], rtol=0, atol=1e-12)
 
 
-@kernels_only
 @pytest.mark.parametrize("int8", [False, True])
 def test_a_row_has_the_same_bits_whatever_is_computed_beside_it_and_by_any_number_of_threads(int8):
     model = model_of(SHAPES[2], dtype=np.float32)
@@ -130,7 +181,6 @@ def test_a_row_has_the_same_bits_whatever_is_computed_beside_it_and_by_any_numbe
     assert all(np.array_equal(result, results[0]) for result in results)
 
 
-@kernels_only
 @pytest.mark.parametrize("temperature", [0.7, 1e-309])  # the latter's reciprocal is not finite
 def test_the_kernel_draws_what_is_chosen_step_by_step_outside_of_it(temperature):
     model, steps = model_of(SHAPES[0], dtype=np.float32), 5
@@ -151,7 +201,6 @@ def test_the_kernel_draws_what_is_chosen_step_by_step_outside_of_it(temperature)
             ahead.draw([1], [0], [16], uniforms[:, :1], 1.0, 40)
 
 
-@kernels_only
 @pytest.mark.parametrize(
     "asked, cores, processors, expected",
     [(8, 2, 2, 2), (None, 2, 2, 2), (None, 2, 4, 2), (3, 2, 4, 3), (8, 1, 1, 1), (None, 64, 64, 16), (64, 64, 64, 16)],
@@ -195,13 +244,9 @@ def test_int8_is_the_model_with_rounded_matrices(dtype):
     exact = full(model, tokens)
     for threads in (1, 2):
         logits = Decoder(model, int8=True, threads=threads)(tokens, [0] * 20, range(20), 20).copy()
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and "wpe" not in name:
-            q, scale = quantize(parameter.data)
-            parameter.data[...] = scale[:, None] * q
-    rounded = full(model, tokens)
-    np.testing.assert_allclose(logits, rounded, rtol=0, atol=10 * TOLERANCE[dtype] * abs(rounded).max())
-    assert 1e-4 < abs(rounded - exact).max() / exact.std() < 0.3  # there is a difference, and it is small
+    expected = full(rounded(model), tokens)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=10 * TOLERANCE[dtype] * abs(expected).max())
+    assert 1e-4 < abs(expected - exact).max() / exact.std() < 0.3  # there is a difference, and it is small
 
 
 @pytest.mark.parametrize(
@@ -221,11 +266,10 @@ def test_rows_that_are_not_there_are_refused(rows):
         decoder(*rows)
 
 
-@kernels_only
 def test_an_interrupt_sets_the_other_threads_free(monkeypatch):
     model = model_of(SHAPES[0])
     decoder = Decoder(model, threads=3)
-    kernel = decode.decode_kernel
+    kernel = decode.kernel.decode_kernel
 
     def interrupted(*args):
         if threading.current_thread() is threading.main_thread():
@@ -233,14 +277,13 @@ def test_an_interrupt_sets_the_other_threads_free(monkeypatch):
             raise KeyboardInterrupt
         kernel(*args)
 
-    monkeypatch.setattr(decode, "decode_kernel", interrupted)
+    monkeypatch.setattr(decode.kernel, "decode_kernel", interrupted)
     with pytest.raises(KeyboardInterrupt):
         decoder([3], [0], [0], 1)
-    monkeypatch.setattr(decode, "decode_kernel", kernel)
+    monkeypatch.setattr(decode.kernel, "decode_kernel", kernel)
     np.testing.assert_allclose(decoder([3], [0], [0], 1)[0], full(model, np.array([3]))[0], rtol=0, atol=1e-12)
 
 
-@kernels_only
 @pytest.mark.parametrize("times", [1, 2])
 def test_an_interrupt_of_the_kernel_comes_when_it_has_drawn_its_tokens(monkeypatch, times):
     """And nobody may draw them once more, from where they end; nor if a second one comes while this is seen to."""
@@ -273,7 +316,6 @@ def test_an_interrupt_of_the_kernel_comes_when_it_has_drawn_its_tokens(monkeypat
         assert np.array_equal(draw(), expected)
 
 
-@kernels_only
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there are no timers that interrupt")
 def test_interrupts_at_any_moment_leave_a_decoder_that_is_right():
     model = model_of(SHAPES[0])
@@ -300,7 +342,6 @@ def test_interrupts_at_any_moment_leave_a_decoder_that_is_right():
     assert interrupted == 300
 
 
-@kernels_only
 def test_a_thread_that_begins_after_an_interrupt_touches_nothing(monkeypatch):
     model = model_of(SHAPES[0])
     tokens = tokens_of(model)
@@ -314,7 +355,6 @@ def test_a_thread_that_begins_after_an_interrupt_touches_nothing(monkeypatch):
         np.testing.assert_allclose(decoder.read(tokens), expected[-1], rtol=0, atol=1e-12)
 
 
-@kernels_only
 def test_a_thread_that_cannot_begin_holds_up_nobody(monkeypatch):
     decoder = Decoder(model_of(SHAPES[0]), threads=3)
     expected = decoder([3], [0], [0], 1).copy()
@@ -334,7 +374,6 @@ def test_a_thread_that_cannot_begin_holds_up_nobody(monkeypatch):
     assert np.array_equal(decoder([3], [0], [0], 1), expected)
 
 
-@kernels_only
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_fork_decodes_too():
@@ -354,7 +393,6 @@ def test_a_fork_decodes_too():
 # ---- what kernels with several threads need
 
 
-@kernels_only
 def test_threads_meet():
     @jit.kernel
     def count(steps, seen, rank, counter, n):
@@ -380,7 +418,6 @@ def test_threads_meet():
 jit_meet = spin.meet
 
 
-@kernels_only
 def test_what_is_no_counter_is_refused_before_anything_is_written():
     @jit.kernel
     def count(counter):
@@ -409,7 +446,6 @@ def test_what_is_no_counter_is_refused_before_anything_is_written():
             assert other.tolist() == [1]
 
 
-@kernels_only
 def test_an_array_at_an_address_is_the_array_itself():
     @jit.kernel
     def double(address, n, like):

@@ -478,8 +478,9 @@ def test_a_folder_is_named_after_what_its_file_imports_and_after_nothing_else(ba
     monkeypatch.setattr(cache, "ROOT", base)
     first = names()
     for file, touched in (
-        ("ops/layernorm.py", {layernorm}),
-        ("kernels/packed.py", {mlp, muon}),
+        ("ops/layernorm.py", {layernorm, decode}),
+        ("ops/mlp.py", {mlp, decode}),
+        ("kernels/packed.py", {mlp, muon, decode}),
         ("kernels/vectors.py", {mlp, muon, decode}),
         ("kernels/tiles.py", {mlp, muon, decode}),
         ("kernels/maths.py", {mlp, decode}),

@@ -1,11 +1,13 @@
 """The GPT as a whole: its names, its initial weights, what it can learn, and how it generates."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
 from npgpt.config import GPTConfig
+from npgpt.engine import no_grad
 from npgpt.errors import UsageError
 from npgpt.model import GPT
 from npgpt.optim import AdamW
@@ -49,6 +51,37 @@ def test_number_of_parameters():
     model = GPT(gpt2, seed=None)
     assert model.num_params(non_embedding=False) == 124_439_808
     assert model.num_params() == 124_439_808 - 1024 * 768
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(np.float32, 1e-5), (np.float64, 1e-13)])
+def test_with_a_cache_the_logits_are_those_of_the_whole_context(dtype, tolerance):
+    model = GPT(CONFIG, dtype=dtype)
+    for n, parameter in enumerate(model.parameters()):
+        parameter.data[...] = np.random.default_rng(n).normal(0, 0.5, parameter.shape)
+    idx, _ = random_batch(11, 3, 9)
+    for scale in (None, 0.7):
+        model.transformer.h[1].attn.scale, cache = scale, []
+        with no_grad():
+            parts = [model(idx[:, a:b], cache=cache)[0].data for a, b in ((0, 4), (4, 5), (5, 6), (6, 9))]
+            expected = model(idx)[0].data
+        np.testing.assert_allclose(np.concatenate(parts, 1), expected, rtol=0, atol=tolerance * abs(expected).max())
+        assert [part.shape for past in cache for part in past] == [(3, 2, 9, 12)] * 4
+
+
+def test_what_a_cache_cannot_do_is_refused_and_changes_nothing():
+    model, idx, cache = GPT(dataclasses.replace(CONFIG, dropout=0.1)), np.zeros((2, 9), int), []
+    with no_grad(), pytest.raises(ValueError, match="past is without gradient and dropout"):
+        model(idx, cache=cache)
+    model.eval()
+    with pytest.raises(ValueError, match="past is without gradient and dropout"):
+        model(idx, cache=cache)
+    with no_grad():
+        model(idx[:, :7], cache=cache)
+        with pytest.raises(ValueError, match="a sequence of 10 tokens is longer than block_size = 9"):
+            model(idx[:, :3], cache=cache)
+        with pytest.raises(ValueError, match=r"expected past of shape \(1, 2, n, hs\), got \(2, 2, 7, 12\)"):
+            model(idx[:1, :1], cache=cache)
+    assert [part.shape for past in cache for part in past] == [(2, 2, 7, 12)] * 4
 
 
 def test_output_layer_is_the_token_embedding():

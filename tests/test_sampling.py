@@ -8,6 +8,7 @@ import pytest
 from npgpt.config import Controls, GPTConfig
 from npgpt.data.characters import ByteTokenizer, CharTokenizer
 from npgpt.errors import CheckpointError, UsageError
+from npgpt.generate.decode import rounded
 from npgpt.generate.decode_kernel import _draw
 from npgpt.generate.generation import Generation, context_start
 from npgpt.generate.sampling import choose, probabilities
@@ -175,6 +176,13 @@ def test_a_context_grows_until_it_is_full_and_then_keeps_its_last_half():
     assert all(n - context_start(n, n - 2, 1) == 1 for n in range(3, 9))
 
 
+def grow(generation, n):
+    """Let the texts of a Generation become n tokens longer."""
+    generation.length = len(generation.texts[generation.alive[0]]) + n
+    while len(generation.texts[generation.alive[0]]) < generation.length:
+        generation.step()
+
+
 CONTROLS = [Controls(temperature=0), Controls(), Controls(1.2, 1.3, 5, 0.9, 0.05)]
 
 
@@ -186,11 +194,19 @@ def test_with_the_cache_and_without_it_the_tokens_are_the_same(controls, n_promp
     texts = []
     for cache in (True, False):
         generation = Generation(model, prompt, rngs(7), controls, cache=cache)
-        for _ in range(3 * CONFIG.block_size + 2):
-            generation.step()
+        grow(generation, 3 * CONFIG.block_size + 2)
         texts.append(generation.texts[0])
     assert texts[0] == texts[1] and len(texts[0]) == n_prompt + 29
     assert len(set(texts[0])) > 2  # it is no test if it says the same thing over and over
+
+
+def test_with_int8_the_model_is_the_rounded_one():
+    model, texts = lively(), []
+    for writes, int8, cache in ((model, True, True), (rounded(model), False, True), (rounded(model), False, False)):
+        generation = Generation(writes, [3], rngs(7), CONTROLS[2], cache=cache, int8=int8)
+        grow(generation, 25)
+        texts.append(generation.texts[0])
+    assert texts[0] == texts[1] == texts[2]
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 70])
@@ -199,8 +215,7 @@ def test_the_same_with_other_lengths_of_the_context(block_size):
     texts = []
     for cache in (True, False):
         generation = Generation(model, [1] * 50, rngs(0), cache=cache)
-        for _ in range(3 * block_size):
-            generation.step()
+        grow(generation, 3 * block_size)
         texts.append(generation.texts)
     assert texts[0] == texts[1]
 
@@ -220,14 +235,12 @@ def test_texts_side_by_side_are_those_that_come_alone():
     # one of the draws is 1e-6 away from another token, and BLAS rounds three rows otherwise than one
     model = lively(dtype=np.float64)
     together = Generation(model, [3, 1], rngs(1, 2, 3))
-    for step in range(40):
-        together.step()
-        if step == 20:
-            together.end(1)
+    grow(together, 21)
+    together.end(1)
+    grow(together, 19)
     for i, seed in enumerate((1, 2, 3)):
         alone = Generation(model, [3, 1], rngs(seed))
-        for _ in range(21 if i == 1 else 40):
-            alone.step()
+        grow(alone, 21 if i == 1 else 40)
         assert together.texts[i] == alone.texts[0]
     assert together.texts[0] != together.texts[2]
 
@@ -251,11 +264,10 @@ def test_log_probabilities_are_the_models_own():
     generation = Generation(model, [3, 1], rngs(1, 2), controls, logprobs=True)
     for _ in range(7):
         before = [list(text) for text in generation.texts]
-        tokens, logprobs = generation.step()
-        for text, token, logprob in zip(before, tokens, logprobs, strict=True):
+        for text, ((token, logprob),) in zip(before, generation.step(), strict=True):
             z = model(np.array([text]))[0].data[0, -1].astype(np.float64)
             assert abs(logprob - (z[token] - np.log(np.exp(z).sum()))) < 1e-5
-    assert Generation(model, [3, 1], rngs(1, 2)).step()[1] == [None, None]
+    assert [logprob for ((_, logprob),) in Generation(model, [3, 1], rngs(1, 2)).step()] == [None, None]
 
 
 def test_log_probabilities_are_the_losses_of_training_where_the_tokenizer_has_fewer_tokens():
@@ -264,7 +276,7 @@ def test_log_probabilities_are_the_losses_of_training_where_the_tokenizer_has_fe
         generation = Generation(model, [1], rngs(1), logprobs=True, cache=cache, tokenizer=CharTokenizer("abcd"))
         for _ in range(5):
             idx = np.array(generation.texts)
-            (token,), (logprob,) = generation.step()
+            (((token, logprob),),) = generation.step()
             targets = np.full(idx.shape, -1)
             targets[0, -1] = token
             assert abs(logprob + model(idx, targets)[1].item()) < 1e-5
@@ -273,8 +285,7 @@ def test_log_probabilities_are_the_losses_of_training_where_the_tokenizer_has_fe
 def test_tokens_without_a_text_are_never_chosen():
     model = lively()
     generation = Generation(model, [1], rngs(1), Controls(temperature=50.0), tokenizer=CharTokenizer("abcd"))
-    for _ in range(100):
-        generation.step()
+    grow(generation, 100)
     assert set(generation.texts[0]) == {0, 1, 2, 3}
 
 

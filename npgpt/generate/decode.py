@@ -1,18 +1,8 @@
-"""One token after the other: the forward pass of a GPT for the newest tokens only, at the speed of memory.
+"""One token after the other, at the speed of memory: GPT.forward(idx, cache=...) in one kernel, which must equal it.
 
-A token's keys and values depend on the tokens up to it alone, so they are computed once and kept (the KV cache): the
-next token needs one row of every matrix product instead of T rows.
-
-    for each block l and each row, which is one token at one position of one stream:
-        q, k, v = c_attn(ln_1(x))
-        keys[l, stream, :, position], values[l, stream, :, position] = k, v
-        x += c_proj(softmax(q keys[l, stream, :, :position+1]^T / sqrt(hs)) values[l, stream, :, :position+1])
-        x += mlp(ln_2(x))
-    logits = ln_f(x) wte^T
-
-This is the model of npgpt/model.py without what only its gradients need.  A row may belong to any stream (one of the
-texts that are written side by side) and stand at any position whose predecessors are in the cache or among the rows of
-the same call: reading a prompt is many rows of one stream, writing eight texts is one row of each.
+Its rows are tokens.  Each may belong to any stream (one of the texts that are written side by side) and stand at any
+position whose predecessors are in the cache or among the rows of the same call: reading a prompt is many rows of one
+stream, writing eight texts is one row of each.
 
 What takes the time is to fetch the weights from memory: see decode_kernel.py.  With int8 weights there is a quarter as
 much to fetch:
@@ -27,14 +17,11 @@ import os
 
 import numpy as np
 
-from npgpt.generate.decode_kernel import BLOCK, MATRICES, claim_kernel, decode_kernel
+from npgpt.generate import decode_kernel as kernel
 from npgpt.kernels.crew import Crew
-from npgpt.kernels.jit import KERNELS
 from npgpt.kernels.spin import SLEEPS
 from npgpt.machine import cores, processors
-from npgpt.ops.layernorm import EPS, layernorm_forward_ref
-from npgpt.ops.linear import linear_forward_ref
-from npgpt.ops.mlp import A, K, gelu_ref
+from npgpt.model import GPT
 
 CHUNK = 32  # rows of a call when a prompt is read
 MOST_THREADS = 16  # more would wait for each other, and for the memory
@@ -44,52 +31,6 @@ AHEAD = 16  # steps of which the kernel draws the tokens in one call, at most
 
 FREE = -(2**62)  # the counter of threads that must not wait any more
 
-# --------------------------------------------------------------------------------------------------------------------
-# Reference
-
-
-def decode_ref(keys, values, tokens, streams, positions, n_logits, parameters, n_head):
-    """Put rows into the cache, and return the logits (n_logits, V) of the last ones.
-
-    keys, values                  (L, B, n_head, T, hs): the cache, changed in place
-    tokens, streams, positions    (R,) integers; a row's predecessors are in the cache or among the rows
-    parameters                    the model's parameters, name -> array
-    """
-    wte, wpe = parameters["transformer.wte.weight"], parameters["transformer.wpe.weight"]
-    zeros = np.zeros(4 * wte.shape[1], wte.dtype)
-
-    def norm(x, name):
-        weight = parameters[f"{name}.weight"]
-        return layernorm_forward_ref(x, weight, parameters.get(f"{name}.bias", zeros[: len(weight)]), EPS)[0]
-
-    def linear(x, name):
-        weight = parameters[f"{name}.weight"]
-        return linear_forward_ref(x, weight, parameters.get(f"{name}.bias", zeros[: len(weight)]))
-
-    x = wte[tokens] + wpe[positions]  # (R, C)
-    R, C = x.shape
-    hs = C // n_head
-    for layer in range(len(keys)):
-        block = f"transformer.h.{layer}"
-        qkv = linear(norm(x, f"{block}.ln_1"), f"{block}.attn.c_attn")
-        q, k, v = qkv.reshape(R, 3, n_head, hs).transpose(1, 0, 2, 3)
-        keys[layer, streams, :, positions] = k  # (R, n_head, hs)
-        values[layer, streams, :, positions] = v
-        y = np.empty_like(q)
-        for row, (stream, position) in enumerate(zip(streams, positions, strict=True)):
-            past = layer, stream, slice(None), slice(0, position + 1)
-            scores = (keys[past] @ q[row][:, :, None])[:, :, 0] / math.sqrt(hs)  # (n_head, position + 1)
-            p = np.exp(scores - scores.max(axis=1, keepdims=True))
-            p /= p.sum(axis=1, keepdims=True)
-            y[row] = (p[:, None] @ values[past])[:, 0]
-        x = x + linear(y.reshape(R, C), f"{block}.attn.c_proj")
-        x = x + linear(gelu_ref(linear(norm(x, f"{block}.ln_2"), f"{block}.mlp.c_fc")), f"{block}.mlp.c_proj")
-    return norm(x[R - n_logits :], "transformer.ln_f") @ wte.T
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The cache, and what runs on it
-
 
 def quantize(w):
     """w (N, K) -> q (N, K) int8 and scale (N,), with w ~ scale[:, None] q."""
@@ -98,9 +39,52 @@ def quantize(w):
     return np.rint(w / scale[:, None]).astype(np.int8), scale
 
 
-def _addresses(rows):
-    """Where arrays lie in memory: a list of lists of them -> int64, 0 for None."""
-    return np.array([[0 if array is None else array.ctypes.data for array in row] for row in rows], np.int64)
+def rounded(model):
+    """A GPT with the numbers that the matrices of another one have as int8."""
+    copy = GPT(model.config, seed=None, dtype=model.lm_head.weight.dtype)
+    for (name, parameter), ours in zip(model.named_parameters(), copy.parameters(), strict=True):
+        ours.data[...] = parameter.data
+        if ours.ndim == 2 and "wpe" not in name:
+            q, scale = quantize(parameter.data)
+            ours.data[...] = scale[:, None] * q
+    return copy.eval()
+
+
+def _records(model, int8):
+    """ENDS and BLOCKs of a GPT, the arrays that they name, and how many bytes of these are read for each token."""
+    arrays, transformer = [], model.transformer
+
+    def place(array):
+        if array is None:
+            return 0
+        arrays.append(np.ascontiguousarray(array))
+        return arrays[-1].ctypes.data
+
+    def matrix(layer, int8=int8):
+        w, scale = quantize(layer.weight.data) if int8 else (layer.weight.data, None)
+        bias = getattr(layer, "bias", None)
+        kind = kernel.INT8 if int8 else kernel.REAL
+        return place(w), place(scale), kind, place(None if bias is None else bias.data), *w.shape
+
+    def norm(layer):
+        weight, bias = layer.weight.data, layer.bias
+        return place(weight), place(np.zeros_like(weight) if bias is None else bias.data), layer.eps
+
+    def scale(attn):
+        return 1 / math.sqrt(attn.c_proj.weight.shape[1] // attn.n_head) if attn.scale is None else attn.scale
+
+    blocks = [
+        (
+            norm(block.ln_1), matrix(block.attn.c_attn), scale(block.attn), matrix(block.attn.c_proj),
+            norm(block.ln_2), matrix(block.mlp.c_fc), kernel.GELU, matrix(block.mlp.c_proj),
+        )
+        for block in transformer.h
+    ]  # fmt: skip
+    ln_f, head = norm(transformer.ln_f), matrix(model.lm_head)
+    nbytes = sum(array.nbytes for array in arrays)
+    wte = head if model.lm_head.weight is transformer.wte.weight else matrix(transformer.wte)
+    ends = np.array([(wte, matrix(transformer.wpe, int8=False), ln_f, head)], kernel.ENDS)
+    return ends, np.array(blocks, kernel.BLOCK), arrays, nbytes
 
 
 class Decoder:
@@ -122,46 +106,27 @@ class Decoder:
             raise ValueError(f"Decoder: the model is not GPT(config): {other}")
         config = model.config
         L, H, C, V = config.n_layer, config.n_head, config.n_embd, config.vocab_size
-        self.n_head, self.length = H, min(config.block_size, length or config.block_size)
-        self.parameters = {name: np.ascontiguousarray(p.data) for name, p in model.named_parameters()}
-        dtype = self.parameters["transformer.wte.weight"].dtype
+        self.length = min(config.block_size, length or config.block_size)
+        dtype = model.lm_head.weight.dtype
         self.keys, self.values = np.zeros((2, L, n_streams, H, self.length, C // H), dtype)
-        scales = {}  # of the matrices that are int8: name -> (N,)
-        if int8:
-            for name, w in self.parameters.items():
-                if w.ndim == 2 and "wpe" not in name:
-                    self.parameters[name], scales[name] = quantize(w)
-        self.nbytes = sum(w.nbytes for name, w in self.parameters.items() if "wpe" not in name)  # read for each call
+        ends, blocks, self._arrays, self.nbytes = _records(model, int8)  # (arrays: the kernel has but their addresses)
         self.limits = np.array([[V], [n_streams], [self.length]], np.uint64)
-        self.rows = max(CHUNK, n_streams)
-        self._rows = np.empty((3, self.rows), np.int64)  # tokens, streams, positions
+        self.rows = n = max(CHUNK, n_streams)
         self._disturbed = False  # whether an interrupt may have left another thread at work
-        if KERNELS == "numpy":
-            for name, scale in scales.items():
-                self.parameters[name] = self.parameters[name] * scale[:, None]
-            return
         self.threads = max(1, min(threads or cores(), processors(), MOST_THREADS))
-        blocks = [f"transformer.h.{layer}." for layer in range(L)]
-        self._scales = scales  # as the kernel knows only where they lie, they must be kept here
-        self._weights = (
-            self.parameters["transformer.wte.weight"],
-            scales.get("transformer.wte.weight", np.zeros(0, dtype)),
-            self.parameters["transformer.wpe.weight"],
-            _addresses([[self.parameters.get(block + name) for name in BLOCK] for block in blocks]),
-            _addresses([[scales.get(block + name) for name in BLOCK if name in MATRICES] for block in blocks]),
-            _addresses([[self.parameters.get(f"transformer.ln_f.{name}") for name in ("weight", "bias")]]),
-            np.array([EPS, A, K]),
-        )
-        n, T = self.rows, self.length
-        self._logits = np.empty((n, V), dtype)
-        self._size, self._temperature = np.zeros(4, np.int64), np.zeros(1)
-        self._uniforms, self._drawn = np.zeros((AHEAD, n)), np.zeros((AHEAD, n), np.int64)
-        draws = self._temperature, self._uniforms, self._drawn
-        shared = [np.empty((n, width), dtype) for width in (C, 3 * C, C, 4 * C)]
-        self._args = self._size, *draws, self._logits, self.keys, self.values, self._rows, *self._weights, *shared
-        self._own = [(np.empty((n, C), dtype), np.empty((1, T), dtype)) for _ in range(self.threads)]
-        self._counter, self._jobs = np.zeros(8, np.int64), np.zeros(8, np.int64)  # (lines of memory of their own)
+        self._counter, self._jobs = np.zeros((2, 8), np.int64)  # (each has a line of memory for itself)
         self._states = np.empty((self.threads, 8), np.int64)
+        self._job = kernel.Job(
+            np.zeros(4, np.int64), np.empty((3, n), np.int64), np.empty((n, V), dtype), np.zeros(1),
+            np.zeros((AHEAD, n)), np.zeros((AHEAD, n), np.int64), self._counter, self._jobs,
+        )  # fmt: skip
+        sizes = (n, C), (n, 3 * C), (n, C), n * blocks["c_fc"]["n_out"].max()
+        shared = kernel.Shared(*(np.empty(size, dtype) for size in sizes))
+        self._args = kernel.Model(ends, blocks, self.keys, self.values), self._job, shared
+        self._own = [
+            kernel.Own(np.empty((n, C), dtype), np.empty((2, n), dtype), np.empty((1, self.length), dtype), state)
+            for state in self._states
+        ]
         self._start_over()
 
     def __call__(self, tokens, streams, positions, n_logits):
@@ -170,12 +135,10 @@ class Decoder:
         tokens, streams, positions    (R,) integers, at most `rows` of them; what stands before a row in its stream must
                                       be in the cache, or among the rows
         """
-        rows = self._place(tokens, streams, positions, n_logits)
-        if KERNELS == "numpy":
-            return decode_ref(self.keys, self.values, *rows, n_logits, self.parameters, self.n_head)
-        self._size[:] = len(tokens), n_logits, 0, 0
+        self._place(tokens, streams, positions, n_logits)
+        self._job.size[:] = len(tokens), n_logits, 0, 0
         self._run_job(len(tokens))
-        return self._logits[:n_logits]
+        return self._job.logits[:n_logits]
 
     def draw(self, tokens, streams, positions, uniforms, temperature, vocab_size):
         """Put rows into the cache, draw the token after each, put that into the cache, and so on -> (steps, R) tokens.
@@ -184,24 +147,24 @@ class Decoder:
         uniforms                      (steps, R) numbers in [0, 1), for at most AHEAD steps
         temperature, vocab_size       of Controls; only tokens below vocab_size are drawn
 
-        The last ones are not in the cache yet.  A token of -1 stands for logits that are not finite.  This is for
-        kernels only: with NPGPT_KERNELS=numpy, npgpt/generate/generation.py chooses all tokens.
+        The last ones are not in the cache yet.  A token of -1 stands for logits that are not finite.
         """
         R, steps = len(tokens), len(uniforms)
         rows = self._place(tokens, streams, positions, R)
         if steps > AHEAD or (rows[2] + steps > self.length).any():
             raise ValueError(f"Decoder: {steps} steps are too many from positions {rows[2].tolist()} on")
-        self._size[:] = R, R, steps, vocab_size
-        self._temperature[0], self._uniforms[:steps, :R] = temperature, uniforms
+        job = self._job
+        job.size[:] = R, R, steps, vocab_size
+        job.temperature[0], job.uniforms[:steps, :R] = temperature, uniforms
         self._run_job(R)
-        return self._drawn[:steps, :R]
+        return job.drawn[:steps, :R]
 
     def _place(self, tokens, streams, positions, n_logits):
         """The rows (3, R) where the kernel finds them, which are checked."""
         if self._disturbed:
             self._calm()
         R = len(tokens)
-        rows = self._rows[:, : min(R, self.rows)]
+        rows = self._job.rows[:, : min(R, self.rows)]
         if R <= self.rows:
             rows[0], rows[1], rows[2] = tokens, streams, positions
         # (as unsigned numbers, those below 0 are huge)
@@ -219,8 +182,7 @@ class Decoder:
             self._run(0, 1, 0)
 
     def _run(self, rank, ranks, seen):
-        h, p = self._own[rank]
-        decode_kernel(*self._args, h, p, rank, ranks, self._counter, self._jobs, seen, self._states[rank])
+        kernel.decode_kernel(*self._args, self._own[rank], rank, ranks, seen)
 
     def _help(self, rank, seen):
         try:
@@ -234,7 +196,7 @@ class Decoder:
             self._start_over()
         self._disturbed, others = True, []  # until all is done
         try:
-            seen, asleep = int(self._jobs[0]), claim_kernel(self._states[1:])
+            seen, asleep = int(self._jobs[0]), kernel.claim_kernel(self._states[1:])
             for rank in range(1, self.threads):
                 if asleep >> (rank - 1) & 1:
                     others.append(self._crew.submit(self._help, rank, seen))
@@ -251,7 +213,7 @@ class Decoder:
         """Have all other threads sleep, whatever they wait for.  If an interrupt ends this, the next call does it."""
         if self._process != os.getpid():
             return self._start_over()
-        self._size[:] = 0  # should one of them take what follows for a job, there is nothing to do in it
+        self._job.size[:] = 0  # should one of them take what follows for a job, there is nothing to do in it
         self._counter[0] = FREE
         self._jobs[0] += 1
         self._crew.call_off()

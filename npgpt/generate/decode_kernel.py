@@ -1,5 +1,7 @@
 """The kernel of npgpt/generate/decode.py: the forward pass for the newest tokens, and the draw of what follows them.
 
+It is the one copy of the model, fused for speed; tests/test_decode.py holds it to GPT.forward(idx, cache=...).
+
 A product of one row with a matrix uses each weight once, for two operations: what takes the time is to fetch it from
 memory.  So the kernel takes all blocks in one call, reads each weight where the model has it, once for all rows, and
 shares the work with all cores where there is enough to read.
@@ -8,49 +10,111 @@ A small model needs less time for a token than Python needs to choose it.  Where
 for, the kernel draws the tokens itself, and goes on with them for some steps.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from npgpt.kernels.jit import helper, kernel
 from npgpt.kernels.maths import array_at, exp, largest
 from npgpt.kernels.spin import claim, count_up, meet, next_job
 from npgpt.kernels.tiles import dots_unchecked as dots  # (Decoder allocates or checks all that it is given, once)
+from npgpt.ops.layernorm import layernorm_forward
+from npgpt.ops.mlp import gelu, gelu_numbers
 
-# the parameters of a block in the order in which the kernel is told where they lie
-BLOCK = (
-    "ln_1.weight", "ln_1.bias", "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "attn.c_proj.bias",
-    "ln_2.weight", "ln_2.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias",
+REAL, INT8 = 0, 1  # kinds of numbers in a matrix: those of the model's dtype, or bytes
+GELU = 0  # activations
+
+# What the kernel is told of a model: where its arrays lie, 0 for none
+MATRIX = np.dtype([(name, np.int64) for name in ("address", "scale", "kind", "bias", "n_out", "n_in")])
+NORM = np.dtype([("weight", np.int64), ("bias", np.int64), ("eps", np.float64)])
+BLOCK = np.dtype(
+    [
+        ("ln_1", NORM), ("c_attn", MATRIX), ("scale", np.float64), ("attn_proj", MATRIX),
+        ("ln_2", NORM), ("c_fc", MATRIX), ("activation", np.int64), ("mlp_proj", MATRIX),
+    ]
 )  # fmt: skip
-MATRICES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+ENDS = np.dtype([("wte", MATRIX), ("wpe", MATRIX), ("ln_f", NORM), ("lm_head", MATRIX)])
+
+
+class Model(NamedTuple):
+    ends: np.ndarray  # (1,) ENDS
+    blocks: np.ndarray  # (L,) BLOCK
+    keys: np.ndarray  # (L, B, n_head, T, hs)
+    values: np.ndarray
+
+
+class Job(NamedTuple):
+    """What the threads are to do, and by what they wait for each other."""
+
+    size: np.ndarray  # (4,) rows, and logits; if tokens are to be drawn, for how many steps, and below which one
+    rows: np.ndarray  # (3, rows) tokens, streams, positions; like all that follows, with room for more than there are
+    logits: np.ndarray  # (rows, V)
+    temperature: np.ndarray  # (1,)
+    uniforms: np.ndarray  # (AHEAD, rows) what tokens are drawn with
+    drawn: np.ndarray  # (AHEAD, rows)
+    counter: np.ndarray
+    jobs: np.ndarray
+
+
+class Shared(NamedTuple):
+    """What the threads work on together."""
+
+    x: np.ndarray  # (rows, C)
+    qkv: np.ndarray  # (rows, 3C)
+    y: np.ndarray  # (rows, C)
+    hidden: np.ndarray  # (rows * the MLP's width,)
+
+
+class Own(NamedTuple):
+    """What one thread has for itself."""
+
+    h: np.ndarray  # (rows, C)
+    moments: np.ndarray  # (2, rows) of a layer norm
+    p: np.ndarray  # (1, T)
+    state: np.ndarray
+
+
+_BYTES = np.zeros(1, np.int8)
+GROUP = 16  # elements that are never split between threads, nor computed in two ways: bits must not depend on the split
 
 
 @helper
-def _norm(y, x, weight, bias, eps):
-    """y = layer norm of the rows of x (R, C); the same lines as in npgpt/ops/layernorm.py."""
-    R, C = x.shape
-    one, inv_C, eps = x.dtype.type(1), x.dtype.type(1 / C), x.dtype.type(eps)
-    for r in range(R):
-        total = x.dtype.type(0)
-        for i in range(C):
-            total += x[r, i]
-        m = total * inv_C
-        total = x.dtype.type(0)
-        for i in range(C):
-            total += (x[r, i] - m) * (x[r, i] - m)
-        rstd = one / np.sqrt(total * inv_C + eps)
-        m = m if total < np.inf else x.dtype.type(np.nan)
-        for i in range(C):
-            y[r, i] = (x[r, i] - m) * rstd * weight[i]
-        if len(bias):
-            for i in range(C):
-                y[r, i] += bias[i]
+def _times(out, x, w, first, last, add):
+    """out[:, first:last] = those columns of x w^T + bias, or out += that, for the MATRIX w."""
+    scale, bias = array_at(w.scale, w.n_out, x), array_at(w.bias, w.n_out, x)
+    if w.kind == INT8:
+        numbers = array_at(w.address, w.n_out * w.n_in, _BYTES).reshape(w.n_out, w.n_in)
+        dots(out, x, numbers, scale, bias, first, last, add)
+    else:
+        dots(out, x, array_at(w.address, w.n_out * w.n_in, x).reshape(w.n_out, w.n_in), scale, bias, first, last, add)
 
 
 @helper
-def _attend(y, q, keys, values, p):
-    """y (hs,) = softmax(q keys^T / sqrt(hs)) values: q (1, hs), keys and values (n, hs), p room for (1, n) numbers."""
+def _add_row(x, w, n, first, last):
+    """x[first:last] += those columns of row n of the MATRIX w."""
+    if w.kind == INT8:
+        numbers, scale = array_at(w.address + n * w.n_in, w.n_in, _BYTES), array_at(w.scale, w.n_out, x)[n]
+        for i in range(first, last):
+            x[i] += x.dtype.type(numbers[i]) * scale
+    else:
+        numbers = array_at(w.address + n * w.n_in * x.itemsize, w.n_in, x)
+        for i in range(first, last):
+            x[i] += numbers[i]
+
+
+@helper
+def _norm(own, x, norm):
+    """own.h = layer norm of x (R, C)."""
+    weight, bias = array_at(norm.weight, x.shape[1], x), array_at(norm.bias, x.shape[1], x)
+    layernorm_forward(own.h, own.moments[0], own.moments[1], x, weight, bias, norm.eps)
+
+
+@helper
+def _attend(y, q, keys, values, scale, p):
+    """y (hs,) = softmax(scale q keys^T) values: q (1, hs), keys and values (n, hs), scale > 0, p room for (1, n)."""
     n, hs = keys.shape
     real = y.dtype.type
-    scale, total = real(1 / np.sqrt(hs)), real(0)
+    scale, total = real(scale), real(0)
     dots(p, q, keys, p[0, :0], p[0, :0], 0, n, False)
     p = p[0]
     m = largest(p, n)
@@ -72,19 +136,16 @@ def _attend(y, q, keys, values, p):
             y[i] += p[t] * values[t, i]
 
 
-GROUP = 16  # elements that are never split between threads, nor computed in two ways: bits must not depend on the split
-
-
 @helper
-def _gelu(z, a, k):
-    """z = gelu(z) in place, as in npgpt/ops/mlp.py."""
-    one, a, minus_2k = z.dtype.type(1), z.dtype.type(a), z.dtype.type(-2 * k)
-    whole = len(z) // GROUP * GROUP
-    for start in range(0, whole, GROUP):
-        for i in range(start, start + GROUP):
-            z[i] = z[i] / (one + exp(minus_2k * (z[i] + a * z[i] * z[i] * z[i])))
-    for i in range(whole, len(z)):
-        z[i] = z[i] / (one + exp(minus_2k * (z[i] + a * z[i] * z[i] * z[i])))
+def _activate(z, activation):
+    """z = activation(z), in place."""
+    if activation == GELU:
+        numbers, whole = gelu_numbers(z), len(z) // GROUP * GROUP
+        for start in range(0, whole, GROUP):
+            for i in range(start, start + GROUP):
+                z[i] = gelu(z[i], numbers)
+        for i in range(whole, len(z)):
+            z[i] = gelu(z[i], numbers)
 
 
 @helper
@@ -95,40 +156,25 @@ def _part(n, rank, ranks):
 
 
 @helper
-def _decode(
-    logits, keys, values, tokens, streams, positions, wte, wte_scale, wpe, places, scale_places, final,
-    constants, x, qkv, y, hidden, h, p, rank, ranks, counter,
-):  # fmt: skip
-    """What decode_ref does, as number `rank` of `ranks` threads that share the rows of all matrices.
-
-    places              (L, 12) addresses of the parameters in BLOCK, 0 for none
-    scale_places        (L, 4) those of the scales of int8 matrices
-    final               (1, 2) those of ln_f's weight and bias
-    constants           layer norm's eps, GELU's a and k (Numba would not notice that they change in other files)
-    x, qkv, y, hidden   (R, C), (R, 3C), (R, C), (R, 4C): what the threads work on together
-    h, p                (R, C), (1, T): this one's own
-    """
-    R, C = x.shape
-    n_head, hs = keys.shape[2], keys.shape[4]
-    real = x.dtype.type
+def _decode(model, job, shared, own, rank, ranks, R, n_logits):
+    """What GPT.forward does with a cache, as number `rank` of `ranks` threads that share the rows of all matrices."""
+    ends, keys, values, counter = model.ends[0], model.keys, model.values, job.counter
+    tokens, streams, positions = job.rows[0], job.rows[1], job.rows[2]
+    x, qkv, y, h = shared.x[:R], shared.qkv[:R], shared.y[:R], own.h[:R]
+    C, n_head, hs = x.shape[1], keys.shape[2], keys.shape[4]
     head0, head1 = n_head * rank // ranks, n_head * (rank + 1) // ranks
     out0, out1 = _part(C, rank, ranks)
     for r in range(R):
-        token, position = tokens[r], positions[r]
-        for i in range(out0, out1):
-            e = real(wte[token, i])
-            if len(wte_scale):
-                e *= wte_scale[token]
-            x[r, i] = e + wpe[position, i]
+        x[r, out0:out1] = 0
+        _add_row(x[r], ends.wte, tokens[r], out0, out1)
+        _add_row(x[r], ends.wpe, positions[r], out0, out1)
     for layer in range(len(keys)):
-        place, scales = places[layer], scale_places[layer]
+        block = model.blocks[layer]
         meet(counter, ranks)
         # q, k, v = c_attn(ln_1(x)), of this thread's heads
-        _norm(h, x, array_at(place[0], C, x), array_at(place[1], C, x), constants[0])
-        w = array_at(place[2], 3 * C * C, wte).reshape(3 * C, C)
-        scale, bias = array_at(scales[0], 3 * C, x), array_at(place[3], 3 * C, x)
+        _norm(own, x, block.ln_1)
         for part in range(3):
-            dots(qkv, h, w, scale, bias, part * C + head0 * hs, part * C + head1 * hs, False)
+            _times(qkv, h, block.c_attn, part * C + head0 * hs, part * C + head1 * hs, False)
         for r in range(R):
             stream, position = streams[r], positions[r]
             for head in range(head0, head1):
@@ -142,29 +188,28 @@ def _decode(
                 at = head * hs
                 _attend(
                     y[r, at : at + hs], qkv[r, at : at + hs].reshape(1, hs), keys[layer, stream, head, :n],
-                    values[layer, stream, head, :n], p,
+                    values[layer, stream, head, :n], block.scale, own.p,
                 )  # fmt: skip
         meet(counter, ranks)
-        # x += c_proj(y)
-        w = array_at(place[4], C * C, wte).reshape(C, C)
-        dots(x, y, w, array_at(scales[1], C, x), array_at(place[5], C, x), out0, out1, True)
+        # x += attn_proj(y)
+        _times(x, y, block.attn_proj, out0, out1, True)
         meet(counter, ranks)
-        # hidden = gelu(c_fc(ln_2(x)))
-        _norm(h, x, array_at(place[6], C, x), array_at(place[7], C, x), constants[0])
-        w = array_at(place[8], 4 * C * C, wte).reshape(4 * C, C)
-        first, last = _part(4 * C, rank, ranks)
-        dots(hidden, h, w, array_at(scales[2], 4 * C, x), array_at(place[9], 4 * C, x), first, last, False)
+        # hidden = activation(c_fc(ln_2(x)))
+        _norm(own, x, block.ln_2)
+        F = block.c_fc.n_out
+        hidden = shared.hidden[: R * F].reshape(R, F)
+        first, last = _part(F, rank, ranks)
+        _times(hidden, h, block.c_fc, first, last, False)
         for r in range(R):
-            _gelu(hidden[r, first:last], constants[1], constants[2])
+            _activate(hidden[r, first:last], block.activation)
         meet(counter, ranks)
-        # x += c_proj(hidden)
-        w = array_at(place[10], 4 * C * C, wte).reshape(C, 4 * C)
-        dots(x, hidden, w, array_at(scales[3], C, x), array_at(place[11], C, x), out0, out1, True)
-    if len(logits):
+        # x += mlp_proj(hidden)
+        _times(x, hidden, block.mlp_proj, out0, out1, True)
+    if n_logits:
         meet(counter, ranks)
-        _norm(h, x, array_at(final[0, 0], C, x), array_at(final[0, 1], C, x), constants[0])
-        first, last = _part(len(wte), rank, ranks)
-        dots(logits, h[R - len(logits) :], wte, wte_scale, array_at(0, 0, x), first, last, False)
+        _norm(own, x, ends.ln_f)
+        first, last = _part(ends.lm_head.n_out, rank, ranks)
+        _times(job.logits[:n_logits], h[R - n_logits :], ends.lm_head, first, last, False)
 
 
 @helper
@@ -199,36 +244,26 @@ def _draw(z, uniform, temperature):
 
 
 @kernel
-def decode_kernel(
-    size, temperature, uniforms, drawn, logits, keys, values, rows, wte, wte_scale, wpe, places, scale_places, final,
-    constants, x, qkv, y, hidden, h, p, rank, ranks, counter, jobs, seen, state,
-):  # fmt: skip
+def decode_kernel(model, job, shared, own, rank, ranks, seen):
     """_decode, once for rank 0; the others do it for each job that rank 0 begins, until there is none for a while.
 
     To wake a thread takes as long as a token of a small model.  So the others stay awake from token to token.
-
-    size (4,)               how many rows and logits there are in this job (the arrays of rows have room for more); if
-                            tokens are to be drawn, for how many steps, and the first how many tokens may be
-    uniforms, drawn         (AHEAD, rows) what they are drawn with, and the tokens
     """
     if rank == 0 and ranks > 1:
-        count_up(jobs)
-    while rank == 0 or next_job(jobs, seen, state):
+        count_up(job.jobs)
+    while rank == 0 or next_job(job.jobs, seen, own.state):
         seen += 1
-        R, n, steps, vocab_size = size
+        R, n_logits, steps, vocab_size = job.size
         for step in range(max(1, steps)):
-            _decode(
-                logits[:n], keys, values, rows[0, :R], rows[1, :R], rows[2, :R], wte, wte_scale, wpe, places,
-                scale_places, final, constants, x[:R], qkv[:R], y[:R], hidden[:R], h[:R], p, rank, ranks, counter,
-            )  # fmt: skip
-            meet(counter, ranks)
+            _decode(model, job, shared, own, rank, ranks, R, n_logits)
+            meet(job.counter, ranks)
             if steps:
                 for r in range(rank, R, ranks):
-                    token = _draw(logits[r, :vocab_size], uniforms[step, r], temperature[0])
-                    drawn[step, r] = token
-                    rows[0, r] = max(0, token)
-                    rows[2, r] += 1
-                meet(counter, ranks)
+                    token = _draw(job.logits[r, :vocab_size], job.uniforms[step, r], job.temperature[0])
+                    job.drawn[step, r] = token
+                    job.rows[0, r] = max(0, token)
+                    job.rows[2, r] += 1
+                meet(job.counter, ranks)
         if rank == 0:
             return
 

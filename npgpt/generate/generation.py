@@ -7,7 +7,7 @@ import numpy as np
 from npgpt.config import Controls
 from npgpt.engine import no_dropout, no_grad
 from npgpt.errors import CheckpointError
-from npgpt.generate.decode import AHEAD, Decoder
+from npgpt.generate.decode import AHEAD, Decoder, rounded
 from npgpt.generate.sampling import NOT_FINITE, choose, probabilities
 from npgpt.kernels.jit import KERNELS
 
@@ -36,7 +36,7 @@ def _checked_prompt(idx, vocab_size):
 
 
 class Generation:
-    """Texts that grow from one prompt, side by side, a token at a time.
+    """Texts that grow from one prompt, side by side, a token or a block of them at a time.
 
     model      a GPT
     idx        the prompt: a list of tokens, at least one; its last block_size tokens are the first context
@@ -65,25 +65,34 @@ class Generation:
         self.alive = list(range(len(rngs)))  # the texts that still grow
         self.start = max(0, len(idx) - self.block_size)
         self.cached = 0  # positions of each text in the cache
-        self.drawn = [[] for _ in rngs]  # tokens of each text that the decoder has drawn ahead
         other = model.difference()
         if int8 and other:
             raise ValueError(f"int8 is for a GPT as its config says; {other}")
-        self.decoder = Decoder(model, len(rngs), length, int8, threads) if cache and other is None else None
+        cached, self.decoder = cache and other is None, None
+        if cached and KERNELS == "numba":
+            self.decoder = Decoder(model, len(rngs), length, int8, threads)
+        elif int8:
+            self.model = rounded(model)
+        self.caches = [{"cache": []} if cached else {} for _ in rngs]  # of each text, if its model writes with one
 
     def _contexts(self):
-        """What the cache does not have yet of each text's context.  To be asked once for each token."""
+        """What the cache does not have yet of each text's context.  To be asked once in a step."""
         n = len(self.texts[self.alive[0]])
         start = context_start(n, self.start, self.block_size)
         if start != self.start:
             self.start, self.cached = start, 0
+            self.caches = [{key: [] for key in cache} for cache in self.caches]
         return [self.texts[i][start + self.cached :] for i in self.alive]
 
     def _logits(self, contexts):
         """(texts alive, V): the model's scores of the next tokens."""
-        if self.decoder is None:
-            return self._forward()
         alive, position, n = self.alive, self.cached, len(contexts[0])
+        if self.decoder is None:
+            with no_grad(), no_dropout():
+                pairs = zip(alive, contexts, strict=True)
+                logits = np.stack([self.model(np.array([x]), **self.caches[i])[0].data[0, -1] for i, x in pairs])
+            self.cached += n if self.caches[0] else 0
+            return logits
         if n == 1:  # what was chosen last
             tokens = [context[0] for context in contexts]
             logits = self.decoder(tokens, alive, [position] * len(alive), len(alive))
@@ -97,72 +106,53 @@ class Generation:
         self.cached += n  # not before it is true
         return logits
 
-    def _forward(self):
-        with no_grad(), no_dropout():
-            logits, _ = self.model(np.array([self.texts[i][self.start :] for i in self.alive]))
-        return logits.data[:, -1]
-
     def _steps_ahead(self, contexts):
         """How many tokens of each text the decoder can draw by itself; 0 if it cannot."""
         c = self.controls
         only_temperature = c.top_k is c.top_p is None and not c.min_p and c.repetition_penalty == 1
-        if not only_temperature or self.logprobs or self.holes or self.decoder is None or KERNELS == "numpy":
-            return 0
-        if len(contexts[0]) > 1:
+        if not only_temperature or self.logprobs or self.holes or self.decoder is None or len(contexts[0]) > 1:
             return 0
         n = len(self.texts[self.alive[0]])
         room = min(self.start + self.block_size + 1, self.length) - n
         return max(1, min(room, AHEAD, int(AT_ONCE / self.decoder.nbytes)))
 
     def _draw_ahead(self, contexts, steps):
-        alive = self.alive
-        uniforms = np.array([self.rngs[i].random(steps) for i in alive]).T  # (steps, texts alive)
-        tokens = [context[0] for context in contexts]
-        drawn = self.decoder.draw(
-            tokens, alive, [self.cached] * len(alive), uniforms, self.controls.temperature, self.vocab_size
-        )
+        """Have the decoder draw tokens of each text -> their blocks."""
+        uniforms = np.array([self.rngs[i].random(steps) for i in self.alive]).T  # (steps, texts alive)
+        rows = [context[0] for context in contexts], self.alive, [self.cached] * len(self.alive)
+        drawn = self.decoder.draw(*rows, uniforms, self.controls.temperature, self.vocab_size)
         if (drawn < 0).any():
             raise CheckpointError(NOT_FINITE)
-        for i, tokens in zip(alive, drawn.T.tolist(), strict=True):
-            self.drawn[i] = tokens
         self.cached += steps
-
-    @np.errstate(all="ignore")  # the caller's own choice is not for what is meant to happen here
-    def step(self):
-        """The next token of each text that still grows, and their log-probabilities or None: two lists.
-
-        A log-probability is the model's own, in nats, before any control.
-        """
-        alive, logprobs = self.alive, None
-        if not self.drawn[alive[0]]:
-            contexts = self._contexts()
-            steps = self._steps_ahead(contexts)
-            if steps:
-                self._draw_ahead(contexts, steps)
-            else:
-                logprobs = self._choose(contexts)
-        tokens = [self.drawn[i].pop(0) for i in alive]
-        for i, token in zip(alive, tokens, strict=True):
-            self.texts[i].append(token)
-        return tokens, logprobs or [None] * len(tokens)
+        return [[(token, None) for token in tokens] for tokens in drawn.T.tolist()]
 
     def _choose(self, contexts):
-        """Draw one token of each text, with all controls -> the log-probabilities, or None."""
-        logits = self._logits(contexts)
+        """Draw one token of each text, with all controls -> their blocks."""
+        logits, logprobs = self._logits(contexts), [None] * len(contexts)
         possible = logits[:, : self.vocab_size]
         if self.holes:
             possible = possible.copy()
             possible[:, self.holes] = -np.inf
         p = probabilities(possible, [self.texts[i] for i in self.alive], self.controls)
         tokens = choose(p, [self.rngs[i].random() for i in self.alive])
-        for i, token in zip(self.alive, tokens, strict=True):
-            self.drawn[i] = [token]
-        if not self.logprobs:
-            return None
-        # with the tokens that are never chosen: the model gives them a share all the same
-        z = logits - logits.max(axis=1, keepdims=True)
-        found = z[np.arange(len(z)), tokens] - np.log(np.exp(z, dtype=np.float64).sum(axis=1))
-        return found.tolist()
+        if self.logprobs:  # with the tokens that are never chosen: the model gives them a share all the same
+            z = logits - logits.max(axis=1, keepdims=True)
+            logprobs = (z[np.arange(len(z)), tokens] - np.log(np.exp(z, dtype=np.float64).sum(axis=1))).tolist()
+        return [[pair] for pair in zip(tokens, logprobs, strict=True)]
+
+    @np.errstate(all="ignore")  # the caller's own choice is not for what is meant to happen here
+    def step(self):
+        """The next tokens of each text that still grows: a block for each, all of one length and within `length`.
+
+        A block is a list of (token, log-probability or None).  The latter is the model's own, in nats, before any
+        control.
+        """
+        contexts = self._contexts()
+        steps = self._steps_ahead(contexts)
+        blocks = self._draw_ahead(contexts, steps) if steps else self._choose(contexts)
+        for i, block in zip(self.alive, blocks, strict=True):
+            self.texts[i] += [token for token, _ in block]
+        return blocks
 
     def end(self, i):
         """Text number i is complete."""

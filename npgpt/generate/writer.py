@@ -92,9 +92,11 @@ def write(
 def _pieces(i, generation, length, writers, waiting):
     while waiting[i] or i in generation.alive:
         if not waiting[i]:
-            alive = list(generation.alive)
-            for j, token, logprob in zip(alive, *generation.step(), strict=True):
-                waiting[j].append(Piece(writers[j].feed(token), token, logprob, None))
+            for j, block in zip(list(generation.alive), generation.step(), strict=True):
+                for token, logprob in block:
+                    waiting[j].append(Piece(writers[j].feed(token), token, logprob, None))
+                    if writers[j].stopped:
+                        break
                 if writers[j].stopped or len(generation.texts[j]) == length:
                     finish = "stop" if writers[j].stopped else "length"
                     waiting[j].append(Piece(writers[j].end(), None, None, finish))

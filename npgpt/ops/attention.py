@@ -21,14 +21,17 @@ Backward, undoing one line after the other:
 
 The forward keeps no (T, T) matrix, only the logarithm of each row's sum, lse_t = log sum_j e^s_tj (Dao et al. 2022):
 the backward makes p = e^(s - lse) again.  It is kept in float64: what float32 loses of a large lse would be the error
-of p.  And both take a few queries at a time, with just the keys that these may see:
-this is half of the multiplications, and memory that grows with T, not with T^2.
+of p.  And both take a few queries at a time, with just the keys that these may see: this is half of the
+multiplications, and memory that grows with T, not with T^2.
+While a text is written, the keys and values so far stay as they are, and are kept (the KV cache: `past`).  So a new
+token costs one row of each product instead of T.
 """
 
 import math
 
 import numpy as np
 
+from npgpt.engine import state
 from npgpt.kernels.attention import QUERY_BLOCK, ROWS, backward_heads, forward_heads, scratch
 from npgpt.kernels.buffers import as_rows, empty
 from npgpt.kernels.jit import replaces
@@ -54,10 +57,10 @@ def merged_heads(y, n_head):
 
 
 def _scores_ref(q, k):
-    """q, k (B, n_head, T, hs) -> s (B, n_head, T, T), -inf where the mask is."""
-    T, hs = q.shape[-2:]
-    s = q @ k.swapaxes(-1, -2) / math.sqrt(hs)  # (B, n_head, T, T)
-    future = np.triu(np.ones((T, T), bool), k=1)
+    """q (B, n_head, T, hs), the last T of the n positions of k (B, n_head, n, hs) -> s (B, n_head, T, n), masked."""
+    (T, hs), n = q.shape[-2:], k.shape[-2]
+    s = q @ k.swapaxes(-1, -2) / math.sqrt(hs)  # (B, n_head, T, n)
+    future = np.triu(np.ones((T, n), bool), k=1 + n - T)
     return np.where(future, -np.inf, s).astype(q.dtype)
 
 
@@ -67,8 +70,7 @@ def _softmax_ref(s):
     e = np.exp(s - m)
     total = e.sum(axis=-1, keepdims=True)
     p = e / total
-    lse = (m + np.log(total, dtype=np.float64))[..., 0]
-    return p, lse
+    return p, (m + np.log(total, dtype=np.float64))[..., 0]
 
 
 def _dropout_scale_ref(like, dropout):
@@ -89,11 +91,18 @@ def attention_forward_ref(qkv, n_head, dropout):
     return y.transpose(0, 2, 1, 3).reshape(B, T, H * hs), lse
 
 
+def attention_past_ref(qkv, n_head, past):
+    """qkv (B, T, 3C) of the positions that follow those of past -> y (B, T, C); past gets their keys and values."""
+    q, k, v = split_heads(qkv, n_head)
+    past[:] = [np.concatenate(pair, axis=2) for pair in zip(past or (k[:, :, :0], v[:, :, :0]), (k, v), strict=True)]
+    y = _softmax_ref(_scores_ref(q, past[0]))[0] @ past[1]
+    return y.transpose(0, 2, 1, 3).reshape(*qkv.shape[:2], qkv.shape[2] // 3)
+
+
 def attention_weights_ref(qkv, n_head):
     """qkv (B, T, 3C) -> p (B, n_head, T, T): how much each position takes from itself and from those before it."""
     q, k, _ = split_heads(qkv, n_head)
-    p, _ = _softmax_ref(_scores_ref(q, k))
-    return p
+    return _softmax_ref(_scores_ref(q, k))[0]
 
 
 def attention_backward_ref(dy, qkv, lse, n_head, dropout):
@@ -123,12 +132,14 @@ def attention_backward_ref(dy, qkv, lse, n_head, dropout):
 # Op
 
 
-def causal_attention(qkv, n_head, p_drop=0.0):
+def causal_attention(qkv, n_head, p_drop=0.0, scale=None, past=None):
     """Causal multi-head self-attention.
 
     qkv (B, T, 3C): queries, keys and values side by side, as one linear layer makes them -> y (B, T, C).
     p_drop: probability with which an attention weight is dropped (npgpt.random_stream says which).
-    Raises ValueError unless 3 * n_head divides the last axis and 0 <= p_drop < 1.
+    scale: what scores are multiplied with; by default 1 / sqrt(hs).
+    past: a list, empty at first, then [keys, values], each (B, n_head, n, hs), of the n positions before those of qkv;
+    it gets theirs too.  Without gradient and dropout.  Raises ValueError for other shapes, and unless 0 <= p_drop < 1.
     """
     check_p("causal_attention", p_drop)
     if qkv.ndim != 3 or qkv.shape[2] % (3 * n_head):
@@ -136,10 +147,17 @@ def causal_attention(qkv, n_head, p_drop=0.0):
             f"causal_attention: qkv must have shape (B, T, 3 * n_head * hs) with n_head = {n_head}, got {qkv.shape}"
         )
     B, T, C3 = qkv.shape
-    dropout = Dropout(p_drop, *next_random_key()) if p_drop > 0 else Dropout()
+    if scale is not None:  # the kernels know 1 / sqrt(hs): the rest of it goes into the queries
+        qkv = qkv * np.repeat([scale * math.sqrt(C3 // 3 // n_head), 1, 1], C3 // 3).astype(qkv.dtype)
     data = as_rows(qkv.data).reshape(B, T, C3)
-    y = empty((B, T, C3 // 3), qkv.dtype)
-    lse = empty((B, n_head, T), np.float64)
+    if past is not None:
+        if p_drop > 0 or (qkv.requires_grad and state.recording):
+            raise ValueError("causal_attention: past is without gradient and dropout: see no_grad() and eval()")
+        if past and past[0].shape[:2] != (B, n_head):
+            raise ValueError(f"causal_attention: expected past of shape ({B}, {n_head}, n, hs), got {past[0].shape}")
+        return record("causal_attention", attention_past_ref(data, n_head, past), (qkv,), None)
+    dropout = Dropout(p_drop, *next_random_key()) if p_drop > 0 else Dropout()
+    y, lse = empty((B, T, C3 // 3), qkv.dtype), empty((B, n_head, T), np.float64)
     attention_forward(y, lse, data, n_head, dropout)
 
     def backward(dy):
@@ -156,8 +174,7 @@ def causal_attention(qkv, n_head, p_drop=0.0):
 
 @replaces(attention_forward_ref, flops=lambda y, *_: 2 * y.size * (y.shape[1] + 1))
 def attention_forward(y, lse, qkv, n_head, dropout):
-    B, T, C3 = qkv.shape
-    hs = C3 // 3 // n_head
+    B, T, hs = *qkv.shape[:2], y.shape[2] // n_head
     (k_t,), s = scratch(1, ROWS, T, hs, qkv.dtype)
     y, qkv = y.reshape(B, T, 1, n_head, hs), qkv.reshape(B, T, 3, n_head, hs)
     forward_heads(y, lse, qkv, k_t, s, *dropout)
@@ -165,8 +182,7 @@ def attention_forward(y, lse, qkv, n_head, dropout):
 
 @replaces(attention_backward_ref, flops=lambda dqkv, dy, *_: 4 * dy.size * (dy.shape[1] + 1))
 def attention_backward(dqkv, dy, qkv, lse, n_head, dropout):
-    B, T, C3 = qkv.shape
-    hs = C3 // 3 // n_head
+    B, T, hs = *qkv.shape[:2], dy.shape[2] // n_head
     n = min(T, QUERY_BLOCK)
     (k_t, v_t), scores = scratch(2, 2 * n, T, hs, qkv.dtype)
     qkv, dqkv = qkv.reshape(B, T, 3, n_head, hs), dqkv.reshape(B, T, 3, n_head, hs)

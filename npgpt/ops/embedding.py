@@ -60,28 +60,28 @@ def check_indices(op, name, indices, size, ignore_index=None):
     return indices
 
 
-def embedding(idx, wte, wpe):
+def embedding(idx, wte, wpe, first=0):
     """Embed a batch of token sequences.
 
     idx (B, T) integers, wte (V, C), wpe (block_size, C), of one dtype -> (B, T, C).  int64 idx are not copied, and the
-    backward reads them again, without a check: they must not change before it.
+    backward reads them again, without a check: they must not change before it.  first: the first token's position.
     Raises ValueError for T > block_size and for tokens outside 0 .. V - 1.
     """
     idx = check_indices("embedding", "idx", idx, wte.shape[0])
     if idx.ndim != 2:
         raise ValueError(f"embedding: idx must have shape (B, T), got {idx.shape}")
     B, T = idx.shape
-    if T > wpe.shape[0]:
-        raise ValueError(f"embedding: a sequence of {T} tokens is longer than block_size = {wpe.shape[0]}")
+    if first + T > wpe.shape[0]:
+        raise ValueError(f"embedding: a sequence of {first + T} tokens is longer than block_size = {wpe.shape[0]}")
     C = wte.shape[1]
     if wpe.shape[1] != C:
         raise ValueError(f"embedding: wpe must have shape (block_size, {C}), got {wpe.shape}")
     y = empty((B, T, C), wte.dtype)
-    embedding_forward(y, idx, wte.data, wpe.data)
+    embedding_forward(y, idx, wte.data, wpe.data[first:])
 
     def backward(dy):
         dwte, dwpe = wte.grad_to_add_to(), wpe.grad_to_add_to()
-        embedding_backward(dwte, dwpe, as_rows(dy).reshape(B, T, C), idx)
+        embedding_backward(dwte, dwpe[first:], as_rows(dy).reshape(B, T, C), idx)
         return None, None  # both are added already
 
     return record("embedding", y, (wte, wpe), backward)

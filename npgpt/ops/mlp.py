@@ -31,7 +31,7 @@ import math
 import numpy as np
 
 from npgpt.kernels.buffers import as_rows, empty
-from npgpt.kernels.jit import kernel, replaces
+from npgpt.kernels.jit import helper, kernel, replaces
 from npgpt.kernels.maths import exp
 from npgpt.kernels.matmul import matmul
 from npgpt.ops.linear import add_bias, check_linear, linear_backward_ref, linear_forward_ref, sum_rows
@@ -113,23 +113,35 @@ def mlp(x, w_fc, b_fc, w_proj, b_proj):
 # Kernels
 
 
+@helper
+def gelu_numbers(like):
+    """What `gelu` needs, in the dtype of an array: 1, a and -2k."""
+    return like.dtype.type(1), like.dtype.type(A), like.dtype.type(-2 * K)
+
+
+@helper
+def gelu(z, numbers):
+    one, a, minus_2k = numbers
+    return z / (one + exp(minus_2k * (z + a * z * z * z)))
+
+
 @kernel
 def bias_gelu_forward(act, pre, bias):
     """pre += bias, in place; act = gelu(pre)."""
     N, F = pre.shape
-    one, a, minus_2k = pre.dtype.type(1), pre.dtype.type(A), pre.dtype.type(-2 * K)
+    numbers = gelu_numbers(pre)
     for n in range(N):
         for i in range(F):
             z = pre[n, i] + bias[i]
             pre[n, i] = z
-            act[n, i] = z / (one + exp(minus_2k * (z + a * z * z * z)))
+            act[n, i] = gelu(z, numbers)
 
 
 @kernel
 def gelu_backward(grad, act, dbias, pre):
     """grad holds the gradient of act and gets that of pre, in place; dbias = its sum over the rows; act = gelu(pre)."""
     N, F = pre.shape
-    one, a, minus_2k = pre.dtype.type(1), pre.dtype.type(A), pre.dtype.type(-2 * K)
+    one, a, minus_2k = gelu_numbers(pre)
     two_k, a3 = pre.dtype.type(2 * K), pre.dtype.type(3 * A)
     dbias[:] = 0
     for n in range(N):

@@ -280,6 +280,7 @@ class Trainer:
         rng = np.random.default_rng([self.config.seed, SAMPLE, self.iter])
         writer = Writer(self.tokenizer)
         generation = unprompted(self.model, self.tokenizer, rng, 1 + n_tokens)
-        for _ in range(n_tokens):
-            yield writer.feed(generation.step()[0][0])
+        while len(generation.texts[0]) <= n_tokens:
+            for token, _ in generation.step()[0]:
+                yield writer.feed(token)
         yield writer.end()

@@ -3,13 +3,14 @@
 You will understand
 
 - which step of a matrix lowers a loss most,
-- how products of matrices change singular values without computing them (Newton-Schulz),
+- how a few products of matrices give that step (Newton-Schulz),
 - what Nesterov's momentum looks ahead to,
 - why only matrices get such a step, and how long it is.
 
 Counterpart: npgpt/muon.py, where the same runs for the matrices of a GPT's blocks.  Training takes it by default.
 Next: 14_tokens.py, where a text becomes numbers.
 Try it: let Q be np.eye(8), so that the valley lies straight.  Who is better off now, Adam or Muon, and why?
+(The check below that table then says WRONG, as it should.)
 
     python examples/13_muon.py
 """
@@ -34,8 +35,8 @@ np.set_printoptions(precision=3, suppress=True)
 # s_1 times.  The s_i are the singular values of G.  With the u_i as columns of U, the v_i as columns of V, and the s_i
 # on the diagonal of S, the sum is G = U S V^T, the singular value decomposition.  (A theorem says that there is one.)
 #
-# Let G be the gradient for W.  Its s_i are usually very unlike.  So a step along G changes what W does to v_1, and
-# hardly what it does to the others.  Muon goes along U V^T: the directions are the same, and each s_i is 1.
+# Let G be the gradient for W.  Usually a few of its s_i are far larger than the rest.  So a step along G changes what W
+# does to v_1, and hardly what it does to the others.  Muon goes along U V^T: the same directions, but each s_i is 1.
 
 
 def orthogonal(G):
@@ -51,16 +52,16 @@ def singular_values(G):
 G = rng.normal(size=(4, 4)) * [10, 3, 1, 0.3] @ rng.normal(size=(4, 6))  # some directions large, some small
 print("singular values of G", singular_values(G), "  of U V^T", singular_values(orthogonal(G)), "\n")
 
-# Why is that a good step?  In a step to W - lr D, each W_ij moves by -lr D_ij, and the loss G_ij times as far.  So for
-# small lr the loss falls by lr <G, D>, where <G, D> is the sum of all G_ij D_ij.  A larger D gains more, so its size
-# needs a limit.  What matters is how far a step moves the outputs.  So let D be any matrix that makes no input longer:
-# |D x| <= |x|, which means that no singular value is above 1.  As <u v^T, D>, the sum of all u_j v_k D_jk, is u^T D v,
+# Why is that a good step?  In a step to W - lr D, each W_ij moves by -lr D_ij, and with it the loss by -lr G_ij D_ij.
+# So for small lr the loss falls by lr <G, D>, where <G, D> is the sum of all G_ij D_ij.  A larger D gains more, so its
+# size needs a limit.  What matters is how far a step moves the outputs.  So let D be any matrix that makes no input
+# longer: |D x| <= |x|, so no singular value is above 1.  As <u v^T, D>, the sum of all u_j v_k D_jk, is u^T D v,
 #
 #     <G, D> = sum_i s_i <u_i v_i^T, D> = sum_i s_i u_i^T D v_i <= sum_i s_i
 #
 # for u_i^T (D v_i) is at most the product of two lengths, |u_i| = 1 and |D v_i| <= 1.  D = U V^T reaches this bound: it
 # takes v_i to u_i, and u_i^T u_i = 1.  No other D gains more.  (If the limit is |D_ij| <= 1 for each number, the best D
-# is sign(G); Adam's step is about that, see 10_adamw.py.  That the one limit trains better is an experience, no proof.)
+# is sign(G); Adam's step is about that, see 10_adamw.py.  That Muon's limit trains better is experience, not proved.)
 
 gains = {}
 for title, D in {"G": G, "sign(G)": np.sign(G), "noise": rng.normal(size=G.shape), "U V^T": orthogonal(G)}.items():
@@ -71,8 +72,8 @@ check("U V^T gains the sum of all s_i", difference(best, singular_values(G).sum(
 check("the most that another one gains, as a share of it", max(gains.values()) / best, 1)
 
 # --------------------------------------------------------------------------------------------------------------------
-# Newton-Schulz.  To decompose every matrix at every step is slow.  But products alone change singular values.  Length 1
-# and right angles mean U^T U = I and V^T V = I, so the inner factors vanish:
+# Newton-Schulz.  To decompose every matrix at every step is slow.  But a few products are enough.  Let X = U S V^T.
+# Length 1 and right angles mean U^T U = I and V^T V = I, so the inner factors vanish:
 #
 #     X X^T X = U S V^T  V S U^T  U S V^T = U S^3 V^T                  X X^T X X^T X = U S^5 V^T
 #
@@ -81,9 +82,9 @@ check("the most that another one gains, as a share of it", max(gains.values()) /
 #
 #     s <- s - f(s) / f'(s) = s + (s^-2 - 1) s^3 / 2 = 1.5 s - 0.5 s^3
 #
-# It arrives at 1 exactly, but a small s grows only 1.5 times in a step.  Muon's a, b, c were searched for by computer:
-# a small s grows 3.4445 times, and none gets far above 1.  In return, s never settles: once near 1, it stays between
-# 0.68 and 1.21.
+# (For s^2 - 1 = 0 it would divide by s, which products cannot do.)  It arrives at 1 exactly, but a small s grows only
+# 1.5 times in a step.  Muon's a, b, c were searched for by computer: a small s grows 3.4445 times, and none gets far
+# above 1.  In return, s never settles: once near 1, it stays between 0.68 and 1.21.
 
 a, b, c = 3.4445, -4.7750, 2.0315
 
@@ -105,8 +106,8 @@ for _ in range(5):
 check("after 5 steps, the distance of s from 1, for all s from 0.002 to 1 before", np.abs(s - 1).max(), 0.4)
 
 # The last column warns: an s above 1.26 runs away.  So X is first divided by its norm, the root of the sum of all
-# X_ij^2.  No s_i is larger than that.  For X X^T = U S^2 U^T, and the sum of its diagonal is the sum of all X_ij^2 on
-# the left, and of all s_i^2 on the right.
+# X_ij^2.  No s_i is larger than that, for it is also the root of the sum of all s_i^2: the diagonal of X X^T adds up to
+# the sum of all X_ij^2, but X X^T is a sum of s_i^2 u_i u_i^T as well, whose diagonals add up to s_i^2.
 
 
 def newton_schulz(X, steps=5):
@@ -126,9 +127,9 @@ for _ in range(5):
 print("  and after five steps", s)
 check("newton_schulz(G) and U p(p(p(p(p(S))))) V^T", difference(newton_schulz(G), (U * s) @ Vt), 1e-9)
 
-# If m > n, X^T X (n, n) is cheaper than X X^T (m, m).  For X^T = V S U^T the result is V U^T, which is (U V^T)^T.  So
-# npgpt transposes X before and after.  And as X becomes (a I + b A + c A A) X in a step, npgpt multiplies these factors
-# of all five steps with each other, and the first X only with their product.
+# If m > n, X^T X (n, n) is cheaper than X X^T (m, m).  And X^T = V S U^T leads to V U^T, which is (U V^T)^T.  So npgpt
+# transposes X before and after.  Nor does it need X in each step: with F = a I + b A + c A A, X becomes F X, and A
+# becomes F A F.  So npgpt multiplies the five F with each other, and X only with their product.
 
 tall = rng.normal(size=(9, 4))
 check("a tall matrix, and by its transpose", difference(newton_schulz(tall.T).T, newton_schulz(tall)), 1e-12)
@@ -157,7 +158,8 @@ print("\nweights of the last five gradients: in the mean", m[-5:], "  in the loo
 check("weights in the mean", difference(m, weights), 1e-12)
 check("weights in the look ahead", difference(ahead, mu * weights + (1 - mu) * g), 1e-12)  # g is still the newest
 
-# What it is good for: take loss = 1/2 p^2, with the gradient p.  The mean runs past 0 and back; the look ahead, less.
+# What it is good for: take loss = 1/2 p^2, with the gradient p.  With the mean, p swings past 0; with the look ahead,
+# less so.
 
 print("\np after step  ", *(f"{t:6}" for t in range(0, 121, 15)))
 for title, looks_ahead in (("the mean", False), ("the look ahead", True)):
@@ -182,7 +184,8 @@ def muon(W, g, m, lr, mu=0.95):
 # The loss is 1/2 <W, W H> with a symmetric H, so its gradient is W H.  H multiplies 8 directions, the columns of Q, by
 # 1 .. 0.0001: the steep and the flat ones.  Each number of W is a mix of all of these, and Adam, which looks at each
 # number alone, cannot tell them apart.  Muon sees directions, and steps as far along the flat ones as along the steep
-# ones.  (Each method takes the best of four learning rates, which fall to 0 in the end.)
+# ones.  (Nesterov is the look ahead alone.  Each has the best of four learning rates, and lets it fall to 0 in the
+# end.)
 
 Q = np.linalg.qr(rng.normal(size=(8, 8)))[0]  # columns of length 1 at right angles
 H = Q * np.logspace(0, -4, 8) @ Q.T
@@ -230,7 +233,7 @@ check("alike rows share a length of 1", np.abs(moves - [*[61**-0.5] * 61, 1, 1, 
 # 1 has the length sqrt(n).  If m > n, U V^T keeps this length and spreads it over m outputs, of size sqrt(n / m).  The
 # factor sqrt(m / n) in `muon` brings that to 1.  If m < n, U V^T keeps only m of the n directions of x.  In these, a
 # random x has the length sqrt(m), so the m outputs are of size 1 without a factor.  So one learning rate suits matrices
-# of all shapes.  It is larger than AdamW's, whose step has entries of size 1 (times lr): those of U V^T are smaller.
+# of all shapes.  It is larger than AdamW's: the step of AdamW has entries of size 1 (times lr), and U V^T smaller ones.
 
 print("\n   m     n   size of its entries   of the outputs   with the factor")
 sizes = []

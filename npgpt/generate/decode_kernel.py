@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from npgpt.kernels.jit import helper, kernel
-from npgpt.kernels.maths import array_at, exp, largest
+from npgpt.kernels.maths import array_at, exp, largest, matrix_at
 from npgpt.kernels.spin import claim, count_up, meet, next_job
 from npgpt.kernels.tiles import dots_unchecked as dots  # (Decoder allocates or checks all that it is given, once)
 from npgpt.ops.layernorm import layernorm_forward
@@ -76,10 +76,9 @@ def _times(out, x, w, first, last, add):
     """out[:, first:last] = those columns of x w^T + bias, or out += that, for the MATRIX w."""
     scale, bias = array_at(w.scale, w.n_out, x), array_at(w.bias, w.n_out, x)
     if w.kind == INT8:
-        numbers = array_at(w.address, w.n_out * w.n_in, _BYTES).reshape(w.n_out, w.n_in)
-        dots(out, x, numbers, scale, bias, first, last, add)
+        dots(out, x, matrix_at(w.address, w.n_out, w.n_in, _BYTES), scale, bias, first, last, add)
     else:
-        dots(out, x, array_at(w.address, w.n_out * w.n_in, x).reshape(w.n_out, w.n_in), scale, bias, first, last, add)
+        dots(out, x, matrix_at(w.address, w.n_out, w.n_in, x), scale, bias, first, last, add)
 
 
 @helper

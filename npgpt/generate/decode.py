@@ -122,9 +122,9 @@ class Decoder:
         )  # fmt: skip
         sizes = (n, C), (n, 3 * C), (n, C), n * blocks["c_fc"]["n_out"].max()
         shared = kernel.Shared(*(np.empty(size, dtype) for size in sizes))
-        self._args = kernel.Model(ends, blocks, self.keys, self.values), self._job, shared
+        self._args = ends, blocks, self.keys, self.values, tuple(self._job), tuple(shared)
         self._own = [
-            kernel.Own(np.empty((n, C), dtype), np.empty((2, n), dtype), np.empty((1, self.length), dtype), state)
+            (np.empty((n, C), dtype), np.empty((2, n), dtype), np.empty((1, self.length), dtype), state)  # an Own
             for state in self._states
         ]
         self._start_over()

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from npgpt.kernels.jit import helper, kernel
-from npgpt.kernels.maths import array_at, exp, largest
+from npgpt.kernels.maths import array_at, exp, largest, matrix_at
 from npgpt.kernels.spin import claim, count_up, meet, next_job
 from npgpt.kernels.tiles import dots_unchecked as dots  # (Decoder allocates or checks all that it is given, once)
 from npgpt.ops.layernorm import layernorm_forward
@@ -34,13 +34,6 @@ BLOCK = np.dtype(
     ]
 )  # fmt: skip
 ENDS = np.dtype([("wte", MATRIX), ("wpe", MATRIX), ("ln_f", NORM), ("lm_head", MATRIX)])
-
-
-class Model(NamedTuple):
-    ends: np.ndarray  # (1,) ENDS
-    blocks: np.ndarray  # (L,) BLOCK
-    keys: np.ndarray  # (L, B, n_head, T, hs)
-    values: np.ndarray
 
 
 class Job(NamedTuple):
@@ -83,10 +76,9 @@ def _times(out, x, w, first, last, add):
     """out[:, first:last] = those columns of x w^T + bias, or out += that, for the MATRIX w."""
     scale, bias = array_at(w.scale, w.n_out, x), array_at(w.bias, w.n_out, x)
     if w.kind == INT8:
-        numbers = array_at(w.address, w.n_out * w.n_in, _BYTES).reshape(w.n_out, w.n_in)
-        dots(out, x, numbers, scale, bias, first, last, add)
+        dots(out, x, matrix_at(w.address, w.n_out, w.n_in, _BYTES), scale, bias, first, last, add)
     else:
-        dots(out, x, array_at(w.address, w.n_out * w.n_in, x).reshape(w.n_out, w.n_in), scale, bias, first, last, add)
+        dots(out, x, matrix_at(w.address, w.n_out, w.n_in, x), scale, bias, first, last, add)
 
 
 @helper
@@ -103,10 +95,10 @@ def _add_row(x, w, n, first, last):
 
 
 @helper
-def _norm(own, x, norm):
-    """own.h = layer norm of x (R, C)."""
+def _norm(h, moments, x, norm):
+    """h = layer norm of x (R, C)."""
     weight, bias = array_at(norm.weight, x.shape[1], x), array_at(norm.bias, x.shape[1], x)
-    layernorm_forward(own.h, own.moments[0], own.moments[1], x, weight, bias, norm.eps)
+    layernorm_forward(h, moments[0], moments[1], x, weight, bias, norm.eps)
 
 
 @helper
@@ -140,12 +132,12 @@ def _attend(y, q, keys, values, scale, p):
 def _activate(z, activation):
     """z = activation(z), in place."""
     if activation == GELU:
-        numbers, whole = gelu_numbers(z), len(z) // GROUP * GROUP
+        (one, a, minus_2k), whole = gelu_numbers(z), len(z) // GROUP * GROUP
         for start in range(0, whole, GROUP):
             for i in range(start, start + GROUP):
-                z[i] = gelu(z[i], numbers)
+                z[i] = gelu(z[i], one, a, minus_2k)
         for i in range(whole, len(z)):
-            z[i] = gelu(z[i], numbers)
+            z[i] = gelu(z[i], one, a, minus_2k)
 
 
 @helper
@@ -156,11 +148,10 @@ def _part(n, rank, ranks):
 
 
 @helper
-def _decode(model, job, shared, own, rank, ranks, R, n_logits):
+def _decode(ends, blocks, keys, values, job, shared, own, rank, ranks, R, n_logits):
     """What GPT.forward does with a cache, as number `rank` of `ranks` threads that share the rows of all matrices."""
-    ends, keys, values, counter = model.ends[0], model.keys, model.values, job.counter
-    tokens, streams, positions = job.rows[0], job.rows[1], job.rows[2]
-    x, qkv, y, h = shared.x[:R], shared.qkv[:R], shared.y[:R], own.h[:R]
+    counter, tokens, streams, positions = job.counter, job.rows[0], job.rows[1], job.rows[2]
+    x, qkv, y, h, moments, p = shared.x[:R], shared.qkv[:R], shared.y[:R], own.h[:R], own.moments, own.p
     C, n_head, hs = x.shape[1], keys.shape[2], keys.shape[4]
     head0, head1 = n_head * rank // ranks, n_head * (rank + 1) // ranks
     out0, out1 = _part(C, rank, ranks)
@@ -169,10 +160,10 @@ def _decode(model, job, shared, own, rank, ranks, R, n_logits):
         _add_row(x[r], ends.wte, tokens[r], out0, out1)
         _add_row(x[r], ends.wpe, positions[r], out0, out1)
     for layer in range(len(keys)):
-        block = model.blocks[layer]
+        block = blocks[layer]
         meet(counter, ranks)
         # q, k, v = c_attn(ln_1(x)), of this thread's heads
-        _norm(own, x, block.ln_1)
+        _norm(h, moments, x, block.ln_1)
         for part in range(3):
             _times(qkv, h, block.c_attn, part * C + head0 * hs, part * C + head1 * hs, False)
         for r in range(R):
@@ -188,14 +179,14 @@ def _decode(model, job, shared, own, rank, ranks, R, n_logits):
                 at = head * hs
                 _attend(
                     y[r, at : at + hs], qkv[r, at : at + hs].reshape(1, hs), keys[layer, stream, head, :n],
-                    values[layer, stream, head, :n], block.scale, own.p,
+                    values[layer, stream, head, :n], block.scale, p,
                 )  # fmt: skip
         meet(counter, ranks)
         # x += attn_proj(y)
         _times(x, y, block.attn_proj, out0, out1, True)
         meet(counter, ranks)
         # hidden = activation(c_fc(ln_2(x)))
-        _norm(own, x, block.ln_2)
+        _norm(h, moments, x, block.ln_2)
         F = block.c_fc.n_out
         hidden = shared.hidden[: R * F].reshape(R, F)
         first, last = _part(F, rank, ranks)
@@ -207,7 +198,7 @@ def _decode(model, job, shared, own, rank, ranks, R, n_logits):
         _times(x, hidden, block.mlp_proj, out0, out1, True)
     if n_logits:
         meet(counter, ranks)
-        _norm(own, x, ends.ln_f)
+        _norm(h, moments, x, ends.ln_f)
         first, last = _part(ends.lm_head.n_out, rank, ranks)
         _times(job.logits[:n_logits], h[R - n_logits :], ends.lm_head, first, last, False)
 
@@ -244,18 +235,22 @@ def _draw(z, uniform, temperature):
 
 
 @kernel
-def decode_kernel(model, job, shared, own, rank, ranks, seen):
+def decode_kernel(ends, blocks, keys, values, job, shared, own, rank, ranks, seen):
     """_decode, once for rank 0; the others do it for each job that rank 0 begins, until there is none for a while.
 
     To wake a thread takes as long as a token of a small model.  So the others stay awake from token to token.
+
+    ends (1,) ENDS, blocks (L,) BLOCK; keys, values (L, B, n_head, T, hs); a Job, Shared and Own as plain tuples, since
+    Numba takes microseconds to tell the type of others.
     """
+    job, shared, own = Job(*job), Shared(*shared), Own(*own)
     if rank == 0 and ranks > 1:
         count_up(job.jobs)
     while rank == 0 or next_job(job.jobs, seen, own.state):
         seen += 1
         R, n_logits, steps, vocab_size = job.size
         for step in range(max(1, steps)):
-            _decode(model, job, shared, own, rank, ranks, R, n_logits)
+            _decode(ends[0], blocks, keys, values, job, shared, own, rank, ranks, R, n_logits)
             meet(job.counter, ranks)
             if steps:
                 for r in range(rank, R, ranks):

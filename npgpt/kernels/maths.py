@@ -88,3 +88,9 @@ def array_at(address, n, like):
     So a kernel can be told of any number of arrays by a table of their addresses.  0 is no array: it has no numbers.
     """
     return carray(_pointer(address, like), n if address else 0)
+
+
+@inside_kernels
+def matrix_at(address, n, k, like):
+    """The (n, k) numbers that lie at an address, not 0, as `array_at` has them; reshape would take its time."""
+    return carray(_pointer(address, like), (n, k))

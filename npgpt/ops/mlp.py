@@ -120,8 +120,7 @@ def gelu_numbers(like):
 
 
 @helper
-def gelu(z, numbers):
-    one, a, minus_2k = numbers
+def gelu(z, one, a, minus_2k):
     return z / (one + exp(minus_2k * (z + a * z * z * z)))
 
 
@@ -129,12 +128,12 @@ def gelu(z, numbers):
 def bias_gelu_forward(act, pre, bias):
     """pre += bias, in place; act = gelu(pre)."""
     N, F = pre.shape
-    numbers = gelu_numbers(pre)
+    one, a, minus_2k = gelu_numbers(pre)
     for n in range(N):
         for i in range(F):
             z = pre[n, i] + bias[i]
             pre[n, i] = z
-            act[n, i] = gelu(z, numbers)
+            act[n, i] = gelu(z, one, a, minus_2k)
 
 
 @kernel

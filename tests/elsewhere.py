@@ -118,15 +118,15 @@ def environment(processor, folder):
 def disobeyed(processor):
     """A line for each part that, in this process, does not use what the processor has."""
     from npgpt.kernels.blas import blas_kernels
-    from npgpt.kernels.packed import multiply, scratch_shapes
+    from npgpt.kernels.packed import multiply, scratch_size
     from npgpt.kernels.tiles import ROWS
     from npgpt.kernels.vectors import VECTOR
 
     if (VECTOR, ROWS) != (processor.vector, processor.rows):
         yield f"npgpt/kernels has VECTOR, ROWS = {VECTOR}, {ROWS}"
     a = np.ones((64, 64), np.float32)
-    scratch = [np.empty(shape, a.dtype) for shape in scratch_shapes(a.itemsize)]
-    multiply(np.empty_like(a), a, a, False, False, *scratch, (0, len(a)), (0, len(a)))
+    scratch = np.empty(scratch_size(a.itemsize), a.dtype)
+    multiply(np.empty_like(a), a, a, False, False, scratch, 0, len(a), 0, len(a))
     assembly = "".join(multiply.inspect_asm().values())
     widest = max((register for register in REGISTERS if register in assembly), default="no")
     if REGISTERS.get(widest) != processor.vector:

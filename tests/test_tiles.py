@@ -252,15 +252,17 @@ def test_fetch_knows_nothing_of_what_lies_around(dtype, steps, turned):
 def test_a_packed_product_knows_nothing_of_what_lies_around(dtype, a_turned, b_turned):
     itemsize = np.dtype(dtype).itemsize
     lanes, depth, width = VECTOR // itemsize, packed.DEPTH // itemsize, packed.WIDTH // itemsize
+    far = packed.NEAR // itemsize + 1  # rows of a transposed a that are packed
     shapes = [(M, N, 5) for M in (1, ROWS, 17, 33) for N in (1, *(n * lanes + m for n in range(1, 7) for m in (0, 1)))]
-    for M, N, K in [*shapes, (3, 7, depth), (19, 5, depth + 1), (2, width + 1, 3), (1, 2 * width, depth + 2)]:
+    shapes += (far, 3, 7), (3, 7, depth), (19, 5, depth + 1), (2, width + 1, 3), (1, 2 * width, depth + 2)
+    for M, N, K in shapes:
         left, right = np.resize(RANDOM, (M, K)), np.resize(RANDOM, (K, N))
         a = Guarded(left.T if a_turned else left, dtype, ROW_STEPS[M % 3])
         b = Guarded(right.T if b_turned else right, dtype, ROW_STEPS[N % 3])
-        strip, block = (np.full(shape, np.nan, dtype) for shape in packed.scratch_shapes(itemsize))
+        scratch = np.full(packed.scratch_size(itemsize), np.nan, dtype)
         for rows, columns in (((0, M), (0, N)), ((M // 3, M - M // 4), (N // 3, N - N // 4))):
             out = Guarded(np.full((M, N), 7), dtype)
-            packed.multiply(out.array, a.array, b.array, a_turned, b_turned, strip, block, rows, columns)
+            packed.multiply(out.array, a.array, b.array, a_turned, b_turned, scratch, *rows, *columns)
             part = slice(*rows), slice(*columns)
             assert_close(out.array[part] / K, (left @ right / K)[part])
             out.assert_unchanged(*part)
@@ -273,11 +275,11 @@ def test_a_part_of_a_packed_product_has_the_bits_of_the_whole(dtype):
     M, K, N = 45, packed.DEPTH // np.dtype(dtype).itemsize + 9, 99
     a, b = (np.resize(RANDOM, shape).astype(dtype) for shape in ((M, K), (K, N)))
     whole, parts = np.empty((M, N), dtype), np.empty((M, N), dtype)
-    scratch = [np.empty(shape, dtype) for shape in packed.scratch_shapes(whole.itemsize)]
-    packed.multiply(whole, a, b, False, False, *scratch, (0, M), (0, N))
+    scratch = np.empty(packed.scratch_size(whole.itemsize), dtype)
+    packed.multiply(whole, a, b, False, False, scratch, 0, M, 0, N)
     for rows in ((0, 1), (1, 20), (20, 45)):
         for columns in ((0, 70), (70, 99)):
-            packed.multiply(parts, a.T.copy(), b.T.copy(), True, True, *scratch, rows, columns)
+            packed.multiply(parts, a.T.copy(), b.T.copy(), True, True, scratch, *rows, *columns)
     np.testing.assert_array_equal(parts, whole)
 
 
@@ -313,10 +315,10 @@ def walk_along_borders():
             run_dots(out, a, w, scale, scale, 0, N, True)
             if dtype == np.float32:
                 run_dots(out, a, at_a_border((N, K), np.int8, keep), scale, scale, 0, N, False)
-            scratch = [at_a_border(shape, dtype, keep) for shape in packed.scratch_shapes(a.itemsize)]
+            scratch = at_a_border((packed.scratch_size(a.itemsize),), dtype, keep)
             for turned in (False, True):
                 operands = (a_turned, w) if turned else (a, b)
-                packed.multiply(out, *operands, turned, turned, *scratch, (0, M), (0, N))
+                packed.multiply(out, *operands, turned, turned, scratch, 0, M, 0, N)
     print("all borders stand", flush=True)
     if "cross" in sys.argv:
         ctypes.string_at(a[-1].ctypes.data, a[-1].nbytes + 1)
@@ -404,10 +406,9 @@ def test_dots_refuse_what_does_not_fit(change):
         assert_refused(run_dots, *(DOTS | change | one_row).values())
 
 
-STRIP, BLOCK = map(np.zeros, packed.scratch_shapes(4), [np.float32] * 2)
 MULTIPLY = dict(
-    out=zeros(3, 6), a=zeros(3, 5), b=zeros(5, 6), a_turned=False, b_turned=False, strip=STRIP, block=BLOCK,
-    rows=(0, 3), columns=(0, 6),
+    out=zeros(3, 6), a=zeros(3, 5), b=zeros(5, 6), a_turned=False, b_turned=False,
+    scratch=np.zeros(packed.scratch_size(4), np.float32), top=0, bottom=3, left=0, right=6,
 )  # fmt: skip
 
 
@@ -417,10 +418,8 @@ MULTIPLY = dict(
         dict(out=zeros(2, 6)), dict(out=zeros(4, 6)), dict(out=zeros(3, 5)), dict(out=zeros(6, 3).T),
         dict(a=zeros(2, 5)), dict(a=zeros(3, 4)), dict(b=zeros(4, 6)), dict(b=zeros(5, 7)), dict(a_turned=True),
         dict(b_turned=True), dict(b=zeros(5, 6).T, b_turned=True), dict(a=zeros(5, 3).T, a_turned=False),
-        dict(strip=STRIP[:-1]), dict(strip=STRIP[:, :8]), dict(block=BLOCK[:-1]),
-        dict(strip=np.zeros((len(STRIP), 32), np.float32)[:, :16]),
-        dict(rows=(-1, 3)), dict(rows=(2, 1)), dict(rows=(0, 4)), dict(columns=(-1, 1)), dict(columns=(5, 4)),
-        dict(columns=(0, 7)), dict(a=zeros(3, 0), b=zeros(0, 6)),
+        dict(scratch=MULTIPLY["scratch"][:-1]), dict(top=-1), dict(top=2, bottom=1), dict(bottom=4),
+        dict(left=-1), dict(left=5, right=4), dict(right=7), dict(a=zeros(3, 0), b=zeros(0, 6)),
     ],
 )  # fmt: skip
 def test_a_packed_product_refuses_what_does_not_fit(change):

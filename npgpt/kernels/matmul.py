@@ -15,7 +15,7 @@ from npgpt.kernels.blas import told_threads
 from npgpt.kernels.buffers import empty
 from npgpt.kernels.crew import Crew
 from npgpt.kernels.jit import KERNELS, replaces
-from npgpt.kernels.packed import PACK, PANEL, multiply, padded, scratch_shapes, turn
+from npgpt.kernels.packed import PACK, PANEL, multiply, padded, scratch_size, turn
 from npgpt.kernels.vectors import VECTOR
 from npgpt.machine import processors
 
@@ -65,19 +65,18 @@ def _multiply(out, a, b):
     (M, N), threads = out.shape, told_threads() or processors()
     if out.size * a.shape[1] <= TINY:
         threads = 1
-    strip, block = scratch_shapes(out.itemsize)
-    strips, blocks = empty((threads, *strip), out.dtype), empty((threads, *block), out.dtype)
+    scratch = empty((threads, scratch_size(out.itemsize)), out.dtype)
+    if threads == 1:
+        multiply(out, left, right, a_turned, b_turned, scratch[0], 0, M, 0, N)
+        return
 
     def share(i):
         """Each thread packs its own part of the longer side, and all of the other."""
         rows = _part(M, PACK, i, threads) if M >= N else (0, M)
         columns = _part(N, PANEL // out.itemsize, i, threads) if M < N else (0, N)
-        multiply(out, left, right, a_turned, b_turned, strips[i], blocks[i], rows, columns)
+        multiply(out, left, right, a_turned, b_turned, scratch[i], *rows, *columns)
 
-    if threads == 1:
-        share(0)
-    else:
-        _crew(threads).each(share, threads)
+    _crew(threads).each(share, threads)
 
 
 def _part(n, unit, i, parts):

@@ -1,14 +1,14 @@
-"""The product of two large matrices: both are packed, so that the innermost loop reads memory in one line.
+"""The product of two large matrices, whose parts are packed so that the innermost loop finds them side by side.
 
 After Goto and van de Geijn 2008.  A tile of the output, ROWS rows by three vectors of columns, stays in registers while
 k runs.  Each step loads three vectors of b, copies ROWS numbers of a to all lanes of a vector each, and multiplies and
-adds 3 ROWS vectors.  As matrices lie in memory, a step would find its numbers far apart.  So they are packed first:
+adds 3 ROWS vectors.  As b lies in memory, a step's vectors are far from those of the step before; so it is packed:
 
     block    (k, columns) of b, as many as the second cache holds, in panels of three vectors: (k, 3 lanes) each
-    strip    (k, PACK) of a, transposed, for PACK rows of a; it stays in the first cache while it meets the block
+    strip    (k, PACK) of a transposed matrix a whose rows are long: its numbers, too, would lie far apart
 
-A transposed matrix costs nothing more: what is copied of the one is transposed of the other.  The bits of an element of
-the output depend on its row of a and its column of b only, not on where the matrices are cut.
+PACK rows of a stay in the first cache while they meet all panels of the block.  The bits of an element of the output
+depend on its row of a and its column of b only, not on where the matrices are cut.
 """
 
 from npgpt.kernels.jit import KERNELS, helper, intrinsic, kernel
@@ -19,6 +19,7 @@ from npgpt.kernels.vectors import (
     below,
     constant,
     load_vector,
+    not_beyond,
     pointer_to,
     prefetch,
     splat,
@@ -37,47 +38,49 @@ if KERNELS == "numba":
 ROWS = 8 if VECTOR == 64 else 4
 PACK = 16  # rows of a strip
 DEPTH = 1536  # bytes along k that are packed at a time: a strip of float32 takes 24 KiB
+NEAR = 2048  # bytes between two rows of a transposed a that is read as it lies
 AHEAD = 8  # rows that copying is ahead of itself in what it has fetched
 PANEL = 3 * VECTOR  # bytes of a panel's row
 WIDTH = max(second_cache() * 5 // 8 // (DEPTH // 4) // PANEL, 1) * PANEL  # bytes of a block's row
 
 
-def scratch_shapes(itemsize):
-    """The shapes of a strip and of a block, for numbers of so many bytes."""
-    depth = DEPTH // itemsize
-    return (depth, PACK), (depth * (WIDTH // itemsize),)
+def scratch_size(itemsize):
+    """How many numbers of so many bytes a strip and a block have."""
+    return DEPTH // itemsize * (PACK + WIDTH // itemsize)
 
 
 @kernel
-def multiply(out, a, b, a_turned, b_turned, strip, block, rows, columns):
-    """out[rows[0]:rows[1], columns[0]:columns[1]] = this part of a @ b.
+def multiply(out, a, b, a_turned, b_turned, scratch, top, bottom, left, right):
+    """out[top:bottom, left:right] = this part of a @ b.
 
     out (M, N), a (M, K) or, if `a_turned`, (K, M), b (K, N) or, if `b_turned`, (N, K), all of one dtype and contiguous
-    along the last axis; K is not 0.  strip, block: scratch (`scratch_shapes`).  Raises ValueError for other shapes.
+    along the last axis; K is not 0.  scratch (scratch_size,) contiguous.  Raises ValueError for other shapes.
     """
-    (top, bottom), (left, right) = rows, columns
     M, K = a.shape[::-1] if a_turned else a.shape
     inner, N = b.shape[::-1] if b_turned else b.shape
     depth, width = DEPTH // out.itemsize, WIDTH // out.itemsize
     if not (
         (out.shape == (M, N) and inner == K > 0 and 0 <= top <= bottom <= M and 0 <= left <= right <= N)
-        and (strip.shape == (depth, PACK) and strip.strides == (PACK * out.itemsize, out.itemsize))
-        and (len(block) == depth * width and in_line(block) and in_line(out) and in_line(a) and in_line(b))
+        and (len(scratch) == depth * (PACK + width) and in_line(out) and in_line(a) and in_line(b))
     ):
         raise ValueError("multiply: contiguous out (M, N) needs a (M, K) and b (K, N), or their transposes; 0 < K")
+    is_near = a.strides[0] <= NEAR
+    strip, block = scratch[: depth * PACK].reshape(depth, PACK), scratch[depth * PACK :]
     for k in range(0, K, depth):
         after = min(k + depth, K)
-        part = strip[: after - k]
         for j in range(left, right, width):
             end = min(j + width, right)
             _pack_block(block, b[j:end, k:after] if b_turned else b[k:after, j:end], b_turned)
             for i in range(top, bottom, PACK):
                 stop = min(i + PACK, bottom)
-                if a_turned:
-                    _copy(part, a[k:after, i:stop])
+                if not a_turned:
+                    few_rows = a[i:stop, k:after]
+                elif is_near:
+                    few_rows = a.T[i:stop, k:after]
                 else:
-                    transpose(part, a[i:stop, k:after])
-                _meet_block(out[i:stop, j:end], part, block, k > 0)
+                    _copy(strip[: after - k], a[k:after, i:stop])
+                    few_rows = strip.T[: stop - i, : after - k]
+                _meet_block(out[i:stop, j:end], few_rows, block, k > 0)
 
 
 @kernel
@@ -117,26 +120,25 @@ def _pack_block(block, b, turned):
 
 
 @helper
-def _meet_block(out, strip, block, add):
-    """out (up to PACK, columns) = strip.T @ the block, or += where `add` is true."""
-    (M, columns), k = out.shape, len(strip)
+def _meet_block(out, a, block, add):
+    """out (M, columns) = a @ the block, or += where `add` is true, for M up to PACK."""
+    (M, columns), k = out.shape, a.shape[1]
     lanes, j, place = VECTOR // out.itemsize, 0, 0
     while j < columns:
         n = _vectors_of_panel((columns - j + lanes - 1) // lanes)
-        panel = block[place : place + k * n * lanes].reshape(k, n * lanes)
         for i in range(0, M, ROWS):
             if n == 3:
-                _tile_3(out[i:, j:], strip[:, i:], panel, add)
+                _tile_3(out, a, block, i, j, place, add)
             elif n == 2:
-                _tile_2(out[i:, j:], strip[:, i:], panel, add)
+                _tile_2(out, a, block, i, j, place, add)
             else:
-                _tile_1(out[i:, j:], strip[:, i:], panel, add)
+                _tile_1(out, a, block, i, j, place, add)
         j, place = j + n * lanes, place + k * n * lanes
 
 
 @intrinsic
 def _copy(typingctx, panel, x):
-    """panel[:, :N] = x (K, N), and zeros from there to the end of the vector; panel (K, whole vectors)."""
+    """panel[:, :N] = x (K, N), and zeros from there to the end of the vector; panel (K, up to four vectors)."""
     if not (are_fit(panel, x) and panel.ndim == x.ndim == 2):
         return None
 
@@ -145,22 +147,23 @@ def _copy(typingctx, panel, x):
         (panel_array, x_array), _ = unpack(context, builder, signature, args)
         K, N = cgutils.unpack_tuple(builder, x_array.shape)
 
-        whole = builder.udiv(N, constant(lanes))
-        done = builder.mul(whole, constant(lanes))
-        has_rest, mask = builder.icmp_signed("<", done, N), below(builder, done, N, lanes)
-        with cgutils.for_range(builder, K, intp=ir.IntType(64)) as row:
+        def copy(columns, masks):
+            with cgutils.for_range(builder, K, intp=ir.IntType(64)) as loop:
+                ahead = builder.add(loop.index, constant(AHEAD))
+                for column, mask in zip(columns, masks, strict=True):
+                    place = pointer_to(builder, x_array, loop.index, column, vector)
+                    prefetch(builder, pointer_to(builder, x_array, ahead, column, ir.IntType(8)))
+                    numbers = load_vector(builder, place, itemsize, mask)
+                    place = pointer_to(builder, panel_array, loop.index, column, vector)
+                    store_vector(builder, numbers, place, itemsize)
 
-            def copy(column, mask=None):
-                place = pointer_to(builder, x_array, row.index, column, vector)
-                ahead = builder.add(row.index, constant(AHEAD))
-                prefetch(builder, pointer_to(builder, x_array, ahead, column, ir.IntType(8)))
-                numbers = load_vector(builder, place, itemsize, mask)
-                store_vector(builder, numbers, pointer_to(builder, panel_array, row.index, column, vector), itemsize)
-
-            with cgutils.for_range(builder, whole, intp=ir.IntType(64)) as loop:
-                copy(builder.mul(loop.index, constant(lanes)))
-            with builder.if_then(has_rest, likely=False):
-                copy(done, mask)
+        for n in range(1, 5):  # loops whose length the compiler knows
+            columns, end = [constant(v * lanes) for v in range(n)], constant(n * lanes)
+            with builder.if_then(builder.icmp_signed("==", N, end)):
+                copy(columns, [None] * n)
+            is_edge = builder.and_(builder.icmp_signed("<", columns[-1], N), builder.icmp_signed("<", N, end))
+            with builder.if_then(is_edge, likely=False):
+                copy(columns, [None] * (n - 1) + [below(builder, columns[-1], N, lanes)])
         return context.get_dummy_value()
 
     return types.void(panel, x), codegen
@@ -170,34 +173,41 @@ def _make_tile(n):
     """The intrinsic that computes a tile of n vectors of columns."""
 
     @intrinsic
-    def tile(typingctx, out, strip, panel, add):
-        """out[:ROWS, :n lanes] = strip[:, :ROWS].T @ panel, or += where `add` is true; nothing beyond out's edges.
+    def tile(typingctx, out, a, block, i, j, place, add):
+        """out[i:i+ROWS, j:j+n lanes] = a[i:i+ROWS] @ a panel, or += where `add` is true; nothing beyond out's edges.
 
-        strip (k, PACK), of which what stands before the first column belongs to another tile; panel (k, n lanes).
+        The panel (k, n lanes) begins at block[place].
         """
-        if not (are_fit(out, strip, panel) and out.ndim == strip.ndim == panel.ndim == 2):
+        if not (are_fit(out, a, block) and out.ndim == a.ndim == 2 and block.ndim == 1):
             return None
 
         def codegen(context, builder, signature, args):
             itemsize, lanes, vector = vector_of(context, out)
-            (out_array, strip_array, panel_array), (add_value,) = unpack(context, builder, signature, args)
+            (out_array, a_array, block_array), (i_value, j_value, place_value, add_value) = unpack(
+                context, builder, signature, args
+            )
             M, N = cgutils.unpack_tuple(builder, out_array.shape)
-            K, _ = cgutils.unpack_tuple(builder, panel_array.shape)
-            numbers, vectors = strip_array.data, builder.bitcast(panel_array.data, vector.as_pointer())
+            _, K = cgutils.unpack_tuple(builder, a_array.shape)
+            _, step = cgutils.unpack_tuple(builder, a_array.strides)
+            rows = [builder.add(i_value, constant(r)) for r in range(ROWS)]
+            columns = [builder.add(j_value, constant(v * lanes)) for v in range(n)]
+            # rows beyond the last one are the last one again; their sums are not stored
+            last, byte = builder.sub(M, constant(1)), ir.IntType(8)
+            starts = [pointer_to(builder, a_array, not_beyond(builder, row, last), constant(0), byte) for row in rows]
+            panel = builder.bitcast(builder.gep(block_array.data, [place_value]), vector.as_pointer())
             zeros = ir.Constant(vector, [0.0] * lanes)
             sums = [cgutils.alloca_once_value(builder, zeros) for _ in range(ROWS * n)]
             with cgutils.for_range(builder, K, intp=ir.IntType(64)) as loop:
-                number, first = builder.mul(loop.index, constant(PACK)), builder.mul(loop.index, constant(n))
-                places = [builder.gep(vectors, [builder.add(first, constant(v))]) for v in range(n)]
+                offset, first = builder.mul(loop.index, step), builder.mul(loop.index, constant(n))
+                places = [builder.gep(panel, [builder.add(first, constant(v))]) for v in range(n)]
                 factors = [load_vector(builder, place, itemsize) for place in places]
                 for r in range(ROWS):
-                    one = builder.load(builder.gep(numbers, [builder.add(number, constant(r))]))
-                    copies = splat(builder, one, lanes)
+                    number = builder.bitcast(builder.gep(starts[r], [offset]), vector.element.as_pointer())
+                    copies = splat(builder, builder.load(number), lanes)
                     for v in range(n):
                         product = builder.fmul(copies, factors[v], flags=("contract",))
                         total = builder.fadd(builder.load(sums[r * n + v]), product, flags=("contract",))
                         builder.store(total, sums[r * n + v])
-            rows, columns = [constant(r) for r in range(ROWS)], [constant(v * lanes) for v in range(n)]
             places = [pointer_to(builder, out_array, row, column, vector) for row in rows for column in columns]
 
             def finish(masks):
@@ -209,7 +219,8 @@ def _make_tile(n):
                     store_vector(builder, builder.load(total), place, itemsize, mask)
 
             is_whole = builder.and_(
-                builder.icmp_signed("<=", constant(ROWS), M), builder.icmp_signed("<=", constant(n * lanes), N)
+                builder.icmp_signed("<=", builder.add(i_value, constant(ROWS)), M),
+                builder.icmp_signed("<=", builder.add(j_value, constant(n * lanes)), N),
             )
             with builder.if_else(is_whole, likely=True) as (whole, edge):
                 with whole:
@@ -220,7 +231,7 @@ def _make_tile(n):
                     finish([builder.and_(row, column) for row in has_row for column in within])
             return context.get_dummy_value()
 
-        return types.void(out, strip, panel, types.boolean), codegen
+        return types.void(out, a, block, *[types.intp] * 3, types.boolean), codegen
 
     return tile
 

@@ -73,6 +73,7 @@ def _records(model, int8):
     def scale(attn):
         return 1 / math.sqrt(attn.c_proj.weight.shape[1] // attn.n_head) if attn.scale is None else attn.scale
 
+    ln_f, head = norm(transformer.ln_f), matrix(model.lm_head)  # first: to round it takes the most memory
     blocks = [
         (
             norm(block.ln_1), matrix(block.attn.c_attn), scale(block.attn), matrix(block.attn.c_proj),
@@ -80,7 +81,6 @@ def _records(model, int8):
         )
         for block in transformer.h
     ]  # fmt: skip
-    ln_f, head = norm(transformer.ln_f), matrix(model.lm_head)
     nbytes = sum(array.nbytes for array in arrays)
     wte = head if model.lm_head.weight is transformer.wte.weight else matrix(transformer.wte)
     ends = np.array([(wte, matrix(transformer.wpe, int8=False), ln_f, head)], kernel.ENDS)

@@ -382,3 +382,27 @@ def test_write_gives_texts_one_after_the_other():
     # of any number of them
     endless = (np.random.default_rng(seed) for seed in itertools.count())
     assert list(next(write(model, tokenizer, [0], endless, 20))) == whole[0]
+
+
+def test_an_interrupt_of_the_model_leaves_the_text_and_its_cache_as_they_were(monkeypatch):
+    monkeypatch.setattr("npgpt.generate.generation.KERNELS", "numpy")  # then the model writes, with its cache
+    model = lively()
+    expected = list(model.generate([1, 2], 6, rng=5))
+    generation = Generation(model, [1, 2], rngs(5, 5), Controls(), 8)  # two texts, which are alike
+    last, forward, at = model.transformer.h[-1], type(model.transformer.h[-1]).forward, []
+
+    def interrupted(self, x, *past):
+        at.append(self)
+        if self is last and at.count(self) in (2, 5):  # of the second text in the first step, and later
+            raise KeyboardInterrupt
+        return forward(self, x, *past)
+
+    monkeypatch.setattr(type(last), "forward", interrupted)
+    interrupts = 0
+    while len(generation.texts[0]) < 8:
+        try:
+            generation.step()
+        except KeyboardInterrupt:
+            interrupts += 1
+    assert interrupts == 2
+    assert generation.texts == [[1, 2, *expected]] * 2

@@ -88,10 +88,13 @@ class Generation:
         """(texts alive, V): the model's scores of the next tokens."""
         alive, position, n = self.alive, self.cached, len(contexts[0])
         if self.decoder is None:
+            caches = [{name: [list(past) for past in cache] for name, cache in self.caches[i].items()} for i in alive]
             with no_grad(), no_dropout():
-                pairs = zip(alive, contexts, strict=True)
-                logits = np.stack([self.model(np.array([x]), **self.caches[i])[0].data[0, -1] for i, x in pairs])
-            self.cached += n if self.caches[0] else 0
+                pairs = zip(contexts, caches, strict=True)
+                logits = np.stack([self.model(np.array([x]), **cache)[0].data[0, -1] for x, cache in pairs])
+            for i, cache in zip(alive, caches, strict=True):  # an interrupt before it leaves all as it was
+                self.caches[i] = cache
+            self.cached += n if caches[0] else 0
             return logits
         if n == 1:  # what was chosen last
             tokens = [context[0] for context in contexts]

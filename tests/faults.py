@@ -441,7 +441,7 @@ FAULTS = [
         "npgpt/kernels/packed.py",
         "j, place = j + n * lanes, place + k * n * lanes",
         "j, place = j + n * lanes, place + (k - 1) * n * lanes",
-        "A panel has k rows.",
+        "A panel has k rows, so the next one begins after all of them.",
         kernel=True,
     ),
     Fault(

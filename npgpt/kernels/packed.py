@@ -12,7 +12,7 @@ depend on its row of a and its column of b only, not on where the matrices are c
 """
 
 from npgpt.kernels.jit import KERNELS, helper, intrinsic, kernel
-from npgpt.kernels.tiles import in_line, transpose
+from npgpt.kernels.tiles import fetch, in_line, transpose
 from npgpt.kernels.vectors import (
     VECTOR,
     are_fit,
@@ -70,9 +70,14 @@ def multiply(out, a, b, a_turned, b_turned, scratch, top, bottom, left, right):
         after = min(k + depth, K)
         for j in range(left, right, width):
             end = min(j + width, right)
-            _pack_block(block, b[j:end, k:after] if b_turned else b[k:after, j:end], b_turned)
+            _pack_block(block, _part(b, b_turned, k, after, j, end), b_turned)
+            if end < right:  # while this block is at work, the next one is fetched from memory
+                coming = _part(b, b_turned, k, after, end, min(end + width, right))
+            else:
+                coming = _part(b, b_turned, after, min(after + depth, K), left, min(left + width, right))
             for i in range(top, bottom, PACK):
-                stop = min(i + PACK, bottom)
+                stop, share = min(i + PACK, bottom), len(coming) / (bottom - top)
+                fetch(coming[int(share * (i - top)) : int(share * (stop - top))])
                 if not a_turned:
                     few_rows = a[i:stop, k:after]
                 elif is_near:
@@ -81,6 +86,12 @@ def multiply(out, a, b, a_turned, b_turned, scratch, top, bottom, left, right):
                     _copy(strip[: after - k], a[k:after, i:stop])
                     few_rows = strip.T[: stop - i, : after - k]
                 _meet_block(out[i:stop, j:end], few_rows, block, k > 0)
+
+
+@helper
+def _part(b, turned, k, after, j, end):
+    """Of b its rows k:after and its columns j:end, or of b.T those where b is turned."""
+    return b[j:end, k:after] if turned else b[k:after, j:end]
 
 
 @kernel

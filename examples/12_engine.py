@@ -4,17 +4,16 @@ You will understand
 
 - which small case goes wrong without each part of npgpt/engine.py,
 - whose array a gradient is: when it may be added to in place, and when a new array is needed,
-- why the walk lets go of the graph as it passes, and what that makes possible.
+- why the walk lets go of the graph as it passes, and how one step's memory then serves the next.
 
 Counterpart: npgpt/engine.py and npgpt/tensor.py.  A table near the end says which part here is which part there.
 Next: 13_muon.py, the optimizer that trains by default.
-Try it: let `shared` return y + b.  Which gradient will `Hasty` get wrong then?  Say it before you run it.
+Try it: read as far as `shared`, and let it return y + b.  Which gradient will `Hasty` get wrong?  Say it, then run.
 
     python examples/12_engine.py
 """
 
 import collections
-import contextlib
 import math
 import sys
 import tracemalloc
@@ -23,7 +22,7 @@ import weakref
 import numpy as np
 from checks import check, difference, finish
 
-import npgpt  # for the proof at the end alone
+import npgpt  # only for the proof at the end
 
 rng = np.random.default_rng(12)
 
@@ -54,9 +53,9 @@ def unbroadcast(grad, shape):
 
 
 class Arrays:
-    """An array that remembers how it was computed.  The classes below are this one, each with a little more."""
+    """An array that remembers how it was computed.  Each class below adds a little to the one before."""
 
-    made = 0  # arrays for gradients, made by `empty` for all nodes together
+    made = 0  # how many arrays `empty` has made, for all nodes together
 
     def __init__(self, data, parents=(), back=None):
         self.data = np.asarray(data, float)
@@ -64,7 +63,7 @@ class Arrays:
         self.grad = None
 
     def record(self, data, parents, back):
-        """The result of an op, of the same class as its operand."""
+        """The node of an op's result, of the same class as its operand."""
         return type(self)(data, parents, back)
 
     def __add__(a, b):
@@ -81,18 +80,18 @@ class Arrays:
         return a.record(y, (a,), lambda dy: (dy * (1 - y * y),))
 
     def backward(self):
-        """For the sum of all entries: then the gradient of each of them is 1."""
+        """The loss is the sum of all entries of self.  So the gradient of each entry is 1."""
         order = topological_order(self)
         self.add_grad(np.ones_like(self.data))
         while order:
-            order.pop().pass_on()  # `order` forgets the node: that will matter below
+            order.pop().pass_on()  # the last first; a `for` would keep all nodes to the end of the walk
 
     def pass_on(self):
         if self.back is not None:
             for parent, grad in zip(self.parents, self.back(self.grad), strict=True):
                 parent.add_grad(unbroadcast(grad, parent.data.shape))
 
-    def add_grad(self, grad):
+    def add_grad(self, grad):  # each sum is a new array
         self.grad = np.add(0.0 if self.grad is None else self.grad, grad, out=self.empty())
 
     def empty(self):
@@ -102,19 +101,19 @@ class Arrays:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Order.  Each node must be written down after its parents, so 01 visits the parents first.  That is a call within a
-# call within a call, as deep as the chain of ops is long; and Python has a limit.
+# Order.  Each node must be written down after its parents, so 01's `visit` calls itself for the parents first.  The
+# calls nest as deep as the chain of ops is long, and Python has a limit.
 
 
-def visit(node, order):  # 01's, a little shorter: `order` itself tells who was visited
+def visit(node, order):  # 01's, a little shorter: a node that is in `order` was visited
     for parent in node.parents:
         if parent not in order:
             visit(parent, order)
     order.append(node)
 
 
-# The cure: a list, `stack`, in the place of the calls.  Its last entry is the visit that is under way: a node, and
-# those of its parents that are still to be looked at.
+# The cure: a list, `stack`, in place of the nested calls.  Each entry is an unfinished visit: a node, and an iterator
+# over the parents that it has not looked at yet.  The last entry goes on first.
 
 
 def topological_order(root):
@@ -140,7 +139,7 @@ def chain(x, n):
 
 
 def gradients(kind, f, *arrays):
-    """The gradients of f's inputs, as this kind of node finds them."""
+    """The gradients of f's inputs, computed with this class of nodes."""
     inputs = [kind(array) for array in arrays]
     f(*inputs).backward()
     return [node.grad for node in inputs]
@@ -156,12 +155,12 @@ added = gradients(Arrays, lambda x, b: x + b, np.ones((4, 3)), np.ones(3))[1]
 check("in x (4, 3) + b (3,), b's gradient is a sum over 4 rows", difference(added, np.full(3, 4)), 0)
 
 # --------------------------------------------------------------------------------------------------------------------
-# Sums.  `add_grad` makes an array for each contribution.  But most nodes get only one, which needs no sum.  So `Hasty`
-# takes over the first as it is, and adds the others in place.
+# Sums.  So far `add_grad` makes an array for each contribution.  But most nodes get only one, which needs no sum.  So
+# `Hasty` keeps the first array as it is, without a copy, and adds the others to it in place.
 #
 # Take z = y + a, with y = a + b: see `shared` below.  The walk starts with z's [1].  It is sent to y and to a, and both
-# take it over: three names for one array.  Now y sends it on to a and to b.  First a adds it in place, and it becomes
-# [2].  Then b takes it over, and has 2, though its gradient is 1.
+# keep it: three names for one array.  Now y sends it on to a and to b.  First a adds it in place, and the array becomes
+# [2].  Then b keeps this array, and has 2, though its gradient is 1.
 
 
 class Hasty(Arrays):
@@ -172,9 +171,9 @@ class Hasty(Arrays):
             self.grad += grad
 
 
-# The cure is to know whose array it is.  The first contribution may be anybody's.  The second makes a sum, in an array
-# that is this node's own.  The third and all others are added to it in place.  (When the node sends its own array on,
-# others have it too.  But by then its sum is complete: the order sees to that.)
+# The cure is to know whose array it is.  Other nodes may hold the first contribution too, so it must not change.  The
+# second makes a sum, in a new array that is this node's own.  All later ones are added to that in place.  (The node's
+# parents may keep its own array, too.  But a node sends it only when the sum is complete, and then it changes no more.)
 
 
 class Owning(Arrays):
@@ -207,12 +206,12 @@ check("`shared`, Owning and Arrays", difference(grads, np.ravel(gradients(Arrays
 check("arrays that Owning makes for x's 101 contributions", made, 1)
 
 # --------------------------------------------------------------------------------------------------------------------
-# Leaves.  After the walk a leaf's gradient is the user's, who may change it or keep it.  With `Owning` neither is safe:
-# two leaves may have one array, and a second walk adds to an array that the user has kept.  So a leaf copies its first
-# contribution to an array of its own.  And after the walk it forgets that this is its own: it is the user's now.
+# Leaves.  After the walk a leaf's gradient belongs to the user, who may change it or keep it.  With `Owning` neither is
+# safe: two leaves may share an array, and a second walk changes an array that the user has kept.  So a leaf copies its
+# first contribution to an array of its own.  After its turn it sets `own` to None: the next walk makes a new array.
 #
-# An optimizer wants all gradients side by side in one long array (flat.grads in 11_train.py).  So a leaf can be told
-# its *place* in there.  Then the copy goes to the place, and the sum stays in it, whatever walks follow.
+# An optimizer wants all gradients side by side in one long array (flat.grads in 11_train.py).  So a leaf can have a
+# `place`, a part of that array.  All contributions are added up there, also in later walks.
 
 
 class Placed(Owning):
@@ -231,40 +230,40 @@ class Placed(Owning):
     def pass_on(self):
         super().pass_on()
         if self.back is None:
-            self.own = None
+            self.own = None  # it is the user's now
 
 
-print("\n          b's gradient   c's, as kept   in d's place")
+print("\n          b's gradient   c's, 1st walk   in d's place")
 for kind in (Owning, Placed):
     a, b, c, d = (kind(one) for _ in range(4))
     (a + b).backward()
     a.grad *= 0.5  # b's should stay 1
     (c + c).backward()
-    kept = c.grad  # 2, and so it should stay
+    first = c.grad  # 2, and so it should stay
     (c + c).backward()
     d.place = np.zeros(1)
     (d + d).backward()
     (d + d).backward()  # 4 in the place, after two walks
-    found = np.concatenate([b.grad, kept, d.place])
+    found = np.concatenate([b.grad, first, d.place])
     print(f"{kind.__name__:<12}{found[0]:10.1f}{found[1]:15.1f}{found[2]:15.1f}")
 check("Placed: they are 1, 2 and 4", difference(found, [1, 2, 4]), 0)
 
 # --------------------------------------------------------------------------------------------------------------------
-# Memory.  The graph holds every array of the forward, since the backward needs them.  The gradients come on top.  And
-# all of it stays for as long as the loss has a name: a training loop makes the next graph beside it.  But when a node
-# has passed on its gradient, nobody needs that any more, nor its `back`, nor the arrays that `back` holds.
+# Memory.  The graph holds every array of the forward, since the backward needs them.  The gradients come on top.  All
+# of it stays while a variable names the loss, so a training loop builds the next graph beside the old one.  But once a
+# node has passed on its gradient, the walk needs neither the gradient, nor `back`, nor the arrays that `back` holds.
 #
-# That has a price.  Take h = w w, and two losses, 3 h and 5 h, each with a walk of its own.  The second would end at h,
-# as at a leaf.  For w = 1 the gradient of w would be 6 in place of 16, without a word.  So a walk that would reach a
-# used-up node raises an error, before any gradient is added.  (The right way: one walk, from 3 h + 5 h.)
+# Letting go has a price.  Take h = w w, and two losses, 3 h and 5 h, each with its own walk.  The second walk would end
+# at h, as at a leaf.  For w = 1 the gradient of w would be 6, not 16, and nobody would notice.  So a walk first looks
+# for used-up nodes, and raises an error before it adds any gradient.  (The right way: one walk, from 3 h + 5 h.)
 
 
-def used_up(dy):
+def used_up(dy):  # the `back` of a node that a walk has passed
     raise RuntimeError("this part of the graph was used up by an earlier backward()")
 
 
 class Freeing(Placed):
-    kept = False  # whether the user wants this node's gradient, though it is no leaf
+    kept = False  # whether the node keeps its gradient for the user, though it is no leaf
 
     def backward(self):
         if any(node.back is used_up for node in topological_order(self)):
@@ -275,11 +274,11 @@ class Freeing(Placed):
         super().pass_on()
         if self.back is not None:
             self.parents, self.back, self.own = (), used_up, None
-            self.grad = self.grad.copy() if self.kept else None  # a copy: it is the user's, as a leaf's is
+            self.grad = self.grad.copy() if self.kept else None  # a copy, since others may hold it
 
 
 def most_arrays(f, kind):
-    """The memory that f takes at its worst moment, in arrays of the size of `large`."""
+    """The most memory that f uses at any moment, in arrays of the size of `large`."""
     tracemalloc.start()
     f(kind(large))
     peak = tracemalloc.get_traced_memory()[1]
@@ -295,7 +294,7 @@ def tanhs(x):
 
 def two_steps(x):
     for _ in range(2):
-        loss = tanhs(x)  # in the second step, `loss` is the first until this is computed
+        loss = tanhs(x)  # while this is computed, `loss` is still that of the step before
         loss.backward()
 
 
@@ -304,31 +303,31 @@ before, now = (most_arrays(two_steps, kind) for kind in (Placed, Freeing))
 print(f"\n50 tanhs there and back, twice; arrays at once: Placed {before:.0f}, Freeing {now:.0f}")
 check("Freeing: hardly more than the 50 of one forward", now, 55)
 
-w, refused = Freeing(one), 0
+w, went_through = Freeing(one), 1
 h = w * w
 h.kept = True
 (h * Freeing(3 * one)).backward()
 try:
     (h * Freeing(5 * one)).backward()
 except RuntimeError as error:
-    refused = 1
+    went_through = 0
     print(f"Freeing, after 3 h and 5 h: w's gradient {w.grad[0]:.0f}, h's {h.grad[0]:.0f}, and an error: {error}")
 check("Freeing: h's gradient was kept", difference(h.grad, [3]), 0)
-check("Freeing: walks over a used-up graph that went through", 1 - refused, 0)
+check("Freeing: walks over a used-up graph that went through", went_through, 0)
 
 # --------------------------------------------------------------------------------------------------------------------
-# What nobody wants.  Inputs and targets need no gradient, nor does what is computed from them alone: only leaves with
-# requires_grad do, and what depends on them.  And who writes a text, or only measures a loss, never walks back: a graph
-# would hold memory for nothing.  In these cases `record` keeps neither parents nor `back`.
+# What nobody wants.  Only leaves with `requires_grad` need a gradient, and what is computed from them.  Inputs and
+# targets need none.  And whoever generates text, or only measures a loss, never walks back: a graph would hold memory
+# for nothing (no_grad in npgpt, `recording` here).  In these cases `record` keeps neither parents nor `back`.
 #
-# Reuse.  New memory costs time: the system hands it out page by page.  And every training step needs the same sizes.
-# So `empty` takes an array's memory from a pool, to which it goes back when the array is used no more.  As the walk
-# lets go of what it has passed, a few blocks of memory serve all of it.
+# Reuse.  New memory costs time, and every training step needs the same sizes.  So `empty` takes memory from a pool, and
+# the memory returns there when the array is no longer used.  The walk lets go of gradients as it passes, so a few
+# blocks of memory serve all of them.
 #
-# When is an array used no more?  Not yet when the walk has passed its node.  In `doubled` below the gradient of y is
-# that of both tanhs, too.  Say that its memory goes back as y is passed.  Then the gradient of b is written there, and
-# the other tanh takes it for its own.  So memory goes back when nobody can see the array any more.  Python knows: it
-# calls what was given to `weakref.finalize` when the last reference to the array is gone.
+# When is an array no longer used?  Not as soon as the walk has passed its node.  In `doubled` below both tanhs keep the
+# gradient of y: one array, three nodes.  If its memory returned as y is passed, b's gradient would be written into it.
+# The other tanh would then read that.  So memory returns when nothing refers to the array any more.  Python knows when:
+# it then calls the function that was given to `weakref.finalize`.
 
 
 class Pool:
@@ -341,13 +340,13 @@ class Pool:
             self.made += 1
             self.free[size].append(bytearray(size))
         block = self.free[size].pop()
-        array = np.ndarray(shape, float, block)  # with the block as its memory; who has a view has a reference to it
+        array = np.ndarray(shape, float, block)  # the block is its memory; a view of the array keeps the array alive
         weakref.finalize(array, self.free[size].append, block)
         return array
 
 
 class Tensor(Freeing):
-    """The last version: an array, and whether a gradient is wanted for it or for something it was computed from."""
+    """The last version: it knows whether it needs a gradient, and takes memory for gradients from a pool."""
 
     recording, pool = True, Pool()
 
@@ -368,22 +367,14 @@ class Tensor(Freeing):
         return self.pool.take(self.data.shape)
 
 
-@contextlib.contextmanager
-def no_grad():
-    before, Tensor.recording = Tensor.recording, False
-    try:
-        yield
-    finally:
-        Tensor.recording = before
-
-
 def parameter(array):
     return Tensor(array, requires_grad=True)
 
 
-with no_grad():
-    before, now = most_arrays(tanhs, Freeing), most_arrays(tanhs, parameter)
-print(f"\n50 tanhs within no_grad, arrays at once: Freeing {before:.0f}, Tensor {now:.0f}")
+Tensor.recording = False
+before, now = most_arrays(tanhs, Freeing), most_arrays(tanhs, parameter)
+Tensor.recording = True
+print(f"\n50 tanhs that nobody walks back, arrays at once: Freeing {before:.0f}, Tensor {now:.0f}")
 check("Tensor: a few arrays at once", now, 4)
 
 
@@ -397,17 +388,14 @@ grads = gradients(parameter, doubled, one, one)
 check("Tensor: a and b of `doubled` get 2 (1 - tanh^2)", difference(grads, [da, da]), 1e-12)
 
 # --------------------------------------------------------------------------------------------------------------------
-# The proof: a small network on this Tensor and on npgpt's, which has
+# The proof: a small network on this Tensor and on npgpt's.  Where each part is there, and what it does besides:
 #
-#     here                          in npgpt, and what it does besides
-#     record, and the operators     the same (tensor.py): one dtype, clear errors; the operators call unbroadcast
-#     topological_order             the same (engine.py): leaves out what needs no gradient
-#     backward, pass_on, used_up    backward (engine.py): notices that .data was replaced since the forward
-#     own, place, kept, add_grad    Gradient (engine.py), one for each Tensor; two kinds of ops can do better than to
-#                                   return an array: `new` lends the place, while it is free, to one that fills it, and
-#                                   `to_add_to` the sum to one that adds to a few rows of a large table
-#     recording, no_grad            the same (engine.py): for each thread by itself
-#     Pool, empty                   BufferPool, empty (kernels/buffers.py): for results of the forward, too
+#     record, and the operators     tensor.py: one dtype, clear errors; the operators call unbroadcast
+#     topological_order             engine.py: leaves out what needs no gradient
+#     backward, pass_on, used_up    engine.py, `backward`: notices that .data was replaced since the forward
+#     own, place, kept, add_grad    engine.py, `Gradient`, one for each Tensor: an op can ask for the array to write to
+#     recording                     engine.py, with no_grad(): for each thread by itself
+#     Pool, empty                   kernels/buffers.py, `BufferPool` and `empty`: for results of the forward, too
 #
 # Two layers with the same weight, on a residual stream as in a GPT: w and b are used twice, and b is broadcast.
 

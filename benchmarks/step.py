@@ -328,6 +328,8 @@ def main(argv=None):
     parser.add_argument("--blas-threads", type=positive, help="BLAS threads of each (default: chosen)")
     parser.add_argument("--json", metavar="FILE", help="write all figures to a file too")
     options = parser.parse_args(argv)
+    if options.profile and options.json:
+        parser.error("--json has nothing to write of --profile")
     needs_peer = options.peer != "none" and not options.against and not options.profile
     if needs_peer and importlib.util.find_spec("torch") is None:
         raise UsageError("PyTorch is not installed: pip install torch, or measure npgpt alone with --peer none")

@@ -15,7 +15,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for benchmarks, however pytest is started
 
-from benchmarks import against, sample
+from benchmarks import against, sample, step
 from benchmarks.against import FEWEST, PRECISION, compare, estimate, report, rounds_needed
 from benchmarks.common import ROOT, BenchmarkError, checked_out
 from npgpt.errors import UsageError
@@ -246,3 +246,9 @@ def test_the_table_that_is_printed_is_read(capsys):
     sample.report(options, 100, seconds, {"npgpt": 10**8, "npgpt int8": 10**7, "torch": None}, 1e10, memory)
     figures = sample.read_table(capsys.readouterr().out, 8)
     assert figures == {"npgpt": (0.0225, 1.5e9), "npgpt int8": (5e-5, 5e8)}
+
+
+def test_a_profile_of_a_step_has_no_figures_for_json(capsys, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        step.main(["--profile", "--json", str(tmp_path / "figures.json")])
+    assert ended.value.code == 2 and "--json" in capsys.readouterr().err

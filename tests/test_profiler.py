@@ -133,3 +133,24 @@ def test_a_kernel_is_wrapped_only_while_a_profile_is_made():
         raise OSError
     assert (linear.linear_forward, products.matmul, linear.matmul) == before
     assert profile.rows["outer"].flops == 7 and profile.rows["product 2 x 4 x 3"].calls == 1
+
+
+def test_a_profile_within_another_one_leaves_it_at_work():
+    around, within = Profile(), Profile()
+    with profiling(around):
+        sleep(0.0)
+        with profiling(within):
+            sleep(0.0)
+        sleep(0.0)
+    sleep(0.0)
+    assert (around.rows["sleep"].calls, within.rows["sleep"].calls) == (2, 1)
+
+
+def test_after_a_call_whose_arguments_have_no_cost_the_next_ones_are_measured():
+    product = measured("product", cost=lambda a: (a.shape[1], 0))(lambda a: a.sum(axis=1))
+    profile = Profile()
+    with profiling(profile):
+        with pytest.raises(IndexError):
+            product(np.zeros(3))
+        sleep(0.0)
+    assert set(profile.rows) == {"sleep"}

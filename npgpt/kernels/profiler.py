@@ -49,6 +49,7 @@ def profiling(profile):
     if profile is None:
         yield
         return
+    before = _profile, _thread  # of a Profile that is made around this one
     places = [  # in which a module of npgpt has a kernel: in its own one, and wherever it is imported
         (vars(module), name, value)
         for full_name, module in list(sys.modules.items())
@@ -65,7 +66,7 @@ def profiling(profile):
     finally:
         profile.seconds += time.perf_counter() - start
         profile.entries += 1
-        _profile = _thread = None
+        _profile, _thread = before
         for names, name, kernel in places:
             names[name] = kernel
 
@@ -88,11 +89,13 @@ def measuring(name, cost, *args, whole=True):
     try:
         yield
     finally:
-        seconds, (flops, nbytes) = time.perf_counter() - start, cost(*args)
+        seconds, within = time.perf_counter() - start, _taken
+        _profile, _taken = profile, (before[0] + seconds, before[1])  # at once: arguments that are wrong have no cost
+        flops, nbytes = cost(*args)
         row = profile.rows.setdefault(name, Row())
-        row.calls, row.seconds = row.calls + 1, row.seconds + seconds - _taken[0]
-        row.flops, row.nbytes = row.flops + flops - _taken[1], row.nbytes + nbytes
-        _profile, _taken = profile, (before[0] + seconds, before[1] + flops)
+        row.calls, row.seconds = row.calls + 1, row.seconds + seconds - within[0]
+        row.flops, row.nbytes = row.flops + flops - within[1], row.nbytes + nbytes
+        _taken = _taken[0], _taken[1] + flops
 
 
 def measured(name, cost, whole=True):

@@ -149,7 +149,7 @@ def _meet_block(out, a, block, add):
 
 @intrinsic
 def _copy(typingctx, panel, x):
-    """panel[:, :N] = x (K, N), and zeros from there to the end of the vector; panel (K, up to four vectors)."""
+    """panel[:, :N] = x (K, N), and zeros from there to the end of the vector; for the widths of strips and panels."""
     if not (are_fit(panel, x) and panel.ndim == x.ndim == 2):
         return None
 
@@ -168,7 +168,7 @@ def _copy(typingctx, panel, x):
                     place = pointer_to(builder, panel_array, loop.index, column, vector)
                     store_vector(builder, numbers, place, itemsize)
 
-        for n in range(1, 5):  # loops whose length the compiler knows
+        for n in range(1, max(3, PACK // lanes) + 1):  # loops whose length the compiler knows
             columns, end = [constant(v * lanes) for v in range(n)], constant(n * lanes)
             with builder.if_then(builder.icmp_signed("==", N, end)):
                 copy(columns, [None] * n)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from npgpt import GPT, AdamW, DataParallel, GPTConfig
+from npgpt.kernels.jit import KERNELS
 from npgpt.kernels.profiler import Profile, measured, measuring, profiling
 from npgpt.muon import Muon
 
@@ -45,6 +46,7 @@ def test_a_call_within_a_call_belongs_to_the_outer_one():
     assert profile.rows["outer"].calls == profile.rows["sleep"].calls == 1
 
 
+@pytest.mark.skipif(KERNELS == "numpy", reason="the references write a product as @")
 def test_a_product_has_a_row_of_its_own_and_its_caller_the_rest():
     import npgpt.ops.linear as linear
 

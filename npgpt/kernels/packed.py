@@ -149,7 +149,7 @@ def _meet_block(out, a, block, add):
 
 @intrinsic
 def _copy(typingctx, panel, x):
-    """panel[:, :N] = x (K, N), and zeros from there to the end of the vector; panel (K, a panel's or a strip's row)."""
+    """panel[:, :N] = x (K, N), and zeros from there to the end of the vector; for the widths of strips and panels."""
     if not (are_fit(panel, x) and panel.ndim == x.ndim == 2):
         return None
 

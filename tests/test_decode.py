@@ -462,3 +462,10 @@ def test_an_array_at_an_address_is_the_array_itself():
 
 
 jit_array_at, jit_claim, jit_count_up, jit_next_job = maths.array_at, spin.claim, spin.count_up, spin.next_job
+
+
+@pytest.mark.filterwarnings("error")
+def test_weights_that_are_not_finite_are_rounded_without_a_warning():
+    w = np.array([[1.0, -2.0], [np.nan, 1.0], [np.inf, 0.0]], np.float32)
+    q, scale = decode.quantize(w)
+    assert q[0].tolist() == [64, -127] and not np.isfinite(scale[1:]).any()

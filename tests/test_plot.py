@@ -329,3 +329,10 @@ def test_attention_needs_a_model_and_its_tokenizer(tmp_path, monkeypatch):
     monkeypatch.setattr(GPT, "from_pretrained", lambda path: model)
     with pytest.raises(UsageError, match="no tokenizer that can be opened"):
         plot.main([str(tmp_path), "--attention", "a"])
+
+
+@pytest.mark.parametrize("text", ['{"iter": 1}\r{"iter": 2}\n', '{"iter": 0}\n{"iter": 1\r{"iter": 2}\n'])
+def test_a_row_of_a_log_ends_with_a_line_feed_and_with_nothing_else(tmp_path, text):
+    (tmp_path / "metrics.jsonl").write_bytes(text.encode())
+    with pytest.raises(CheckpointError, match=r"is damaged: line \d is not a row of a log"):
+        read_log(tmp_path)

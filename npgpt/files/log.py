@@ -21,8 +21,7 @@ def read_log(path):
     path = Path(path) / LOG
     missing = f"{path.parent} is not a run folder: it has no {LOG}"
     with told_as(CheckpointError, f"cannot read {path}", missing):
-        lines = path.read_bytes().splitlines(keepends=True)
-    rows = [_row(line) for line in lines if line.endswith(b"\n")]
+        rows = [_row(line) for line in path.read_bytes().split(b"\n")[:-1]]
     if None in rows:
         raise CheckpointError(f"{path} is damaged: line {rows.index(None) + 1} is not a row of a log")
     return rows
@@ -52,9 +51,9 @@ class Log:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
             on_error.callback(self.close)
             end = 0
-            for line in path.read_bytes().splitlines(keepends=True):
-                end += len(line)
-                if line.endswith(b"\n") and (row := _row(line)) and row["iter"] < before:
+            for line in path.read_bytes().split(b"\n")[:-1]:
+                end += len(line) + 1
+                if (row := _row(line)) and row["iter"] < before:
                     self._good = end
             os.ftruncate(self._file, self._good)
             on_error.pop_all()

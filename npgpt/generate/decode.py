@@ -36,7 +36,8 @@ def quantize(w):
     """w (N, K) -> q (N, K) int8 and scale (N,), with w ~ scale[:, None] q."""
     scale = np.maximum(w.max(axis=1), -w.min(axis=1)) / w.dtype.type(127)
     scale[scale == 0] = 1  # a row of zeros
-    return np.rint(w / scale[:, None]).astype(np.int8), scale
+    with np.errstate(invalid="ignore"):  # of weights that are not finite the scale tells
+        return np.rint(w / scale[:, None]).astype(np.int8), scale
 
 
 def rounded(model):

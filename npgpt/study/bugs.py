@@ -2,7 +2,7 @@
 
 import shutil
 
-from npgpt.errors import CheckpointError, UsageError
+from npgpt.errors import CheckpointError, UsageError, told_as
 from npgpt.study.lesson import SOURCES, Fault
 from npgpt.study.lessons import LESSONS
 
@@ -91,12 +91,11 @@ def plant(fault, folder):
     try:
         for name, text in sources.items():
             path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(text)
-    except BaseException as error:
+            with told_as(CheckpointError, f"cannot write {path}"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(text)
+    except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
         raise
 
 

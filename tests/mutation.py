@@ -87,6 +87,7 @@ UNSEEN = {
     "npgpt/ops/primitives.py": "the model uses none of these primitives",
     "npgpt/optim.py": "what is done with a right gradient",
     "npgpt/muon.py": "what is done with a right gradient",
+    "tiles: a thread's share": "not used in a training whose workers have one thread each",
     "npgpt/generate/decode.py": "not used in training",
     "npgpt/generate/decode_kernel.py": "not used in training",
     "npgpt/generate/sampling.py": "not used in training",

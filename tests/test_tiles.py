@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from npgpt.kernels import jit, packed
-from npgpt.kernels.tiles import ROWS, dots, fetch, product, transpose
+from npgpt.kernels.tiles import ROWS, dots, fetch, product, share_of, transpose
 from npgpt.kernels.vectors import VECTOR
 
 pytestmark = pytest.mark.skipif(jit.KERNELS == "numpy", reason="tiles exist inside kernels only")
@@ -139,6 +139,17 @@ def test_transpose_is_numpys_and_touches_nothing_else(dtype):
                 assert ((out[:, M:] == 7) | (out[:, M:] == x.T[:, -1:])).all()
                 out[...] = 7
                 assert (whole == 7).all()
+
+
+def test_shares_are_whole_units_and_together_all():
+    for n in (0, 1, 15, 16, 17, 65, 768):
+        for unit in (1, 16, 48):
+            for parts in (1, 2, 3, 7):
+                shares = [share_of(n, unit, i, parts) for i in range(parts)]
+                edges = [0, *(stop for _, stop in shares)]
+                assert shares == list(zip(edges, edges[1:], strict=False)) and edges[-1] == n
+                assert all(edge % unit == 0 or edge == n for edge in edges)
+                assert max(stop - start for start, stop in shares) <= -(-n // unit // parts) * unit + unit
 
 
 # ---- What lies around the arrays: no result knows of it, and it stays as it is.  All remainders of a tile.

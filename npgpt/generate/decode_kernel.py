@@ -18,6 +18,7 @@ from npgpt.kernels.jit import helper, kernel
 from npgpt.kernels.maths import array_at, exp, largest, matrix_at
 from npgpt.kernels.spin import claim, count_up, meet, next_job
 from npgpt.kernels.tiles import dots_unchecked as dots  # (Decoder allocates or checks all that it is given, once)
+from npgpt.kernels.tiles import share_of
 from npgpt.ops.layernorm import layernorm_forward
 from npgpt.ops.mlp import gelu, gelu_numbers
 
@@ -67,6 +68,7 @@ class Own(NamedTuple):
     state: np.ndarray
 
 
+_share_of = helper(share_of)  # of the rows of a matrix: those that a thread computes
 _BYTES = np.zeros(1, np.int8)
 GROUP = 16  # elements that are never split between threads, nor computed in two ways: bits must not depend on the split
 
@@ -141,20 +143,13 @@ def _activate(z, activation):
 
 
 @helper
-def _part(n, rank, ranks):
-    """(first, last): the share of n rows of weights that a thread computes."""
-    groups = (n + GROUP - 1) // GROUP
-    return min(n, groups * rank // ranks * GROUP), min(n, groups * (rank + 1) // ranks * GROUP)
-
-
-@helper
 def _decode(ends, blocks, keys, values, job, shared, own, rank, ranks, R, n_logits):
     """What GPT.forward does with a cache, as number `rank` of `ranks` threads that share the rows of all matrices."""
     counter, tokens, streams, positions = job.counter, job.rows[0], job.rows[1], job.rows[2]
     x, qkv, y, h, moments, p = shared.x[:R], shared.qkv[:R], shared.y[:R], own.h[:R], own.moments, own.p
     C, n_head, hs = x.shape[1], keys.shape[2], keys.shape[4]
     head0, head1 = n_head * rank // ranks, n_head * (rank + 1) // ranks
-    out0, out1 = _part(C, rank, ranks)
+    out0, out1 = _share_of(C, GROUP, rank, ranks)
     for r in range(R):
         x[r, out0:out1] = 0
         _add_row(x[r], ends.wte, tokens[r], out0, out1)
@@ -189,7 +184,7 @@ def _decode(ends, blocks, keys, values, job, shared, own, rank, ranks, R, n_logi
         _norm(h, moments, x, block.ln_2)
         F = block.c_fc.n_out
         hidden = shared.hidden[: R * F].reshape(R, F)
-        first, last = _part(F, rank, ranks)
+        first, last = _share_of(F, GROUP, rank, ranks)
         _times(hidden, h, block.c_fc, first, last, False)
         for r in range(R):
             _activate(hidden[r, first:last], block.activation)
@@ -199,7 +194,7 @@ def _decode(ends, blocks, keys, values, job, shared, own, rank, ranks, R, n_logi
     if n_logits:
         meet(counter, ranks)
         _norm(h, moments, x, ends.ln_f)
-        first, last = _part(ends.lm_head.n_out, rank, ranks)
+        first, last = _share_of(ends.lm_head.n_out, GROUP, rank, ranks)
         _times(job.logits[:n_logits], h[R - n_logits :], ends.lm_head, first, last, False)
 
 

@@ -16,6 +16,7 @@ from npgpt.kernels.buffers import empty
 from npgpt.kernels.crew import Crew
 from npgpt.kernels.jit import KERNELS, replaces
 from npgpt.kernels.packed import PACK, PANEL, multiply, padded, scratch_size, turn
+from npgpt.kernels.tiles import share_of
 from npgpt.kernels.vectors import VECTOR
 from npgpt.machine import processors
 
@@ -72,17 +73,11 @@ def _multiply(out, a, b):
 
     def share(i):
         """Each thread packs its own part of the longer side, and all of the other."""
-        rows = _part(M, PACK, i, threads) if M >= N else (0, M)
-        columns = _part(N, PANEL // out.itemsize, i, threads) if M < N else (0, N)
+        rows = share_of(M, PACK, i, threads) if M >= N else (0, M)
+        columns = share_of(N, PANEL // out.itemsize, i, threads) if M < N else (0, N)
         multiply(out, left, right, a_turned, b_turned, scratch[i], *rows, *columns)
 
     _crew(threads).each(share, threads)
-
-
-def _part(n, unit, i, parts):
-    """Where the i-th of so many parts of n begins and ends, in whole units but for the last one."""
-    units = -(-n // unit)
-    return min(units * i // parts * unit, n), min(units * (i + 1) // parts * unit, n)
 
 
 class _Helpers(threading.local):

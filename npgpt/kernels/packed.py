@@ -12,7 +12,7 @@ depend on its row of a and its column of b only, not on where the matrices are c
 """
 
 from npgpt.kernels.jit import KERNELS, helper, intrinsic, kernel
-from npgpt.kernels.tiles import fetch, in_line, transpose
+from npgpt.kernels.tiles import ROWS, fetch, in_line, transpose
 from npgpt.kernels.vectors import (
     VECTOR,
     are_fit,
@@ -34,8 +34,6 @@ if KERNELS == "numba":
     from numba import types
     from numba.core import cgutils
 
-# rows of a tile: 3 ROWS sums, three vectors of b and one of a fit into the registers, 32 of AVX-512, 16 of the others
-ROWS = 8 if VECTOR == 64 else 4
 PACK = 16  # rows of a strip
 DEPTH = 1536  # bytes along k that are packed at a time: a strip of float32 takes 24 KiB
 NEAR = 2048  # bytes between two rows of a transposed a that is read as it lies
@@ -75,8 +73,9 @@ def multiply(out, a, b, a_turned, b_turned, scratch, top, bottom, left, right):
                 coming = _part(b, b_turned, k, after, end, min(end + width, right))
             else:
                 coming = _part(b, b_turned, after, min(after + depth, K), left, min(left + width, right))
+            share = len(coming) / max(bottom - top, 1)  # for each row of a
             for i in range(top, bottom, PACK):
-                stop, share = min(i + PACK, bottom), len(coming) / (bottom - top)
+                stop = min(i + PACK, bottom)
                 fetch(coming[int(share * (i - top)) : int(share * (stop - top))])
                 if not a_turned:
                     few_rows = a[i:stop, k:after]

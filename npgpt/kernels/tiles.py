@@ -1,4 +1,4 @@
-"""Matrix products inside kernels: small ones as they are, and the blocks of large ones (npgpt/kernels/matmul.py).
+"""Small matrix products inside kernels, and products of few rows; large ones are in packed.py.
 
 BLAS is made for large matrices.  The products of attention are (T, hs) times (hs, T) for one head of one sequence: of
 its peak BLAS reaches there a half, and it has no word for "only the keys that the causal mask leaves".
@@ -50,6 +50,12 @@ LINE = 64  # bytes of a line of the cache
 AHEAD = 16384  # bytes that `dots` is ahead of itself, at least, in what it has fetched from memory
 
 
+def share_of(n, unit, i, parts):
+    """Where the i-th of so many parts of n begins and ends, in whole units but for the last one; for kernels, too."""
+    units = (n + unit - 1) // unit
+    return min(n, units * i // parts * unit), min(n, units * (i + 1) // parts * unit)
+
+
 @helper
 def in_line(x):
     """Whether the numbers along the last axis of x lie side by side, if there are any."""
@@ -66,12 +72,6 @@ def product(out, a, b, add):
     (M, N), K = out.shape, b.shape[0]
     if not (a.shape[0] == M and a.shape[1] == K and b.shape[1] >= N and in_line(out) and in_line(b)):
         raise ValueError("product: out (M, N) needs a (M, K) and b (K, N or more), and last axes contiguous but a's")
-    _product(out, a, b, add)
-
-
-@helper
-def _product(out, a, b, add):
-    M, N = out.shape
     width = 2 * VECTOR // out.itemsize
     for j in range(0, N, width):
         for i in range(0, M, ROWS):
@@ -341,6 +341,5 @@ def _make_dots(m, n):
 
 _one_row, _four_rows = _make_dots(1, 8), _make_dots(4, 4)
 
-# For kernels that check their arrays once, not at every call: 5 % of a small model's token, 2 % of its step.
-product_unchecked = product if KERNELS == "numba" and config.BOUNDSCHECK else _product
+# For kernels that check their arrays once, not at every call: 5 % of a small model's token.
 dots_unchecked = dots if KERNELS == "numba" and config.BOUNDSCHECK else _dots

@@ -18,6 +18,7 @@ from benchmarks.common import PAUSE, BenchmarkError, machine, machine_line, posi
 from npgpt.errors import UsageError, run_command
 
 LOW = 0.95
+WAKE = 0.03  # seconds that a side's threads have to wake up, and to find a core each
 LEAST = 2e7  # multiplications and additions in what is timed: a small product is made several times
 LAYOUTS = {"a b": (False, False), "aT b": (True, False), "a bT": (False, True), "aT bT": (True, True)}
 # (M, K, N) of linear layers and MLPs, forward and backward, of C = 128, 384, 768; of heads; squares; and odd ones
@@ -53,7 +54,10 @@ def cell(shape, layout, threads, alternations):
     for _ in range(alternations):
         for side, multiply in enumerate((lambda: np.matmul(a, b, out=out), lambda: matmul(out, a, b))):
             if threads > 1:
-                time.sleep(PAUSE)  # BLAS's threads spin before they sleep
+                time.sleep(PAUSE)  # the other side's threads spin before they sleep
+                start = time.perf_counter()
+                while time.perf_counter() < start + WAKE:  # as in a step, where products come one after the other
+                    multiply()
             start = time.perf_counter()
             for _ in range(times):
                 multiply()
@@ -65,7 +69,7 @@ def measure(options):
     from npgpt.kernels.blas import blas_threads
 
     cells = []
-    for threads in sorted({1, options.cores}):
+    for threads in options.threads:
         with blas_threads(threads):
             for shape in SHAPES:
                 for layout in LAYOUTS:
@@ -85,6 +89,7 @@ def measure(options):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.products", description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", type=positive, nargs="+", help="(1, and as many as there are cores)")
     parser.add_argument("--alternations", type=positive, default=9, help="of each cell (9)")
     parser.add_argument("--json", metavar="FILE", help="write all figures to a file too")
     options = parser.parse_args(argv)
@@ -94,8 +99,8 @@ def main(argv=None):
 
     if PRODUCTS != "ours":
         raise UsageError("the products are BLAS's here; NPGPT_PRODUCTS=ours has ours measured")
-    options.cores = cores()
-    print(machine_line(machine(["numpy", "numba"]), options.cores))
+    options.threads = options.threads or sorted({1, cores()})
+    print(machine_line(machine(["numpy", "numba"]), cores()))
     print(f"GFLOP/s of BLAS, of ours, and our speed over BLAS's, for {', '.join(LAYOUTS)}\nthreads, M, K, N")
     cells = measure(options)
     ratios = sorted(c["blas"] / c["ours"] for c in cells)

@@ -18,7 +18,7 @@ from benchmarks.common import PAUSE, BenchmarkError, machine, machine_line, posi
 from npgpt.errors import UsageError, run_command
 
 LOW = 0.95
-WAKE = 0.03  # seconds that a side's threads have to wake up, and to find a core each
+WAKE = 0.06  # seconds in which a side's threads wake up, and the system finds a core for each
 LEAST = 2e7  # multiplications and additions in what is timed: a small product is made several times
 LAYOUTS = {"a b": (False, False), "aT b": (True, False), "a bT": (False, True), "aT bT": (True, True)}
 # (M, K, N) of linear layers and MLPs, forward and backward, of C = 128, 384, 768; of heads; squares; and odd ones

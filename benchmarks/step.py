@@ -16,6 +16,10 @@ compares the working tree with a revision of npgpt: see benchmarks/against.py.
     python -m benchmarks.step --workload cpu --profile
 
 says where the time of npgpt's own step goes: see npgpt/kernels/profiler.py.
+
+    python -m benchmarks.step --workload baby --dtype bfloat16
+
+has npgpt step in bfloat16, too, beside its own float32.
 """
 
 import argparse
@@ -35,6 +39,7 @@ import numpy as np
 from benchmarks import against
 from benchmarks.common import PAUSE, BenchmarkError, Process, machine, machine_line, peak_memory, positive
 from benchmarks.workloads import WORKLOADS, initial_weights
+from npgpt.config import DTYPES
 from npgpt.errors import UsageError, run_command
 from npgpt.run.ranks import ALONE, share
 from npgpt.signals import NEVER
@@ -55,7 +60,7 @@ PEERS = ("torch", "torch-compile", "torch-bf16", "torch-compile-bf16")
 
 
 @contextlib.contextmanager
-def npgpt_step(workload, workers, blas, world=ALONE):
+def npgpt_step(workload, workers, blas, world=ALONE, dtype="float32"):
     """(a DataParallel, its step); each rank of a World works on its share of the batch."""
     from npgpt.model import GPT
     from npgpt.optim import AdamW, clip_scale
@@ -66,7 +71,7 @@ def npgpt_step(workload, workers, blas, world=ALONE):
     parameters = dict(model.named_parameters())
     for name, values in initial_weights({name: p.shape for name, p in parameters.items()}):
         parameters[name].data[...] = values
-    parallel = DataParallel(model, workers, blas, world)
+    parallel = DataParallel(model, workers, blas, world, dtype)
     optimizer = AdamW(parallel.flat, *BETAS, weight_decay=WEIGHT_DECAY)
 
     def step(idx, targets):
@@ -81,12 +86,13 @@ def npgpt_step(workload, workers, blas, world=ALONE):
 
 
 @contextlib.contextmanager
-def npgpt_side(workload, options):
+def npgpt_side(workload, options, name="npgpt"):
+    """npgpt in float32, or by another name in bfloat16."""
     from npgpt.run.parallel import choose_threads
 
     threads = options.workers, options.blas_threads
     workers, blas = choose_threads(workload.batch_size, workload.config.block_size, *threads)
-    with npgpt_step(workload, workers, blas) as (_, step):
+    with npgpt_step(workload, workers, blas, dtype="float32" if name == "npgpt" else "bfloat16") as (_, step):
         yield step, lambda timed: f"workers: {workers}, BLAS threads of each: {blas}"
 
 
@@ -193,6 +199,8 @@ def measure(options):
 
     workload = WORKLOADS[options.workload]
     sides, missing = [Stepper("npgpt", npgpt_side, options)], {}
+    if options.dtype == "bfloat16":
+        sides.append(Stepper("npgpt-bf16", npgpt_side, options, "npgpt-bf16"))
     for name in PEERS if options.peer == "torch" else ():
         side = Stepper(name, torch_side, options, name)
         if side.losses is None:
@@ -229,15 +237,11 @@ def measure(options):
             for side in sides
         },
     }
-    ours, *peers = sides
-    result["ratios"] = {
-        what: best(ours, among)
-        for what, among in (
-            ("float32", [side for side in peers if not side.name.endswith("bf16")]),
-            ("of all", peers),
-        )
-        if among
-    }
+    ours = [side for side in sides if side.name.startswith("npgpt")]
+    peers = [side for side in sides if side not in ours]
+    floats = [side for side in peers if not side.name.endswith("bf16")]
+    pairs = [(side, among) for side in ours for among in (floats, peers)] + [(side, ours[:1]) for side in ours[1:]]
+    result["ratios"] = [best(side, among) for side, among in pairs if among]
     return result
 
 
@@ -246,7 +250,7 @@ def best(ours, peers):
     peer = min(peers, key=lambda side: side.median)
     medians = [[statistics.median(seconds) for seconds in side.seconds] for side in (ours, peer)]
     rounds = sorted(b / a for a, b in zip(*medians, strict=True))
-    return {"peer": peer.name, "ratio": peer.median / ours.median, "ratio_of_rounds": rounds}
+    return {"ours": ours.name, "peer": peer.name, "ratio": peer.median / ours.median, "ratio_of_rounds": rounds}
 
 
 def rounds_while_busy(result):
@@ -273,11 +277,10 @@ def report(result):
             f"{name:<20} {side['seconds'] * 1e3:>10.1f} {side['tokens_per_second']:>10,.0f} "
             f"{side['share_of_sgemm']:>9.0%} {side['peak_memory'] / 1e6:>9,.0f} MB"
         )
-    for what, found in result["ratios"].items():
-        rounds = found["ratio_of_rounds"]
-        print(f"\nthe peer's best {what}: {found['peer']} / npgpt = {found['ratio']:.2f}", end="  ")
-        print(f"(rounds: {rounds[0]:.2f} to {rounds[-1]:.2f})", end="")
     print()
+    for found in result["ratios"]:
+        rounds = found["ratio_of_rounds"]
+        print(f"{found['peer']} / {found['ours']} = {found['ratio']:.2f} (rounds: {rounds[0]:.2f} to {rounds[-1]:.2f})")
 
 
 def profile(options):
@@ -288,7 +291,7 @@ def profile(options):
     workload, found = WORKLOADS[options.workload], Profile()
     threads = choose_threads(workload.batch_size, workload.config.block_size, options.workers, options.blas_threads)
     batches = itertools.cycle(workload.batches())
-    with npgpt_step(workload, *threads) as (_, step):
+    with npgpt_step(workload, *threads, dtype=options.dtype) as (_, step):
         for n in range(CHECKED + (options.rounds or ROUNDS) * (options.steps or workload.steps)):
             with profiling(None if n < CHECKED else found):
                 step(*next(batches))
@@ -324,6 +327,7 @@ def main(argv=None):
     rounds = f"rounds of each side, in turn ({ROUNDS}; with --against as many as are needed)"
     parser.add_argument("--rounds", type=positive, help=rounds)
     parser.add_argument("--steps", type=positive, help="steps in a round (default: a second's or more)")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of npgpt's products (%(default)s)")
     parser.add_argument("--workers", type=positive, help="npgpt's worker threads (default: chosen)")
     parser.add_argument("--blas-threads", type=positive, help="BLAS threads of each (default: chosen)")
     parser.add_argument("--json", metavar="FILE", help="write all figures to a file too")

@@ -23,7 +23,7 @@ PROG = "python -m npgpt.train"
 
 # nanoGPT's flags that there are not, so that a pasted command runs, or says what to write (see npgpt.command.Parser)
 NANOGPT_TRAIN = {
-    **NANOGPT,
+    **{name: value for name, value in NANOGPT.items() if name != "dtype"},
     "wandb-log": ("False", "the log is metrics.jsonl in --out-dir"),
     "wandb-project": ("", "the log is metrics.jsonl in --out-dir; python -m npgpt.plot draws it"),
     "wandb-run-name": ("", "write --out-dir FOLDER, which names a run"),
@@ -125,6 +125,7 @@ def describe(trainer):
         length = f"{setup.n_bytes:,} bytes of UTF-8, {setup.n_characters:,} characters, "
     kernels = f"numba {jit.numba.__version__}" if jit.KERNELS == "numba" else "NumPy references instead of kernels"
     blas = blas_kernels()
+    rounded = [f"dtype   | products of bfloat16, by {setup.environment['dtype'].split()[-1]}; all else is float32"]
     ranks = [f"ranks   | {world.size}, {world.local_size} of them on this machine; workers and memory are each one's"]
     return "\n".join(
         (
@@ -132,6 +133,7 @@ def describe(trainer):
             f"device  | {machine.cpu_name()}, {machine.cores()} cores: "
             f"{setup.workers} workers x {setup.blas_threads} BLAS threads, "
             f"sgemm {setup.sgemm_peak / 1e9:,.0f} GFLOP/s{f' by kernels for {blas}' if blas else ''}",
+            *(rounded if setup.dtype == "bfloat16" else ()),
             *(ranks if world.size > 1 else ()),
             f"data    | {' '.join(config.data)}: {length}{setup.tokenizer.vocab_size:,} different tokens",
             *(f"        | {line}" for line in examine(setup)),

@@ -447,8 +447,8 @@ FAULTS = [
     Fault(
         "packed: what is copied loses the columns beyond whole vectors",
         "npgpt/kernels/packed.py",
-        "copy(columns, [None] * (n - 1) + [below(builder, columns[-1], N, lanes)])",
-        "copy(columns[:-1], [None] * (n - 1))",
+        "copy(columns, [None] * (many - 1) + [below(builder, columns[-1], N, lanes)])",
+        "copy(columns[:-1], [None] * (many - 1))",
         "A matrix may have any number of columns.",
         kernel=True,
     ),

@@ -83,13 +83,14 @@ def replaces(reference, flops=None, nbytes=None, row=None):
     return tie
 
 
-def inside_kernels(function=None, *, float32=None):
+def inside_kernels(function=None, *, float32=None, pairs=None):
     """Decorator: a helper that exists inside kernels only.
 
-    float32: the function that takes its place where its first argument is a float32, or an array of them.
+    float32: the function that takes its place where its first argument is a float32, or an array of them;
+    pairs: the one where it is an array of 32 bits that are no float (bfloat16.py).
     """
     if function is None:
-        return functools.partial(inside_kernels, float32=float32)
+        return functools.partial(inside_kernels, float32=float32, pairs=pairs)
 
     @functools.wraps(function)
     def call(*args):
@@ -97,8 +98,9 @@ def inside_kernels(function=None, *, float32=None):
 
     def choose(first, *others):
         """Numba tells the types of the arguments, and compiles what this returns for them."""
-        is_float32 = getattr(first, "dtype", first) == numba.float32
-        return float32 if float32 and is_float32 else function
+        dtype = getattr(first, "dtype", first)
+        instead = {numba.float32: float32, numba.uint32: pairs, numba.int32: pairs}
+        return instead.get(dtype) or function
 
     if KERNELS == "numba":
         overload(call, jit_options=FLAGS, strict=False)(choose)

@@ -3,23 +3,31 @@
 OpenBLAS multiplies as fast as a processor can, if its kernels are for this processor and both matrices are large.  Our
 own product (packed.py) is as fast where the processor has AVX-512, and faster for the small matrices of a small model.
 It does not depend on what the BLAS at hand makes of the processor, and has the same bits for any number of threads.
+
+Within `products_of("bfloat16")` operands of float32 are rounded to bfloat16 where they are packed, and the sums stay
+float32: mixed precision (Micikevicius et al. 2018).
 """
 
+import functools
 import os
 import threading
+import warnings
 
 import numpy as np
 
+from npgpt.context import ThreadState
 from npgpt.errors import UsageError
+from npgpt.kernels.bfloat16 import PAIRS, WANTED, has_instruction, product_ref
 from npgpt.kernels.blas import told_threads
 from npgpt.kernels.buffers import empty
 from npgpt.kernels.crew import Crew
 from npgpt.kernels.jit import KERNELS, replaces
-from npgpt.kernels.packed import PACK, PANEL, multiply, padded, scratch_size, turn
+from npgpt.kernels.packed import PACK, PANEL, SPAN, multiply, padded, scratch_size, turn
 from npgpt.kernels.tiles import share_of
 from npgpt.kernels.vectors import VECTOR
 from npgpt.machine import processors
 
+WIDE = 64  # columns from which on products of bfloat16 are quicker, where there is an instruction for them
 TINY = 2**20  # multiplications that are not worth sharing out among threads
 
 PRODUCTS = os.environ.get("NPGPT_PRODUCTS", "ours" if VECTOR == 64 else "blas")
@@ -27,6 +35,18 @@ if PRODUCTS not in ("ours", "blas"):
     raise UsageError(f"NPGPT_PRODUCTS must be 'ours' or 'blas', got {PRODUCTS!r}")
 if KERNELS == "numpy":
     PRODUCTS = "blas"
+
+
+class _State(ThreadState):
+    dtype = "float32"
+
+
+_state = _State()
+
+
+def products_of(dtype):
+    """Within this context products of float32 have operands of dtype, "float32" or "bfloat16", in this thread."""
+    return _state.within(dtype=dtype)
 
 
 def matmul_ref(a, b):
@@ -44,15 +64,18 @@ def matmul(out, a, b):
 
     Threads that `blas_threads` has set share it, or as many as there are processors where nobody has set their number.
     """
-    is_packed = PRODUCTS == "ours" and a.shape[1] > 0 and _has_rows(a) and _has_rows(b)
+    is_rounded = _state.dtype == "bfloat16" and out.dtype == np.float32 and out.size > 0
+    if is_rounded:
+        a, b = (x if _has_rows(x) else x.copy() for x in (a, b))
+    is_packed = (is_rounded or PRODUCTS == "ours") and a.shape[1] > 0 and _has_rows(a) and _has_rows(b)
     if not is_packed:
         np.matmul(a, b, out=out)
     elif 1.05 * padded(*out.T.shape, out.itemsize) < padded(*out.shape, out.itemsize):  # of 65 columns 80 are computed
         turned = empty(out.T.shape, out.dtype)
-        _multiply(turned, b.T, a.T)
+        _multiply(turned, b.T, a.T, is_rounded)
         turn(out, turned)
     else:
-        _multiply(out, a, b)
+        _multiply(out, a, b, is_rounded)
 
 
 def _has_rows(x):
@@ -60,13 +83,13 @@ def _has_rows(x):
     return x.flags.c_contiguous or x.flags.f_contiguous
 
 
-def _multiply(out, a, b):
+def _multiply(out, a, b, is_rounded):
     a_turned, b_turned = not a.flags.c_contiguous, not b.flags.c_contiguous
     left, right = a.T if a_turned else a, b.T if b_turned else b
     (M, N), threads = out.shape, told_threads() or processors()
     if out.size * a.shape[1] <= TINY:
         threads = 1
-    scratch = empty((threads, scratch_size(out.itemsize)), out.dtype)
+    scratch = empty((threads, scratch_size(out.itemsize)), pairs() if is_rounded else out.dtype)
     if threads == 1:
         multiply(out, left, right, a_turned, b_turned, scratch[0], 0, M, 0, N)
         return
@@ -78,6 +101,48 @@ def _multiply(out, a, b):
         multiply(out, left, right, a_turned, b_turned, scratch[i], *rows, *columns)
 
     _crew(threads).each(share, threads)
+
+
+@functools.cache
+def way():
+    """How products of bfloat16 are made here, a name of PAIRS: by an instruction, if there is one with the right bits.
+
+    It is tried when it is first asked for.  Raises UsageError if there is none, or not the one that is wanted.
+    """
+    if KERNELS == "numpy":
+        raise UsageError("bfloat16 needs kernels: NPGPT_KERNELS=numpy runs the references, which multiply in float32")
+    if not has_instruction():
+        if WANTED not in ("", "plain"):
+            raise UsageError(f"NPGPT_BFLOAT16={WANTED}: this processor has no such instruction")
+        return "plain"
+    if WANTED != "plain" and not _is_right("avx512_bf16"):
+        words = "bfloat16: vdpbf16ps has other bits here than it should; the plain way is taken"
+        warnings.warn(words, RuntimeWarning, stacklevel=2)
+        return "plain"
+    return WANTED or "avx512_bf16"
+
+
+def quicker_dtype(width):
+    """ "bfloat16" or "float32": what products of a model so wide are quicker with here (README.md has the figures)."""
+    return "bfloat16" if has_instruction() and way() != "plain" and width >= WIDE else "float32"
+
+
+@functools.cache
+def pairs():
+    """The dtype of the scratch of products of bfloat16."""
+    return PAIRS[way()]
+
+
+def _is_right(name):
+    """Whether a way has its reference's bits for one pair of matrices, all kinds of numbers among them."""
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((2, 64, 64), np.float32) * np.exp2(rng.integers(-3, 4, (2, 64, 64))).astype(np.float32)
+    a[5, 7], a[9, 1], a[13, 2], b[4, 60], b[8, 61] = np.nan, np.inf, 1e-45, -np.inf, -0.0
+    out = np.empty((64, 64), np.float32)
+    multiply(out, a, b, False, False, np.empty(scratch_size(4), PAIRS[name]), 0, 64, 0, 64)
+    expected = product_ref(a, b, name, SPAN)
+    both = np.isnan(out) & np.isnan(expected)
+    return bool((both | (out.view(np.int32) == expected.view(np.int32))).all())
 
 
 class _Helpers(threading.local):

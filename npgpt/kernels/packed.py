@@ -9,13 +9,16 @@ adds 3 ROWS vectors.  As b lies in memory, a step's vectors are far from those o
 
 PACK rows of a stay in the first cache while they meet all panels of the block.  The bits of an element of the output
 depend on its row of a and its column of b only, not on where the matrices are cut.
+
+Scratch of pairs instead of numbers makes it a product of bfloat16 (bfloat16.py): what is packed is rounded, and a step
+takes a pair of k.  Then all rows of a are packed.
 """
 
-from npgpt.kernels.jit import KERNELS, helper, intrinsic, kernel
+from npgpt.kernels.bfloat16 import Totals, are_packable, load_across, load_along, numbers_in, steps_of
+from npgpt.kernels.jit import KERNELS, helper, inside_kernels, intrinsic, kernel
 from npgpt.kernels.tiles import ROWS, fetch, in_line, transpose
 from npgpt.kernels.vectors import (
     VECTOR,
-    are_fit,
     below,
     constant,
     load_vector,
@@ -37,6 +40,7 @@ if KERNELS == "numba":
 PACK = 16  # rows of a strip
 DEPTH = 1536  # bytes along k that are packed at a time: a strip of float32 takes 24 KiB
 NEAR = 2048  # bytes between two rows of a transposed a that is read as it lies
+SPAN = 2 * DEPTH // 4  # numbers of bfloat16 along k that are packed at a time
 AHEAD = 8  # rows that copying is ahead of itself in what it has fetched
 PANEL = 3 * VECTOR  # bytes of a panel's row
 WIDTH = max(second_cache() * 5 // 8 // (DEPTH // 4) // PANEL, 1) * PANEL  # bytes of a block's row
@@ -52,39 +56,68 @@ def multiply(out, a, b, a_turned, b_turned, scratch, top, bottom, left, right):
     """out[top:bottom, left:right] = this part of a @ b.
 
     out (M, N), a (M, K) or, if `a_turned`, (K, M), b (K, N) or, if `b_turned`, (N, K), all of one dtype and contiguous
-    along the last axis; K is not 0.  scratch (scratch_size,) contiguous.  Raises ValueError for other shapes.
+    along the last axis; K is not 0.  scratch (scratch_size,) contiguous, of the same dtype, or of pairs for float32.
+    Raises ValueError for other shapes.
     """
     M, K = a.shape[::-1] if a_turned else a.shape
     inner, N = b.shape[::-1] if b_turned else b.shape
-    depth, width = DEPTH // out.itemsize, WIDTH // out.itemsize
+    depth, width = DEPTH // scratch.itemsize, WIDTH // scratch.itemsize  # in steps, and in columns
     if not (
         (out.shape == (M, N) and inner == K > 0 and 0 <= top <= bottom <= M and 0 <= left <= right <= N)
         and (len(scratch) == depth * (PACK + width) and in_line(out) and in_line(a) and in_line(b))
     ):
         raise ValueError("multiply: contiguous out (M, N) needs a (M, K) and b (K, N), or their transposes; 0 < K")
-    is_near = abs(a.strides[0]) <= NEAR
-    strip, block = scratch[: depth * PACK].reshape(depth, PACK), scratch[depth * PACK :]
-    for k in range(0, K, depth):
-        after = min(k + depth, K)
+    strip, block, span = scratch[: depth * PACK], scratch[depth * PACK :], span_of(scratch)
+    for k in range(0, K, span):
+        after = min(k + span, K)
         for j in range(left, right, width):
             end = min(j + width, right)
             _pack_block(block, _part(b, b_turned, k, after, j, end), b_turned)
             if end < right:  # while this block is at work, the next one is fetched from memory
                 coming = _part(b, b_turned, k, after, end, min(end + width, right))
             else:
-                coming = _part(b, b_turned, after, min(after + depth, K), left, min(left + width, right))
+                coming = _part(b, b_turned, after, min(after + span, K), left, min(left + width, right))
             share = len(coming) / max(bottom - top, 1)  # for each row of a
             for i in range(top, bottom, PACK):
                 stop = min(i + PACK, bottom)
                 fetch(coming[int(share * (i - top)) : int(share * (stop - top))])
-                if not a_turned:
-                    few_rows = a[i:stop, k:after]
-                elif is_near:
-                    few_rows = a.T[i:stop, k:after]
-                else:
-                    _copy(strip[: after - k], a[k:after, i:stop])
-                    few_rows = strip.T[: stop - i, : after - k]
+                few_rows = _rows(strip, a, a_turned, i, stop, k, after)
                 _meet_block(out[i:stop, j:end], few_rows, block, k > 0)
+
+
+def _span_of_pairs(scratch):
+    return SPAN
+
+
+@inside_kernels(pairs=_span_of_pairs)
+def span_of(scratch):
+    """How many of k are packed at a time."""
+    return DEPTH // scratch.itemsize
+
+
+def _rows_of_pairs(strip, a, turned, i, stop, k, after):
+    steps = steps_of(strip, after - k)
+    if turned:
+        strip = strip.reshape(len(strip) // PACK, PACK)
+        _copy(strip[:steps], a[k:after, i:stop])
+        return strip.T[: stop - i, :steps]
+    rows = strip.reshape(PACK, len(strip) // PACK)
+    for r in range(stop - i):
+        for step in range(0, steps, VECTOR // rows.itemsize):
+            _round(rows, a[i:stop, k:after], r, step)
+    return rows[: stop - i, :steps]
+
+
+@inside_kernels(pairs=_rows_of_pairs)
+def _rows(strip, a, turned, i, stop, k, after):
+    """Rows i:stop of a, or of a.T if `turned`, and of k only k:after; as they lie if they are near, else packed."""
+    if not turned:
+        return a[i:stop, k:after]
+    if abs(a.strides[0]) <= NEAR:
+        return a.T[i:stop, k:after]
+    strip = strip.reshape(len(strip) // PACK, PACK)
+    _copy(strip[: after - k], a[k:after, i:stop])
+    return strip.T[: stop - i, : after - k]
 
 
 @helper
@@ -118,15 +151,15 @@ def _pack_block(block, b, turned):
     Columns of a panel that b has not are zeros, or copies of its last one.
     """
     k, columns = b.shape[::-1] if turned else b.shape
-    lanes, j, place = VECTOR // b.itemsize, 0, 0
+    steps, lanes, j, place = steps_of(block, k), VECTOR // b.itemsize, 0, 0
     while j < columns:
         width = _vectors_of_panel((columns - j + lanes - 1) // lanes) * lanes
-        panel = block[place : place + k * width].reshape(k, width)
+        panel = block[place : place + steps * width].reshape(steps, width)
         if turned:
             transpose(panel, b[j : j + width])
         else:
             _copy(panel, b[:, j : j + width])
-        j, place = j + width, place + k * width
+        j, place = j + width, place + steps * width
 
 
 @helper
@@ -148,35 +181,63 @@ def _meet_block(out, a, block, add):
 
 @intrinsic
 def _copy(typingctx, panel, x):
-    """panel[:, :N] = x (K, N), and zeros from there to the end of the vector; for the widths of strips and panels."""
-    if not (are_fit(panel, x) and panel.ndim == x.ndim == 2):
+    """panel[:, :N] = x (K, N), and zeros from there to the end of the vector; for the widths of strips and panels.
+
+    A panel of pairs gets the pairs of rows, half as many.
+    """
+    if not (are_packable(panel, x) and panel.ndim == x.ndim == 2):
         return None
 
     def codegen(context, builder, signature, args):
         itemsize, lanes, vector = vector_of(context, x)
+        panel_vector, n = vector_of(context, panel)[2], numbers_in(panel.dtype)
         (panel_array, x_array), _ = unpack(context, builder, signature, args)
         K, N = cgutils.unpack_tuple(builder, x_array.shape)
+        steps = builder.sdiv(builder.add(K, constant(n - 1)), constant(n))
 
         def copy(columns, masks):
-            with cgutils.for_range(builder, K, intp=ir.IntType(64)) as loop:
-                ahead = builder.add(loop.index, constant(AHEAD))
+            with cgutils.for_range(builder, steps, intp=ir.IntType(64)) as loop:
+                ahead = [builder.add(builder.mul(loop.index, constant(n)), constant(AHEAD + r)) for r in range(n)]
                 for column, mask in zip(columns, masks, strict=True):
-                    place = pointer_to(builder, x_array, loop.index, column, vector)
-                    prefetch(builder, pointer_to(builder, x_array, ahead, column, ir.IntType(8)))
-                    numbers = load_vector(builder, place, itemsize, mask)
-                    place = pointer_to(builder, panel_array, loop.index, column, vector)
+                    for row in ahead:
+                        prefetch(builder, pointer_to(builder, x_array, row, column, ir.IntType(8)))
+                    numbers = load_across(builder, panel.dtype, x_array, loop.index, column, vector, mask)
+                    place = pointer_to(builder, panel_array, loop.index, column, panel_vector)
                     store_vector(builder, numbers, place, itemsize)
 
-        for n in range(1, max(3, PACK // lanes) + 1):  # loops whose length the compiler knows
-            columns, end = [constant(v * lanes) for v in range(n)], constant(n * lanes)
+        for many in range(1, max(3, PACK // lanes) + 1):  # loops whose length the compiler knows
+            columns, end = [constant(v * lanes) for v in range(many)], constant(many * lanes)
             with builder.if_then(builder.icmp_signed("==", N, end)):
-                copy(columns, [None] * n)
+                copy(columns, [None] * many)
             is_edge = builder.and_(builder.icmp_signed("<", columns[-1], N), builder.icmp_signed("<", N, end))
             with builder.if_then(is_edge, likely=False):
-                copy(columns, [None] * (n - 1) + [below(builder, columns[-1], N, lanes)])
+                copy(columns, [None] * (many - 1) + [below(builder, columns[-1], N, lanes)])
         return context.get_dummy_value()
 
     return types.void(panel, x), codegen
+
+
+@intrinsic
+def _round(typingctx, pairs, x, row, step):
+    """pairs[row, step:step + lanes] = those of a row of x, with zeros beyond its end."""
+    if not (are_packable(pairs, x) and pairs.ndim == x.ndim == 2):
+        return None
+
+    def codegen(context, builder, signature, args):
+        itemsize, lanes, vector = vector_of(context, x)
+        (pairs_array, x_array), (row_value, step_value) = unpack(context, builder, signature, args)
+        _, K = cgutils.unpack_tuple(builder, x_array.shape)
+        column = builder.mul(step_value, constant(2))
+        place = pointer_to(builder, pairs_array, row_value, step_value, vector_of(context, pairs)[2])
+        is_whole = builder.icmp_signed("<=", builder.add(column, constant(2 * lanes)), K)
+        with builder.if_else(is_whole, likely=True) as (whole, edge):
+            for branch, width in ((whole, None), (edge, K)):
+                with branch:
+                    found = load_along(builder, pairs.dtype, x_array, row_value, column, vector, width)
+                    store_vector(builder, found, place, itemsize)
+        return context.get_dummy_value()
+
+    return types.void(pairs, x, types.intp, types.intp), codegen
 
 
 def _make_tile(n):
@@ -188,7 +249,7 @@ def _make_tile(n):
 
         The panel (k, n lanes) begins at block[place].
         """
-        if not (are_fit(out, a, block) and out.ndim == a.ndim == 2 and block.ndim == 1):
+        if not (a.dtype == block.dtype and are_packable(block, out) and out.ndim == a.ndim == 2 and block.ndim == 1):
             return None
 
         def codegen(context, builder, signature, args):
@@ -204,20 +265,20 @@ def _make_tile(n):
             # rows beyond the last one are the last one again; their sums are not stored
             last, byte = builder.sub(M, constant(1)), ir.IntType(8)
             starts = [pointer_to(builder, a_array, not_beyond(builder, row, last), constant(0), byte) for row in rows]
-            panel = builder.bitcast(builder.gep(block_array.data, [place_value]), vector.as_pointer())
-            zeros = ir.Constant(vector, [0.0] * lanes)
-            sums = [cgutils.alloca_once_value(builder, zeros) for _ in range(ROWS * n)]
+            packed = vector_of(context, block)[2]
+            panel = builder.bitcast(builder.gep(block_array.data, [place_value]), packed.as_pointer())
+            totals = Totals(builder, block.dtype, vector, ROWS * n)
             with cgutils.for_range(builder, K, intp=ir.IntType(64)) as loop:
                 offset, first = builder.mul(loop.index, step), builder.mul(loop.index, constant(n))
                 places = [builder.gep(panel, [builder.add(first, constant(v))]) for v in range(n)]
                 factors = [load_vector(builder, place, itemsize) for place in places]
                 for r in range(ROWS):
-                    number = builder.bitcast(builder.gep(starts[r], [offset]), vector.element.as_pointer())
+                    number = builder.bitcast(builder.gep(starts[r], [offset]), packed.element.as_pointer())
                     copies = splat(builder, builder.load(number), lanes)
                     for v in range(n):
-                        product = builder.fmul(copies, factors[v], flags=("contract",))
-                        total = builder.fadd(builder.load(sums[r * n + v]), product, flags=("contract",))
-                        builder.store(total, sums[r * n + v])
+                        totals.add(r * n + v, copies, factors[v])
+                totals.end_step(loop.index, K)
+            sums = totals.places
             places = [pointer_to(builder, out_array, row, column, vector) for row in rows for column in columns]
 
             def finish(masks):

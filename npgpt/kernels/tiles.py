@@ -21,6 +21,7 @@ LLVM reads and writes where it is told, also beyond an array, and Numba's bounds
 `transpose` and `dots` compare the shapes first, once in a call: ValueError if they do not fit, and nothing is written.
 """
 
+from npgpt.kernels.bfloat16 import are_packable, load_along, numbers_in, steps_of
 from npgpt.kernels.jit import KERNELS, helper, intrinsic
 from npgpt.kernels.vectors import (
     VECTOR,
@@ -137,9 +138,10 @@ def _tile(typingctx, out, a, b, i, j, add):
 def transpose(out, x):
     """Inside a kernel: out[:N, :M] = x.T for x (M, N), of one dtype; the last axes contiguous.
 
-    out (N or more, M or more): of its first N rows, columns beyond M may get copies of the last one.
+    out (N or more, M or more): of its first N rows, columns beyond M may get copies of the last one.  If it is of pairs
+    (bfloat16.py), they are made along x's rows, and N counts them.
     """
-    M, N = x.shape
+    M, N = x.shape[0], steps_of(out, x.shape[1])
     if not (out.shape[0] >= N and out.shape[1] >= M and in_line(out) and in_line(x)):
         raise ValueError("transpose: x (M, N) needs out (N or more, M or more), and last axes contiguous")
     n = VECTOR // x.itemsize
@@ -154,13 +156,16 @@ def _turn(typingctx, out, x, i, j):
 
     What lies beyond the edges of x or out is neither read nor written.
     """
-    if not (are_fit(out, x) and out.ndim == x.ndim == 2):
+    if not (are_packable(out, x) and out.ndim == x.ndim == 2):
         return None
 
     def codegen(context, builder, signature, args):
         itemsize, lanes, vector = vector_of(context, x)
+        out_vector, per = vector_of(context, out)[2], numbers_in(out.dtype)
         (out_array, x_array), (i_value, j_value) = unpack(context, builder, signature, args)
-        M, N = cgutils.unpack_tuple(builder, x_array.shape)
+        M, width = cgutils.unpack_tuple(builder, x_array.shape)
+        N = builder.sdiv(builder.add(width, constant(per - 1)), constant(per))
+        first = builder.mul(j_value, constant(per))  # the column of x with the number j, or the first one of pair j
         _, columns = cgutils.unpack_tuple(builder, out_array.shape)
         last = builder.sub(M, constant(1))
 
@@ -174,7 +179,7 @@ def _turn(typingctx, out, x, i, j):
             vectors = []
             for r in range(lanes):
                 row = not_beyond(builder, builder.add(i_value, constant(r)), last)
-                vectors.append(load_vector(builder, pointer_to(builder, x_array, row, j_value, vector), itemsize, read))
+                vectors.append(load_along(builder, out.dtype, x_array, row, first, vector, read))
             # the corners off the diagonal change places: of blocks of 2 by 2, then of those of 4 by 4, ...
             step = 1
             while step < lanes:
@@ -185,19 +190,19 @@ def _turn(typingctx, out, x, i, j):
             for r in range(lanes):
                 row = builder.add(j_value, constant(r))
                 with builder.if_then(builder.icmp_signed("<", row, N)):
-                    pointer = pointer_to(builder, out_array, row, i_value, vector)
+                    pointer = pointer_to(builder, out_array, row, i_value, out_vector)
                     store_vector(builder, vectors[r], pointer, itemsize, write)
 
         n = constant(lanes)
         is_whole = builder.and_(
-            builder.icmp_signed("<=", builder.add(j_value, n), N),
+            builder.icmp_signed("<=", builder.add(first, constant(lanes * per)), width),
             builder.icmp_signed("<=", builder.add(i_value, n), columns),
         )
         with builder.if_else(is_whole, likely=True) as (whole, edge):
             with whole:
                 body(None, None)
             with edge:
-                body(below(builder, j_value, N, lanes), below(builder, i_value, columns, lanes))
+                body(width, below(builder, i_value, columns, lanes))
         return context.get_dummy_value()
 
     return types.void(out, x, types.intp, types.intp), codegen

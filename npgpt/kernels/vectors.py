@@ -6,15 +6,15 @@ a few of them each: they take the builder, and LLVM's values, and return LLVM's 
 
 from npgpt.kernels.jit import KERNELS
 
-VECTOR = 16  # bytes of a vector
+VECTOR, FEATURES = 16, {}  # bytes of a vector; what the processor has, by LLVM's names
 if KERNELS == "numba":
     import llvmlite.binding
     from llvmlite import ir
     from numba import types
     from numba.core import cgutils
 
-    _FEATURES = llvmlite.binding.get_host_cpu_features()
-    VECTOR = 64 if _FEATURES.get("avx512f") else 32 if _FEATURES.get("avx") else 16
+    FEATURES = llvmlite.binding.get_host_cpu_features()
+    VECTOR = 64 if FEATURES.get("avx512f") else 32 if FEATURES.get("avx") else 16
 
 
 def are_fit(out, *others):

@@ -22,6 +22,9 @@ computed in the shadow, too, and it is right if both of these hold:
 - the live one agrees with the shadow's to ROUNDINGS times what float32 loses, which is measured: by how much gradients
   in float32 differ if the last digits of weights and softmax do.
 
+Of a training in bfloat16 the gradient of the same batch in float32 is audited so.  Its own may differ from that by
+ROUNDED of the length, in each tensor.
+
 What cannot be seen so is a mistake that forward and backward share, such as a mask that is one too short in both; and
 one that is smaller than what float32 loses of this gradient.
 
@@ -53,6 +56,8 @@ BOUND = 1e-3
 STEP = 5e-6  # length of h d as a share of the tensor's own: an entry is moved further alone than with all others
 SMALLEST = 1e-2  # typical entry of a tensor whose entries are smaller still: biases start at 0
 
+ROUNDED = 3e-2  # how far a tensor's gradient in bfloat16 may be from that in float32, as a share of its length
+
 # At a second look
 LONGER = 1, 10, 100, 1000, 0.03  # lengths of steps, in STEPs: a tiny gradient wants long ones, curvature a short one
 COMMON = 100  # which is not yet too long for most
@@ -74,8 +79,19 @@ class Derivative:
     def __str__(self):
         return (
             f"{self.name} {self.place}: backward gives {self.live:.6g}, finite differences {self.expected:.6g} "
-            f"(error {self.error:.1e})"
+            f"(error {self.error:.1e}), bound {BOUND:.0e}"
         )
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How far a tensor's gradient in bfloat16 is from that in float32."""
+
+    name: str  # of the tensor
+    error: float  # length of the difference, as a share of the length
+
+    def __str__(self):
+        return f"{self.name}: bfloat16 differs from float32 by {self.error:.1e} of its length, bound {ROUNDED:.0e}"
 
 
 @dataclass(frozen=True)
@@ -86,10 +102,12 @@ class Audit:
     n_derivatives: int
     seconds: float
     rounding: frozenset = frozenset()  # names of tensors whose error beyond BOUND is rounding, and nothing else
+    rounded: tuple = ()  # a Rounding of each tensor, in a training in bfloat16
 
     @property
     def wrong(self):
-        return [found for found in self.worst_of if found.error > BOUND and found.name not in self.rounding]
+        wrong = [found for found in self.worst_of if found.error > BOUND and found.name not in self.rounding]
+        return wrong or [found for found in self.rounded if not found.error <= ROUNDED]
 
     @property
     def worst(self):
@@ -103,7 +121,8 @@ class Audit:
         return (
             f"gradient checked at {self.n_derivatives} places: worst error {self.worst.error:.1e} in "
             f"{self.worst.name}{' (rounding is that coarse)' * (self.worst.name in self.rounding)}, "
-            f"{self.seconds:.1f} s"
+            + (f"bfloat16 is off by {max(found.error for found in self.rounded):.1e}, " if self.rounded else "")
+            + f"{self.seconds:.1f} s"
         )
 
     @property
@@ -116,7 +135,7 @@ class Auditor:
     """Audits the gradients of a DataParallel; entries: how many of each tensor are looked at."""
 
     def __init__(self, parallel, entries):
-        self.live, self.entries = parallel.flat, entries
+        self.live, self.dtype, self.entries = parallel.flat, parallel.dtype, entries
         # its workers share one set of weights; each has a model of its own, in which one tensor at a time is another
         shadow = GPT(parallel.model.config, seed=None, dtype=np.float64)
         self.shadow = DataParallel(shadow, len(parallel.replicas), parallel.blas)
@@ -133,7 +152,9 @@ class Auditor:
             raise ValueError(f"an audit knows GPT(config) only: {other}")
         start, rng = time.perf_counter(), np.random.default_rng([*seed, AUDIT])
         self.shadow.flat.weights[...] = self.live.weights
-        gradients, frozen = dict(self.live.views(self.live.grads)), self.live.frozen
+        is_rounded = self.dtype == "bfloat16"
+        in_float32 = self._in_float32(micro_batches, stop) if is_rounded else self.live.grads
+        gradients, frozen = dict(self.live.views(in_float32)), self.live.frozen
         tensors = [
             Probes(name, gradients[name], weights, self.entries, np.random.default_rng([*seed, AUDIT, i]))
             for i, (name, weights) in enumerate(self.shadow.flat.views(self.shadow.flat.weights))
@@ -143,11 +164,25 @@ class Auditor:
         worst_of = tuple(tensor.compare(gradients[tensor.name]) for tensor in tensors)
         found = {tensor: worst.error for tensor, worst in zip(tensors, worst_of, strict=True) if worst.error > BOUND}
         suspects = sorted(found, key=found.get, reverse=True)
-        rounding = self._look_again(suspects, micro_batches, rng, stop) if suspects else frozenset()
+        rounding = self._look_again(suspects, gradients, micro_batches, rng, stop) if suspects else frozenset()
         if stop.number is not None:
             return None
-        seconds = time.perf_counter() - start
-        return Audit(worst_of, sum(len(tensor.places) for tensor in tensors), seconds, rounding)
+        n, seconds = sum(len(tensor.places) for tensor in tensors), time.perf_counter() - start
+        live = self.live.views(self.live.grads) if is_rounded else ()
+        rounded = (Rounding(name, distance(grad, gradients[name])) for name, grad in live if name not in frozen)
+        return Audit(worst_of, n, seconds, rounding, tuple(rounded))
+
+    def _in_float32(self, micro_batches, stop):
+        """What live.grads would be in float32."""
+        parallel = DataParallel(GPT(self.shadow.model.config, seed=None), len(self.shadow.replicas), self.shadow.blas)
+        parallel.flat.weights[...] = self.live.weights
+        parallel.zero_grad()
+        for micro_batch in micro_batches:
+            if stop.number is None:
+                parallel.forward_backward(*micro_batch, weight=1 / len(micro_batches))
+        parallel.gather_grads()
+        parallel.close()
+        return parallel.flat.grads
 
     def _measure(self, tensors, micro_batches, stop, longer=None):
         """Measure the derivatives of the mean loss along the directions of some Probes; not all if it is stopped."""
@@ -169,7 +204,7 @@ class Auditor:
 
             self.shadow.each(work)
 
-    def _look_again(self, suspects, micro_batches, rng, stop):
+    def _look_again(self, suspects, live, micro_batches, rng, stop):
         """The names of those Probes whose error is rounding, up to the first that is wrong."""
         weight, loss = 1 / len(micro_batches), 0.0
         self.shadow.zero_grad()
@@ -178,7 +213,7 @@ class Auditor:
                 return frozenset()
             loss += weight * self.shadow.forward_backward(*micro_batch, weight=weight)
         self.shadow.gather_grads()
-        live, shadow = dict(self.live.views(self.live.grads)), dict(self.shadow.flat.views(self.shadow.flat.grads))
+        shadow = dict(self.shadow.flat.views(self.shadow.flat.grads))
         lost = self._rounding(micro_batches, rng, stop)
 
         def agrees(tensor, longer):
@@ -220,6 +255,14 @@ class Auditor:
 def length(values):
     """Root of the sum of squares, in float64."""
     return float(np.sqrt(np.square(values, dtype=np.float64).sum()))
+
+
+def distance(values, others):
+    """The length of the difference, as a share of the others'; 0 where neither has any, and infinity for NaN."""
+    difference, whole = length(values - others), length(others)
+    if difference == 0:
+        return 0.0
+    return difference / whole if np.isfinite(difference) and whole > 0 else np.inf
 
 
 def last_digit(logits, targets, rng):

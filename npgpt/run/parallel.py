@@ -26,6 +26,7 @@ from npgpt.kernels.blas import blas_threads
 from npgpt.kernels.buffers import BufferPool, reuse_buffers
 from npgpt.kernels.crew import Crew
 from npgpt.kernels.masks import random_stream
+from npgpt.kernels.matmul import products_of, way
 from npgpt.machine import cores, processors
 from npgpt.nn import Module, Parameter, structure
 from npgpt.optim import FlatParameters, sum_of_squares
@@ -70,13 +71,16 @@ class DataParallel:
              bits for the same number of workers, and the same to rounding for any number
     blas     BLAS threads of each worker's matrix products
     world    the ranks whose gradients are added up, a World
+    dtype    what matrix products round their operands to, "float32" or "bfloat16"
 
     The other workers' models are copies of `model` as it is; where it is changed later, they are made anew at the next
     zero_grad().  New Parameters are not: RuntimeError is raised at the next update.
     """
 
-    def __init__(self, model, workers=1, blas=1, world=ALONE):
-        self.model, self.blas, self.world = model, blas, world
+    def __init__(self, model, workers=1, blas=1, world=ALONE, dtype="float32"):
+        self.model, self.blas, self.world, self.dtype = model, blas, world, dtype
+        if dtype == "bfloat16":
+            way()  # it is found out before the threads begin
         self.flat = FlatParameters(model)
         self.replicas = [Replica(model, self.flat)]
         for _ in range(1, workers):
@@ -162,8 +166,8 @@ class DataParallel:
             if share == 0:
                 return 0.0
             # numbers that are not finite are for the caller to see in the result, not for NumPy to warn of
-            quiet = np.errstate(all="ignore")
-            with quiet, reuse_buffers(replica.pool), random_stream(seed, offset + start), sending(rank):
+            quiet, rounded = np.errstate(all="ignore"), products_of(self.dtype)
+            with quiet, rounded, reuse_buffers(replica.pool), random_stream(seed, offset + start), sending(rank):
                 _, loss = replica.model(idx[start:stop], targets[start:stop])
                 loss.backward(weight * share)
                 return share * loss.item()
@@ -274,7 +278,7 @@ class DataParallel:
             count = _count(targets[start:stop])
             if count == 0:
                 return 0.0, 0
-            with np.errstate(all="ignore"), no_grad(), reuse_buffers(replica.pool):
+            with np.errstate(all="ignore"), products_of(self.dtype), no_grad(), reuse_buffers(replica.pool):
                 _, loss = replica.model(idx[start:stop], targets[start:stop])
                 return loss.item() * count, count
 

@@ -17,7 +17,7 @@ from npgpt.errors import UsageError
 from npgpt.files import folder, hub
 from npgpt.kernels import jit
 from npgpt.kernels.blas import blas_kernels, blas_threads, sgemm_peak
-from npgpt.kernels.matmul import PRODUCTS
+from npgpt.kernels.matmul import PRODUCTS, quicker_dtype, way
 from npgpt.model import GPT
 from npgpt.muon import Muon
 from npgpt.optim import AdamW, cosine_lr
@@ -52,6 +52,7 @@ class Setup:
     memory_needed: float  # bytes
     workers: int
     blas_threads: int  # of each worker
+    dtype: str  # what products round their operands to
     model: GPT
     parallel: DataParallel
     optimizer: AdamW | Muon
@@ -76,6 +77,7 @@ class Setup:
             "blas_threads": self.blas_threads,
             "blas_kernels": blas_kernels(),
             "products": PRODUCTS,
+            "dtype": f"bfloat16 by {way()}" if self.dtype == "bfloat16" else self.dtype,
         }
 
     def arrays(self):
@@ -184,14 +186,15 @@ def prepare(config, world, stop, overwrite=False, force=False, origin=None):
 
     model = model or GPT(config.gpt_config(vocab_size), seed=config.seed)
     model.tokenizer = tokenizer
-    parallel = DataParallel(model, workers, blas, world)
+    dtype = world.first(lambda: quicker_dtype(config.n_embd) if config.dtype == "auto" else config.dtype)
+    parallel = DataParallel(model, workers, blas, world, dtype)
     audits = config.gradcheck_every and world.rank == 0
     return Setup(
         config=config, world=world, numbered=numbered, n_characters=n_characters, n_bytes=n_bytes,
         fingerprint=fingerprint, tokenizer=tokenizer, tokens=tokens, blocks=blocks, val_blocks=val_blocks,
         val_sample=val_sample, micro_steps=micro_steps, sequences=sequences, max_iters=max_iters,
-        iters_per_epoch=iters_per_epoch, memory_needed=memory_needed, workers=workers, blas_threads=blas, model=model,
-        parallel=parallel, optimizer=_optimizer(config, parallel.flat),
+        iters_per_epoch=iters_per_epoch, memory_needed=memory_needed, workers=workers, blas_threads=blas, dtype=dtype,
+        model=model, parallel=parallel, optimizer=_optimizer(config, parallel.flat),
         auditor=Auditor(parallel, config.gradcheck_entries) if audits else None,
     )  # fmt: skip
 

@@ -175,7 +175,8 @@ def first(setup, origin):
         at.since_best = int(state.get("since_best", since_best))
         at.evaluated_iter = None if state.get("val_loss") is None else at.iter
         now = setup.environment
-        unsaid = {"ranks": 1, "blas_kernels": now["blas_kernels"], "products": "blas"}  # by earlier versions
+        # by earlier versions
+        unsaid = {"ranks": 1, "blas_kernels": now["blas_kernels"], "products": "blas", "dtype": "float32"}
         then = {**unsaid, **state["environment"]}
         frozen = [str(name) for name in state.get("frozen", ())]
         earlier = {**state.get("changed", {})}  # settings that were changed at this very iteration

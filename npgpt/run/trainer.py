@@ -24,7 +24,6 @@ from npgpt.kernels.profiler import profiling
 from npgpt.model import GPT
 from npgpt.optim import clip_scale
 from npgpt.run import state
-from npgpt.run.audit import BOUND
 from npgpt.run.beginning import doubt_of
 from npgpt.run.divergence import diverged, first_not_finite
 from npgpt.run.events import Audited, Evaluation, Notice, Progress, log_row
@@ -227,7 +226,7 @@ class Trainer:
             good = folder.newest_until(self.out_dir, self.audited_iter + 1)
             worst = self.audit and self.audit.worst  # there is none where rank 0 has the words
             raise GradientError(
-                f"the gradient at iteration {iteration} is wrong: {worst}, bound {BOUND:.0e}; nothing of it "
+                f"the gradient at iteration {iteration} is wrong: {worst}; nothing of it "
                 f"was saved" + (f". The last checkpoint before it that is beyond doubt is {good}" if good else "")
             )
         self.audited_iter = iteration

@@ -1,0 +1,304 @@
+"""Numbers of bfloat16: how float32 is rounded to them, and how products of them are added up in float32.
+
+A bfloat16 is the upper half of a float32: its sign, its 8 bits of exponent and the first 7 of its fraction (Kalamkar et
+al. 2019).  Processors that have the format multiply them two by two.  A *pair* is two neighbours along k, in 32 bits.
+It meets another pair, and both products are added to one float32.  So packed.py packs pairs in the place of numbers.
+
+There are several ways to add them up, and each has its own bits:
+
+    avx512_bf16  vdpbf16ps (AMD since Zen 4, Intel since Cooper Lake): the product of the odd numbers is added to the
+                 sum, then the product of the even ones
+    plain        for any processor.  It adds as Intel's AMX tiles do by their manual: of 16 pairs the sum of the even
+                 products and that of the odd ones, then these two, then the total and that
+
+Each sum is that of an exact product and a float32, rounded once to nearest even.  Numbers below the smallest normal one
+count as zero before, and become zero after; NaN stays NaN.  `product_ref` says all that in NumPy; tests compare bits.
+"""
+
+import os
+
+import numpy as np
+
+from npgpt.errors import UsageError
+from npgpt.kernels.jit import KERNELS, inside_kernels
+from npgpt.kernels.vectors import FEATURES, VECTOR, are_fit, below, constant, load_vector, pick, pointer_to, splat
+
+if KERNELS == "numba":
+    import llvmlite.binding
+    from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils
+
+TINY = np.finfo(np.float32).tiny  # the smallest normal number
+GROUP = 16  # pairs whose sums `plain` adds to the total together
+
+# the dtype of the pairs says which way they are multiplied: Numba compiles a kernel for each dtype of its arrays
+PAIRS = {"avx512_bf16": np.dtype(np.uint32), "plain": np.dtype(np.int32)}
+WANTED = os.environ.get("NPGPT_BFLOAT16", "")
+if WANTED not in ("", *PAIRS):
+    raise UsageError(f"NPGPT_BFLOAT16 must be one of {', '.join(PAIRS)}, got {WANTED!r}")
+
+
+
+def has_instruction():
+    """Whether this processor has vdpbf16ps, and LLVM what it takes to write it."""
+    if not FEATURES.get("avx512bf16"):
+        return False
+    llvmlite.binding.initialize_native_asmparser()
+    return True
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# References
+
+
+def rounded_ref(x):
+    """x, float32, rounded to the nearest bfloat16, of two that are as near to the even one; as float32."""
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    up = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
+    up = np.where(np.abs(x) < TINY, bits & np.uint32(0x80000000), up)
+    up = np.where(np.isnan(x), bits | np.uint32(0x400000), up)
+    return (up & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def _flushed(x):
+    return np.where(np.abs(x) < TINY, np.copysign(np.float32(0), x), x)
+
+
+def _add_product_ref(total, x, y):
+    """total + x y in float32, rounded once; x and y are bfloat16."""
+    total, product = total.astype(np.float64), x.astype(np.float64) * y  # the product is exact
+    exact = total + product
+    # what float64 has lost of the sum (Knuth's two-sum) is told by its last bit, so that the second rounding is right
+    back = exact - total
+    lost = (total - (exact - back)) + (product - back)
+    bits = exact.view(np.int64)
+    is_even = (bits & 1 == 0) & np.isfinite(lost) & (lost != 0)
+    bits = np.where(is_even, bits + np.where((lost > 0) == (exact > 0), 1, -1), bits)
+    return _flushed(bits.view(np.float64).astype(np.float32))
+
+
+def product_ref(a, b, way, depth):
+    """a (M, K), b (K, N), float32 -> the product of their bfloat16, with the bits of a way, in float32.
+
+    depth: how many of K are summed up before what they give is added to the output.
+    """
+    a, b = rounded_ref(a), rounded_ref(b)
+    out = None
+    with np.errstate(all="ignore"):
+        for start in range(0, a.shape[1], depth):
+            stop = min(start + depth, a.shape[1])
+            part = (_sum_ref if way == "avx512_bf16" else _sum_in_groups_ref)(a[:, start:stop], b[start:stop])
+            out = part if out is None else out + part
+    return out
+
+
+def _sum_ref(a, b):
+    total = np.zeros((len(a), b.shape[1]), np.float32)
+    for k in range(0, len(b), 2):
+        for i in (k + 1, k):
+            if i < len(b):
+                total = _add_product_ref(total, a[:, i, None], b[i])
+            else:  # the last number of an odd many has a zero beside it
+                total = _flushed(total + np.float32(0))
+    return total
+
+
+def _sum_in_groups_ref(a, b):
+    total = np.zeros((len(a), b.shape[1]), np.float32)
+    for start in range(0, len(b), 2 * GROUP):
+        sums = [np.zeros_like(total), np.zeros_like(total)]
+        for k in range(start, min(start + 2 * GROUP, len(b))):
+            sums[k % 2] = _add_product_ref(sums[k % 2], a[:, k, None], b[k])
+        total = _flushed(total + _flushed(sums[0] + sums[1]))
+    return total
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# In LLVM's words, for packed.py and tiles.py.  `kind` is the Numba type of the pairs
+
+
+def numbers_in(kind):
+    """How many numbers along k an element of a packed array has: 2 in a pair, else 1."""
+    return 2 if isinstance(kind, types.Integer) else 1
+
+
+def are_packable(panel, x):
+    """Whether x's numbers, or their pairs, can be packed into a panel, for arrays of these kinds."""
+    if numbers_in(panel.dtype) == 1:
+        return are_fit(panel, x)
+    return panel.mutable and panel.dtype in (types.uint32, types.int32) and x.dtype == types.float32
+
+
+def _steps_of_pairs(packed, n):
+    return (n + 1) // 2
+
+
+@inside_kernels(pairs=_steps_of_pairs)
+def steps_of(packed, n):
+    """How many elements of a packed array n numbers along k take."""
+    return n
+
+
+def _is_hardware(kind):
+    return kind == types.uint32
+
+
+def _integers(lanes):
+    return ir.VectorType(ir.IntType(32), lanes)
+
+
+def _all(lanes, number):
+    return ir.Constant(_integers(lanes), [number] * lanes)
+
+
+def _assembly(builder, result, words, *args, reads_result=False):
+    """One instruction in assembly, as LLVM's names for it differ from version to version.
+
+    reads_result: whether the first argument is what the result's register holds before.
+    """
+    registers = ["=v", *["v"] * len(args)]
+    if reads_result:
+        registers[1] = "0"
+    kind = ir.FunctionType(result, [arg.type for arg in args])
+    return builder.call(ir.InlineAsm(kind, words, ",".join(registers)), args)
+
+
+def _rounded(builder, x):
+    """A vector of float32 -> integers whose upper halves are its bfloat16."""
+    lanes = x.type.count
+    bits = builder.bitcast(x, _integers(lanes))
+    is_odd = builder.and_(builder.lshr(bits, _all(lanes, 16)), _all(lanes, 1))
+    up = builder.add(builder.add(bits, _all(lanes, 0x7FFF)), is_odd)
+    size = builder.and_(bits, _all(lanes, 0x7FFFFFFF))
+    is_small = builder.icmp_unsigned("<", size, _all(lanes, 0x00800000))
+    up = builder.select(is_small, builder.and_(bits, _all(lanes, 0x80000000)), up)
+    is_nan = builder.icmp_unsigned(">", size, _all(lanes, 0x7F800000))
+    return builder.select(is_nan, builder.or_(bits, _all(lanes, 0x400000)), up)
+
+
+def _paired(builder, first, second):
+    """Pairs of what _rounded has made."""
+    lanes = first.type.count
+    low = builder.lshr(first, _all(lanes, 16))
+    return builder.or_(low, builder.and_(second, _all(lanes, 0xFFFF0000)))
+
+
+def _pairs_along(builder, kind, numbers, more):
+    """Two vectors that follow each other in a row -> a vector of its pairs."""
+    lanes = numbers.type.count
+    if _is_hardware(kind):
+        return _assembly(builder, _integers(lanes), "vcvtne2ps2bf16 $2, $1, $0", more, numbers)
+    numbers, more = _rounded(builder, numbers), _rounded(builder, more)
+    even, odd = (pick(builder, numbers, more, lambda lane, odd=odd: 2 * lane + odd) for odd in (0, 1))
+    return _paired(builder, even, odd)
+
+
+def _pairs_across(builder, kind, numbers, others):
+    """The same columns of two rows, one below the other -> a vector of their pairs."""
+    lanes = numbers.type.count
+    if not _is_hardware(kind):
+        return _paired(builder, _rounded(builder, numbers), _rounded(builder, others))
+    halves = _assembly(builder, _integers(lanes), "vcvtne2ps2bf16 $2, $1, $0", others, numbers)
+    halves = builder.bitcast(halves, ir.VectorType(ir.IntType(16), 2 * lanes))
+    mixed = pick(builder, halves, halves, lambda lane: lane // 2 + lanes * (lane % 2))
+    return builder.bitcast(mixed, _integers(lanes))
+
+
+def load_along(builder, kind, array, row, column, vector, width=None):
+    """Of array[row] the vector of numbers, or of pairs, from a column on; zeros where column numbers reach `width`."""
+    found = []
+    for v in range(numbers_in(kind)):
+        start = builder.add(column, constant(v * vector.count))
+        mask = None if width is None else below(builder, start, width, vector.count)
+        place = pointer_to(builder, array, row, start, vector)
+        found.append(load_vector(builder, place, VECTOR // vector.count, mask))
+    return found[0] if len(found) == 1 else _pairs_along(builder, kind, *found)
+
+
+def load_across(builder, kind, array, step, column, vector, mask=None):
+    """Of array[step] the vector from a column on, or of the rows 2 step and 2 step + 1 that of their pairs."""
+    n = numbers_in(kind)
+    (rows, _), first = cgutils.unpack_tuple(builder, array.shape), builder.mul(step, constant(n))
+    found = []
+    for r in range(n):
+        row = builder.add(first, constant(r))
+        if r > 0:  # of an odd number of rows the last one has zeros below it
+            is_row = splat(builder, builder.icmp_signed("<", row, rows), vector.count)
+            mask = is_row if mask is None else builder.and_(mask, is_row)
+        place = pointer_to(builder, array, row, column, vector)
+        found.append(load_vector(builder, place, VECTOR // vector.count, mask))
+    return found[0] if n == 1 else _pairs_across(builder, kind, *found)
+
+
+class Totals:
+    """n vectors to which products are added while k runs: numbers of the arrays' own dtype, or products of pairs."""
+
+    def __init__(self, builder, kind, vector, n):
+        self.builder, self.kind, self.vector = builder, kind, vector
+        self.places = self._zeros(n)
+        self.is_plain = numbers_in(kind) == 2 and not _is_hardware(kind)
+        self.even, self.odd = (self._zeros(n), self._zeros(n)) if self.is_plain else (None, None)
+
+    def _zeros(self, n):
+        zeros = ir.Constant(self.vector, [0.0] * self.vector.count)
+        return [cgutils.alloca_once_value(self.builder, zeros) for _ in range(n)]
+
+    def load(self, i):
+        return self.builder.load(self.places[i])
+
+    def add(self, i, x, y):
+        """total i += x y."""
+        builder = self.builder
+        if self.is_plain:
+            for places, half in ((self.even, _low), (self.odd, _high)):
+                product = _add_product(builder, builder.load(places[i]), half(builder, x), half(builder, y))
+                builder.store(product, places[i])
+            return
+        if _is_hardware(self.kind):
+            total = _assembly(builder, self.vector, "vdpbf16ps $3, $2, $0", self.load(i), x, y, reads_result=True)
+        else:
+            product = builder.fmul(x, y, flags=("contract",))
+            total = builder.fadd(self.load(i), product, flags=("contract",))
+        builder.store(total, self.places[i])
+
+    def end_step(self, step, steps):
+        """To be called after all that is added in a step of so many."""
+        if not self.is_plain:
+            return
+        builder, one = self.builder, ir.Constant(step.type, 1)
+        is_last = builder.icmp_signed("==", builder.add(step, one), steps)
+        in_group = builder.and_(step, ir.Constant(step.type, GROUP - 1))
+        ends = builder.icmp_signed("==", in_group, ir.Constant(step.type, GROUP - 1))
+        with builder.if_then(builder.or_(is_last, ends)):
+            for total, even, odd in zip(self.places, self.even, self.odd, strict=True):
+                both = _flush(builder, builder.fadd(builder.load(even), builder.load(odd)))
+                builder.store(_flush(builder, builder.fadd(builder.load(total), both)), total)
+                for place in (even, odd):
+                    builder.store(ir.Constant(self.vector, [0.0] * self.vector.count), place)
+
+
+def _low(builder, pairs):
+    lanes = pairs.type.count
+    return builder.bitcast(builder.shl(pairs, _all(lanes, 16)), ir.VectorType(ir.FloatType(), lanes))
+
+
+def _high(builder, pairs):
+    lanes = pairs.type.count
+    return builder.bitcast(builder.and_(pairs, _all(lanes, 0xFFFF0000)), ir.VectorType(ir.FloatType(), lanes))
+
+
+def _add_product(builder, total, x, y):
+    """total + x y, rounded once."""
+    kind = ir.FunctionType(total.type, [total.type] * 3)
+    fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{total.type.count}f32")
+    return _flush(builder, builder.call(fma, [x, y, total]))
+
+
+def _flush(builder, x):
+    lanes = x.type.count
+    bits = builder.bitcast(x, _integers(lanes))
+    size = builder.and_(bits, _all(lanes, 0x7FFFFFFF))
+    is_small = builder.icmp_unsigned("<", size, _all(lanes, 0x00800000))
+    zero = builder.bitcast(builder.and_(bits, _all(lanes, 0x80000000)), x.type)
+    return builder.select(is_small, zero, x)

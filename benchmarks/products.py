@@ -4,9 +4,15 @@
 
 Each cell is a shape and a layout: the median of alternating runs, as BLAS's seconds over ours.  Cells in which ours is
 slower than LOW are measured again, and the second figure counts.  Correctness is checked first.
+
+    python -m benchmarks.products --dtype bfloat16
+
+measures products of bfloat16 beside PyTorch's torch.mm.  Both sides have float32 and give float32, so both convert.
 """
 
 import argparse
+import functools
+import importlib.util
 import json
 import statistics
 import time
@@ -15,9 +21,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import PAUSE, BenchmarkError, machine, machine_line, positive
+from npgpt.config import DTYPES
 from npgpt.errors import UsageError, run_command
 
 LOW = 0.95
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}  # of the largest number: PyTorch rounds what it gives to bfloat16, too
 WAKE = 0.06  # seconds in which a side's threads wake up, and the system finds a core for each
 LEAST = 2e7  # multiplications and additions in what is timed: a small product is made several times
 LAYOUTS = {"a b": (False, False), "aT b": (True, False), "a bT": (False, True), "aT bT": (True, True)}
@@ -40,19 +48,37 @@ def operand(rng, rows, columns, turned):
     return x.T if turned else x
 
 
-def cell(shape, layout, threads, alternations):
-    """(BLAS's median seconds, ours) for a product."""
+def peer_of(dtype, threads):
+    """What the peer does: a function of (out, a, b)."""
+    if dtype == "float32":
+        return lambda out, a, b: np.matmul(a, b, out=out)
+    import torch
+
+    torch.set_num_threads(threads)
+
+    def multiply(out, a, b):
+        a, b = (torch.from_numpy(x).to(torch.bfloat16) for x in (a, b))
+        torch.from_numpy(out).copy_(torch.mm(a, b))
+
+    return multiply
+
+
+def cell(shape, layout, threads, dtype, alternations):
+    """(the peer's median seconds, ours) for a product."""
     from npgpt.kernels.matmul import matmul
 
     (M, K, N), rng = shape, np.random.default_rng(0)
     a, b = operand(rng, M, K, LAYOUTS[layout][0]), operand(rng, K, N, LAYOUTS[layout][1])
     out, expected, times = np.empty((M, N), np.float32), a @ b, max(1, round(LEAST / (M * K * N)))
-    matmul(out, a, b)
-    if not np.abs(out - expected).max() <= 1e-5 * np.abs(expected).max():
-        raise BenchmarkError(f"the product of {M} x {K} x {N}, {layout}, is wrong")
+    sides = peer_of(dtype, threads), matmul
+    for side in sides:
+        side(out, a, b)
+        if not np.abs(out - expected).max() <= TOLERANCE[dtype] * np.abs(expected).max():
+            raise BenchmarkError(f"the product of {M} x {K} x {N}, {layout}, is wrong")
     seconds = [], []
     for _ in range(alternations):
-        for side, multiply in enumerate((lambda: np.matmul(a, b, out=out), lambda: matmul(out, a, b))):
+        for side, product in enumerate(sides):
+            multiply = functools.partial(product, out, a, b)
             if threads > 1:
                 time.sleep(PAUSE)  # the other side's threads spin before they sleep
                 start = time.perf_counter()
@@ -67,21 +93,23 @@ def cell(shape, layout, threads, alternations):
 
 def measure(options):
     from npgpt.kernels.blas import blas_threads
+    from npgpt.kernels.matmul import products_of
 
     cells = []
     for threads in options.threads:
-        with blas_threads(threads):
+        with blas_threads(threads), products_of(options.dtype):
             for shape in SHAPES:
                 for layout in LAYOUTS:
-                    blas, ours = cell(shape, layout, threads, options.alternations)
-                    again = blas / ours < LOW
+                    how = shape, layout, threads, options.dtype, options.alternations
+                    peer, ours = cell(*how)
+                    again = peer / ours < LOW
                     if again:
-                        blas, ours = cell(shape, layout, threads, options.alternations)
-                    cells.append(dict(threads=threads, shape=shape, layout=layout, blas=blas, ours=ours, again=again))
+                        peer, ours = cell(*how)
+                    cells.append(dict(threads=threads, shape=shape, layout=layout, peer=peer, ours=ours, again=again))
                 row = cells[-len(LAYOUTS) :]
                 flops = 2e-9 * shape[0] * shape[1] * shape[2]
                 figures = (
-                    f"{flops / c['blas']:5.0f} {flops / c['ours']:5.0f} {c['blas'] / c['ours']:5.2f}" for c in row
+                    f"{flops / c['peer']:5.0f} {flops / c['ours']:5.0f} {c['peer'] / c['ours']:5.2f}" for c in row
                 )
                 print(f"{threads} {shape[0]:6d} {shape[1]:6d} {shape[2]:6d}   {'   '.join(figures)}", flush=True)
     return cells
@@ -90,6 +118,7 @@ def measure(options):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.products", description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=positive, nargs="+", help="(1, and as many as there are cores)")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="(%(default)s)")
     parser.add_argument("--alternations", type=positive, default=9, help="of each cell (9)")
     parser.add_argument("--json", metavar="FILE", help="write all figures to a file too")
     options = parser.parse_args(argv)
@@ -97,13 +126,16 @@ def main(argv=None):
     from npgpt.kernels.matmul import PRODUCTS
     from npgpt.machine import cores
 
-    if PRODUCTS != "ours":
+    if options.dtype == "bfloat16" and importlib.util.find_spec("torch") is None:
+        raise UsageError("PyTorch, which is the peer of products of bfloat16, is not installed: pip install torch")
+    if options.dtype == "float32" and PRODUCTS != "ours":
         raise UsageError("the products are BLAS's here; NPGPT_PRODUCTS=ours has ours measured")
     options.threads = options.threads or sorted({1, cores()})
     print(machine_line(machine(["numpy", "numba"]), cores()))
-    print(f"GFLOP/s of BLAS, of ours, and our speed over BLAS's, for {', '.join(LAYOUTS)}\nthreads, M, K, N")
+    peer = "BLAS" if options.dtype == "float32" else "PyTorch"
+    print(f"GFLOP/s of {peer}, of ours, and our speed over {peer}'s, for {', '.join(LAYOUTS)}\nthreads, M, K, N")
     cells = measure(options)
-    ratios = sorted(c["blas"] / c["ours"] for c in cells)
+    ratios = sorted(c["peer"] / c["ours"] for c in cells)
     below = sum(ratio < LOW for ratio in ratios)
     print(f"\nof {len(ratios)} cells {below} are under {LOW} ({below / len(ratios):.1%}); ", end="")
     print(f"lowest {ratios[0]:.2f}, mean {statistics.mean(ratios):.3f}, highest {ratios[-1]:.2f}")

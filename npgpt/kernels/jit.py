@@ -112,17 +112,27 @@ if KERNELS == "numba":
 
     from npgpt.kernels import cache
 
-    def kernel(function):
-        """Compile a function over arrays.  One specialisation is built per dtype, at its first call."""
-        compiled = numba.njit(**FLAGS)(function)
+    def kernel(function=None, *, counts=True):
+        """Compile a function over arrays.  One specialisation is built per dtype, at its first call.
+
+        counts: whether the users of each array are counted.  Without it a function is quicker that cuts arrays into
+        many views, but it can neither make an array nor return a view, and the same holds for what it calls.
+        """
+        if function is None:
+            return functools.partial(kernel, counts=counts)
+        compiled = helper(function, counts=counts)
         cache.keep(compiled)
         return compiled
 
-    helper = numba.njit(**FLAGS)  # for scalar functions that are compiled into the kernels that call them
+    def helper(function=None, *, counts=True):
+        """Compile a function into the kernels that call it."""
+        if function is None:
+            return functools.partial(helper, counts=counts)
+        return numba.njit(**FLAGS, _nrt=counts)(function)
 
 else:
 
-    def kernel(function):
-        return function
+    def kernel(function=None, *, counts=True):
+        return function or kernel
 
     helper, intrinsic = kernel, inside_kernels

@@ -27,7 +27,7 @@ from npgpt.kernels.tiles import share_of
 from npgpt.kernels.vectors import VECTOR
 from npgpt.machine import processors
 
-WIDE = 64  # columns from which on products of bfloat16 are quicker, where there is an instruction for them
+WIDE = 32  # columns from which on products of bfloat16 are quicker, where there is an instruction for them
 TINY = 2**20  # multiplications that are not worth sharing out among threads
 
 PRODUCTS = os.environ.get("NPGPT_PRODUCTS", "ours" if VECTOR == 64 else "blas")

@@ -37,7 +37,11 @@ RELEVANT = {
     "npgpt/tensor.py": (["test_gradcheck.py", "test_ops.py", "test_engine.py"], "not attention and not gpt"),
     "npgpt/kernels/vectors.py": (["test_tiles.py"], ""),
     "npgpt/kernels/attention.py": (OF_OPS, "attention"),
-    "npgpt/kernels/packed.py": (["test_tiles.py"], "packed"),
+    "npgpt/kernels/packed.py": (["test_tiles.py", "test_bfloat16.py"], "packed or bits_are"),
+    "npgpt/kernels/bfloat16.py": (["test_bfloat16.py"], "bits_are"),
+    "npgpt/kernels/amx.py": (["test_bfloat16.py"], "bits_are"),
+    "npgpt/kernels/matmul.py": (["test_bfloat16.py"], ""),
+    "npgpt/run/audit.py": (["test_bfloat16.py"], "audit"),
     "npgpt/kernels/tiles.py": (["test_tiles.py"], ""),
     "npgpt/ops/embedding.py": (OF_OPS, "embedding or gpt"),
     "npgpt/ops/mlp.py": (OF_OPS, "mlp or gelu"),
@@ -47,7 +51,7 @@ RELEVANT = {
     "npgpt/model.py": (["test_compositions.py", "test_model.py"], ""),
     "npgpt/optim.py": (["test_ops.py", "test_optim.py"], "optim or adamw"),
     "npgpt/muon.py": (["test_ops.py", "test_optim.py"], "optim or adamw"),
-    "npgpt/run/parallel.py": (["test_ranks.py", "test_parallel.py"], "not mpiexec"),
+    "npgpt/run/parallel.py": (["test_ranks.py", "test_parallel.py", "test_bfloat16.py"], "not mpiexec and not 1000"),
     "npgpt/run/ranks.py": (["test_ranks.py"], "not mpiexec"),
     "npgpt/run/trainer.py": (["test_ranks.py"], "not mpiexec"),
     "npgpt/generate/decode.py": (["test_decode.py"], "several or quantize or whole or int8_is or draws"),
@@ -61,6 +65,8 @@ RELEVANT = {
 
 # Faults that would wait long for the test which can see them: how the name begins -> words that are in that test's.
 SOONER = {
+    "parallel: a step forgets its dtype": "gradients_of_a_model",
+    "parallel: an evaluation forgets": "an_evaluation_is_in",
     "decode: every token has the first one's scale": "int8_is",
     "decode: the first rows' logits are shown": "several",
     "decode: all tokens of a call are drawn": "draws",
@@ -84,6 +90,11 @@ AUDITED = (
 AGREE, NO_IGNORED = "forward and backward agree", "a training ignores no target"
 TIED = "the output layer has put its share of the tied gradient in its own place"
 UNSEEN = {
+    "bfloat16: ": "the training is in float32",
+    "amx: ": "the training is in float32",
+    "matmul: ": "the training is in float32",
+    "parallel: a": "the training is in float32",
+    "audit: ": "the training is in float32",
     "npgpt/ops/primitives.py": "the model uses none of these primitives",
     "npgpt/optim.py": "what is done with a right gradient",
     "npgpt/muon.py": "what is done with a right gradient",

@@ -10,9 +10,10 @@ from faults import FAULTS
 from runs import TEXT, metrics, run, variant
 
 from npgpt import engine
-from npgpt.config import GPTConfig, TrainConfig
+from npgpt.config import DTYPES, GPTConfig, TrainConfig
 from npgpt.errors import GradientError, StoppedError, UsageError
 from npgpt.files import checkpoint, folder
+from npgpt.kernels import jit
 from npgpt.kernels.masks import random_stream
 from npgpt.model import GPT
 from npgpt.ops import attention, cross_entropy, dropout, embedding, layernorm, linear, mlp
@@ -262,8 +263,10 @@ FAULTY = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", DTYPES[: 1 if jit.KERNELS == "numpy" else 2])
 @pytest.mark.parametrize("name", FAULTY)
-def test_a_fault_ends_the_run_at_its_first_audit(config, monkeypatch, name):
+def test_a_fault_ends_the_run_at_its_first_audit(config, monkeypatch, name, dtype):
+    config = variant(config, dtype=dtype)
     module, function, change = FAULTY[name]
     monkeypatch.setattr(module, function, change(getattr(module, function)))
     with pytest.raises(GradientError, match=r"^the gradient at iteration 0 is wrong: transformer\.") as raised:

@@ -1,20 +1,33 @@
 """Products of bfloat16: every way's bits beside its reference, what is rounded and what is not."""
 
+import contextlib
+import json
 import os
+import platform
 import subprocess
 import sys
 import warnings
 
 import numpy as np
 import pytest
+from runs import TEXT, metrics, run, variant
 
-from npgpt.config import GPTConfig
-from npgpt.kernels import bfloat16, jit, matmul
+from npgpt import train
+from npgpt.config import DTYPES, GPTConfig, TrainConfig
+from npgpt.errors import GradientError, StoppedError, UsageError
+from npgpt.files import checkpoint, folder
+from npgpt.kernels import amx, bfloat16, jit, matmul
 from npgpt.kernels.bfloat16 import GROUP, PAIRS, product_ref, rounded_ref
 from npgpt.kernels.blas import blas_threads
 from npgpt.kernels.packed import SPAN, multiply, scratch_size
 from npgpt.model import GPT
+from npgpt.ops import linear
+from npgpt.run import setup
+from npgpt.run.audit import BOUND, ROUNDED
+from npgpt.run.events import Audited, Notice
 from npgpt.run.parallel import DataParallel
+from npgpt.run.trainer import Trainer
+from npgpt.signals import NEVER, Stop
 
 needs_kernels = pytest.mark.skipif(jit.KERNELS == "numpy", reason="the ways are kernels")
 SPECIAL = np.array(
@@ -52,10 +65,10 @@ def test_rounding_is_to_the_nearest_of_two_equal_ones_to_the_even():
 
 
 @needs_kernels
-@pytest.mark.parametrize("way", PAIRS)
+@pytest.mark.parametrize("way", ["avx512_bf16", "amx" if bfloat16.WANTED == "amx" else "plain"])
 def test_bits_are_those_of_the_reference_in_1000_random_products(way):
-    if way != "plain" and not bfloat16.has_instruction():
-        pytest.skip(f"this processor has no {way}")
+    if way == "avx512_bf16" and not bfloat16.has_instruction():
+        pytest.skip("this processor has no vdpbf16ps")
     rng = np.random.default_rng(0)
     scratch = np.empty(scratch_size(4), PAIRS[way])
     for n in range(250):
@@ -64,6 +77,8 @@ def test_bits_are_those_of_the_reference_in_1000_random_products(way):
             K = rng.integers(SPAN - 1, 2 * SPAN + 3)
         spread, special = (0, 20, 70)[n % 3], (0, 0.01)[n % 2]
         a, b = numbers(rng, (M, K), spread, special), numbers(rng, (K, N), spread, special)
+        if n % 5 == 4:  # the products are near the smallest normal number
+            a, b = a * np.float32(2.0**-63), b * np.float32(2.0**-63)
         expected = product_ref(a, b, way, SPAN)
         for turned in range(4):
             left, right = (np.ascontiguousarray(x.T) if turned >> i & 1 else x for i, x in enumerate((a, b)))
@@ -127,8 +142,8 @@ def test_products_that_lie_anyhow_or_of_nothing():
 
 @needs_kernels
 def test_a_wrong_instruction_is_not_used(monkeypatch):
-    if not bfloat16.has_instruction() or bfloat16.WANTED == "plain":
-        pytest.skip("this processor has no vdpbf16ps, or the plain way is wanted")
+    if not bfloat16.has_instruction() or bfloat16.WANTED:
+        pytest.skip("this processor has no vdpbf16ps, or a way is wanted")
     monkeypatch.setattr(matmul, "product_ref", lambda *args: product_ref(*args) + np.float32(1e-3))
     with pytest.warns(RuntimeWarning, match="other bits"):
         assert matmul.way.__wrapped__() == "plain"
@@ -143,7 +158,30 @@ def test_the_way_is_chosen_by_a_variable():
 
     done = run("plain")
     assert "bfloat16 needs kernels" in done.stderr if jit.KERNELS == "numpy" else done.stdout.strip() == "plain"
-    assert "must be one of avx512_bf16, plain, got 'amx16'" in run("amx16").stderr
+    assert "must be one of avx512_bf16, amx, plain, got 'amx16'" in run("amx16").stderr
+    if not amx.has_amx():
+        assert "this processor has no AMX" in run("amx").stderr or jit.KERNELS == "numpy"
+
+
+@needs_kernels
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AMX is Intel's")
+def test_the_kernel_for_amx_compiles_to_its_instructions(tmp_path):
+    """It differs from `plain`, which runs here, by these instructions only."""
+    code = (
+        "from numba import types; from npgpt.kernels.packed import multiply; "
+        "numbers, n = types.float32[:, ::1], types.intp; scratch = types.int32[::1]; "
+        "multiply.compile((numbers,) * 3 + (types.boolean,) * 2 + (scratch,) + (n,) * 4); "
+        "print(*multiply.inspect_asm().values())"
+    )
+    features = "avx2 fma bmi2 avx512f avx512bw avx512vl avx512dq avx512bf16 amx-tile amx-bf16".split()
+    environment = {
+        **os.environ, "NPGPT_BFLOAT16": "amx", "NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_CPU_NAME": "sapphirerapids",
+        "NUMBA_CPU_FEATURES": ",".join(f"+{feature}" for feature in features),
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for instruction in ("ldtilecfg", "tilezero", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"):
+        assert instruction in done.stdout
 
 
 @needs_kernels
@@ -167,3 +205,181 @@ def test_gradients_of_a_model_are_near_those_of_float32_and_the_seed_decides_the
     assert np.linalg.norm(rounded - exact) <= 0.02 * np.linalg.norm(exact)
     assert np.linalg.norm(found["two"][1] - rounded) <= 0.01 * np.linalg.norm(rounded)
     assert abs(found["first"][0] - found["float32"][0]) <= 1e-3
+
+
+@needs_kernels
+def test_an_evaluation_is_in_the_dtype_of_the_training():
+    config = GPTConfig(block_size=16, vocab_size=31, n_layer=2, n_head=2, n_embd=32)
+    idx, targets = np.random.default_rng(0).integers(0, 31, (2, 4, 16))
+    losses = {}
+    for dtype in DTYPES:
+        parallel = DataParallel(GPT(config, seed=1), 2, 1, dtype=dtype)
+        losses[dtype] = parallel.loss(idx, targets)[0]
+        assert abs(losses[dtype] - 64 * parallel.forward_backward(idx, targets)) < 1e-3
+        parallel.close()
+    assert 0 < abs(losses["bfloat16"] - losses["float32"]) < 0.1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    return TrainConfig(
+        data=(str(tmp_path / "text.txt"),), out_dir=str(tmp_path / "run"), n_layer=2, n_head=2, n_embd=32,
+        block_size=16, batch_size=4, max_iters=6, eval_interval=3, eval_iters=1, warmup_iters=0, workers=2,
+        blas_threads=1, dropout=0.1, bias=True, dtype="bfloat16", sample_tokens=0, final_sample_tokens=0,
+        log_interval=1,
+    )  # fmt: skip
+
+
+def notices(events):
+    return [event.text for event in events if isinstance(event, Notice)]
+
+
+def weights(config):
+    arrays = checkpoint.load(folder.newest(config.out_dir))[0]
+    return {name: np.array(array) for name, array in arrays.items()}
+
+
+def same(one, other):
+    return {name: array.tobytes() for name, array in one.items()} == {n: a.tobytes() for n, a in other.items()}
+
+
+@needs_kernels
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_has_the_same_bits_twice_and_when_it_is_resumed(config, workers):
+    config = variant(config, workers=workers, optimizer="adamw")
+    found = []
+    for name in ("once", "twice", "stopped"):
+        one = variant(config, out_dir=f"{config.out_dir}-{name}")
+        trainer, stop = Trainer(one), Stop()
+        with pytest.raises(StoppedError) if name == "stopped" else contextlib.nullcontext():
+            for _ in trainer.run(stop):
+                if name == "stopped" and trainer.iter == 2:
+                    stop.number = 15
+        if name == "stopped":
+            assert notices(Trainer.resume(one.out_dir).run()) == []
+        found.append(weights(one))
+    assert same(found[0], found[1]) and same(found[0], found[2])
+    run(variant(config, dtype="float32"))
+    assert not same(found[0], weights(config))
+
+
+@needs_kernels
+def test_losses_are_near_those_of_float32(config):
+    losses = {}
+    for dtype in DTYPES:
+        one = variant(config, dtype=dtype, dropout=0.0, max_iters=20, out_dir=f"{config.out_dir}-{dtype}")
+        run(one)
+        losses[dtype] = np.array([row["train_loss"] for row in metrics(one) if row["train_loss"] is not None])
+    assert 0 < np.abs(losses["bfloat16"] - losses["float32"]).max() < 0.02
+
+
+@needs_kernels
+def test_another_way_and_another_dtype_are_said_and_the_run_goes_on(config, monkeypatch):
+    run(config)
+    way = setup.way()
+    monkeypatch.setattr(setup, "way", lambda: "other")
+    said = notices(Trainer.resume(config.out_dir, {"max_iters": 7}).run())
+    assert f"dtype was bfloat16 by {way} and is bfloat16 by other: the run goes on, but not with the same bits" in said
+    said = notices(Trainer.resume(config.out_dir, {"max_iters": 8, "dtype": "float32"}).run())
+    assert "dtype was bfloat16 by other and is float32: the run goes on, but not with the same bits" in said
+    assert "dtype was bfloat16 and is float32 from iteration 7 on" in said
+
+
+def test_a_checkpoint_that_names_no_dtype_was_float32(config):
+    config = variant(config, dtype="float32")
+    run(config)
+    path = folder.newest(config.out_dir)
+    arrays, state = folder.load(path)
+    del state["train"]["dtype"], state["environment"]["dtype"]
+    checkpoint.save(path, arrays, {"npgpt": json.dumps(state)})
+    trainer = Trainer.resume(config.out_dir, {"max_iters": 7})
+    assert trainer.setup.dtype == "float32"
+    assert [words for words in notices(trainer.run()) if "dtype" in words] == []
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "width, way, expected",
+    [(32, "avx512_bf16", "bfloat16"), (31, "avx512_bf16", "float32"), (512, "plain", "float32")],
+)
+def test_auto_is_what_is_quicker(monkeypatch, width, way, expected):
+    monkeypatch.setattr(matmul, "way", lambda: way)
+    assert matmul.quicker_dtype(width) == expected
+
+
+@needs_kernels
+def test_the_command_says_what_multiplies(config, capsys):
+    flags = ["--data", *config.data, "--max-iters", "1", "--eval-iters", "1", "--sample-tokens", "0"]
+    flags += ["--n-layer", "1", "--n-embd", "32", "--final-sample-tokens", "0", "--out-dir", config.out_dir]
+    assert train.main([*flags, "--device=cpu", "--compile=False", "--dtype=bfloat16"]) == 0
+    assert f"\ndtype   | products of bfloat16, by {matmul.way()}; all else is float32\n" in capsys.readouterr().out
+    assert train.main([*flags, "--overwrite", "--dtype", "auto"]) == 0
+    assert ("products of bfloat16" in capsys.readouterr().out) == (matmul.way() != "plain")
+
+
+def test_float16_is_answered_with_bfloat16():
+    for name in ("float16", "half"):
+        with pytest.raises(UsageError, match=f"^dtype: of 16 bits there is bfloat16 here, not {name}$"):
+            train.main(["--dtype", name])
+    with pytest.raises(UsageError, match="dtype must be one of float32, bfloat16, auto, got 'float64'"):
+        train.main(["--dtype", "float64"])
+
+
+def test_references_multiply_in_float32_and_say_so(config):
+    environment = {**os.environ, "NPGPT_KERNELS": "numpy"}
+    command = [sys.executable, "-m", "npgpt.train", "--data", *config.data, "--out-dir", config.out_dir]
+    done = subprocess.run([*command, "--dtype", "bfloat16"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "bfloat16 needs kernels" in done.stderr and "Traceback" not in done.stderr
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Audits
+
+
+@needs_kernels
+def test_an_audit_of_a_healthy_run_passes_and_tells_how_far_bfloat16_is_off(config):
+    _, events = run(variant(config, gradcheck_every=3, gradient_accumulation_steps=2))
+    audits = [event.audit for event in events if isinstance(event, Audited)]
+    assert len(audits) == 2
+    for audit in audits:
+        assert audit.passed and audit.worst.error < BOUND / 20
+        assert len(audit.rounded) == len(audit.worst_of)
+        assert 1e-4 < max(found.error for found in audit.rounded) < ROUNDED / 2
+        assert "bfloat16 is off by" in str(audit)
+
+
+@needs_kernels
+def test_an_audit_sees_what_only_the_gradient_in_bfloat16_has(config):
+    trainer = Trainer(variant(config, gradcheck_every=1))
+    batch = list(trainer.setup.micro_batches(0))
+    trainer.parallel.zero_grad()
+    trainer.parallel.forward_backward(*batch[0])
+    trainer.parallel.gather_grads()
+    assert trainer.setup.auditor.audit(batch, (1, 2), NEVER).passed
+    name = "transformer.h.1.mlp.c_fc.weight"
+    for change in (1.04, 0.0, np.nan):
+        gradient = dict(trainer.parallel.flat.views(trainer.parallel.flat.grads))[name]
+        before = gradient.copy()
+        gradient *= np.float32(change)
+        found = trainer.setup.auditor.audit(batch, (1, 2), NEVER)
+        assert not found.passed and found.worst.name == name and found.worst.error > ROUNDED
+        assert str(found.worst).startswith(f"{name}: bfloat16 differs from float32 by")
+        gradient[...] = before
+
+
+@needs_kernels
+def test_an_audit_of_a_run_in_bfloat16_finds_a_wrong_backward(config, monkeypatch):
+    good = linear.linear_backward
+
+    def wrong(dx, dweight, *rest):
+        good(dx, dweight, *rest)
+        dweight *= np.float32(1.01)
+
+    monkeypatch.setattr(linear, "linear_backward", wrong)
+    with pytest.raises(GradientError, match=r"the gradient at iteration 0 is wrong: .*finite differences.*bound 1e-03"):
+        run(variant(config, gradcheck_every=1))

@@ -546,11 +546,12 @@ def test_workers_that_cannot_be_used_leave_their_cores_to_blas(machine):
 @pytest.mark.parametrize(
     "make_optimizer, bound", [(AdamW, 64 * 1024), (lambda flat: Muon(flat, rate=5.0), 96 * 1024)], ids=["AdamW", "Muon"]
 )
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_steady_step_allocates_no_large_array(workers, make_optimizer, bound, dropout):
+@pytest.mark.parametrize("dropout, dtype", [(0.0, "float32"), (0.1, "float32"), (0.0, "bfloat16")])
+def test_a_steady_step_allocates_no_large_array(workers, make_optimizer, bound, dropout, dtype):
     """All that is allocated on the way, taken together, stays below the bound; one activation would have 192 KiB."""
     model = GPT(GPTConfig(vocab_size=65, block_size=64, n_layer=1, n_head=4, n_embd=128, dropout=dropout))
     split = workers(model, 2)
+    split.dtype = dtype
     optimizer = make_optimizer(split.flat)
     idx, targets = np.random.default_rng(0).integers(0, 65, (2, 12, 64))
 

@@ -208,7 +208,7 @@ def test_a_flag_of_nanogpts_that_cannot_run_names_what_to_write(main, flags, wor
 
 
 def test_nanogpts_training_flags_that_change_nothing_are_passed_over():
-    flags = "--device=cpu --compile=False --dtype=float32 --wandb_log=False --init_from=scratch --eval_only=false"
+    flags = "--device=cpu --compile=False --wandb_log=False --init_from=scratch --eval_only=false"
     assert train.parse(flags.split()) == train.parse([])
 
 

@@ -8,8 +8,9 @@ There are several ways to add them up, and each has its own bits:
 
     avx512_bf16  vdpbf16ps (AMD since Zen 4, Intel since Cooper Lake): the product of the odd numbers is added to the
                  sum, then the product of the even ones
-    plain        for any processor.  It adds as Intel's AMX tiles do by their manual: of 16 pairs the sum of the even
-                 products and that of the odd ones, then these two, then the total and that
+    amx          tiles of 16 pairs along k (Intel Xeon since 2023; amx.py): the sum of the even products and that of the
+                 odd ones, then these two, then the total and that
+    plain        for any processor, with the bits of amx
 
 Each sum is that of an exact product and a float32, rounded once to nearest even.  Numbers below the smallest normal one
 count as zero before, and become zero after; NaN stays NaN.  `product_ref` says all that in NumPy; tests compare bits.
@@ -30,10 +31,10 @@ if KERNELS == "numba":
     from numba.core import cgutils
 
 TINY = np.finfo(np.float32).tiny  # the smallest normal number
-GROUP = 16  # pairs whose sums `plain` adds to the total together
+GROUP = 16  # pairs along k of a tile
 
 # the dtype of the pairs says which way they are multiplied: Numba compiles a kernel for each dtype of its arrays
-PAIRS = {"avx512_bf16": np.dtype(np.uint32), "plain": np.dtype(np.int32)}
+PAIRS = {"avx512_bf16": np.dtype(np.uint32), "amx": np.dtype(np.int32), "plain": np.dtype(np.int32)}
 WANTED = os.environ.get("NPGPT_BFLOAT16", "")
 if WANTED not in ("", *PAIRS):
     raise UsageError(f"NPGPT_BFLOAT16 must be one of {', '.join(PAIRS)}, got {WANTED!r}")
@@ -41,11 +42,8 @@ if WANTED not in ("", *PAIRS):
 
 
 def has_instruction():
-    """Whether this processor has vdpbf16ps, and LLVM what it takes to write it."""
-    if not FEATURES.get("avx512bf16"):
-        return False
-    llvmlite.binding.initialize_native_asmparser()
-    return True
+    """Whether this processor has vdpbf16ps."""
+    return bool(FEATURES.get("avx512bf16"))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -134,14 +132,19 @@ def _steps_of_pairs(packed, n):
     return (n + 1) // 2
 
 
-@inside_kernels(pairs=_steps_of_pairs)
+def _steps_of_tiles(packed, n):
+    return (n + 2 * GROUP - 1) // (2 * GROUP) * GROUP
+
+
+@inside_kernels(pairs=_steps_of_pairs, tiles=_steps_of_tiles)
 def steps_of(packed, n):
-    """How many elements of a packed array n numbers along k take."""
+    """How many elements of a packed array n numbers along k take, with the zeros that fill the last tile."""
     return n
 
 
-def _is_hardware(kind):
-    return kind == types.uint32
+def _rounds_by_instruction(kind):
+    """Whether vcvtne2ps2bf16 rounds: only `plain` is for processors without it, and shows how."""
+    return kind == types.uint32 or WANTED == "amx"
 
 
 def _integers(lanes):
@@ -157,6 +160,7 @@ def _assembly(builder, result, words, *args, reads_result=False):
 
     reads_result: whether the first argument is what the result's register holds before.
     """
+    llvmlite.binding.initialize_native_asmparser()  # LLVM wants to read it
     registers = ["=v", *["v"] * len(args)]
     if reads_result:
         registers[1] = "0"
@@ -187,7 +191,7 @@ def _paired(builder, first, second):
 def _pairs_along(builder, kind, numbers, more):
     """Two vectors that follow each other in a row -> a vector of its pairs."""
     lanes = numbers.type.count
-    if _is_hardware(kind):
+    if _rounds_by_instruction(kind):
         return _assembly(builder, _integers(lanes), "vcvtne2ps2bf16 $2, $1, $0", more, numbers)
     numbers, more = _rounded(builder, numbers), _rounded(builder, more)
     even, odd = (pick(builder, numbers, more, lambda lane, odd=odd: 2 * lane + odd) for odd in (0, 1))
@@ -197,7 +201,7 @@ def _pairs_along(builder, kind, numbers, more):
 def _pairs_across(builder, kind, numbers, others):
     """The same columns of two rows, one below the other -> a vector of their pairs."""
     lanes = numbers.type.count
-    if not _is_hardware(kind):
+    if not _rounds_by_instruction(kind):
         return _paired(builder, _rounded(builder, numbers), _rounded(builder, others))
     halves = _assembly(builder, _integers(lanes), "vcvtne2ps2bf16 $2, $1, $0", others, numbers)
     halves = builder.bitcast(halves, ir.VectorType(ir.IntType(16), 2 * lanes))
@@ -217,13 +221,16 @@ def load_along(builder, kind, array, row, column, vector, width=None):
 
 
 def load_across(builder, kind, array, step, column, vector, mask=None):
-    """Of array[step] the vector from a column on, or of the rows 2 step and 2 step + 1 that of their pairs."""
+    """Of array[step] the vector from a column on, or of the rows 2 step and 2 step + 1 that of their pairs.
+
+    Where rows are pairs, there are zeros below the last one.
+    """
     n = numbers_in(kind)
     (rows, _), first = cgutils.unpack_tuple(builder, array.shape), builder.mul(step, constant(n))
     found = []
     for r in range(n):
         row = builder.add(first, constant(r))
-        if r > 0:  # of an odd number of rows the last one has zeros below it
+        if n > 1:
             is_row = splat(builder, builder.icmp_signed("<", row, rows), vector.count)
             mask = is_row if mask is None else builder.and_(mask, is_row)
         place = pointer_to(builder, array, row, column, vector)
@@ -232,70 +239,44 @@ def load_across(builder, kind, array, step, column, vector, mask=None):
 
 
 class Totals:
-    """n vectors to which products are added while k runs: numbers of the arrays' own dtype, or products of pairs."""
+    """n vectors to which products are added while k runs: of numbers of the arrays' own dtype, or of pairs."""
 
     def __init__(self, builder, kind, vector, n):
         self.builder, self.kind, self.vector = builder, kind, vector
-        self.places = self._zeros(n)
-        self.is_plain = numbers_in(kind) == 2 and not _is_hardware(kind)
-        self.even, self.odd = (self._zeros(n), self._zeros(n)) if self.is_plain else (None, None)
-
-    def _zeros(self, n):
-        zeros = ir.Constant(self.vector, [0.0] * self.vector.count)
-        return [cgutils.alloca_once_value(self.builder, zeros) for _ in range(n)]
-
-    def load(self, i):
-        return self.builder.load(self.places[i])
+        zeros = ir.Constant(vector, [0.0] * vector.count)
+        self.places = [cgutils.alloca_once_value(builder, zeros) for _ in range(n)]
 
     def add(self, i, x, y):
         """total i += x y."""
-        builder = self.builder
-        if self.is_plain:
-            for places, half in ((self.even, _low), (self.odd, _high)):
-                product = _add_product(builder, builder.load(places[i]), half(builder, x), half(builder, y))
-                builder.store(product, places[i])
-            return
-        if _is_hardware(self.kind):
-            total = _assembly(builder, self.vector, "vdpbf16ps $3, $2, $0", self.load(i), x, y, reads_result=True)
+        builder, total = self.builder, self.builder.load(self.places[i])
+        if numbers_in(self.kind) == 2:
+            total = _assembly(builder, self.vector, "vdpbf16ps $3, $2, $0", total, x, y, reads_result=True)
         else:
-            product = builder.fmul(x, y, flags=("contract",))
-            total = builder.fadd(self.load(i), product, flags=("contract",))
+            total = builder.fadd(total, builder.fmul(x, y, flags=("contract",)), flags=("contract",))
         builder.store(total, self.places[i])
 
-    def end_step(self, step, steps):
-        """To be called after all that is added in a step of so many."""
-        if not self.is_plain:
-            return
-        builder, one = self.builder, ir.Constant(step.type, 1)
-        is_last = builder.icmp_signed("==", builder.add(step, one), steps)
-        in_group = builder.and_(step, ir.Constant(step.type, GROUP - 1))
-        ends = builder.icmp_signed("==", in_group, ir.Constant(step.type, GROUP - 1))
-        with builder.if_then(builder.or_(is_last, ends)):
-            for total, even, odd in zip(self.places, self.even, self.odd, strict=True):
-                both = _flush(builder, builder.fadd(builder.load(even), builder.load(odd)))
-                builder.store(_flush(builder, builder.fadd(builder.load(total), both)), total)
-                for place in (even, odd):
-                    builder.store(ir.Constant(self.vector, [0.0] * self.vector.count), place)
 
-
-def _low(builder, pairs):
+def low_half(builder, pairs):
+    """The first number of each pair, as float32."""
     lanes = pairs.type.count
     return builder.bitcast(builder.shl(pairs, _all(lanes, 16)), ir.VectorType(ir.FloatType(), lanes))
 
 
-def _high(builder, pairs):
+def high_half(builder, pairs):
+    """The second number of each pair, as float32."""
     lanes = pairs.type.count
     return builder.bitcast(builder.and_(pairs, _all(lanes, 0xFFFF0000)), ir.VectorType(ir.FloatType(), lanes))
 
 
-def _add_product(builder, total, x, y):
+def add_product(builder, total, x, y):
     """total + x y, rounded once."""
     kind = ir.FunctionType(total.type, [total.type] * 3)
     fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{total.type.count}f32")
-    return _flush(builder, builder.call(fma, [x, y, total]))
+    return flushed(builder, builder.call(fma, [x, y, total]))
 
 
-def _flush(builder, x):
+def flushed(builder, x):
+    """x, with zeros for numbers below the smallest normal one."""
     lanes = x.type.count
     bits = builder.bitcast(x, _integers(lanes))
     size = builder.and_(bits, _all(lanes, 0x7FFFFFFF))

@@ -83,14 +83,14 @@ def replaces(reference, flops=None, nbytes=None, row=None):
     return tie
 
 
-def inside_kernels(function=None, *, float32=None, pairs=None):
+def inside_kernels(function=None, *, float32=None, pairs=None, tiles=None):
     """Decorator: a helper that exists inside kernels only.
 
     float32: the function that takes its place where its first argument is a float32, or an array of them;
-    pairs: the one where it is an array of 32 bits that are no float (bfloat16.py).
+    pairs: the one where it is an array of uint32; tiles: of int32, by default the same (bfloat16.py).
     """
     if function is None:
-        return functools.partial(inside_kernels, float32=float32, pairs=pairs)
+        return functools.partial(inside_kernels, float32=float32, pairs=pairs, tiles=tiles or pairs)
 
     @functools.wraps(function)
     def call(*args):
@@ -99,7 +99,7 @@ def inside_kernels(function=None, *, float32=None, pairs=None):
     def choose(first, *others):
         """Numba tells the types of the arguments, and compiles what this returns for them."""
         dtype = getattr(first, "dtype", first)
-        instead = {numba.float32: float32, numba.uint32: pairs, numba.int32: pairs}
+        instead = {numba.float32: float32, numba.uint32: pairs, numba.int32: tiles}
         return instead.get(dtype) or function
 
     if KERNELS == "numba":

@@ -17,6 +17,7 @@ import numpy as np
 
 from npgpt.context import ThreadState
 from npgpt.errors import UsageError
+from npgpt.kernels.amx import has_amx
 from npgpt.kernels.bfloat16 import PAIRS, WANTED, has_instruction, product_ref
 from npgpt.kernels.blas import told_threads
 from npgpt.kernels.buffers import empty
@@ -111,20 +112,26 @@ def way():
     """
     if KERNELS == "numpy":
         raise UsageError("bfloat16 needs kernels: NPGPT_KERNELS=numpy runs the references, which multiply in float32")
-    if not has_instruction():
-        if WANTED not in ("", "plain"):
-            raise UsageError(f"NPGPT_BFLOAT16={WANTED}: this processor has no such instruction")
+    if WANTED == "amx":  # never taken unasked: it was not run on its processor yet
+        if not has_amx():
+            raise UsageError("NPGPT_BFLOAT16=amx: this processor has no AMX, or the system does not let us use it")
+        if not _is_right("amx"):
+            raise UsageError("NPGPT_BFLOAT16=amx: its products have other bits than they should")
+        return "amx"
+    if WANTED == "avx512_bf16" and not has_instruction():
+        raise UsageError("NPGPT_BFLOAT16=avx512_bf16: this processor has no such instruction")
+    if WANTED == "plain" or not has_instruction():
         return "plain"
-    if WANTED != "plain" and not _is_right("avx512_bf16"):
+    if not _is_right("avx512_bf16"):
         words = "bfloat16: vdpbf16ps has other bits here than it should; the plain way is taken"
         warnings.warn(words, RuntimeWarning, stacklevel=2)
         return "plain"
-    return WANTED or "avx512_bf16"
+    return "avx512_bf16"
 
 
 def quicker_dtype(width):
     """ "bfloat16" or "float32": what products of a model so wide are quicker with here (README.md has the figures)."""
-    return "bfloat16" if has_instruction() and way() != "plain" and width >= WIDE else "float32"
+    return "bfloat16" if width >= WIDE and KERNELS == "numba" and way() != "plain" else "float32"
 
 
 @functools.cache

@@ -14,9 +14,10 @@ Scratch of pairs instead of numbers makes it a product of bfloat16 (bfloat16.py)
 takes a pair of k.  Then all rows of a are packed.
 """
 
-from npgpt.kernels.bfloat16 import Totals, are_packable, load_across, load_along, numbers_in, steps_of
+from npgpt.kernels.amx import begin_tiles, end_tiles, tiles_of
+from npgpt.kernels.bfloat16 import GROUP, Totals, are_packable, load_across, load_along, numbers_in, steps_of
 from npgpt.kernels.jit import KERNELS, helper, inside_kernels, intrinsic, kernel
-from npgpt.kernels.tiles import ROWS, fetch, in_line, transpose
+from npgpt.kernels.tiles import ROWS, fetch, in_line, transpose, turn_across
 from npgpt.kernels.vectors import (
     VECTOR,
     below,
@@ -82,7 +83,7 @@ def multiply(out, a, b, a_turned, b_turned, scratch, top, bottom, left, right):
                 stop = min(i + PACK, bottom)
                 fetch(coming[int(share * (i - top)) : int(share * (stop - top))])
                 few_rows = _rows(strip, a, a_turned, i, stop, k, after)
-                _meet_block(out[i:stop, j:end], few_rows, block, k > 0)
+                _meet_block(block, out[i:stop, j:end], few_rows, k > 0)
 
 
 def _span_of_pairs(scratch):
@@ -95,20 +96,35 @@ def span_of(scratch):
     return DEPTH // scratch.itemsize
 
 
+@helper
+def _rounded_rows(rows, x):
+    """rows[:M] = the pairs of x (M, K), with zeros up to a whole vector, or tile."""
+    for r in range(len(x)):
+        for step in range(0, steps_of(rows, x.shape[1]), VECTOR // rows.itemsize):
+            _round(rows, x, r, step)
+
+
 def _rows_of_pairs(strip, a, turned, i, stop, k, after):
     steps = steps_of(strip, after - k)
     if turned:
-        strip = strip.reshape(len(strip) // PACK, PACK)
-        _copy(strip[:steps], a[k:after, i:stop])
-        return strip.T[: stop - i, :steps]
+        columns = strip.reshape(len(strip) // PACK, PACK)
+        _copy(columns[:steps], a[k:after, i:stop])
+        return columns.T[: stop - i, :steps]
     rows = strip.reshape(PACK, len(strip) // PACK)
-    for r in range(stop - i):
-        for step in range(0, steps, VECTOR // rows.itemsize):
-            _round(rows, a[i:stop, k:after], r, step)
+    _rounded_rows(rows, a[i:stop, k:after])
     return rows[: stop - i, :steps]
 
 
-@inside_kernels(pairs=_rows_of_pairs)
+def _rows_of_tiles(strip, a, turned, i, stop, k, after):
+    rows, steps = strip.reshape(PACK, len(strip) // PACK), steps_of(strip, after - k)
+    if turned:
+        turn_across(rows[:, :steps], a[k:after, i:stop])
+    else:
+        _rounded_rows(rows, a[i:stop, k:after])
+    return rows[: stop - i, :steps]
+
+
+@inside_kernels(pairs=_rows_of_pairs, tiles=_rows_of_tiles)
 def _rows(strip, a, turned, i, stop, k, after):
     """Rows i:stop of a, or of a.T if `turned`, and of k only k:after; as they lie if they are near, else packed."""
     if not turned:
@@ -144,6 +160,17 @@ def _vectors_of_panel(left):
     return 2 if left in (2, 4) else min(left, 3)
 
 
+def _fill_tiles(panel, k):
+    for step in range((k + 1) // 2, len(panel)):
+        for column in range(panel.shape[1]):
+            panel[step, column] = 0
+
+
+@inside_kernels(pairs=lambda panel, k: None, tiles=_fill_tiles)
+def _fill(panel, k):
+    """Zeros behind the k numbers of a panel, up to the end of the last tile."""
+
+
 @helper
 def _pack_block(block, b, turned):
     """block = the panels of b, one after the other; b (k, columns), or (columns, k) if `turned`.
@@ -155,6 +182,7 @@ def _pack_block(block, b, turned):
     while j < columns:
         width = _vectors_of_panel((columns - j + lanes - 1) // lanes) * lanes
         panel = block[place : place + steps * width].reshape(steps, width)
+        _fill(panel, k)
         if turned:
             transpose(panel, b[j : j + width])
         else:
@@ -162,8 +190,24 @@ def _pack_block(block, b, turned):
         j, place = j + width, place + steps * width
 
 
-@helper
-def _meet_block(out, a, block, add):
+def _meet_tiles(block, out, a, add):
+    columns, steps = out.shape[1], a.shape[1]
+    lanes, j, place = VECTOR // out.itemsize, 0, 0
+    begin_tiles()
+    while j < columns:
+        n = _vectors_of_panel((columns - j + lanes - 1) // lanes)
+        if n == 3:
+            _amx_3(out, a, block, j, place, add)
+        elif n == 2:
+            _amx_2(out, a, block, j, place, add)
+        else:
+            _amx_1(out, a, block, j, place, add)
+        j, place = j + n * lanes, place + steps * n * lanes
+    end_tiles()
+
+
+@inside_kernels(tiles=_meet_tiles)
+def _meet_block(block, out, a, add):
     """out (M, columns) = a @ the block, or += where `add` is true, for M up to PACK."""
     (M, columns), k = out.shape, a.shape[1]
     lanes, j, place = VECTOR // out.itemsize, 0, 0
@@ -240,6 +284,16 @@ def _round(typingctx, pairs, x, row, step):
     return types.void(pairs, x, types.intp, types.intp), codegen
 
 
+def _put(builder, places, sums, masks, add, itemsize):
+    """Store, or add where `add` is true, what stands in `sums` to `places` in the output."""
+    with builder.if_then(add):
+        for place, total, mask in zip(places, sums, masks, strict=True):
+            old = load_vector(builder, place, itemsize, mask)
+            builder.store(builder.fadd(old, builder.load(total)), total)
+    for place, total, mask in zip(places, sums, masks, strict=True):
+        store_vector(builder, builder.load(total), place, itemsize, mask)
+
+
 def _make_tile(n):
     """The intrinsic that computes a tile of n vectors of columns."""
 
@@ -277,17 +331,11 @@ def _make_tile(n):
                     copies = splat(builder, builder.load(number), lanes)
                     for v in range(n):
                         totals.add(r * n + v, copies, factors[v])
-                totals.end_step(loop.index, K)
             sums = totals.places
             places = [pointer_to(builder, out_array, row, column, vector) for row in rows for column in columns]
 
             def finish(masks):
-                with builder.if_then(add_value):
-                    for place, total, mask in zip(places, sums, masks, strict=True):
-                        old = load_vector(builder, place, itemsize, mask)
-                        builder.store(builder.fadd(old, builder.load(total)), total)
-                for place, total, mask in zip(places, sums, masks, strict=True):
-                    store_vector(builder, builder.load(total), place, itemsize, mask)
+                _put(builder, places, sums, masks, add_value, itemsize)
 
             is_whole = builder.and_(
                 builder.icmp_signed("<=", builder.add(i_value, constant(ROWS)), M),
@@ -308,3 +356,52 @@ def _make_tile(n):
 
 
 _tile_1, _tile_2, _tile_3 = map(_make_tile, (1, 2, 3))
+
+
+def _make_amx(n):
+    """The intrinsic that computes n tiles side by side, all of whose pairs are packed."""
+
+    @intrinsic
+    def tiles(typingctx, out, a, block, j, place, add):
+        """out[:, j:j+n lanes] = a @ a panel, or += where `add` is true; `out` has PACK rows at most.
+
+        a (rows, steps) is a part of a strip of PACK rows.  The panel (steps, n lanes) begins at block[place].
+        """
+        if not (a.dtype == block.dtype and are_packable(block, out) and out.ndim == a.ndim == 2 and block.ndim == 1):
+            return None
+
+        def codegen(context, builder, signature, args):
+            itemsize, lanes, vector = vector_of(context, out)
+            (out_array, a_array, block_array), (j_value, place_value, add_value) = unpack(
+                context, builder, signature, args
+            )
+            M, N = cgutils.unpack_tuple(builder, out_array.shape)
+            _, steps = cgutils.unpack_tuple(builder, a_array.shape)
+            line, _ = cgutils.unpack_tuple(builder, a_array.strides)
+            width, byte = constant(n * lanes * itemsize), ir.IntType(8)
+            panel = builder.bitcast(builder.gep(block_array.data, [place_value]), byte.as_pointer())
+            c = tiles_of(builder, vector, n)
+            for v in range(n):
+                c.zero(v)
+            with cgutils.for_range(builder, builder.udiv(steps, constant(GROUP)), intp=ir.IntType(64)) as loop:
+                step = builder.mul(loop.index, constant(GROUP))
+                c.load(n, pointer_to(builder, a_array, constant(0), step, byte), line)
+                for v in range(n):
+                    offset = builder.add(builder.mul(step, width), constant(v * lanes * itemsize))
+                    c.load(n + 1 + v, builder.gep(panel, [offset]), width)
+                for v in range(n):
+                    c.multiply(v, n, n + 1 + v)
+            c.store()
+            columns = [builder.add(j_value, constant(v * lanes)) for v in range(n)]
+            masks = [below(builder, column, N, lanes) for column in columns]
+            with cgutils.for_range(builder, M, intp=ir.IntType(64)) as rows:
+                places = [pointer_to(builder, out_array, rows.index, column, vector) for column in columns]
+                _put(builder, places, [c.row(v, rows.index) for v in range(n)], masks, add_value, itemsize)
+            return context.get_dummy_value()
+
+        return types.void(out, a, block, *[types.intp] * 2, types.boolean), codegen
+
+    return tiles
+
+
+_amx_1, _amx_2, _amx_3 = map(_make_amx, (1, 2, 3))

@@ -21,7 +21,7 @@ LLVM reads and writes where it is told, also beyond an array, and Numba's bounds
 `transpose` and `dots` compare the shapes first, once in a call: ValueError if they do not fit, and nothing is written.
 """
 
-from npgpt.kernels.bfloat16 import are_packable, load_along, numbers_in, steps_of
+from npgpt.kernels.bfloat16 import are_packable, load_across, load_along, numbers_in, steps_of
 from npgpt.kernels.jit import KERNELS, helper, intrinsic
 from npgpt.kernels.vectors import (
     VECTOR,
@@ -150,62 +150,90 @@ def transpose(out, x):
             _turn(out, x, i, j)
 
 
-@intrinsic
-def _turn(typingctx, out, x, i, j):
-    """out[j:j+n, i:i+n] = x[i:i+n, j:j+n].T, where n numbers fill a vector; the last row stands for those beyond.
+@helper
+def turn_across(out, x):
+    """Inside a kernel: out (M or more, steps) = pairs of the rows of x (K, M), transposed; steps are those of K."""
+    K, M = x.shape
+    if not (out.shape[0] >= M and out.shape[1] == steps_of(out, K) and in_line(out) and in_line(x)):
+        raise ValueError("turn_across: x (K, M) needs out (M or more, steps of K), and last axes contiguous")
+    n = VECTOR // x.itemsize
+    for i in range(0, out.shape[1], n):
+        for j in range(0, M, n):
+            _turn_across(out, x, i, j)
 
-    What lies beyond the edges of x or out is neither read nor written.
+
+def _make_turn(across):
+    """The intrinsic that transposes n by n elements, as many as fill a vector.
+
+    An element is a number, or where `out` has pairs a pair: of x's rows, or across them if `across` is true.
     """
-    if not (are_packable(out, x) and out.ndim == x.ndim == 2):
-        return None
 
-    def codegen(context, builder, signature, args):
-        itemsize, lanes, vector = vector_of(context, x)
-        out_vector, per = vector_of(context, out)[2], numbers_in(out.dtype)
-        (out_array, x_array), (i_value, j_value) = unpack(context, builder, signature, args)
-        M, width = cgutils.unpack_tuple(builder, x_array.shape)
-        N = builder.sdiv(builder.add(width, constant(per - 1)), constant(per))
-        first = builder.mul(j_value, constant(per))  # the column of x with the number j, or the first one of pair j
-        _, columns = cgutils.unpack_tuple(builder, out_array.shape)
-        last = builder.sub(M, constant(1))
+    @intrinsic
+    def turn(typingctx, out, x, i, j):
+        """out[j:j+n, i:i+n] = x[i:i+n, j:j+n].T, in elements; if not `across`, the last row stands for those beyond.
 
-        def exchange(a, b, step):
-            """Rows a and b, `step` apart: of a the lanes with bit `step` change places with those of b without."""
-            upper = pick(builder, a, b, lambda lane: (lane ^ step) + lanes if lane & step else lane)
-            lower = pick(builder, a, b, lambda lane: lane + lanes if lane & step else lane ^ step)
-            return upper, lower
+        What lies beyond the edges of x or out is neither read nor written.
+        """
+        if not (are_packable(out, x) and out.ndim == x.ndim == 2):
+            return None
 
-        def body(read, write):
-            vectors = []
-            for r in range(lanes):
-                row = not_beyond(builder, builder.add(i_value, constant(r)), last)
-                vectors.append(load_along(builder, out.dtype, x_array, row, first, vector, read))
-            # the corners off the diagonal change places: of blocks of 2 by 2, then of those of 4 by 4, ...
-            step = 1
-            while step < lanes:
+        def codegen(context, builder, signature, args):
+            itemsize, lanes, vector = vector_of(context, x)
+            out_vector = vector_of(context, out)[2]
+            along = 1 if across else numbers_in(out.dtype)  # columns of x that an element takes
+            (out_array, x_array), (i_value, j_value) = unpack(context, builder, signature, args)
+            M, width = cgutils.unpack_tuple(builder, x_array.shape)
+            N = builder.sdiv(builder.add(width, constant(along - 1)), constant(along))
+            first = builder.mul(j_value, constant(along))  # the first column of element j
+            _, columns = cgutils.unpack_tuple(builder, out_array.shape)
+            last = builder.sub(M, constant(1))
+
+            def exchange(a, b, step):
+                """Rows a and b, `step` apart: of a the lanes with bit `step` change places with those of b without."""
+                upper = pick(builder, a, b, lambda lane: (lane ^ step) + lanes if lane & step else lane)
+                lower = pick(builder, a, b, lambda lane: lane + lanes if lane & step else lane ^ step)
+                return upper, lower
+
+            def load(r, width):
+                row = builder.add(i_value, constant(r))
+                if across:
+                    mask = width and below(builder, first, width, lanes)
+                    return load_across(builder, out.dtype, x_array, row, first, vector, mask)
+                return load_along(builder, out.dtype, x_array, not_beyond(builder, row, last), first, vector, width)
+
+            def body(width, write):
+                vectors = [load(r, width) for r in range(lanes)]
+                # the corners off the diagonal change places: of blocks of 2 by 2, then of those of 4 by 4, ...
+                step = 1
+                while step < lanes:
+                    for r in range(lanes):
+                        if not r & step:
+                            vectors[r], vectors[r + step] = exchange(vectors[r], vectors[r + step], step)
+                    step *= 2
                 for r in range(lanes):
-                    if not r & step:
-                        vectors[r], vectors[r + step] = exchange(vectors[r], vectors[r + step], step)
-                step *= 2
-            for r in range(lanes):
-                row = builder.add(j_value, constant(r))
-                with builder.if_then(builder.icmp_signed("<", row, N)):
-                    pointer = pointer_to(builder, out_array, row, i_value, out_vector)
-                    store_vector(builder, vectors[r], pointer, itemsize, write)
+                    row = builder.add(j_value, constant(r))
+                    with builder.if_then(builder.icmp_signed("<", row, N)):
+                        pointer = pointer_to(builder, out_array, row, i_value, out_vector)
+                        store_vector(builder, vectors[r], pointer, itemsize, write)
 
-        n = constant(lanes)
-        is_whole = builder.and_(
-            builder.icmp_signed("<=", builder.add(first, constant(lanes * per)), width),
-            builder.icmp_signed("<=", builder.add(i_value, n), columns),
-        )
-        with builder.if_else(is_whole, likely=True) as (whole, edge):
-            with whole:
-                body(None, None)
-            with edge:
-                body(width, below(builder, i_value, columns, lanes))
-        return context.get_dummy_value()
+            n = constant(lanes)
+            is_whole = builder.and_(
+                builder.icmp_signed("<=", builder.add(first, constant(lanes * along)), width),
+                builder.icmp_signed("<=", builder.add(i_value, n), columns),
+            )
+            with builder.if_else(is_whole, likely=True) as (whole, edge):
+                with whole:
+                    body(None, None)
+                with edge:
+                    body(width, below(builder, i_value, columns, lanes))
+            return context.get_dummy_value()
 
-    return types.void(out, x, types.intp, types.intp), codegen
+        return types.void(out, x, types.intp, types.intp), codegen
+
+    return turn
+
+
+_turn, _turn_across = map(_make_turn, (False, True))
 
 
 @helper

@@ -1,0 +1,143 @@
+"""Intel's AMX: eight registers that hold a tile each, and an instruction that multiplies two of them.
+
+A tile has 16 rows of 64 bytes: pairs of bfloat16 (see bfloat16.py), or numbers of float32.  TDPBF16PS adds to a tile
+c (16, 16) the product of a, 16 rows of 16 pairs along k, and of b, 16 pairs along k for each of 16 columns.
+
+Where there are no such registers, memory stands for them, and loops for the instruction: the way "plain".  Both are
+told by the same calls, so that all but five instructions of the way "amx" runs on any processor.
+"""
+
+import ctypes
+import functools
+import sys
+
+from npgpt.kernels.bfloat16 import WANTED, add_product, flushed, high_half, low_half
+from npgpt.kernels.jit import KERNELS, intrinsic
+from npgpt.kernels.vectors import FEATURES, constant, load_vector, splat
+
+if KERNELS == "numba":
+    from llvmlite import ir
+    from numba import types
+    from numba.core import cgutils
+
+ROWS = 16  # of a tile, and pairs along k
+LINE = 64  # bytes of its row
+BYTE, WORD = 8, 32  # bits
+
+
+@functools.cache
+def has_amx():
+    """Whether this processor has AMX, and Linux lets this process use it: it asks for that, once."""
+    if not (FEATURES.get("amx-tile") and FEATURES.get("amx-bf16") and sys.platform == "linux"):
+        return False
+    arch_prctl, request_permission, tiles = 158, 0x1023, 18  # of x86-64
+    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tiles) == 0
+
+
+def _call(builder, name, *args):
+    kind = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
+    builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}"), args)
+
+
+def _number(tile):
+    return ir.Constant(ir.IntType(BYTE), tile)
+
+
+class Memory:
+    """Memory that stands for the registers 0, 1, ...: those of c, n of them, are kept; a and b stay where they are."""
+
+    def __init__(self, builder, vector, n):
+        self.builder, self.vector, self.places = builder, vector, {}
+        self.totals = [cgutils.alloca_once(builder, ir.ArrayType(vector, ROWS)) for _ in range(n)]
+        self.even, self.odd = (cgutils.alloca_once(builder, vector) for _ in range(2))
+        self.zeros = ir.Constant(vector, [0.0] * vector.count)
+
+    def _row(self, c, row):
+        return self.builder.gep(self.totals[c], [constant(0), row])
+
+    def zero(self, c):
+        with cgutils.for_range(self.builder, constant(ROWS)) as rows:
+            self.builder.store(self.zeros, self._row(c, rows.index))
+
+    def load(self, tile, pointer, stride):
+        """pointer: to the first byte; stride: bytes from row to row."""
+        self.places[tile] = pointer, stride
+
+    def _at(self, tile, row, kind, column=0):
+        pointer, stride = self.places[tile]
+        offset = self.builder.add(self.builder.mul(row, stride), self.builder.mul(constant(4), column))
+        return self.builder.bitcast(self.builder.gep(pointer, [offset]), kind.as_pointer())
+
+    def multiply(self, c, a, b):
+        """c += a @ b."""
+        builder, lanes = self.builder, self.vector.count
+        word, words = ir.IntType(WORD), ir.VectorType(ir.IntType(WORD), lanes)
+        with cgutils.for_range(builder, constant(ROWS)) as rows:
+            for place in (self.even, self.odd):
+                builder.store(self.zeros, place)
+            with cgutils.for_range(builder, constant(ROWS)) as k:
+                left = splat(builder, builder.load(self._at(a, rows.index, word, k.index)), lanes)
+                right = load_vector(builder, self._at(b, k.index, words, constant(0)), 4)
+                for place, half in ((self.even, low_half), (self.odd, high_half)):
+                    total = add_product(builder, builder.load(place), half(builder, left), half(builder, right))
+                    builder.store(total, place)
+            both = flushed(builder, builder.fadd(builder.load(self.even), builder.load(self.odd)))
+            place = self._row(c, rows.index)
+            builder.store(flushed(builder, builder.fadd(builder.load(place), both)), place)
+
+    def store(self):
+        """Have the tiles of c be where `row` finds them."""
+
+    def row(self, c, row):
+        """Pointer to a row of the tile c."""
+        return self._row(c, row)
+
+
+class Registers(Memory):
+    """AMX's registers, between `begin_tiles` and `end_tiles`."""
+
+    def zero(self, c):
+        _call(self.builder, "tilezero", _number(c))
+
+    def load(self, tile, pointer, stride):
+        _call(self.builder, "tileloadd64", _number(tile), pointer, stride)
+
+    def multiply(self, c, a, b):
+        _call(self.builder, "tdpbf16ps", *map(_number, (c, a, b)))
+
+    def store(self):
+        for c, place in enumerate(self.totals):
+            pointer = self.builder.bitcast(place, ir.IntType(BYTE).as_pointer())
+            _call(self.builder, "tilestored64", _number(c), pointer, constant(LINE))
+
+
+def tiles_of(builder, vector, n):
+    """What stands for the registers: n tiles to add to, and two or more to multiply."""
+    return (Registers if WANTED == "amx" else Memory)(builder, vector, n)
+
+
+@intrinsic
+def begin_tiles(typingctx):
+    """Tell the processor the shape of all tiles, if it has them."""
+
+    def codegen(context, builder, signature, args):
+        if WANTED == "amx":
+            palette, lines, rows = bytes([1] + [0] * 15), LINE.to_bytes(2, "little") * 8 + bytes(16), bytes([ROWS] * 8)
+            shapes = cgutils.make_bytearray(palette + lines + rows + bytes(8))
+            place = cgutils.global_constant(builder, "npgpt_tiles", shapes)
+            _call(builder, "ldtilecfg", builder.bitcast(place, ir.IntType(BYTE).as_pointer()))
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def end_tiles(typingctx):
+    """Let the tiles go, which the system would save whenever it stops the thread."""
+
+    def codegen(context, builder, signature, args):
+        if WANTED == "amx":
+            _call(builder, "tilerelease")
+        return context.get_dummy_value()
+
+    return types.void(), codegen

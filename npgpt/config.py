@@ -134,8 +134,8 @@ class TrainConfig:
     final_sample_tokens: int = _setting(600, "length of the sample at the end, in tokens (0: none)", low=0)
 
     dtype: str = _setting(
-        "float32", "what matrix products round their operands to: float32, bfloat16, or auto: bfloat16 where it is "
-        "quicker on this processor; weights, sums and all else stay float32", choices=(*DTYPES, "auto"),
+        "auto", "what matrix products round their operands to: float32, bfloat16, or auto: bfloat16 where this "
+        "processor has an instruction for it; weights, sums and all else stay float32", choices=(*DTYPES, "auto"),
     )  # fmt: skip
     seed: int = _setting(1337, "what every random choice is made from", low=0, high=2**32 - 1)
     workers: int | None = _setting(None, "threads that share each batch; by default chosen for this machine", low=1)

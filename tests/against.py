@@ -40,7 +40,7 @@ MODEL = dict(
     n_layer=4, n_head=4, n_embd=128, block_size=64, bias=False, dropout=0.0, tokenizer="char", val_fraction=0.1,
     batch_size=12, gradient_accumulation_steps=1, max_iters=STEPS, decay_lr=True, beta1=0.9, beta2=0.99, grad_clip=1.0,
     muon_learning_rate=0.03, muon_momentum=0.95, weight_decay=0.1, seed=1337, blas_threads=1, keep=9,
-    eval_interval=MIDDLE, eval_iters=2, log_interval=10, sample_tokens=0, final_sample_tokens=0,
+    eval_interval=MIDDLE, eval_iters=2, log_interval=10, sample_tokens=0, final_sample_tokens=0, dtype="float32",
 )  # fmt: skip
 DEFAULT = MODEL | dict(optimizer="muon", learning_rate=4e-3, min_lr=4e-4, warmup_iters=20, lr_decay_iters=2400)
 NANOGPT_CPU = MODEL | dict(optimizer="adamw", learning_rate=1e-3, min_lr=1e-4, warmup_iters=100, lr_decay_iters=2000)

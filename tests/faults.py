@@ -530,7 +530,7 @@ FAULTS = [
         "amx: the last tile is not filled with zeros",
         "npgpt/kernels/packed.py",
         "            panel[step, column] = 0\n",
-        "            panel[step, column] = 0x3F803F80\n",
+        "            panel[step, column] = 0x7FC07FC0\n",
         "What lies behind the last pair must add nothing.",
         kernel=True,
     ),

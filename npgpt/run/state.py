@@ -263,7 +263,7 @@ def vocab_size_of(state):
 def _config_of(state, path):
     """The TrainConfig that a checkpoint's run was made with."""
     try:
-        settings = dict(state["train"])
+        settings = {"dtype": "float32", **state["train"]}  # earlier versions knew no other
         unknown = sorted({*settings} - {f.name for f in dataclasses.fields(TrainConfig)})
         if unknown:
             raise CheckpointError(

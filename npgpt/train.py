@@ -118,6 +118,7 @@ def describe(trainer):
     from npgpt import machine
     from npgpt.kernels import jit
     from npgpt.kernels.blas import blas_kernels
+    from npgpt.kernels.matmul import way
 
     setup, config, model, world = trainer.setup, trainer.config, trainer.model.config, trainer.setup.world
     length = ""
@@ -125,7 +126,10 @@ def describe(trainer):
         length = f"{setup.n_bytes:,} bytes of UTF-8, {setup.n_characters:,} characters, "
     kernels = f"numba {jit.numba.__version__}" if jit.KERNELS == "numba" else "NumPy references instead of kernels"
     blas = blas_kernels()
-    rounded = [f"dtype   | products of bfloat16, by {setup.environment['dtype'].split()[-1]}; all else is float32"]
+    rounded = ()
+    if setup.dtype == "bfloat16":
+        slow = ", which is slow" if way() == "plain" else ""
+        rounded = [f"dtype   | products of bfloat16, by {way()}{slow}; all else is float32"]
     ranks = [f"ranks   | {world.size}, {world.local_size} of them on this machine; workers and memory are each one's"]
     return "\n".join(
         (
@@ -133,7 +137,7 @@ def describe(trainer):
             f"device  | {machine.cpu_name()}, {machine.cores()} cores: "
             f"{setup.workers} workers x {setup.blas_threads} BLAS threads, "
             f"sgemm {setup.sgemm_peak / 1e9:,.0f} GFLOP/s{f' by kernels for {blas}' if blas else ''}",
-            *(rounded if setup.dtype == "bfloat16" else ()),
+            *rounded,
             *(ranks if world.size > 1 else ()),
             f"data    | {' '.join(config.data)}: {length}{setup.tokenizer.vocab_size:,} different tokens",
             *(f"        | {line}" for line in examine(setup)),

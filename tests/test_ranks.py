@@ -555,6 +555,7 @@ def rank_main(settings, place):
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_mpiexec_trains_as_one_process_does(config, tmp_path, size):
     config = variant(config, n_embd=32, max_iters=STEPS, eval_interval=STEPS, workers=1, learning_rate=2e-3)
+    config = variant(config, dtype="float32")  # what rounds differently is far apart once it is rounded to bfloat16
     finished(start(size, __file__, json.dumps(dataclasses.asdict(config)), tmp_path))
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert found[:3] == found[3:6]  # once more, and the same bits

@@ -40,7 +40,6 @@ if WANTED not in ("", *PAIRS):
     raise UsageError(f"NPGPT_BFLOAT16 must be one of {', '.join(PAIRS)}, got {WANTED!r}")
 
 
-
 def has_instruction():
     """Whether this processor has vdpbf16ps."""
     return bool(FEATURES.get("avx512bf16"))

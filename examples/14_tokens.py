@@ -8,7 +8,7 @@ You will understand
 - why every text has tokens, and why a token may be a part of a character.
 
 Counterpart: npgpt/data/bpe.py, where the package tokenizers does the same, and much faster.
-Next: `python -m npgpt.train --tokenizer bpe`, on a text of your own.
+Next: 15_bfloat16.py, where numbers get shorter; or `python -m npgpt.train --tokenizer bpe`, on a text of your own.
 Try it: let " widest" come 8 times in `small`, work out the nine tokens by hand, and write them where they stand now.
 
     python examples/14_tokens.py

@@ -146,6 +146,17 @@ WRONG = {
             '"".join(bytes_of[token].decode("utf-8", "replace") for token in tokens)',
         ),
     ],
+    "15_bfloat16.py": [
+        ("return bits + np.uint32(0x7FFF) + is_odd & UPPER", "return bits & UPPER"),
+        ("np.uint32(0x7FFF) + is_odd & UPPER", "np.uint32(0x8000) & UPPER"),
+        ("np.where(np.isnan(x), bits & UPPER | np.uint32(0x400000), nearest(bits))", "nearest(bits)"),
+        ("return rounded(a) @ rounded(b)", "return a @ b"),
+        ("return rounded(a) @ rounded(b)", "return rounded(rounded(a) @ rounded(b))"),
+        ("total = rounded(total + term)", "total = total + term"),
+        ("multiply(dy, w2) * (1 - act**2)", "multiply(dy, w2) * (1 - act)"),
+        ("np.frexp(np.abs(w))[1] - 8", "np.frexp(np.abs(w))[1] - 7"),
+        ('master weights": train(product, keep=np.copy)', 'master weights": train(product, keep=rounded)'),
+    ],
 }
 
 

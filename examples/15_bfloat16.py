@@ -8,7 +8,7 @@ You will understand
 - why weights and the moments of an optimizer stay float32.
 
 Counterpart: npgpt/kernels/bfloat16.py, whose `rounded_ref` and `product_ref` say the same in a few lines.
-Next: `python -m npgpt.train --dtype bfloat16`, on a processor that has the format.
+Next: `python -m npgpt.train --dtype bfloat16`, on a processor that multiplies in this format.
 Try it: let lr be 0.1 in `train`.  Say first whether weights in bfloat16 stall at the same loss as now, and why.
 
     python examples/15_bfloat16.py
@@ -28,10 +28,11 @@ rng = np.random.default_rng(15)
 #
 #     +- 1.f 2^(e - 127)          with 1.f written in base 2
 #
-# A bfloat16 is the upper half of it: the sign, all 8 bits of the exponent, and the first 7 bits of the fraction.  So
-# it can be as large and as small as a float32.  But it has 8 digits in base 2, where a float32 has 24.  (The 1 before
-# the point is a digit, too, and needs no bit.)  The spacing is the distance of a number to the next one.  It is 2^-7
-# from 1 to 2, twice that from 2 to 4, and so on; from 256 to 512 it is 2.
+# for e from 1 to 254.  (0 and what is smaller have e = 0; on 255, see below.)  A bfloat16 is the upper half of a
+# float32: the sign, all 8 bits of the exponent, and the first 7 bits of the fraction.  So it can be as large and as
+# small.  But it has 8 digits in base 2, where a float32 has 24.  (The 1 before the point is a digit, too, and needs no
+# bit.)  The spacing is the distance from a number to the next one.  For bfloat16 it is 2^-7 from 1 to 2, and twice that
+# from 2 to 4.  So it doubles with each power of two, and is 2 from 256 to 512.
 
 
 def bits_of(x):
@@ -47,8 +48,7 @@ for value in (1.0, 256.0, 257.0, 0.1):
 # --------------------------------------------------------------------------------------------------------------------
 # Rounding.  Take the lower half as a whole number, from 0 to 0xFFFF.  Below 0x8000, which is the middle, the nearest
 # bfloat16 is the upper half as it stands.  Above, it is the upper half plus 1.  At 0x8000 both are as near, and the
-# rule is to take the even one, whose last bit is 0.  (If these were always rounded up, sums of rounded numbers would
-# drift.)
+# rule is to take the even one, whose last bit is 0.  (If all of these went up, sums of rounded numbers would drift.)
 #
 # One addition does all that.  Add 0x7FFF: a lower half above 0x8000 carries a 1 into the upper half, and 0x8000 itself
 # just does not.  If the upper half is odd, add 1 more: now 0x8000 carries, and the upper half becomes even.  A carry
@@ -64,9 +64,9 @@ def nearest(bits):
 
 
 # The exponent e = 255 is kept for two things: with the fraction 0 it is infinity, with any other fraction it is NaN.
-# Infinity stays infinity.  But a NaN can get lost.  If all ones of its fraction are in the lower half, infinity may be
-# left.  If its fraction is all ones, the carry runs on through the exponent into the sign, and NaN becomes -0.  So a
-# NaN is not rounded: its lower half is cut off, and the first bit of its fraction is set.
+# Infinity stays infinity.  But a NaN can get lost.  If only the lower half of its fraction has ones, they may be cut
+# off, and infinity is left.  If its fraction is all ones, the carry runs on through the exponent into the sign, and the
+# NaN becomes -0.  So a NaN is not rounded: its lower half is cut off, and the first bit of its fraction is set.
 
 nans = np.array([0x7F800001, 0x7FFFFFFF, 0xFFC00000], np.uint32)
 
@@ -92,8 +92,7 @@ x32 = bits.view(np.float32)
 m, e = np.frexp(x32.astype(np.float64))
 check("rounded by bits, and by arithmetic", difference(rounded(x32), np.ldexp(np.rint(256 * m), e - 8)), 0)
 
-# What is 256 + 1, then?  257 lies midway between 256 and 258.  The stored fraction of 256 is all zeros, so it is the
-# even one.
+# What is 256 + 1, then?  257 lies midway between 256 and 258.  Of these 256 is the even one: its last bit is 0.
 
 some = np.array([255, 256, 257, 258, 259, 260.9])
 print("\nx      ", *(f"{value:6}" for value in some), "\nrounded", *(f"{value:6}" for value in rounded(some)))
@@ -174,7 +173,7 @@ check("sum of 4096 ones in bfloat16, beside 256", abs(stagnated - 256), 0)
 # --------------------------------------------------------------------------------------------------------------------
 # What it does to a gradient.  Take two linear layers with tanh between them.  The loss is half the squared distance
 # from a target, averaged over the rows.  Forward and backward (03_linear.py) have five matrix products, and `multiply`
-# says how they are made.  Nothing else is rounded, such as tanh.
+# says how they are made.  All else, as tanh, is computed as before.
 
 
 def forward(w1, w2, multiply):
@@ -205,10 +204,13 @@ x, (t1, t2) = rng.normal(size=(128, 12)).astype(np.float32), new_weights()
 target = np.tanh(x @ t1.T) @ t2.T + 0.1 * rng.normal(size=(128, 4))  # what other weights give, and some noise
 target = target.astype(np.float32)  # x and target are float32; NumPy computes in float64 where the weights are
 
-# Finite differences are a good judge in float64, but not in bfloat16.  The derivative along one weight is about
-# (loss(w + h) - loss(w - h)) / 2h.  If h is small, w + h and w - h are mostly rounded to the same number, so the
-# difference is 0.  If not, they are a whole spacing apart, though it is divided by a tiny 2h.  And if h is large, the
-# loss is curved from w - h to w + h, which is an error in any format.
+# Finite differences are a good judge in float64, but not in bfloat16.  The derivative along one weight w is about
+#
+#     (loss(w + h) - loss(w - h)) / 2h
+#
+# If h is small, w + h and w - h are mostly rounded to the same number, so the difference is 0.  If not, they are a
+# whole spacing apart.  That is far more than 2h, so the quotient is far too large.  And if h is large, the loss is
+# curved from w - h to w + h, which is an error in any format.
 
 
 def finite_differences(w1, w2, multiply, h):
@@ -234,12 +236,13 @@ print(f"error of the backward in bfloat16: {off(rough[0], exact[0]):.1e} in dw1,
 # At their best, finite differences in bfloat16 are further off than the gradient that they should judge.  So it is
 # checked in two steps:
 #
-#     1. the gradient without rounding, by finite differences: this finds mistakes in a formula;
-#     2. the gradient in bfloat16, beside that without rounding: this finds mistakes in rounding and in products.
+#     1. the gradient in float32 (here float64), by finite differences: this finds mistakes in a formula;
+#     2. the gradient in bfloat16, beside that one: this finds mistakes in rounding and in products.
 #
 # The second step has two measures.  One is the length of the difference, as a share of the length.  The other is the
 # cosine of the angle between the two gradients, which is 1 if they point the same way.  npgpt/run/audit.py checks a
-# running training in these two steps.  It allows a share of 0.03, for a GPT has more layers, and each adds some error.
+# running training in these two steps.  It allows a larger share, for a GPT has more layers, and each adds some error.
+# As errors go, a few thousandths are little: the gradient of another batch differs by far more.
 
 for i, (name, array) in enumerate((("dw1", w1), ("dw2", w2))):
     measured = numeric_grad(lambda: forward(w1, w2, np.matmul)[0], Tensor(array), 1.0)
@@ -247,13 +250,13 @@ for i, (name, array) in enumerate((("dw1", w1), ("dw2", w2))):
     check(f"{name} without rounding, and finite differences", difference(exact[i], measured), 1e-8)
     check(f"{name} in bfloat16, and without rounding", off(rough[i], exact[i]), 1e-2)
     check(f"{name} in bfloat16: 1 - cosine", 1 - cosine, 1e-4)
-best = min(errors[2] for errors in judged)
+best = min(row[2] for row in judged)
 check("error of dw1 in bfloat16, as a share of that of the best finite differences", off(rough[0], exact[0]) / best, 1)
 
 # --------------------------------------------------------------------------------------------------------------------
 # What must stay float32.  Training moves a weight by small steps.  If the weight is a bfloat16, a step of less than
 # half a spacing is lost: the sum is rounded back to where it was.  The next step is lost, too, and so on.  It does not
-# help that all of them together would be a long way.
+# help that all of them together would be a long way.  (Other steps become whole spacings.)
 
 
 def spacing(w):
@@ -270,7 +273,11 @@ check("steps of 0.49 spacings that are not lost", (rounded(weights + 0.49 * spac
 check("steps of 0.51 spacings that are lost", (rounded(weights + 0.51 * spacing(weights)) == weights).sum(), 0)
 
 # So the optimizer keeps the weights in float32.  These are called master weights.  Each product rounds them anew, for
-# itself.  A step may be too small to be seen by the next product.  But it is not lost: enough of them are seen.
+# itself.  A step may be too small for the next product to see it.  But the master weight keeps it, and when enough of
+# them have come, the rounded weight moves.
+#
+# Below, two layers are trained in three ways.  At first the gradients are large, and every way learns.  Then they
+# become smaller.  If the weights are bfloat16, more and more of their steps are lost, until the loss stands still.
 
 
 def train(multiply, keep, lr=0.01, steps=2000):
@@ -316,8 +323,8 @@ a, b = rng.normal(size=(5, 40)).astype(np.float32), rng.normal(size=(40, 3)).ast
 for way in ("avx512_bf16", "plain"):
     check(f"a product, and npgpt's by {way}", difference(product(a, b), product_ref(a, b, way, depth=32)), 1e-6)
 
-# In npgpt all this is `python -m npgpt.train --dtype bfloat16`: linear layers, MLP and output layer round what they
-# multiply, in npgpt/kernels/bfloat16.py and packed.py, on the way into their products.  Weights, moments, gradients,
-# LayerNorm, softmax and the loss are float32.
+# In npgpt all this is `python -m npgpt.train --dtype bfloat16`.  (The default, `auto`, takes it where it is quicker.)
+# Linear layers, the MLP and the output layer round what they multiply, in npgpt/kernels/packed.py, when it is packed
+# for the processor.  Weights, moments, gradients, attention, LayerNorm, softmax and the loss are float32.
 
 finish()

@@ -28,9 +28,9 @@ rng = np.random.default_rng(15)
 #
 #     +- 1.f 2^(e - 127)          with 1.f written in base 2
 #
-# for e from 1 to 254.  (0 and what is smaller have e = 0; on 255, see below.)  A bfloat16 is the upper half of a
-# float32: the sign, all 8 bits of the exponent, and the first 7 bits of the fraction.  So it can be as large and as
-# small.  But it has 8 digits in base 2, where a float32 has 24.  (The 1 before the point is a digit, too, and needs no
+# for e from 1 to 254.  (0 and the tiniest numbers have e = 0; on 255, see below.)  A bfloat16 is the upper half of a
+# float32: the sign, all 8 bits of the exponent, and the first 7 bits of the fraction.  It has the range of a
+# float32, but it has 8 digits in base 2, where a float32 has 24.  (The 1 before the point is a digit, too, and needs no
 # bit.)  The spacing is the distance from a number to the next one.  For bfloat16 it is 2^-7 from 1 to 2, and twice that
 # from 2 to 4.  So it doubles with each power of two, and is 2 from 256 to 512.
 

@@ -665,7 +665,7 @@ FAULTS = [
     Fault(
         "audit: where bfloat16 is far off, all is excused",
         "npgpt/run/audit.py",
-        "if distance(grad, by_numpy[name]) <= BY_NUMPY}",
+        "if distance(grad, by_numpy[name]) <= ROUNDED}",
         "if distance(grad, by_numpy[name]) <= 10}",
         "What NumPy has rounded says what rounding does.",
         kernel=True,

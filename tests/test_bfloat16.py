@@ -496,7 +496,7 @@ def test_an_audit_tells_rounding_from_a_mistake_where_gradients_cancel_each_othe
     found = auditor.audit([(idx, targets, 1)], (1, 2), NEVER)
     assert found.passed and max(each.error for each in found.rounded) > 3 * ROUNDED
     gradient = dict(parallel.flat.views(parallel.flat.grads))["transformer.ln_f.bias"]
-    gradient *= np.float32(1.01)
+    gradient *= np.float32(1.04)
     found = auditor.audit([(idx, targets, 1)], (1, 2), NEVER)
     assert not found.passed and found.worst.name == "transformer.ln_f.bias"
     parallel.close()

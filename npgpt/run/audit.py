@@ -24,7 +24,7 @@ computed in the shadow, too, and it is right if both of these hold:
 
 Of a training in bfloat16 the gradient of the same batch in float32 is audited so.  Its own may differ from that by
 ROUNDED of the length, in each tensor.  Where a large batch's gradients cancel each other, and their rounding does not,
-it differs by more.  Then it is right if one whose operands NumPy has rounded is as near as BY_NUMPY.
+it differs by more.  Then it is right if it is as near to one whose operands NumPy has rounded.
 
 What cannot be seen so is a mistake that forward and backward share, such as a mask that is one too short in both; and
 one that is smaller than what float32 loses of this gradient.
@@ -58,7 +58,6 @@ STEP = 5e-6  # length of h d as a share of the tensor's own: an entry is moved f
 SMALLEST = 1e-2  # typical entry of a tensor whose entries are smaller still: biases start at 0
 
 ROUNDED = 3e-2  # how far a tensor's gradient in bfloat16 may be from that in float32, as a share of its length
-BY_NUMPY = 3e-3  # how far, at a second look, from one whose operands NumPy has rounded
 
 # At a second look
 LONGER = 1, 10, 100, 1000, 0.03  # lengths of steps, in STEPs: a tiny gradient wants long ones, curvature a short one
@@ -181,7 +180,7 @@ class Auditor:
         right = {name for name, error in errors.items() if error <= ROUNDED}
         if len(right) < len(errors):
             by_numpy = dict(self.live.views(self._once_more("rounded", micro_batches, stop)))
-            right |= {name for name, grad in live.items() if distance(grad, by_numpy[name]) <= BY_NUMPY}
+            right |= {name for name, grad in live.items() if distance(grad, by_numpy[name]) <= ROUNDED}
         return tuple(Rounding(name, error, name in right) for name, error in errors.items())
 
     def _once_more(self, dtype, micro_batches, stop):

@@ -28,8 +28,8 @@ class ThreadState(threading.local):
 
 def _set_for_a_while(state, values):
     before = {name: getattr(state, name) for name in values}
-    vars(state).update(values)
-    try:
+    try:  # an interrupt may come at any line
+        vars(state).update(values)
         yield
     finally:
         vars(state).update(before)

@@ -7,6 +7,8 @@ import platform
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,14 +18,14 @@ from npgpt import train
 from npgpt.config import DTYPES, GPTConfig, TrainConfig
 from npgpt.errors import GradientError, StoppedError, UsageError
 from npgpt.files import checkpoint, folder
-from npgpt.kernels import amx, bfloat16, jit, matmul
+from npgpt.kernels import amx, bfloat16, jit, matmul, packed
 from npgpt.kernels.bfloat16 import GROUP, PAIRS, product_ref, rounded_ref
 from npgpt.kernels.blas import blas_threads
 from npgpt.kernels.packed import SPAN, multiply, scratch_size
 from npgpt.model import GPT
 from npgpt.ops import linear
 from npgpt.run import setup
-from npgpt.run.audit import BOUND, ROUNDED
+from npgpt.run.audit import BOUND, ROUNDED, Auditor
 from npgpt.run.events import Audited, Notice
 from npgpt.run.parallel import DataParallel
 from npgpt.run.trainer import Trainer
@@ -55,11 +57,11 @@ def numbers(rng, shape, spread, special):
 
 
 def test_rounding_is_to_the_nearest_of_two_equal_ones_to_the_even():
-    one, step = np.float32(1), 2.0**-7
+    step = 2.0**-7
     rounds = {1 + step / 2: 1, 1 + 1.5 * step: 1 + 2 * step, 1 + 0.51 * step: 1 + step, -1 - 0.49 * step: -1}
     x = np.array(list(rounds), np.float32)
     np.testing.assert_array_equal(rounded_ref(x), np.array(list(rounds.values()), np.float32))
-    assert rounded_ref(one * 3.4e38) == np.inf  # beyond the largest bfloat16
+    assert rounded_ref(np.float32(3.4e38)) == np.inf  # beyond the largest bfloat16
     assert np.isnan(rounded_ref(SPECIAL[np.isnan(SPECIAL)])).all()
     assert as_bits(rounded_ref(np.array([-1e-39, -0.0], np.float32))).tolist() == [0x80000000] * 2
 
@@ -84,6 +86,7 @@ def test_bits_are_those_of_the_reference_in_1000_random_products(way):
         for turned in range(4):
             left, right = (np.ascontiguousarray(x.T) if turned >> i & 1 else x for i, x in enumerate((a, b)))
             whole = np.full((M + 1, N + 1), 7, np.float32)
+            scratch.fill(0x7FC07FC0)  # pairs of NaN
             multiply(whole[:M, :N], left, right, bool(turned & 1), bool(turned & 2), scratch, 0, M, 0, N)
             assert same_bits(whole[:M, :N], expected), (M, K, N, turned)
             assert (whole[M] == 7).all() and (whole[:, N] == 7).all()  # nothing beyond the edges
@@ -130,6 +133,67 @@ def test_only_products_of_float32_within_the_context_are_rounded():
 
 
 @needs_kernels
+def test_rounded_by_numpy_is_the_same_but_for_the_order_of_the_sums():
+    rng = np.random.default_rng(0)
+    a, b = numbers(rng, (20, 40), 3, 0), numbers(rng, (40, 30), 3, 0)
+    found = {}
+    for dtype in (*DTYPES, "rounded"):
+        found[dtype] = np.empty((20, 30), np.float32)
+        with matmul.products_of(dtype):
+            matmul.matmul(found[dtype], a, b)
+    most = np.abs(a) @ np.abs(b)
+    assert (np.abs(found["rounded"] - found["bfloat16"]) <= 1e-6 * most).all()
+    assert (np.abs(found["rounded"] - found["float32"]) / most).max() > 1e-4
+
+
+def test_the_context_ends_with_an_error_and_holds_in_its_thread_only():
+    def dtype():
+        return matmul._state.dtype
+
+    with pytest.raises(KeyboardInterrupt), matmul.products_of("bfloat16"):
+        with matmul.products_of("float32"):
+            assert dtype() == "float32"
+        assert dtype() == "bfloat16"
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(dtype).result() == "float32"
+        raise KeyboardInterrupt
+    assert dtype() == "float32"
+    with pytest.raises(ValueError, match="not of 'float16'"):
+        matmul.products_of("float16")
+
+
+def layouts(x):
+    """The same numbers, as they may lie in memory."""
+    yield np.asfortranarray(x)
+    yield np.ascontiguousarray(x[::-1])[::-1]
+    yield np.ascontiguousarray(x[:, ::-1])[:, ::-1]
+    gaps = np.full((2 * x.shape[0], 3 * x.shape[1]), np.nan, np.float32)
+    gaps[::2, ::3] = x
+    yield gaps[::2, ::3]
+    wide = np.full((x.shape[0], x.shape[1] + 5), np.nan, np.float32)
+    wide[:, : x.shape[1]] = x
+    yield wide[:, : x.shape[1]]
+    unaligned = np.ndarray(x.shape, np.float32, buffer=bytearray(x.nbytes + 1), offset=1)
+    unaligned[...] = x
+    unaligned.flags.writeable = False
+    yield unaligned
+
+
+@needs_kernels
+@pytest.mark.parametrize("M, K, N", [(1, 1, 1), (3, 1, 2), (2, 3, 1), (1, 100, 1), (17, 33, 65), (40, SPAN + 1, 3)])
+def test_bits_do_not_depend_on_how_numbers_lie(M, K, N):
+    rng = np.random.default_rng(0)
+    a, b = numbers(rng, (M, K), 3, 0), numbers(rng, (K, N), 3, 0)
+    row, column = np.broadcast_to(a[:1], (M, K)), np.broadcast_to(b[:, :1], (K, N))
+    cases = [(x, y, a, b) for x in layouts(a) for y in layouts(b)] + [(row, column, row, column)]
+    for x, y, first, second in cases:
+        out = np.full((M, N), np.nan, np.float32)
+        with matmul.products_of("bfloat16"):
+            matmul.matmul(out, x, y)
+        assert same_bits(out, product_ref(first, second, matmul.way(), SPAN)), (x.strides, y.strides)
+
+
+@needs_kernels
 def test_products_that_lie_anyhow_or_of_nothing():
     x = np.ones((6, 10), np.float32)[:, ::2]
     out = np.full((6, 6), np.nan, np.float32)
@@ -139,6 +203,35 @@ def test_products_that_lie_anyhow_or_of_nothing():
         matmul.matmul(out, x[:, :0], x[:, :0].T)
         assert (out == 0).all()
         matmul.matmul(out[:0], x[:0], x.T)
+        for shapes in (((6, 6), (6, 5), (4, 6)), ((6, 6), (5, 5), (5, 6)), ((6, 6), (6, 0), (5, 6))):
+            with pytest.raises(ValueError):
+                matmul.matmul(*(np.ones(shape, np.float32) for shape in shapes))
+
+
+@needs_kernels
+def test_one_wrong_bit_makes_a_way_wrong(monkeypatch):
+    assert matmul._is_right("plain")
+
+    def wrong(*args):
+        expected = product_ref(*args)
+        as_bits(expected)[63, 63] ^= 1
+        return expected
+
+    monkeypatch.setattr(matmul, "product_ref", wrong)
+    assert not matmul._is_right("plain")
+
+
+@needs_kernels
+def test_kernels_are_kept_for_a_way_and_for_what_they_are_made_of(monkeypatch):
+    from npgpt.kernels import cache  # with the references nobody may import it
+
+    sources = {path.name for path in cache.kernel_sources(Path(packed.__file__))}
+    assert sources >= {"packed.py", "tiles.py", "vectors.py", "bfloat16.py", "amx.py", "jit.py"}
+    keys = set()
+    for way in ("", *PAIRS):
+        monkeypatch.setenv("NPGPT_BFLOAT16", way)
+        keys.add(cache._key(Path(packed.__file__)))
+    assert len(keys) == 4
 
 
 @needs_kernels
@@ -280,6 +373,20 @@ def test_losses_are_near_those_of_float32(config):
 
 
 @needs_kernels
+def test_a_run_by_the_plain_way_is_near_that_of_the_instruction(config, monkeypatch):
+    def first_loss(name):
+        one = variant(config, out_dir=f"{config.out_dir}-{name}", max_iters=1)
+        return run(one)[0], metrics(one)[0]["train_loss"]
+
+    _, expected = first_loss("by instruction")
+    monkeypatch.setattr(matmul, "pairs", lambda: PAIRS["plain"])
+    monkeypatch.setattr(setup, "way", lambda: "plain")
+    trainer, loss = first_loss("plain")
+    assert abs(loss - expected) < 1e-3
+    assert trainer.setup.environment["dtype"] == "bfloat16 by plain"
+
+
+@needs_kernels
 def test_another_way_and_another_dtype_are_said_and_the_run_goes_on(config, monkeypatch):
     run(config)
     way = setup.way()
@@ -299,7 +406,7 @@ def test_a_checkpoint_that_names_no_dtype_was_float32(config):
     del state["train"]["dtype"], state["environment"]["dtype"]
     checkpoint.save(path, arrays, {"npgpt": json.dumps(state)})
     trainer = Trainer.resume(config.out_dir, {"max_iters": 7})
-    assert trainer.setup.dtype == "float32"
+    assert trainer.setup.dtype == trainer.config.dtype == "float32"
     assert [words for words in notices(trainer.run()) if "dtype" in words] == []
 
 
@@ -373,6 +480,40 @@ def test_an_audit_sees_what_only_the_gradient_in_bfloat16_has(config):
         assert not found.passed and found.worst.name == name and found.worst.error > ROUNDED
         assert str(found.worst).startswith(f"{name}: bfloat16 differs from float32 by")
         gradient[...] = before
+
+
+@needs_kernels
+def test_an_audit_tells_rounding_from_a_mistake_where_gradients_cancel_each_other():
+    config = GPTConfig(block_size=16, vocab_size=31, n_layer=1, n_head=2, n_embd=32, bias=True)
+    parallel, rng = DataParallel(GPT(config, seed=1), 2, 1, dtype="bfloat16"), np.random.default_rng(0)
+    # all tokens are as frequent, and have nearly the same p; so p - y is 0 in the mean, but p is rounded each time
+    parallel.model.transformer.wte.weight.data[...] *= 0.1
+    idx, targets = rng.integers(0, 31, (31, 16)), rng.permutation(np.arange(31 * 16) % 31).reshape(31, 16)
+    parallel.zero_grad()
+    parallel.forward_backward(idx, targets)
+    parallel.gather_grads()
+    auditor = Auditor(parallel, 1)
+    found = auditor.audit([(idx, targets, 1)], (1, 2), NEVER)
+    assert found.passed and max(each.error for each in found.rounded) > 3 * ROUNDED
+    gradient = dict(parallel.flat.views(parallel.flat.grads))["transformer.ln_f.bias"]
+    gradient *= np.float32(1.04)
+    found = auditor.audit([(idx, targets, 1)], (1, 2), NEVER)
+    assert not found.passed and found.worst.name == "transformer.ln_f.bias"
+    parallel.close()
+
+
+@needs_kernels
+def test_an_audit_of_a_run_in_bfloat16_misses_a_micro_step(config):
+    trainer = Trainer(variant(config, gradcheck_every=1, gradient_accumulation_steps=2))
+    batches = list(trainer.setup.micro_batches(0))
+    for done in (2, 1):
+        trainer.parallel.zero_grad()
+        for batch in batches[:done]:
+            trainer.parallel.forward_backward(*batch, weight=1 / 2)
+        trainer.parallel.gather_grads()
+        found = trainer.setup.auditor.audit(batches, (1, 2), NEVER)
+        assert found.passed == (done == 2)
+    assert len(found.wrong) > len(found.rounded) / 2
 
 
 @needs_kernels

@@ -27,7 +27,7 @@ from npgpt.config import TrainConfig
 from npgpt.errors import BusyError, DivergedError, GradientError, NpgptError, StoppedError, UsageError
 from npgpt.files import folder
 from npgpt.files.folder import RunFolder
-from npgpt.kernels import blas
+from npgpt.kernels import blas, jit
 from npgpt.ops import layernorm
 from npgpt.run import parallel, ranks, tokens
 from npgpt.run.events import Evaluation, Notice, Progress
@@ -389,6 +389,16 @@ def test_the_first_threads_clock_decides_when_all_save(config, monkeypatch):
         return due
 
     assert on_threads(2, work) == [[False, False, False, True, False, False, False]] * 2
+
+
+@pytest.mark.skipif(jit.KERNELS == "numpy", reason="the references multiply in float32")
+def test_threads_train_and_are_audited_in_bfloat16(config, small_buckets):
+    config = variant(config, dtype="bfloat16", gradcheck_every=4, max_iters=5)
+    run(config)
+    expected = [row["train_loss"] for row in metrics(config)[:-1]]
+    found = on_threads(2, lambda world: run(config, overwrite=True, world=world)[0])
+    assert np.array_equal(found[0].parallel.flat.weights, found[1].parallel.flat.weights)
+    assert [row["train_loss"] for row in metrics(config)[:-1]] == pytest.approx(expected, rel=1e-3)
 
 
 def test_threads_are_audited_and_a_wrong_sum_is_found(config, monkeypatch):

@@ -44,6 +44,7 @@ def test_there_is_a_run():
 
 def test_a_run_is_resumed_and_goes_on_as_it_would_have_gone_on_then(version):
     run = f"run-{version}"
+    assert Trainer.resume(run).setup.dtype == "float32"
     before = rows_of(run)
     assert train.main(["--resume", "--out-dir", run]) == 0
     rows, wanted = rows_of(run), expected(version)["rows"]

@@ -18,7 +18,7 @@ import numpy as np
 from npgpt.context import ThreadState
 from npgpt.errors import UsageError
 from npgpt.kernels.amx import has_amx
-from npgpt.kernels.bfloat16 import PAIRS, WANTED, has_instruction, product_ref
+from npgpt.kernels.bfloat16 import PAIRS, WANTED, has_instruction, product_ref, rounded_ref
 from npgpt.kernels.blas import told_threads
 from npgpt.kernels.buffers import empty
 from npgpt.kernels.crew import Crew
@@ -46,7 +46,12 @@ _state = _State()
 
 
 def products_of(dtype):
-    """Within this context products of float32 have operands of dtype, "float32" or "bfloat16", in this thread."""
+    """Within this context products of float32 have operands of dtype, "float32" or "bfloat16", in this thread.
+
+    If it is "rounded", NumPy rounds them to bfloat16, and they are multiplied in float32: to check "bfloat16" by.
+    """
+    if dtype not in ("float32", "bfloat16", "rounded"):
+        raise ValueError(f"products of float32, bfloat16 or rounded, not of {dtype!r}")
     return _state.within(dtype=dtype)
 
 
@@ -66,6 +71,8 @@ def matmul(out, a, b):
     Threads that `blas_threads` has set share it, or as many as there are processors where nobody has set their number.
     """
     is_rounded = _state.dtype == "bfloat16" and out.dtype == np.float32 and out.size > 0
+    if _state.dtype == "rounded" and out.dtype == np.float32:
+        a, b = rounded_ref(a), rounded_ref(b)
     if is_rounded:
         a, b = (x if _has_rows(x) else x.copy() for x in (a, b))
     is_packed = (is_rounded or PRODUCTS == "ours") and a.shape[1] > 0 and _has_rows(a) and _has_rows(b)

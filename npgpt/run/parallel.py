@@ -71,7 +71,7 @@ class DataParallel:
              bits for the same number of workers, and the same to rounding for any number
     blas     BLAS threads of each worker's matrix products
     world    the ranks whose gradients are added up, a World
-    dtype    what matrix products round their operands to, "float32" or "bfloat16"
+    dtype    what matrix products round their operands to, as in `products_of`
 
     The other workers' models are copies of `model` as it is; where it is changed later, they are made anew at the next
     zero_grad().  New Parameters are not: RuntimeError is raised at the next update.

@@ -3,8 +3,8 @@
 You will understand
 
 - what a bfloat16 is, and how a number is rounded to one by adding to its bits,
-- why products may be rounded but sums may not,
-- how a gradient is checked that is too coarse for finite differences,
+- why the operands of a product may be rounded, but its sums may not,
+- how a gradient in bfloat16 is checked, where finite differences are too coarse,
 - why weights and the moments of an optimizer stay float32.
 
 Counterpart: npgpt/kernels/bfloat16.py, whose `rounded_ref` and `product_ref` say the same in a few lines.
@@ -46,35 +46,39 @@ for value in (1.0, 256.0, 257.0, 0.1):
     print(f"{value:8}     {bits[0]} {bits[1:9]} {bits[9:16]} {bits[16:]}")
 
 # --------------------------------------------------------------------------------------------------------------------
-# Rounding.  Take the lower half as a whole number, from 0 to 0xFFFF.  Below 0x8000, which is the middle, the nearest
-# bfloat16 is the upper half as it stands.  Above, it is the upper half plus 1.  At 0x8000 both are as near, and the
-# rule is to take the even one, whose last bit is 0.  (If all of these went up, sums of rounded numbers would drift.)
+# Rounding.  Take the lower half as a whole number, from 0 to 0xFFFF.  Its middle is 0x8000.  Below the middle, the
+# nearest bfloat16 is the upper half as it stands.  Above, it is the upper half plus 1.  At 0x8000 both are as near, and
+# the rule is to take the even one, whose last bit is 0.  (If all of these went up, sums of rounded numbers would
+# drift.)
 #
 # One addition does all that.  Add 0x7FFF: a lower half above 0x8000 carries a 1 into the upper half, and 0x8000 itself
 # just does not.  If the upper half is odd, add 1 more: now 0x8000 carries, and the upper half becomes even.  A carry
-# may run through a fraction of ones into the exponent.  That is right: after 1.1111111 comes 10.000000, which is 2.
+# may run through a fraction of ones into the exponent.  That is right: after 1.1111111 comes 10.000000, in base 2,
+# which is 2.
 
 UPPER = np.uint32(0xFFFF0000)
 
 
 def nearest(bits):
     """The bits of float32 -> those of the nearest bfloat16, with a lower half of 0.  Not for NaN."""
-    is_odd = bits >> np.uint32(16) & np.uint32(1)
-    return bits + np.uint32(0x7FFF) + is_odd & UPPER
+    is_odd = (bits >> np.uint32(16)) & np.uint32(1)
+    return (bits + np.uint32(0x7FFF) + is_odd) & UPPER
 
 
 # The exponent e = 255 is kept for two things: with the fraction 0 it is infinity, with any other fraction it is NaN.
-# Infinity stays infinity.  But a NaN can get lost.  If only the lower half of its fraction has ones, they may be cut
-# off, and infinity is left.  If its fraction is all ones, the carry runs on through the exponent into the sign, and the
-# NaN becomes -0.  So a NaN is not rounded: its lower half is cut off, and the first bit of its fraction is set.
+# Infinity stays infinity, and numbers half a spacing or more beyond the largest bfloat16 become infinity.  But a NaN
+# can get lost.  If the ones of its fraction are all in the lower half of the float32, they are cut off, and infinity is
+# left.  If its fraction is all ones, the carry runs on through the exponent into the sign, and 0x7FFFFFFF becomes -0.
+# So a NaN is not rounded.  Its lower half is cut off, and the first bit of its fraction is set, so that the fraction is
+# not 0.
 
 nans = np.array([0x7F800001, 0x7FFFFFFF, 0xFFC00000], np.uint32)
 
 
 def rounded(x):
-    """x, an array -> the nearest bfloat16, of two that are as near the even one; in an array of float32."""
+    """x, cast to float32 -> the nearest bfloat16, of two that are as near the even one, as float32."""
     bits = bits_of(x)
-    return np.where(np.isnan(x), bits & UPPER | np.uint32(0x400000), nearest(bits)).view(np.float32)
+    return np.where(np.isnan(x), (bits & UPPER) | np.uint32(0x400000), nearest(bits)).view(np.float32)
 
 
 print("\nNaN             ", *(f"{bits:#010x}" for bits in nans))
@@ -83,16 +87,17 @@ print("as it should be ", *(f"{bits:#010x}" for bits in bits_of(rounded(nans.vie
 check("NaNs that were lost", (~np.isnan(rounded(nans.view(np.float32)))).sum(), 0)
 check("infinities that were lost", (rounded([np.inf, -np.inf]) != [np.inf, -np.inf]).sum(), 0)
 
-# The proof does it without bits.  Write x as m 2^e with m from 1/2 to 1.  Then 256 m has 8 digits before the point, and
-# np.rint gives the nearest whole number, of two the even one.  Half of these x lie midway between two bfloat16.
+# Now the same without bits.  Write |x| as m 2^k with m from 1/2 to 1.  Then 256 m has 8 digits before the point, and
+# np.rint gives the nearest whole number, of two the even one.  Below, half of 4000 numbers lie midway between two
+# bfloat16.
 
 bits = bits_of(rng.normal(size=4000))
-bits[2000:] = bits[2000:] & UPPER | np.uint32(0x8000)
+bits[2000:] = (bits[2000:] & UPPER) | np.uint32(0x8000)
 x32 = bits.view(np.float32)
-m, e = np.frexp(x32.astype(np.float64))
-check("rounded by bits, and by arithmetic", difference(rounded(x32), np.ldexp(np.rint(256 * m), e - 8)), 0)
+m, k = np.frexp(x32.astype(np.float64))
+check("rounded by bits, and by arithmetic", difference(rounded(x32), np.ldexp(np.rint(256 * m), k - 8)), 0)
 
-# What is 256 + 1, then?  257 lies midway between 256 and 258.  Of these 256 is the even one: its last bit is 0.
+# What becomes of 257?  It lies midway between 256 and 258.  The last bit of the fraction is 0 for 256, and 1 for 258.
 
 some = np.array([255, 256, 257, 258, 259, 260.9])
 print("\nx      ", *(f"{value:6}" for value in some), "\nrounded", *(f"{value:6}" for value in rounded(some)))
@@ -100,10 +105,10 @@ check("257, 259: to the even one", np.abs(rounded(some)[[2, 4]] - [256, 260]).ma
 
 # --------------------------------------------------------------------------------------------------------------------
 # Why not float16?  It has 5 bits of exponent and 10 of fraction.  So it is finer, but it ends at 65504, and numbers
-# below 3e-8 become 0.  Many gradients are that small.  So float16 needs loss scaling: multiply the loss by a large
-# number, so that all gradients are that many times larger, and divide them by it before they are used (Micikevicius et
-# al. 2018, Mixed Precision Training).  bfloat16 has the range of float32, and needs no such thing (Kalamkar et al.
-# 2019, A Study of BFLOAT16 for Deep Learning Training).
+# below 3e-8 become 0.  Many gradients are that small (Micikevicius et al. 2018, Mixed Precision Training).  So float16
+# needs loss scaling: the loss is multiplied by a large number, and so all gradients are.  They are divided by that
+# number before they are used.  bfloat16 has the range of float32, and needs no such thing (Kalamkar et al. 2019, A
+# Study of BFLOAT16 for Deep Learning Training).
 
 largest, smallest = np.array([0x7F7F0000, 0x00800000], np.uint32).view(np.float32)  # of those written as 1.f
 with np.errstate(over="ignore"):
@@ -119,9 +124,9 @@ check("1e-9 and 1e9 as bfloat16", np.abs(rounded([1e-9, 1e9]) / [1e-9, 1e9] - 1)
 # product is exact (unless it is beyond the range).  So let a matrix product round its operands to bfloat16, and add up
 # in float32.  What it loses is what the operands lose, and hardly more.
 
-ones = (np.uint32(0x3F800000) + (np.arange(128, dtype=np.uint32) << np.uint32(16))).view(np.float32)  # all from 1 to 2
-products = np.multiply.outer(ones, ones)
-check("128 x 128 products of bfloat16 in float32", difference(products, np.multiply.outer(ones, ones.astype(float))), 0)
+one_to_two = (np.uint32(0x3F800000) + (np.arange(128, dtype=np.uint32) << np.uint32(16))).view(np.float32)  # all 128
+products, right = np.multiply.outer(one_to_two, one_to_two), np.multiply.outer(one_to_two, one_to_two.astype(float))
+check("128 x 128 products of bfloat16 in float32", difference(products, right), 0)
 
 
 def product(a, b):
@@ -130,13 +135,15 @@ def product(a, b):
 
 
 # How much is that?  Rounding moves a number by half a spacing at most.  That is at most 2^-8 of the number, and
-# typically about 2^-9 of it.  The product of two is off by sqrt(2) times as much, as their errors are independent.  Now
-# let a dot product have K terms of both signs.  Its error is a sum of K random numbers, so it grows with sqrt(K).  But
-# so does the dot product itself.  As a share of it, the error is the same for every K.
+# typically a little less than 2^-9 of it.  The product of two is off by sqrt(2) times as much, as their errors are
+# independent.  Now let a dot product have K independent terms, of both signs alike.  Its error is a sum of K random
+# numbers, so it grows with sqrt(K).  But so does the dot product itself.  As a share of it, the error is the same for
+# every K.
 #
-# And if the sum is rounded, too, after each term?  Then each of K additions loses about 2^-9 of the sum so far.  As
-# a share of the sum, they together grow with sqrt(K).  With terms of one sign it is worse.  Add 1 again and again: from
-# 256 on nothing changes, as 257 is rounded to 256.  The sum stagnates.
+# And if the sum is rounded, too, after each term?  Then each of K additions loses about 2^-9 of the sum so far.  As a
+# share of the sum, these losses together grow with sqrt(K).  (For small K the rounding of the operands counts as well.)
+# With terms of one sign it is worse.  Add 1 again and again: from 256 on nothing changes, as 257 is rounded to 256.
+# The sum stagnates.
 
 
 def length(a):
@@ -172,8 +179,8 @@ check("sum of 4096 ones in bfloat16, beside 256", abs(stagnated - 256), 0)
 
 # --------------------------------------------------------------------------------------------------------------------
 # What it does to a gradient.  Take two linear layers with tanh between them.  The loss is half the squared distance
-# from a target, averaged over the rows.  Forward and backward (03_linear.py) have five matrix products, and `multiply`
-# says how they are made.  All else, as tanh, is computed as before.
+# from a target, averaged over the rows.  Forward and backward (03_linear.py) have five matrix products: two forward,
+# three backward, as dx is not needed.  `multiply` says how they are made.  All else, as tanh, is computed as before.
 
 
 def forward(w1, w2, multiply):
@@ -209,8 +216,9 @@ target = target.astype(np.float32)  # x and target are float32; NumPy computes i
 #     (loss(w + h) - loss(w - h)) / 2h
 #
 # If h is small, w + h and w - h are mostly rounded to the same number, so the difference is 0.  If not, they are a
-# whole spacing apart.  That is far more than 2h, so the quotient is far too large.  And if h is large, the loss is
-# curved from w - h to w + h, which is an error in any format.
+# whole spacing apart.  That is far more than 2h, so the quotient is far too large.  The same happens to the activations
+# between the two products: they are rounded, too, and so the loss moves in jumps.  And if h is large, the loss between
+# w - h and w + h is no longer a parabola.  That is an error in any format, and it grows with h^2.
 
 
 def finite_differences(w1, w2, multiply, h):
@@ -233,16 +241,18 @@ for h in (1e-1, 1e-2, 1e-3, 1e-4, 1e-5):
     print(f"{f'with h = {h:.0e}':<28}", *(f"{error:9.1e}" for error in judged[-1]))
 print(f"error of the backward in bfloat16: {off(rough[0], exact[0]):.1e} in dw1, {off(rough[1], exact[1]):.1e} in dw2")
 
-# At their best, finite differences in bfloat16 are further off than the gradient that they should judge.  So it is
-# checked in two steps:
+# At their best, finite differences in bfloat16 are further off than the gradient that they should judge.  (With h = 0.1
+# they look best, but there even float64 is off by nearly as much.)  So it is checked in two steps:
 #
-#     1. the gradient in float32 (here float64), by finite differences: this finds mistakes in a formula;
-#     2. the gradient in bfloat16, beside that one: this finds mistakes in rounding and in products.
+#     1. the gradient without rounding, by finite differences in float64: this finds mistakes in a formula;
+#     2. the gradient in bfloat16, beside that one: this finds products that are wrong, or rounded too coarsely.
+#
+# A rounding that is missing makes the difference smaller, so only the bits at the end can show it.
 #
 # The second step has two measures.  One is the length of the difference, as a share of the length.  The other is the
 # cosine of the angle between the two gradients, which is 1 if they point the same way.  npgpt/run/audit.py checks a
 # running training in these two steps.  It allows a larger share, for a GPT has more layers, and each adds some error.
-# As errors go, a few thousandths are little: the gradient of another batch differs by far more.
+# As errors go, a few thousandths are little: the gradient of another batch differs by far more (here by a third).
 
 for i, (name, array) in enumerate((("dw1", w1), ("dw2", w2))):
     measured = numeric_grad(lambda: forward(w1, w2, np.matmul)[0], Tensor(array), 1.0)
@@ -256,11 +266,12 @@ check("error of dw1 in bfloat16, as a share of that of the best finite differenc
 # --------------------------------------------------------------------------------------------------------------------
 # What must stay float32.  Training moves a weight by small steps.  If the weight is a bfloat16, a step of less than
 # half a spacing is lost: the sum is rounded back to where it was.  The next step is lost, too, and so on.  It does not
-# help that all of them together would be a long way.  (Other steps become whole spacings.)
+# help that all of them together would be a long way.  (Larger steps are rounded to a whole number of spacings.  And
+# just below a power of two the spacing is half as large.)
 
 
 def spacing(w):
-    """The distance from a bfloat16 to the next larger one."""
+    """The distance from a bfloat16 to the next one further from 0."""
     return np.ldexp(1.0, np.frexp(np.abs(w))[1] - 8)
 
 
@@ -273,8 +284,8 @@ check("steps of 0.49 spacings that are not lost", (rounded(weights + 0.49 * spac
 check("steps of 0.51 spacings that are lost", (rounded(weights + 0.51 * spacing(weights)) == weights).sum(), 0)
 
 # So the optimizer keeps the weights in float32.  These are called master weights.  Each product rounds them anew, for
-# itself.  A step may be too small for the next product to see it.  But the master weight keeps it, and when enough of
-# them have come, the rounded weight moves.
+# itself.  A step may be too small for the next product to see it.  But the master weight keeps it, and when
+# enough such steps have come, the rounded weight moves.
 #
 # Below, two layers are trained in three ways.  At first the gradients are large, and every way learns.  Then they
 # become smaller.  If the weights are bfloat16, more and more of their steps are lost, until the loss stands still.
@@ -295,16 +306,17 @@ losses = {
     "products of bfloat16, weights in bfloat16": train(product, keep=rounded),
     "products of bfloat16, master weights": train(product, keep=np.copy),
 }
-print("\nloss after step" + " " * 27, *(f"{step:7}" for step in (0, 100, 300, 1000, 1999)))
+print("\nloss after so many steps" + " " * 18, *(f"{step:7}" for step in (0, 100, 300, 1000, 1999)))
 for title, path in losses.items():
     print(f"{title:<42}", *(f"{path[step]:7.4f}" for step in (0, 100, 300, 1000, 1999)))
 in_float32, stalled, master = (path[-1] for path in losses.values())
 check("the last loss, with master weights and in float32", difference(master, in_float32), 1e-2)
 check("the last loss in float32, as a share of that with weights in bfloat16", in_float32 / stalled, 0.7)
 
-# The same holds for Adam's moments, m and v in 10_adamw.py, which are running means.  Let v be 1, and let all further
-# gradients be 0.  With beta2 = 0.999, v should lose a thousandth of itself in each step.  But just below 1, half a
-# spacing is two thousandths.  So in bfloat16 v stays 1, and Adam, which divides by its root, goes on with tiny steps.
+# The same can happen to v in 10_adamw.py, if beta2 is near 1.  Let v be 1, and let all further gradients be so small
+# that they hardly count.  With beta2 = 0.999, v should lose a thousandth of itself in each step.  But just below 1,
+# half a spacing is two thousandths, so in bfloat16 v stays 1.  Adam divides by its root, and so its steps for the small
+# gradients stay far too small.  (With 0.99, the default there, v does fall.)
 
 v32, v16 = np.ones(1, np.float32), np.ones(1, np.float32)
 for _ in range(1000):
@@ -314,8 +326,9 @@ check("v in float32", difference(v32, [0.999**1000]), 1e-4)
 check("v in bfloat16, beside 1", abs(v16[0] - 1), 0)
 
 # --------------------------------------------------------------------------------------------------------------------
-# The proof: npgpt's rounding, which gives the same bits, and its products.  Processors add up in different orders, of
-# which npgpt knows two.  (Numbers below 1.2e-38, the smallest written as 1.f, npgpt takes for 0, as processors do.)
+# The proof: npgpt's rounding, which gives the same bits, and its products.  Instructions add up in different orders, of
+# which npgpt knows two.  Here it adds up 32 terms at a time (`depth`).  (Numbers below 1.2e-38, the smallest written as
+# 1.f, npgpt takes for 0, as the instructions do.)
 
 special = np.concatenate([nans.view(np.float32), np.array([np.inf, -np.inf, 0, -0.0, 3.4e38], np.float32), x32])
 check("bits that npgpt rounds otherwise", (bits_of(rounded(special)) != bits_of(rounded_ref(special))).sum(), 0)
@@ -324,7 +337,8 @@ for way in ("avx512_bf16", "plain"):
     check(f"a product, and npgpt's by {way}", difference(product(a, b), product_ref(a, b, way, depth=32)), 1e-6)
 
 # In npgpt all this is `python -m npgpt.train --dtype bfloat16`.  (The default, `auto`, takes it where it is quicker.)
-# Linear layers, the MLP and the output layer round what they multiply, in npgpt/kernels/packed.py, when it is packed
-# for the processor.  Weights, moments, gradients, attention, LayerNorm, softmax and the loss are float32.
+# Linear layers, those of the MLP and the output layer among them, round what they multiply when it is packed, that is,
+# copied to the order in which the processor reads it (npgpt/kernels/packed.py).  Weights, moments, gradients,
+# attention, LayerNorm, softmax and the loss are float32.
 
 finish()

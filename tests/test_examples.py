@@ -147,9 +147,9 @@ WRONG = {
         ),
     ],
     "15_bfloat16.py": [
-        ("return bits + np.uint32(0x7FFF) + is_odd & UPPER", "return bits & UPPER"),
-        ("np.uint32(0x7FFF) + is_odd & UPPER", "np.uint32(0x8000) & UPPER"),
-        ("np.where(np.isnan(x), bits & UPPER | np.uint32(0x400000), nearest(bits))", "nearest(bits)"),
+        ("return (bits + np.uint32(0x7FFF) + is_odd) & UPPER", "return bits & UPPER"),
+        ("np.uint32(0x7FFF) + is_odd) & UPPER", "np.uint32(0x8000)) & UPPER"),
+        ("np.where(np.isnan(x), (bits & UPPER) | np.uint32(0x400000), nearest(bits))", "nearest(bits)"),
         ("return rounded(a) @ rounded(b)", "return a @ b"),
         ("return rounded(a) @ rounded(b)", "return rounded(rounded(a) @ rounded(b))"),
         ("total = rounded(total + term)", "total = total + term"),

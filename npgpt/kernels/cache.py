@@ -56,8 +56,8 @@ def kernel_sources(file):
 def _key(file):
     """A hash of all that a kernel in a file is made of: sources, Numba, and settings but for places and threads."""
     settings = [item for item in vars(numba.config).items() if re.fullmatch("(?!CACHE|NUMBA)[A-Z_]+", item[0])]
-    way = os.environ.get("NPGPT_BFLOAT16", "")  # bfloat16.py
-    digest = hashlib.sha256(repr((numba.__version__, llvmlite.__version__, sorted(settings), way)).encode())
+    is_amx = os.environ.get("NPGPT_BFLOAT16") == "amx"  # (the other ways have kernels with arrays of their own)
+    digest = hashlib.sha256(repr((numba.__version__, llvmlite.__version__, sorted(settings), is_amx)).encode())
     for _, raw in sorted(kernel_sources(file).items()):
         digest.update(raw)
     return digest.hexdigest()[:16]

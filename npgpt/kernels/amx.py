@@ -11,7 +11,7 @@ import ctypes
 import functools
 import sys
 
-from npgpt.kernels.bfloat16 import WANTED, add_product, flushed, high_half, low_half
+from npgpt.kernels.bfloat16 import GROUP, WANTED, add_product, flushed, high_half, low_half
 from npgpt.kernels.jit import KERNELS, intrinsic
 from npgpt.kernels.vectors import FEATURES, constant, load_vector, splat
 
@@ -20,8 +20,7 @@ if KERNELS == "numba":
     from numba import types
     from numba.core import cgutils
 
-ROWS = 16  # of a tile, and pairs along k
-LINE = 64  # bytes of its row
+LINE = 64  # bytes of a tile's row
 BYTE, WORD = 8, 32  # bits
 
 
@@ -48,7 +47,7 @@ class Memory:
 
     def __init__(self, builder, vector, n):
         self.builder, self.vector, self.places = builder, vector, {}
-        self.totals = [cgutils.alloca_once(builder, ir.ArrayType(vector, ROWS)) for _ in range(n)]
+        self.totals = [cgutils.alloca_once(builder, ir.ArrayType(vector, GROUP)) for _ in range(n)]
         self.even, self.odd = (cgutils.alloca_once(builder, vector) for _ in range(2))
         self.zeros = ir.Constant(vector, [0.0] * vector.count)
 
@@ -56,7 +55,7 @@ class Memory:
         return self.builder.gep(self.totals[c], [constant(0), row])
 
     def zero(self, c):
-        with cgutils.for_range(self.builder, constant(ROWS)) as rows:
+        with cgutils.for_range(self.builder, constant(GROUP)) as rows:
             self.builder.store(self.zeros, self._row(c, rows.index))
 
     def load(self, tile, pointer, stride):
@@ -72,10 +71,10 @@ class Memory:
         """c += a @ b."""
         builder, lanes = self.builder, self.vector.count
         word, words = ir.IntType(WORD), ir.VectorType(ir.IntType(WORD), lanes)
-        with cgutils.for_range(builder, constant(ROWS)) as rows:
+        with cgutils.for_range(builder, constant(GROUP)) as rows:
             for place in (self.even, self.odd):
                 builder.store(self.zeros, place)
-            with cgutils.for_range(builder, constant(ROWS)) as k:
+            with cgutils.for_range(builder, constant(GROUP)) as k:
                 left = splat(builder, builder.load(self._at(a, rows.index, word, k.index)), lanes)
                 right = load_vector(builder, self._at(b, k.index, words, constant(0)), 4)
                 for place, half in ((self.even, low_half), (self.odd, high_half)):
@@ -122,7 +121,7 @@ def begin_tiles(typingctx):
 
     def codegen(context, builder, signature, args):
         if WANTED == "amx":
-            palette, lines, rows = bytes([1] + [0] * 15), LINE.to_bytes(2, "little") * 8 + bytes(16), bytes([ROWS] * 8)
+            palette, lines, rows = bytes([1] + [0] * 15), LINE.to_bytes(2, "little") * 8 + bytes(16), bytes([GROUP] * 8)
             shapes = cgutils.make_bytearray(palette + lines + rows + bytes(8))
             place = cgutils.global_constant(builder, "npgpt_tiles", shapes)
             _call(builder, "ldtilecfg", builder.bitcast(place, ir.IntType(BYTE).as_pointer()))

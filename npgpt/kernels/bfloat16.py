@@ -31,7 +31,7 @@ if KERNELS == "numba":
     from numba.core import cgutils
 
 TINY = np.finfo(np.float32).tiny  # the smallest normal number
-GROUP = 16  # pairs along k of a tile
+GROUP = 16  # rows of a tile, and pairs along k
 
 # the dtype of the pairs says which way they are multiplied: Numba compiles a kernel for each dtype of its arrays
 PAIRS = {"avx512_bf16": np.dtype(np.uint32), "amx": np.dtype(np.int32), "plain": np.dtype(np.int32)}
@@ -51,9 +51,8 @@ def has_instruction():
 
 def rounded_ref(x):
     """x, float32, rounded to the nearest bfloat16, of two that are as near to the even one; as float32."""
-    bits = np.ascontiguousarray(x).view(np.uint32)
+    bits = np.ascontiguousarray(_flushed(x)).view(np.uint32)
     up = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
-    up = np.where(np.abs(x) < TINY, bits & np.uint32(0x80000000), up)
     up = np.where(np.isnan(x), bits | np.uint32(0x400000), up)
     return (up & np.uint32(0xFFFF0000)).view(np.float32)
 
@@ -170,13 +169,10 @@ def _assembly(builder, result, words, *args, reads_result=False):
 def _rounded(builder, x):
     """A vector of float32 -> integers whose upper halves are its bfloat16."""
     lanes = x.type.count
-    bits = builder.bitcast(x, _integers(lanes))
+    bits = builder.bitcast(flushed(builder, x), _integers(lanes))
     is_odd = builder.and_(builder.lshr(bits, _all(lanes, 16)), _all(lanes, 1))
     up = builder.add(builder.add(bits, _all(lanes, 0x7FFF)), is_odd)
-    size = builder.and_(bits, _all(lanes, 0x7FFFFFFF))
-    is_small = builder.icmp_unsigned("<", size, _all(lanes, 0x00800000))
-    up = builder.select(is_small, builder.and_(bits, _all(lanes, 0x80000000)), up)
-    is_nan = builder.icmp_unsigned(">", size, _all(lanes, 0x7F800000))
+    is_nan = builder.fcmp_unordered("uno", x, x)
     return builder.select(is_nan, builder.or_(bits, _all(lanes, 0x400000)), up)
 
 

@@ -7,7 +7,8 @@ import numpy as np
 from npgpt.config import Controls
 from npgpt.engine import no_dropout, no_grad
 from npgpt.errors import CheckpointError
-from npgpt.generate.decode import AHEAD, Decoder, rounded
+from npgpt.generate.decode import AHEAD, Decoder
+from npgpt.generate.matrices import kind_of, rounded
 from npgpt.generate.sampling import NOT_FINITE, choose, probabilities
 from npgpt.kernels.jit import KERNELS
 
@@ -47,12 +48,12 @@ class Generation:
     cache      False: the whole context goes through the model for every token, as in training, with the same result.
                So it is, too, if the model is not GPT(config) any more, which is all that the cache's kernel knows
     tokenizer  only its tokens are chosen; None: all that the model knows
-    int8, threads    of the Decoder
+    int8, threads, dtype    of the Decoder
     """
 
     def __init__(
         self, model, idx, rngs, controls=None, length=None, logprobs=False, cache=True, tokenizer=None, int8=False,
-        threads=None,
+        threads=None, dtype=None,
     ):  # fmt: skip
         idx = _checked_prompt(idx, model.config.vocab_size)
         self.model, self.controls, self.rngs = model, controls or Controls(), rngs
@@ -65,14 +66,14 @@ class Generation:
         self.alive = list(range(len(rngs)))  # the texts that still grow
         self.start = max(0, len(idx) - self.block_size)
         self.cached = 0  # positions of each text in the cache
-        other = model.difference()
-        if int8 and other:
-            raise ValueError(f"int8 is for a GPT as its config says; {other}")
+        other, kind = model.difference(), kind_of(int8, dtype, model.lm_head.weight.dtype)
+        if kind and other:
+            raise ValueError(f"{kind} is for a GPT as its config says; {other}")
         cached, self.decoder = cache and other is None, None
         if cached and KERNELS == "numba":
-            self.decoder = Decoder(model, len(rngs), length, int8, threads)
-        elif int8:
-            self.model = rounded(model)
+            self.decoder = Decoder(model, len(rngs), length, int8, threads, dtype)
+        elif kind:
+            self.model = rounded(model, kind)
         self.caches = [{"cache": []} if cached else {} for _ in rngs]  # of each text, if its model writes with one
 
     def _contexts(self):
@@ -104,8 +105,7 @@ class Generation:
             self.decoder.copy(alive[0], position + n)
             logits = np.tile(last, (len(alive), 1))
         else:
-            pairs = zip(alive, contexts, strict=True)
-            logits = np.stack([self.decoder.read(context, i, position).copy() for i, context in pairs])
+            logits = self.decoder.read_all(contexts, alive, position)
         self.cached += n  # not before it is true
         return logits
 

@@ -80,6 +80,7 @@ SOONER = {
     "matrices: ": "that_round",
     "prompt: the scale": "logits_of_the_model",
     "prompt: its pieces": "pieces",
+    "prompt: the last rows": "pieces",
     "prompt: ": "go_on or logits_of_the_model",
     "parallel: a step forgets its dtype": "gradients_of_a_model",
     "parallel: an evaluation forgets": "an_evaluation_is_in",
@@ -90,7 +91,7 @@ SOONER = {
     "decode: one random number for all tokens": "draws",
     "decode: the temperature is upside down": "draws",
     "decode: the biases of matrices": "shape0-True",
-    "decode: layer norm without its bias": "shape0-True",
+    "decode: layer norm without its bias": "logits_of_the_model",
     "ranks: only who was told": "numbers_are_summed",
     "ranks: what was not sent": "in_the_middle",
 }

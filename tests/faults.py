@@ -1302,8 +1302,8 @@ FAULTS = [
     Fault(
         "prompt: the last rows of the piece are shown",
         "npgpt/generate/prompt.py",
-        "rows[part.rows.stop - 1]",
-        "rows[-1]",
+        "[part.rows.stop - 1 for part in piece]",
+        "[piece[-1].rows.stop - 1 for part in piece]",
         "Each prompt has a last row of its own.",
         kernel=True,
     ),
@@ -1334,8 +1334,8 @@ FAULTS = [
     Fault(
         "past: the tiles begin where the rows do",
         "npgpt/kernels/attention.py",
-        "range(-(position % ROWS), T, ROWS)",
-        "range(0, T, ROWS)",
+        "range((position + asked) // ROWS * ROWS - position, T, ROWS)",
+        "range(asked, T, ROWS)",
         "Scores that no row has made a probability of would be multiplied with values.",
         kernel=True,
     ),

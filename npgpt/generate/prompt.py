@@ -65,27 +65,35 @@ def read_prompts(weights, ends, keys, values, prompts, threads):
         for n, together in enumerate(each):
             for piece in pieces_of(together, most):
                 rows = _forward(weights, keys, values, piece, threads)
-                for part in piece:
-                    x[n + part.i] = rows[part.rows.stop - 1]
+                for part, row in zip(piece, rows, strict=True):
+                    x[n + part.i] = row  # of its last part, in the end
     return _logits(weights, ends, x, threads)
 
 
 def _forward(weights, keys, values, piece, threads):
-    """The last layer's output (R, C) for the rows of a piece."""
+    """The last layer's output (parts, C) for the last row of each part of a piece.
+
+    That layer has no use for what the other rows put out: of these it needs the keys and values only.
+    """
     tokens = np.concatenate([part.tokens for part in piece])
     positions = np.concatenate([np.arange(part.position, part.position + len(part.tokens)) for part in piece])
     x = _rows_of(weights.wte, tokens, keys.dtype) + weights.wpe[positions]
     (R, C), n_head = x.shape, keys.shape[2]
     h, part, qkv = np.empty_like(x), np.empty_like(x), np.empty((R, 3, n_head, C // n_head), x.dtype)
     room = np.empty(R * max(len(layer.c_fc.numbers) for layer in weights.layers), x.dtype)
+    last_rows = [part.rows.stop - 1 for part in piece]
     for layer, place in zip(weights.layers, zip(keys, values, strict=True), strict=True):
+        is_last = layer is weights.layers[-1]
         # x += attn(ln_1(x))
-        _share(lambda rows, norm=layer.ln_1: _norm(h[rows], x[rows], norm), R, threads)
+        _norm(h, x, layer.ln_1, threads)
         _product(qkv.reshape(R, 3 * C), h, layer.c_attn, threads)
-        _attend(h.reshape(R, 1, n_head, C // n_head), qkv, *place, piece, layer.scale, threads)
+        _attend(h.reshape(R, 1, n_head, C // n_head), qkv, *place, piece, layer.scale, is_last, threads)
+        if is_last:
+            x, h = x[last_rows], h[last_rows]
+            part, R = part[: len(x)], len(x)
         _product(part, h, layer.attn_proj, threads, x)
         # x += mlp(ln_2(x))
-        _share(lambda rows, norm=layer.ln_2: _norm(h[rows], x[rows], norm), R, threads)
+        _norm(h, x, layer.ln_2, threads)
         width = len(layer.c_fc.numbers)
         hidden = room[: R * width].reshape(R, width)
         _product(hidden, h, layer.c_fc, threads, activate=True)
@@ -99,8 +107,9 @@ def _rows_of(table, tokens, dtype):
     return rows if table.scale is None else rows * table.scale[tokens, None]
 
 
-def _norm(h, x, norm):
-    layernorm_forward(h, *np.empty((2, len(x)), x.dtype), x, *norm)
+def _norm(h, x, norm, threads):
+    mean, rstd = np.empty((2, len(x)), x.dtype)
+    _share(lambda rows: layernorm_forward(h[rows], mean[rows], rstd[rows], x[rows], *norm), len(x), threads)
 
 
 def _product(out, x, matrix, threads, total=None, activate=False):
@@ -112,16 +121,20 @@ def _product(out, x, matrix, threads, total=None, activate=False):
     _share(lambda rows: finish_kernel(total[rows], out[rows], scale, bias, add, activate), len(out), threads)
 
 
-def _attend(y, qkv, keys, values, piece, scale, threads):
-    """y (R, 1, n_head, hs) = attention of each row to its own text, whose keys and values get those of qkv."""
+def _attend(y, qkv, keys, values, piece, scale, only_last, threads):
+    """y (R, 1, n_head, hs) = attention of each row to its own text, whose keys and values get those of qkv.
+
+    only_last: whether y is asked for in the last row of each part only.
+    """
     _, _, n_head, hs = qkv.shape
 
     def share(heads):
         for part in piece:
-            (k_t,), s = scratch(1, ROWS, part.position + len(part.tokens), hs, y.dtype)
+            T = len(part.tokens)
+            (k_t,), s = scratch(1, ROWS, part.position + T, hs, y.dtype)
             heads_of_past(
-                y[part.rows], qkv[part.rows], keys[part.stream], values[part.stream], part.position, scale,
-                k_t, s, np.empty(ROWS), heads.start, heads.stop,
+                y[part.rows], qkv[part.rows], keys[part.stream], values[part.stream], part.position,
+                T - 1 if only_last else 0, scale, k_t, s, np.empty(ROWS), heads.start, heads.stop,
             )  # fmt: skip
 
     _share(share, n_head, threads)
@@ -129,7 +142,7 @@ def _attend(y, qkv, keys, values, piece, scale, threads):
 
 def _logits(weights, ends, x, threads):
     h, logits = np.empty_like(x), np.empty((len(x), len(weights.lm_head.numbers)), x.dtype)
-    _norm(h, x, weights.ln_f)
+    _norm(h, x, weights.ln_f, threads)
     _share(lambda rows: head_kernel(logits, h, ends, rows.start, rows.stop), logits.shape[1], threads, 16)
     return logits
 

@@ -110,9 +110,10 @@ def forward_heads(y, lse, qkv, k_t, s, p_drop, key, batch_offset):
 
 
 @kernel(counts=False)
-def heads_of_past(y, qkv, keys, values, position, scale, k_t, s, lse, first, last):
+def heads_of_past(y, qkv, keys, values, position, asked, scale, k_t, s, lse, first, last):
     """Heads first:last of T rows, which stand at `position` and after it in a text: their keys and values are cached.
 
+    Of y only the rows from number `asked` on are computed.
     y (T, 1, n_head, hs), qkv (T, 3, n_head, hs); keys, values (n_head, room, hs) of the text; scale > 0.
     Scratch: k_t (hs, width), s (ROWS, width + PAD), with position + T rounded up to LANES as width; lse (ROWS,).
     """
@@ -124,8 +125,9 @@ def heads_of_past(y, qkv, keys, values, position, scale, k_t, s, lse, first, las
                 k[position + t, i] = qkv[t, 1, h, i]
                 v[position + t, i] = qkv[t, 2, h, i]
         scaled_transpose(k_t, k, s.dtype.type(scale))
-        for start in range(-(position % ROWS), T, ROWS):  # all rows of a tile then end at one multiple of LANES
-            t0, t1 = max(start, 0), min(start + ROWS, T)
+        # where a tile begins is a multiple of ROWS in the text: its rows' keys then end at one multiple of LANES
+        for start in range((position + asked) // ROWS * ROWS - position, T, ROWS):
+            t0, t1 = max(start, asked), min(start + ROWS, T)
             scores, seen = s[: t1 - t0], position + t1
             # s = q @ (scale * k).T
             product(scores[:, : round_up(seen, LANES)], qkv[t0:t1, 0, h], k_t, False)

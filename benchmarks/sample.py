@@ -58,7 +58,7 @@ def npgpt_side(config, streams, int8):
 
     def write(n, greedy):
         generation.texts = [list(prompt) for _ in range(streams)]
-        generation.start = generation.cached = 0
+        generation.starts, generation.cached = [0] * streams, [0] * streams
         generation.length = PROMPT + n
         generation.rngs = [np.random.default_rng(i) for i in range(streams)]
         generation.controls = Controls(temperature=0.0 if greedy else 1.0)

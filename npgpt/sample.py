@@ -49,6 +49,11 @@ def parse(argv):
     output.add_argument("--json", action="store_true", help="one JSON object a line for each text")
     output.add_argument("--logprobs", action="store_true", help="show each token with its log-probability, in nats")
     output.add_argument("--int8", action="store_true", help="weights of 8 bits: faster where the model is large")
+    output.add_argument(
+        "--draft", type=int, default=0, metavar="N",
+        help="up to N tokens are guessed ahead where a text repeats itself: the same text, sooner (default: 0)",
+    )  # fmt: skip
+    output.add_argument("--stats", action="store_true", help="say how long the prompt and the tokens have taken")
     output.add_argument("--threads", type=int, metavar="N", help="threads (default: one per core, for a large model)")
     args = parser.parse_args(argv)
     if args.nanogpt_file is not None:
@@ -72,6 +77,7 @@ def parse(argv):
         ("max-new-tokens", args.max_new_tokens >= 1, "must be at least 1"),
         ("stop", all(args.stop), "must have one character at least"),
         ("seed", args.seed >= 0, "must be at least 0"),
+        ("draft", args.draft >= 0, "must be at least 0"),
         ("threads", args.threads is None or args.threads >= 1, "must be at least 1"),
     ):
         if not holds:
@@ -204,16 +210,20 @@ def main(argv=None):
 
     from npgpt.files.pretrained import open_model
     from npgpt.generate import generation, writer
+    from npgpt.generate.stats import Stats
 
     model = open_model(args.model, args.checkpoint)
     tokenizer = model.tokenizer
 
     def write(idx):
         rngs = (np.random.default_rng([args.seed, SAMPLE, n]) for n in range(args.num_samples))
-        return writer.write(
+        stats = Stats()
+        yield from writer.write(
             model, tokenizer, idx, rngs, args.max_new_tokens, args.controls, args.stop, args.logprobs, args.int8,
-            args.threads,
+            args.threads, args.draft, stats,
         )  # fmt: skip
+        if args.stats:
+            print(f"{PROG}: {stats}", file=sys.stderr)
 
     if args.interactive:
         interact(write, tokenizer)

@@ -85,6 +85,25 @@ def test_with_drafts_and_without_them_the_texts_are_the_same(kind, all_checked):
 
 
 @kernels
+@pytest.mark.parametrize("controls", [Controls(repetition_penalty=1.5), Controls(repetition_penalty=1.5, top_k=20)])
+def test_drafts_may_have_tokens_that_the_text_did_not_have(controls):
+    """Then they count as repeated from the place on at which they stand."""
+    model, texts = lively(GPTConfig(vocab_size=60, block_size=64, n_layer=1, n_head=2, n_embd=16)), []
+    for drafts in (False, True):
+        generation = Generation(model, [1], rngs(5), controls, 60, draft=5)
+        text = generation.texts[0]
+
+        def right(alive, rooms, text=text, drafts=drafts):
+            return [texts[0][len(text) :][: min(5, *rooms)]] if drafts else []
+
+        generation.drafts.propose = right
+        while len(text) < 60:
+            generation.step()
+        texts.append(text)
+    assert texts[0] == texts[1] and generation.stats.accepted == generation.stats.proposed > 40
+
+
+@kernels
 def test_the_rows_of_a_refused_draft_are_never_seen(all_checked):
     """A model with a long memory, whose draft is always wrong."""
     model = lively(CONFIGS[1])
@@ -203,10 +222,11 @@ def test_a_search_that_comes_to_nothing_waits_for_a_time_and_all_is_measured_ane
     assert drafts.propose([0], [9]) == []
     assert 0 < drafts.wait <= PATIENCE * (time.perf_counter() - began)
     drafts.took(1e-9)
+    drafts.seconds = {0: 1.0, 1: 1.1, 2: 1.2}
     assert drafts.wait > 0 and drafts.propose([0], [9]) == []
     drafts.took(1e3, steps=1000)
+    assert len(drafts.propose([0], [9])[0]) == 7
     while drafts.steps < ANEW:
-        assert drafts.propose([0], [9]) == []
         drafts.took(1.0)
     assert drafts.propose([0], [9]) == [] and not drafts.seconds
     drafts.took(1.0)

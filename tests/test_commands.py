@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -464,6 +465,19 @@ def test_the_prompt_may_be_standard_input(folder, sampled, raw, exit_code, words
     assert done.returncode == exit_code and words in done.stderr and done.stderr.count(b"\n") == (exit_code != 0)
     assert done.stdout.startswith(raw if exit_code == 0 else b"")
     assert bool(done.stdout) == (exit_code == 0)
+
+
+@pytest.mark.parametrize("flags", [[], ["--num-samples", 2, "--json"], ["--temperature", 0]])
+def test_stats_and_drafts_change_nothing_but_what_is_noted(folder, sampled, capsys, flags):
+    expected = sampled("--prompt", "to be", *flags)
+    args = ["--out-dir", folder / "run", "--max-new-tokens", 20, "--prompt", "to be", "--stats", "--draft", 4, *flags]
+    assert sample.main(list(map(str, args))) == 0
+    out, err = capsys.readouterr()
+    assert out == expected
+    assert re.fullmatch(
+        r"python -m npgpt.sample: 5 tokens of the prompt in [\d.,]+ ms, the first one written after [\d.,]+ ms, "
+        r"then [\d.,]+ tokens a second(; \d+ of \d+ drafted tokens were right)?\n", err
+    )  # fmt: skip
 
 
 def test_json_is_an_object_a_line_and_says_what_was_written(folder, sampled):

@@ -186,8 +186,9 @@ def test_the_odds_are_those_of_what_became_of_earlier_guesses():
     lookup = Lookup(text)
     lookup.look()
     odds = lookup.odds(5)
-    chance = 1 - (1 - 1 / REMEMBERED) ** (len(text) - 5 - LONGEST)  # five tokens until there was a match; 0 at first
-    np.testing.assert_allclose(odds, chance ** np.arange(1, 6))
+    hits = len(text) - 5 - LONGEST  # (five tokens until there was a match; each chance begins with a wrong guess)
+    wrong = (1 / REMEMBERED) * (1 - 1 / REMEMBERED) ** (hits - REMEMBERED + 1)
+    np.testing.assert_allclose(odds, (1 - wrong) ** np.arange(1, 6))
     noise = Lookup(np.random.default_rng(0).integers(0, 65, 3000).tolist())
     noise.look()
     assert noise.odds(5) == []

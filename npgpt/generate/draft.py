@@ -42,16 +42,21 @@ class Lookup:
         self.after = {}  # pair of tokens -> the place that came after it last
         self.at = 0  # the place in the text that would be repeated next; 0 if there is none
         self.right = 0  # tokens that have been right since this match was found, at most LONGEST
-        self.chances = [0.0] * (LONGEST + 1)  # that the next token is right after so many that were
+        self.chances = [0.0] * (LONGEST + 1)  # that the next token is right after so many that were: how often it was
+        self.weights = [2] * (LONGEST + 1)  # what comes next is one of so many of which that is the mean
 
     def look(self):
         """Take note of the tokens that have come."""
-        text, after, chances, at, right = self.text, self.after, self.chances, self.at, self.right
+        text, after, chances, weights, at, right = (
+            self.text, self.after, self.chances, self.weights, self.at, self.right
+        )  # fmt: skip
         before = text[self.seen - 1] if self.seen else None
         for n, token in enumerate(text[self.seen :], self.seen + 1):
             if at:
                 hit = text[at] == token
-                chances[right] += (hit - chances[right]) / REMEMBERED
+                chances[right] += (hit - chances[right]) / weights[right]
+                if weights[right] < REMEMBERED:
+                    weights[right] += 1
                 at = at + 1 if hit else 0
                 right = min(right + 1, LONGEST)
             pair = before, token

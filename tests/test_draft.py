@@ -36,6 +36,7 @@ KINDS = {  # name -> what write() is given
     "streams, top-k and stop": dict(temperature=0.4, streams=4, top_k=4, stops=["ab", "ij"]),
     "int8": dict(temperature=0.3, int8=True),
     "int8 and top-p": dict(temperature=0.3, top_p=0.8, streams=2, int8=True),
+    "two threads": dict(temperature=0.3, streams=2, threads=2),
     "log-probabilities": dict(temperature=0.3, logprobs=True),
     "a tokenizer with fewer tokens": dict(temperature=0.3, tokenizer=CharTokenizer("abcd")),
 }
@@ -51,17 +52,20 @@ def check_all(replace):
     replace(Drafts, "_worth_it", lambda self, odds: len(odds))
     replace("npgpt.generate.draft.PATIENCE", 0)
     replace("npgpt.generate.draft.LEAST", 0)
+    replace("npgpt.generate.decode.ONE_CORE", 0)
     replace("npgpt.generate.generation.AHEAD", 2)  # or small models would write whole texts without a draft
 
 
-def texts_of(model, seed, draft, stats, streams=1, stops=(), logprobs=False, int8=False, tokenizer=None, **controls):
+def texts_of(
+    model, seed, draft, stats, streams=1, stops=(), threads=1, tokenizer=None, logprobs=False, int8=False, **controls
+):  # fmt: skip
     """The Pieces of the texts that write() gives."""
     rng = np.random.default_rng(seed)
     prompt = rng.integers(0, 4, rng.integers(1, 30)).tolist()
     generators = rngs(*range(seed, seed + streams))
     pieces = write(
         model, tokenizer or CharTokenizer(ALPHABET), prompt, generators, int(rng.integers(1, 90)), Controls(**controls),
-        stops, logprobs, int8, draft=draft, stats=stats,
+        stops, logprobs, int8, threads, draft, stats,
     )  # fmt: skip
     return [list(text) for text in pieces]
 

@@ -13,7 +13,7 @@ from test_sampling import lively, rngs
 from npgpt.config import Controls, GPTConfig
 from npgpt.data.characters import CharTokenizer
 from npgpt.errors import CheckpointError
-from npgpt.generate.draft import ANEW, GAIN, LONGEST, PATIENCE, REMEMBERED, TOGETHER, Drafts, Lookup
+from npgpt.generate.draft import ANEW, AT_MOST, GAIN, LONGEST, PATIENCE, REMEMBERED, TOGETHER, Drafts, Lookup
 from npgpt.generate.generation import Generation
 from npgpt.generate.stats import Stats
 from npgpt.generate.writer import write
@@ -97,8 +97,8 @@ def test_drafts_may_have_tokens_that_the_text_did_not_have(controls):
         generation = Generation(model, [1], rngs(5), controls, 60, draft=5)
         text = generation.texts[0]
 
-        def right(alive, rooms, text=text, drafts=drafts):
-            return [texts[0][len(text) :][: min(5, *rooms)]] if drafts else []
+        def right(alive, room, text=text, drafts=drafts):
+            return [texts[0][len(text) :][: min(5, room(0))]] if drafts else []
 
         generation.drafts.propose = right
         while len(text) < 60:
@@ -112,7 +112,7 @@ def test_the_rows_of_a_refused_draft_are_never_seen(all_checked):
     """A model with a long memory, whose draft is always wrong."""
     model = lively(CONFIGS[1])
     generations = [Generation(model, [1, 2, 3], rngs(7, 8), length=40, draft=draft) for draft in (0, 3)]
-    generations[1].drafts.propose = lambda alive, rooms: [[10, 10, 10][: min(rooms)] for _ in alive]
+    generations[1].drafts.propose = lambda alive, room: [[10, 10, 10][: room(i)] for i in alive]
     for generation in generations:
         while len(generation.texts[0]) < 40 or len(generation.texts[1]) < 40:
             generation.step()
@@ -137,7 +137,7 @@ def test_logits_that_are_not_finite_are_an_error_with_drafts_too(all_checked):
     for controls in (Controls(temperature=0), Controls(temperature=0, top_k=4)):
         model = lively(CONFIGS[1])
         generation = Generation(model, [1, 2] * 6, rngs(1), controls, 40, draft=4)
-        generation.drafts.propose = lambda alive, rooms: [[1, 2]]
+        generation.drafts.propose = lambda alive, room: [[1, 2]]
         generation.step()
         model.transformer.ln_f.weight.data[3] = np.nan
         with pytest.raises(CheckpointError, match="not finite"):
@@ -201,41 +201,51 @@ def test_the_odds_are_those_of_what_became_of_earlier_guesses():
 # ---- whether it is worth it
 
 
+def room(i):
+    return 9
+
+
 def drafts_of(text, streams=1):
     drafts = Drafts([list(text) for _ in range(streams)], 7, 32)
-    assert drafts.propose(list(range(streams)), [9] * streams) == []  # how long a step takes is not known yet
+    assert drafts.propose(list(range(streams)), room) == []  # how long a step takes is not known yet
     drafts.took(1.0)
     return drafts
 
 
 def test_as_many_tokens_are_checked_as_are_worth_it():
     drafts = drafts_of([1, 2, 3] * 40)
-    assert [len(draft) for draft in drafts.propose([0], [9])] == [7]
-    assert drafts.propose([0], [3]) == [[1, 2, 3]]
+    assert [len(draft) for draft in drafts.propose([0], room)] == [7]
+    assert drafts.propose([0], lambda i: 3) == [[1, 2, 3]]
     drafts.took(1.5, rows=4)
     drafts.took(8.0, rows=8)
-    assert [len(draft) for draft in drafts.propose([0], [9])] == [3]
+    assert [len(draft) for draft in drafts.propose([0], room)] == [3]
     drafts.took(1.5, rows=4)
     drafts.seconds[1] = 4 / GAIN  # four tokens in the time of four steps
-    assert drafts.propose([0], [9]) == [] and drafts.wait > 0
+    assert drafts.propose([0], room) == [] and drafts.wait > 0
 
 
 def test_a_search_that_comes_to_nothing_waits_for_a_time_and_all_is_measured_anew():
     drafts = drafts_of([1, 2, 3] * 40)
     drafts.seconds[1] = drafts.seconds[2] = 100.0
     began = time.perf_counter()
-    assert drafts.propose([0], [9]) == []
+    assert drafts.propose([0], room) == []
     assert 0 < drafts.wait <= PATIENCE * (time.perf_counter() - began)
     drafts.took(1e-9)
     drafts.seconds = {0: 1.0, 1: 1.1, 2: 1.2}
-    assert drafts.wait > 0 and drafts.propose([0], [9]) == []
+    assert drafts.wait > 0 and drafts.propose([0], room) == []
     drafts.took(1e3, steps=1000)
-    assert len(drafts.propose([0], [9])[0]) == 7
+    drafts.lookups[0].chances = [0.0] * len(drafts.lookups[0].chances)
+    drafts.seconds[0] = 1e-12
+    assert drafts.propose([0], room) == [] and drafts.wait == AT_MOST * 1e-12
+    drafts.lookups[0].chances = [1.0] * len(drafts.lookups[0].chances)
+    drafts.took(1.0)
+    drafts.seconds[0] = 1.0
+    assert len(drafts.propose([0], room)[0]) == 7
     while drafts.steps < ANEW:
         drafts.took(1.0)
-    assert drafts.propose([0], [9]) == [] and not drafts.seconds
+    assert drafts.propose([0], room) == [] and not drafts.seconds
     drafts.took(1.0)
-    assert len(drafts.propose([0], [9])[0]) == 7
+    assert len(drafts.propose([0], room)[0]) == 7
 
 
 def test_a_pass_that_was_held_up_counts_little():
@@ -249,10 +259,10 @@ def test_a_pass_that_was_held_up_counts_little():
 
 def test_the_text_that_repeats_gets_the_rows():
     drafts = Drafts([[1, 2, 3] * 20, list(range(60))], 7, 32)
-    drafts.propose([0, 1], [9, 9])
+    drafts.propose([0, 1], room)
     drafts.took(1.0)
     drafts.seconds[1] = 1.1
-    one, other = drafts.propose([0, 1], [9, 9])
+    one, other = drafts.propose([0, 1], room)
     assert len(one) == 7 and other == []
 
 

@@ -21,10 +21,11 @@ TOGETHER = 4  # rows for which the kernel fetches a weight once
 LONGEST = 8  # matches of so many tokens, and longer ones, are alike
 REMEMBERED = 16  # a chance is about that of so many tokens
 LEAST = 0.1  # a token with less of a chance is not worth a thought
-GAIN = 1.1  # a draft must be expected to write so many times faster
+GAIN = 1.2  # drafts must be expected to write so many times faster: texts that get out of step cost something, too
 MORE = 0.3  # what a pass is taken to cost more for TOGETHER rows more, until it is measured
 ANEW = 256  # steps after which all times are measured anew
 PATIENCE = 50  # after a search that comes to nothing, the next one waits until so many times its seconds have gone by
+AT_MOST = 64  # but no more than so many steps, about: to take note of what they wrote takes time, too
 
 
 class Lookup:
@@ -103,20 +104,20 @@ class Drafts:
         self.steps = 0  # since these are measured
         self.wait = 0.0  # seconds until the next search
 
-    def propose(self, alive, rooms):
-        """The drafts of these texts, none longer than the room that it has: a list for each text, or no lists."""
+    def propose(self, alive, room):
+        """The drafts of these texts, none longer than the room(i) that it has: a list for each text, or no lists."""
         if self.alive != alive or self.steps == ANEW:
             self.alive, self.seconds, self.steps = list(alive), {}, 0
         if self.wait > 0 or not self.seconds:
             return []
         began, odds = time.perf_counter(), []
-        for i, room in zip(alive, rooms, strict=True):
+        for i in alive:
             self.lookups[i].look()
-            odds += [(chance, i) for chance in self.lookups[i].odds(min(self.most, room))]
+            odds += [(chance, i) for chance in self.lookups[i].odds(min(self.most, room(i)))]
         odds = sorted(odds, reverse=True)[: self.rows - len(alive)]
         checked = [i for _, i in odds[: self._worth_it(odds)]]
         if not checked:
-            self.wait = PATIENCE * (time.perf_counter() - began)
+            self.wait = min(PATIENCE * (time.perf_counter() - began), AT_MOST * self.seconds[0])
             return []
         return [self.lookups[i].draft(checked.count(i)) for i in alive]
 

@@ -215,7 +215,7 @@ class Generation:
         contexts = self._contexts()
         newest_only = self.decoder is not None and all(len(context) == 1 for context in contexts)
         if newest_only and self.drafts:
-            drafts = self.drafts.propose(self.alive, [self._room(i) - 1 for i in self.alive])
+            drafts = self.drafts.propose(self.alive, lambda i: self._room(i) - 1)  # (one more token will be written)
         if any(drafts):
             blocks = self._check(contexts, drafts)
         elif newest_only and self._kernel_draws():

@@ -15,11 +15,12 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for benchmarks, however pytest is started
 
-from benchmarks import against, engines, sample, step
+from benchmarks import against, drafts, engines, sample, step
 from benchmarks.against import FEWEST, PRECISION, compare, estimate, report, rounds_needed
 from benchmarks.common import ROOT, BenchmarkError, checked_out
 from npgpt.config import GPTConfig
 from npgpt.errors import UsageError
+from npgpt.kernels.jit import KERNELS
 from npgpt.model import GPT
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -264,6 +265,15 @@ def test_engines_open_one_folder_and_are_asked_for_the_likeliest_tokens(tmp_path
     assert lines[1] == "8 texts at once, after 16 tokens"
     assert lines[3].split() == ["npgpt", "100.0", "200.0", "32.0", "1.00x,", "1.00x"]
     assert lines[4].split() == ["llama", "300.0", "16.0", "1.50x,", "2.00x"]
+
+
+@pytest.mark.skipif(KERNELS == "numpy", reason="the kernel checks drafts")
+def test_drafts_are_right_where_a_text_repeats_itself(capsys):
+    assert drafts.main("--workload cpu --tokens 96 --rounds 1 --streams 2".split()) == 0
+    rows = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()[2:]}
+    assert list(rows) == ["code (argparse.py)", "a prompt, quoted", "noise"]
+    proposed = [re.search(r"([\d,]+) of +([\d,]+)", row).groups() for row in rows.values()]
+    assert proposed[1][0] == proposed[1][1] and proposed[2] == ("0", "0")
 
 
 def test_a_profile_of_a_step_has_no_figures_for_json(capsys, tmp_path):

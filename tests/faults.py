@@ -1475,9 +1475,9 @@ FAULTS = [
     Fault(
         "draft: what came last is looked up one place too early",
         "npgpt/generate/draft.py",
-        "after[pair] = n",
-        "after[pair] = n - 1",
-        "What is repeated is the token that came after the pair.",
+        "threes[three] = ones[token] = n",
+        "threes[three] = ones[token] = n - 1",
+        "What is repeated is the token that came after these.",
         kernel=True,
     ),
     Fault(

@@ -148,16 +148,16 @@ def test_logits_that_are_not_finite_are_an_error_with_drafts_too(all_checked):
 
 
 def plainly(text, places):
-    """What a Lookup must have found, in the plainest way -> (place to be repeated, how many were right)."""
-    at = right = 0
+    """What a Lookup must have found, in the plainest way -> (place to be repeated, length of the match)."""
+    at = length = 0
     for n in range(1, len(text) + 1):
         if at:
-            at, right = (at + 1, right + 1) if text[at] == text[n - 1] else (0, 0)
-        if not at:
-            pair = text[n - 2 : n] if n > 1 else None
-            at = next((m for m in range(n - 1, 1, -1) if text[m - 2 : m] == pair), 0)
-            right = 0
-    return at, min(right, LONGEST)
+            at, length = (at + 1, length + 1) if text[at] == text[n - 1] else (0, 0)
+        for k in (3, 1):
+            if not at:
+                at = next((m for m in range(n - 1, k - 1, -1) if text[m - k : m] == text[n - k : n]), 0)
+                length = k
+    return at, min(length, LONGEST)
 
 
 def test_a_lookup_follows_the_last_occurrence_for_as_long_as_it_is_right():
@@ -168,7 +168,7 @@ def test_a_lookup_follows_the_last_occurrence_for_as_long_as_it_is_right():
         while len(text) < len(whole):
             text += whole[len(text) : len(text) + int(rng.integers(1, 9))]
             lookup.look()
-            assert (lookup.at, lookup.right) == plainly(text, whole)
+            assert (lookup.at, lookup.length) == plainly(text, whole)
 
 
 def test_a_draft_goes_on_as_the_text_did_and_repeats_itself_where_it_ends():
@@ -190,7 +190,7 @@ def test_the_odds_are_those_of_what_became_of_earlier_guesses():
     lookup = Lookup(text)
     lookup.look()
     odds = lookup.odds(5)
-    hits = len(text) - 5 - LONGEST  # (five tokens until there was a match; each chance begins with a wrong guess)
+    hits = len(text) - 3 - LONGEST  # of so long a match: there is one from the fourth token on; a wrong one is taken first
     wrong = (1 / REMEMBERED) * (1 - 1 / REMEMBERED) ** (hits - REMEMBERED + 1)
     np.testing.assert_allclose(odds, (1 - wrong) ** np.arange(1, 6))
     noise = Lookup(np.random.default_rng(0).integers(0, 65, 3000).tolist())

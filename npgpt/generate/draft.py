@@ -31,8 +31,8 @@ AT_MOST = 64  # but no more than so many steps, about: to take note of what they
 class Lookup:
     """What a text said after the tokens with which it ends, when it had them last.
 
-    An index has where each pair of tokens came last.  A match that has been found is followed as long as it is right,
-    and so becomes longer; when it is wrong, the index is asked for another.
+    An index has where each three tokens came last, and each one, which is asked for if these three are new.  A match
+    that has been found is followed as long as it is right, and so becomes longer.
 
     text  a list of tokens, which grows
     """
@@ -40,37 +40,38 @@ class Lookup:
     def __init__(self, text):
         self.text = text
         self.seen = 0  # tokens of the text that are in the index
-        self.after = {}  # pair of tokens -> the place that came after it last
+        self.threes, self.ones = {}, {}  # tokens -> the place that came after them last
         self.at = 0  # the place in the text that would be repeated next; 0 if there is none
-        self.right = 0  # tokens that have been right since this match was found, at most LONGEST
-        self.chances = [0.0] * (LONGEST + 1)  # that the next token is right after so many that were: how often it was
+        self.length = 0  # tokens of this match, at most LONGEST
+        self.chances = [0.0] * (LONGEST + 1)  # that the token after a match of a length is right: how often it was
         self.weights = [2] * (LONGEST + 1)  # what comes next is one of so many of which that is the mean
 
     def look(self):
         """Take note of the tokens that have come."""
-        text, after, chances, weights, at, right = (
-            self.text, self.after, self.chances, self.weights, self.at, self.right
-        )  # fmt: skip
-        before = text[self.seen - 1] if self.seen else None
+        text, threes, ones, at, length = self.text, self.threes, self.ones, self.at, self.length
+        chances, weights = self.chances, self.weights
+        first, second = [None, None, *text[max(0, self.seen - 2) : self.seen]][-2:]
         for n, token in enumerate(text[self.seen :], self.seen + 1):
             if at:
                 hit = text[at] == token
-                chances[right] += (hit - chances[right]) / weights[right]
-                if weights[right] < REMEMBERED:
-                    weights[right] += 1
+                chances[length] += (hit - chances[length]) / weights[length]
+                if weights[length] < REMEMBERED:
+                    weights[length] += 1
                 at = at + 1 if hit else 0
-                right = min(right + 1, LONGEST)
-            pair = before, token
+                length = min(length + 1, LONGEST)
+            three = first, second, token
             if not at:
-                at, right = after.get(pair, 0), 0
-            after[pair] = n
-            before = token
-        self.seen, self.at, self.right = len(text), at, right
+                at, length = threes.get(three, 0), 3
+                if not at:
+                    at, length = ones.get(token, 0), 1
+            threes[three] = ones[token] = n
+            first, second = second, token
+        self.seen, self.at, self.length = len(text), at, length
 
     def odds(self, most):
         """The chances that the first token of a draft is right, the first two, ...: at most so many."""
         odds, chance = [], 1.0
-        for n in range(self.right, self.right + most if self.at else 0):
+        for n in range(self.length, self.length + most if self.at else 0):
             chance *= self.chances[min(n, LONGEST)]
             if chance < LEAST:
                 break

@@ -171,6 +171,18 @@ def test_a_lookup_follows_the_last_occurrence_for_as_long_as_it_is_right():
             assert (lookup.at, lookup.length) == plainly(text, whole)
 
 
+def test_texts_with_one_prompt_have_an_index_each():
+    texts = [[1, 2, 3, 1, 2] for _ in range(2)]
+    one, other = Drafts(texts, 4, 32).lookups
+    texts[0] += [4, 1, 2]
+    texts[1] += [3, 5, 1, 2]
+    for text, lookup, expected in ((texts[0], one, [4, 1, 2, 4]), (texts[1], other, [3, 5, 1, 2])):
+        lookup.look()
+        fresh = Lookup(text)
+        fresh.look()
+        assert vars(lookup) == vars(fresh) and lookup.draft(4) == expected
+
+
 def test_a_draft_goes_on_as_the_text_did_and_repeats_itself_where_it_ends():
     text = [1, 2, 3, 4, 5, 9, 1, 2]
     lookup = Lookup(text)
@@ -190,7 +202,7 @@ def test_the_odds_are_those_of_what_became_of_earlier_guesses():
     lookup = Lookup(text)
     lookup.look()
     odds = lookup.odds(5)
-    hits = len(text) - 3 - LONGEST  # of so long a match: there is one from the fourth token on; a wrong one is taken first
+    hits = len(text) - 3 - LONGEST  # of so long a match: there is one from the fourth token on
     wrong = (1 / REMEMBERED) * (1 - 1 / REMEMBERED) ** (hits - REMEMBERED + 1)
     np.testing.assert_allclose(odds, (1 - wrong) ** np.arange(1, 6))
     noise = Lookup(np.random.default_rng(0).integers(0, 65, 3000).tolist())
@@ -258,7 +270,9 @@ def test_a_pass_that_was_held_up_counts_little():
 
 
 def test_the_text_that_repeats_gets_the_rows():
-    drafts = Drafts([[1, 2, 3] * 20, list(range(60))], 7, 32)
+    drafts = Drafts([[1, 2], [1, 2]], 7, 32)
+    drafts.lookups[0].text += [3, 1, 2] * 20
+    drafts.lookups[1].text += range(3, 60)
     drafts.propose([0, 1], room)
     drafts.took(1.0)
     drafts.seconds[1] = 1.1

@@ -15,6 +15,7 @@ Leviathan et al. 2023 and Chen et al. 2023 have a small model draft, and keep th
 the prompt instead is Saxena's (prompt lookup decoding, 2023).
 """
 
+import copy
 import time
 
 TOGETHER = 4  # rows for which the kernel fetches a weight once
@@ -24,7 +25,7 @@ LEAST = 0.1  # a token with less of a chance is not worth a thought
 GAIN = 1.2  # drafts must be expected to write so many times faster: texts that get out of step cost something, too
 MORE = 0.3  # what a pass is taken to cost more for TOGETHER rows more, until it is measured
 ANEW = 256  # steps after which all times are measured anew
-PATIENCE = 50  # after a search that comes to nothing, the next one waits until so many times its seconds have gone by
+PATIENCE = 100  # after a search that comes to nothing, the next one waits until so many times its seconds have gone by
 AT_MOST = 64  # but no more than so many steps, about: to take note of what they wrote takes time, too
 
 
@@ -68,6 +69,13 @@ class Lookup:
             first, second = second, token
         self.seen, self.at, self.length = len(text), at, length
 
+    def copy(self, text):
+        """The same for another text, which is equal so far."""
+        other = copy.copy(self)
+        other.text, other.threes, other.ones = text, dict(self.threes), dict(self.ones)
+        other.chances, other.weights = list(self.chances), list(self.weights)
+        return other
+
     def odds(self, most):
         """The chances that the first token of a draft is right, the first two, ...: at most so many."""
         odds, chance = [], 1.0
@@ -92,14 +100,16 @@ class Drafts:
     What they are worth follows from the chances of the tokens, which are known without a check, and from how long a
     pass takes with so many rows, which is measured as it goes.
 
-    texts  lists of tokens, which grow
+    texts  lists of tokens, equal at first, which grow
     most   tokens of a draft
     rows   of a pass, of all texts
     """
 
     def __init__(self, texts, most, rows):
         self.most, self.rows = most, rows
-        self.lookups = [Lookup(text) for text in texts]
+        lookup = Lookup(list(texts[0]))
+        lookup.look()
+        self.lookups = [lookup.copy(text) for text in texts]
         self.alive = []  # the texts that the times are of
         self.seconds = {}  # so many times TOGETHER rows more -> seconds of a pass; 0: of a step without drafts
         self.steps = 0  # since these are measured

@@ -2,5 +2,6 @@
 
 May import files and all that files may.  Start with sampling.py: which token comes next.  generation.py lets texts grow
 from a prompt by it, writer.py makes text of tokens.  decode.py is the model's forward for the newest tokens only, with
-a cache of keys and values, and decode_kernel.py what computes it.
+a cache of keys and values, and decode_kernel.py what computes it.  draft.py guesses tokens that are then checked
+together, and stats.py is told how long all takes.
 """

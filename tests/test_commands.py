@@ -564,7 +564,7 @@ def test_an_empty_line_goes_on_with_the_tokens_of_the_last_text(monkeypatch, cap
         monkeypatch.setattr(generation, "choose", lambda *_: [next(chosen)])
         return writer.write(model, tokenizer, idx, [np.random.default_rng(0)], len(answer))
 
-    monkeypatch.setattr(generation.Generation, "_steps_ahead", lambda *_: 0)  # all tokens are chosen by choose()
+    monkeypatch.setattr(generation.Generation, "_kernel_draws", lambda _: False)  # all tokens are chosen by choose()
     monkeypatch.setattr(sys, "stdin", io.StringIO("a\n\n\n"))
     sample.interact(write, tokenizer)
     assert given == [b"a", b"a\xc3", b"a\xc3\xa9!"]

@@ -226,7 +226,7 @@ def report(options, n, seconds, nbytes, bandwidth, memory):
 
 
 def quality(path, source):
-    """Print the mean loss over tokens of a text with float32 weights and with int8 ones."""
+    """Print the mean loss over tokens of a text with float32 weights, with bfloat16 ones and with int8 ones."""
     from npgpt.data.text import load_text
     from npgpt.generate.decode import Decoder
     from npgpt.model import GPT
@@ -238,8 +238,9 @@ def quality(path, source):
     if len(tokens) < 2:
         raise UsageError(f"{source} has {len(tokens)} token; two are needed")
     T, losses = model.config.block_size, {}
-    for int8 in (False, True):
-        decoder, total, count = Decoder(model, int8=int8), 0.0, 0
+    for dtype in ("float32", "bfloat16", "int8"):
+        kind = {"int8": True} if dtype == "int8" else {"dtype": dtype}
+        decoder, total, count = Decoder(model, **kind), 0.0, 0
         for start in range(0, len(tokens) - 1, T):
             window = tokens[start : start + T + 1]
             for at in range(0, len(window) - 1, decoder.rows):
@@ -249,9 +250,10 @@ def quality(path, source):
                 targets = window[at + 1 : at + 1 + len(part)]
                 total += (np.log(np.exp(z).sum(axis=1)) - z[np.arange(len(part)), targets]).sum()
                 count += len(part)
-        losses[int8] = total / count
+        losses[dtype] = total / count
     print(f"{path}: loss on {count:,} tokens, in nats per token")
-    print(f"float32 {losses[False]:.5f}\nint8    {losses[True]:.5f}  ({losses[True] - losses[False]:+.5f})")
+    for dtype, loss in losses.items():
+        print(f"{dtype:<9}{loss:.5f}  ({loss - losses['float32']:+.5f})")
 
 
 def read_table(output, streams):

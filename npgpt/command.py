@@ -13,7 +13,6 @@ from npgpt.errors import UsageError, user_path
 NANOGPT = {
     "device": ("cpu", ""),
     "compile": ("False", ""),
-    "dtype": ("float32", ""),
     "eval-only": ("False", "python -m npgpt.train --init-from MODEL --max-iters 0 evaluates a model"),
 }
 

@@ -23,7 +23,7 @@ PROG = "python -m npgpt.train"
 
 # nanoGPT's flags that there are not, so that a pasted command runs, or says what to write (see npgpt.command.Parser)
 NANOGPT_TRAIN = {
-    **{name: value for name, value in NANOGPT.items() if name != "dtype"},
+    **NANOGPT,
     "wandb-log": ("False", "the log is metrics.jsonl in --out-dir"),
     "wandb-project": ("", "the log is metrics.jsonl in --out-dir; python -m npgpt.plot draws it"),
     "wandb-run-name": ("", "write --out-dir FOLDER, which names a run"),

@@ -26,7 +26,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-NAMES = "engine ops tiles bfloat16 decode draft parallel resume sampling torch_parity".split()
+NAMES = "engine ops tiles bfloat16 decode draft prompt parallel resume sampling torch_parity".split()
 TESTS = [f"tests/test_{name}.py" for name in NAMES]
 # The width of a vector decides where tiles and dot products end, and in which order numbers are added.  The order
 # decides how sums are rounded, and rounding decides the path of a training.  So this choice has tiles and dot products
@@ -34,7 +34,7 @@ TESTS = [f"tests/test_{name}.py" for name in NAMES]
 # resumed.  Most of the time is that of compiling, so where there are two types it has float32 alone.
 SHORT = [
     *TESTS, "-k",
-    "test_tiles or (test_bfloat16 and 1000) or whatever_is_lost or any_number_of_workers or with_the_cache or "
+    "test_tiles or (test_bfloat16 and 1000) or whatever_is_lost or any_number_of_workers or with_the_cache or go_on or "
     "float32 and (kernel_agrees or token_by_token or test_torch_parity)",
 ]  # fmt: skip
 

@@ -35,8 +35,8 @@ RELEVANT = {
     "npgpt/kernels/masks.py": (["test_engine.py"], ""),
     "npgpt/ops/primitives.py": (["test_gradcheck.py", "test_ops.py", "test_engine.py"], "not attention and not gpt"),
     "npgpt/tensor.py": (["test_gradcheck.py", "test_ops.py", "test_engine.py"], "not attention and not gpt"),
-    "npgpt/kernels/vectors.py": (["test_tiles.py"], ""),
-    "npgpt/kernels/attention.py": (OF_OPS, "attention"),
+    "npgpt/kernels/vectors.py": (["test_tiles.py", "test_prompt.py"], "test_tiles"),
+    "npgpt/kernels/attention.py": ([*OF_OPS, "test_prompt.py"], "attention"),
     "npgpt/kernels/packed.py": (["test_tiles.py", "test_bfloat16.py"], "packed or bits_are"),
     "npgpt/kernels/bfloat16.py": (["test_bfloat16.py"], "bits_are"),
     "npgpt/kernels/amx.py": (["test_bfloat16.py"], "bits_are"),
@@ -57,8 +57,12 @@ RELEVANT = {
     "npgpt/run/parallel.py": (["test_ranks.py", "test_parallel.py", "test_bfloat16.py"], "not mpiexec and not 1000"),
     "npgpt/run/ranks.py": (["test_ranks.py"], "not mpiexec"),
     "npgpt/run/trainer.py": (["test_ranks.py"], "not mpiexec"),
-    "npgpt/generate/decode.py": (["test_decode.py"], "several or quantize or whole or int8_is or draws"),
-    "npgpt/generate/decode_kernel.py": (["test_decode.py"], "several or whole or int8_is or draws"),
+    "npgpt/generate/decode.py": (["test_decode.py"], "several or forward_pass or copied or int8_is or draws"),
+    "npgpt/generate/prompt.py": (["test_prompt.py"], "logits_of or go_on or pieces"),
+    "npgpt/generate/matrices.py": (["test_prompt.py"], "logits_of or round or checksum"),
+    "npgpt/generate/decode_kernel.py": (
+        ["test_decode.py", "test_prompt.py"], "several or forward_pass or int8_is or draws",
+    ),
     "npgpt/generate/sampling.py": (["test_sampling.py"], ""),
     "npgpt/generate/generation.py": (["test_sampling.py", "test_draft.py"], ""),
     "npgpt/generate/draft.py": (["test_draft.py"], ""),
@@ -69,6 +73,16 @@ RELEVANT = {
 
 # Faults that would wait long for the test which can see them: how the name begins -> words that are in that test's.
 SOONER = {
+    "past: ": "go_on",
+    "vectors: int8": "logits_of_the_model",
+    "decode: bfloat16 are": "logits_of_the_model",
+    "matrices: what has changed": "rounded_once",
+    "matrices: a checksum": "checksum",
+    "matrices: ": "that_round",
+    "prompt: the scale": "logits_of_the_model",
+    "prompt: its pieces": "pieces",
+    "prompt: the last rows": "pieces",
+    "prompt: ": "go_on or logits_of_the_model",
     "parallel: a step forgets its dtype": "gradients_of_a_model",
     "parallel: an evaluation forgets": "an_evaluation_is_in",
     "transpose: pairs": "bits_are",
@@ -78,7 +92,7 @@ SOONER = {
     "decode: one random number for all tokens": "draws",
     "decode: the temperature is upside down": "draws",
     "decode: the biases of matrices": "shape0-True",
-    "decode: layer norm without its bias": "shape0-True",
+    "decode: layer norm without its bias": "logits_of_the_model",
     "draft: ": "test_draft",
     "ranks: only who was told": "numbers_are_summed",
     "ranks: what was not sent": "in_the_middle",
@@ -110,7 +124,11 @@ UNSEEN = {
     "npgpt/optim.py": "what is done with a right gradient",
     "npgpt/muon.py": "what is done with a right gradient",
     "tiles: a thread's share": "not used in a training whose workers have one thread each",
+    "past: ": "not used in training",
     "npgpt/generate/decode.py": "not used in training",
+    "npgpt/generate/prompt.py": "not used in training",
+    "npgpt/generate/matrices.py": "not used in training",
+    "vectors: int8": "not used in training",
     "npgpt/generate/decode_kernel.py": "not used in training",
     "npgpt/generate/sampling.py": "not used in training",
     "npgpt/generate/generation.py": "not used in training",
@@ -271,8 +289,8 @@ def main(argv=None):
                     if args.audit:
                         return copy.train(fault.kernels)
                     files, words = relevant(fault)
-                    sooner = [SOONER[name] for name in SOONER if fault.name.startswith(name)]
-                    return copy.run(files, *sooner or [words], fault.kernels)
+                    words = next((SOONER[name] for name in SOONER if fault.name.startswith(name)), words)
+                    return copy.run(files, words, fault.kernels)
 
                 return copy.run_with(fault, check)
 

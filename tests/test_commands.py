@@ -526,6 +526,7 @@ def test_controls_act_on_the_text_and_threads_do_not(sampled):
     for control in ("--top-p 0.2", "--min-p 0.9", "--repetition-penalty 5", "--temperature 3", "--top-k 2"):
         assert sampled("--prompt", "to be", *control.split()) != text
     assert len(sampled("--prompt", "to be", "--int8")) == len(text)
+    assert len(sampled("--prompt", "to be", "--dtype", "bfloat16")) == len(text)
     # each of these leaves the likeliest token alone
     assert len({sampled(*args.split()) for args in ("--temperature 0", "--top-k 1", "--top-p 1e-9", "--min-p 1")}) == 1
 

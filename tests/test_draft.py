@@ -36,6 +36,7 @@ KINDS = {  # name -> what write() is given
     "streams, top-k and stop": dict(temperature=0.4, streams=4, top_k=4, stops=["ab", "ij"]),
     "int8": dict(temperature=0.3, int8=True),
     "int8 and top-p": dict(temperature=0.3, top_p=0.8, streams=2, int8=True),
+    "bfloat16": dict(temperature=0.3, streams=2, top_k=5, dtype="bfloat16"),
     "two threads": dict(temperature=0.3, streams=2, threads=2),
     "log-probabilities": dict(temperature=0.3, logprobs=True),
     "a tokenizer with fewer tokens": dict(temperature=0.3, tokenizer=CharTokenizer("abcd")),
@@ -57,7 +58,8 @@ def check_all(replace):
 
 
 def texts_of(
-    model, seed, draft, stats, streams=1, stops=(), threads=1, tokenizer=None, logprobs=False, int8=False, **controls
+    model, seed, draft, stats, streams=1, stops=(), threads=1, tokenizer=None, logprobs=False, int8=False, dtype=None,
+    **controls,
 ):  # fmt: skip
     """The Pieces of the texts that write() gives."""
     rng = np.random.default_rng(seed)
@@ -65,7 +67,7 @@ def texts_of(
     generators = rngs(*range(seed, seed + streams))
     pieces = write(
         model, tokenizer or CharTokenizer(ALPHABET), prompt, generators, int(rng.integers(1, 90)), Controls(**controls),
-        stops, logprobs, int8, threads, draft, stats,
+        stops, logprobs, int8, threads, dtype, draft, stats,
     )  # fmt: skip
     return [list(text) for text in pieces]
 

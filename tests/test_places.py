@@ -188,7 +188,8 @@ def test_nanogpts_sampling_command_runs(folder, capsys):
     [
         (sample.main, "--compile", "--compile can only be False here, got True"),
         (sample.main, "--device=cuda:0", "--device can only be cpu here, got cuda:0"),
-        (sample.main, "--dtype=bfloat16", "--dtype can only be float32 here"),
+        (sample.main, "--dtype=float16", "--dtype: invalid choice: 'float16' (choose from"),
+        (sample.main, "--dtype=bfloat16 --int8", "--int8 and --dtype bfloat16: give one of them"),
         (sample.main, "--init_from=gpt2-xl", "--init-from can only be resume here, got gpt2-xl; write --model PATH"),
         (sample.main, "config/x.py", "unknown argument config/x.py; a model is named with --model PATH"),
         (sample.main, "--eval_only", "python -m npgpt.train --init-from MODEL --max-iters 0 evaluates a model"),

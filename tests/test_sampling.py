@@ -8,9 +8,9 @@ import pytest
 from npgpt.config import Controls, GPTConfig
 from npgpt.data.characters import ByteTokenizer, CharTokenizer
 from npgpt.errors import CheckpointError, UsageError
-from npgpt.generate.decode import rounded
 from npgpt.generate.decode_kernel import _draw
 from npgpt.generate.generation import Generation, context_start
+from npgpt.generate.matrices import rounded
 from npgpt.generate.sampling import choose, probabilities
 from npgpt.generate.writer import SIDE_BY_SIDE, Writer, write
 from npgpt.kernels.jit import KERNELS, kernel
@@ -202,7 +202,8 @@ def test_with_the_cache_and_without_it_the_tokens_are_the_same(controls, n_promp
 
 def test_with_int8_the_model_is_the_rounded_one():
     model, texts = lively(), []
-    for writes, int8, cache in ((model, True, True), (rounded(model), False, True), (rounded(model), False, False)):
+    other = rounded(model, "int8")
+    for writes, int8, cache in ((model, True, True), (other, False, True), (other, False, False)):
         generation = Generation(writes, [3], rngs(7), CONTROLS[2], cache=cache, int8=int8)
         grow(generation, 25)
         texts.append(generation.texts[0])

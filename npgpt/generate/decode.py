@@ -4,26 +4,22 @@ Its rows are tokens.  Each may belong to any stream (one of the texts that are w
 position whose predecessors are in the cache or among the rows of the same call: reading a prompt is many rows of one
 stream, writing eight texts is one row of each.
 
-What takes the time is to fetch the weights from memory: see decode_kernel.py.  With int8 weights there is a quarter as
-much to fetch:
-
-    w[n, k] ~ scale[n] q[n, k]        scale[n] = max_k |w[n, k]| / 127,   q[n, k] = round(w[n, k] / scale[n])
-
-Dettmers et al. 2022 (LLM.int8(), section 2.1) call this row-wise quantisation.
+What takes the time is to fetch the weights from memory: see decode_kernel.py.  Rounded weights are fewer bytes: see
+matrices.py.  A prompt of many tokens takes another way: see prompt.py.
 """
 
-import math
 import os
 
 import numpy as np
 
 from npgpt.generate import decode_kernel as kernel
+from npgpt.generate.matrices import Matrix, kind_of, weights_of
+from npgpt.generate.prompt import read_prompts
 from npgpt.kernels.crew import Crew
 from npgpt.kernels.spin import SLEEPS
 from npgpt.machine import cores, processors
-from npgpt.model import GPT
 
-CHUNK = 32  # rows of a call when a prompt is read
+CHUNK = 32  # tokens of the longest prompt that the kernel reads, in one call
 MOST_THREADS = 16  # more would wait for each other, and for the memory
 ONE_CORE = 4e5  # bytes of weights, each read for four rows, with which one core is done before another has woken up
 
@@ -32,60 +28,37 @@ AHEAD = 16  # steps of which the kernel draws the tokens in one call, at most
 FREE = -(2**62)  # the counter of threads that must not wait any more
 
 
-def quantize(w):
-    """w (N, K) -> q (N, K) int8 and scale (N,), with w ~ scale[:, None] q."""
-    scale = np.maximum(w.max(axis=1), -w.min(axis=1)) / w.dtype.type(127)
-    scale[scale == 0] = 1  # a row of zeros
-    with np.errstate(invalid="ignore"):  # of weights that are not finite the scale tells
-        return np.rint(w / scale[:, None]).astype(np.int8), scale
+KINDS = {"int8": kernel.INT8, "uint16": kernel.BFLOAT16}  # of matrices, by the dtype of their numbers
 
 
-def rounded(model):
-    """A GPT with the numbers that the matrices of another one have as int8."""
-    copy = GPT(model.config, seed=None, dtype=model.lm_head.weight.dtype)
-    for (name, parameter), ours in zip(model.named_parameters(), copy.parameters(), strict=True):
-        ours.data[...] = parameter.data
-        if ours.ndim == 2 and "wpe" not in name:
-            q, scale = quantize(parameter.data)
-            ours.data[...] = scale[:, None] * q
-    return copy.eval()
-
-
-def _records(model, int8):
-    """ENDS and BLOCKs of a GPT, the arrays that they name, and how many bytes of these are read for each token."""
-    arrays, transformer = [], model.transformer
+def _records(weights):
+    """ENDS and BLOCKs of Weights, and how many bytes of these are read for each token."""
+    arrays = []
 
     def place(array):
         if array is None:
             return 0
-        arrays.append(np.ascontiguousarray(array))
-        return arrays[-1].ctypes.data
+        arrays.append(array)
+        return array.ctypes.data
 
-    def matrix(layer, int8=int8):
-        w, scale = quantize(layer.weight.data) if int8 else (layer.weight.data, None)
-        bias = getattr(layer, "bias", None)
-        kind = kernel.INT8 if int8 else kernel.REAL
-        return place(w), place(scale), kind, place(None if bias is None else bias.data), *w.shape
+    def matrix(w):
+        numbers = w.numbers
+        return place(numbers), place(w.scale), KINDS.get(numbers.dtype.name, kernel.REAL), place(w.bias), *numbers.shape
 
     def norm(layer):
-        weight, bias = layer.weight.data, layer.bias
-        return place(weight), place(np.zeros_like(weight) if bias is None else bias.data), layer.eps
+        return place(layer.weight), place(layer.bias), layer.eps
 
-    def scale(attn):
-        return 1 / math.sqrt(attn.c_proj.weight.shape[1] // attn.n_head) if attn.scale is None else attn.scale
-
-    ln_f, head = norm(transformer.ln_f), matrix(model.lm_head)  # first: to round it takes the most memory
+    ln_f, head = norm(weights.ln_f), matrix(weights.lm_head)
     blocks = [
         (
-            norm(block.ln_1), matrix(block.attn.c_attn), scale(block.attn), matrix(block.attn.c_proj),
-            norm(block.ln_2), matrix(block.mlp.c_fc), kernel.GELU, matrix(block.mlp.c_proj),
+            norm(layer.ln_1), matrix(layer.c_attn), layer.scale, matrix(layer.attn_proj),
+            norm(layer.ln_2), matrix(layer.c_fc), kernel.GELU, matrix(layer.mlp_proj),
         )
-        for block in transformer.h
+        for layer in weights.layers
     ]  # fmt: skip
     nbytes = sum(array.nbytes for array in arrays)
-    wte = head if model.lm_head.weight is transformer.wte.weight else matrix(transformer.wte)
-    ends = np.array([(wte, matrix(transformer.wpe, int8=False), ln_f, head)], kernel.ENDS)
-    return ends, np.array(blocks, kernel.BLOCK), arrays, nbytes
+    wte, wpe = matrix(weights.wte), matrix(Matrix(weights.wpe, None, None))
+    return np.array([(wte, wpe, ln_f, head)], kernel.ENDS), np.array(blocks, kernel.BLOCK), nbytes
 
 
 class Decoder:
@@ -95,6 +68,7 @@ class Decoder:
     n_streams  texts side by side
     length     the most positions of a text that will be needed, at most the model's block_size
     int8       whether the matrices are rounded to 8 bits, in a copy; biases, layer norms and wpe stay as they are
+    dtype      "bfloat16" if they are rounded to that
     threads    how many share the work where there is enough of it; by default one for each core.  They spin while they
                wait for each other, so there is at most one for each processor, and 16 in all
 
@@ -102,15 +76,16 @@ class Decoder:
     thread at a time may call it.  Raises ValueError for a model that is not GPT(config): see GPT.difference().
     """
 
-    def __init__(self, model, n_streams=1, length=None, int8=False, threads=None):
+    def __init__(self, model, n_streams=1, length=None, int8=False, threads=None, dtype=None):
         if other := model.difference():  # the kernel would read beyond an array, or leave something out
             raise ValueError(f"Decoder: the model is not GPT(config): {other}")
         config = model.config
         L, H, C, V = config.n_layer, config.n_head, config.n_embd, config.vocab_size
         self.length = min(config.block_size, length or config.block_size)
-        dtype = model.lm_head.weight.dtype
+        kind, dtype = kind_of(int8, dtype, model.lm_head.weight.dtype), model.lm_head.weight.dtype
         self.keys, self.values = np.zeros((2, L, n_streams, H, self.length, C // H), dtype)
-        ends, blocks, self._arrays, self.nbytes = _records(model, int8)  # (arrays: the kernel has but their addresses)
+        self._weights = weights_of(model, kind)  # (the kernel has but their addresses)
+        ends, blocks, self.nbytes = _records(self._weights)
         self.limits = np.array([[V], [n_streams], [self.length]], np.uint64)
         self.rows = n = max(CHUNK, n_streams)
         self._disturbed = False  # whether an interrupt may have left another thread at work
@@ -166,21 +141,29 @@ class Decoder:
             self._calm()
         R = len(tokens)
         rows = self._job.rows[:, : min(R, self.rows)]
-        if R <= self.rows:
-            rows[0], rows[1], rows[2] = tokens, streams, positions
-        # (as unsigned numbers, those below 0 are huge)
-        if R > self.rows or not 0 <= n_logits <= R or (rows.view(np.uint64) >= self.limits).any():
+        if R > self.rows or not 0 <= n_logits <= R:
             raise ValueError(
-                f"Decoder: expected at most {self.rows} rows, logits of no more than these, and tokens, streams, "
-                f"positions from 0 to below {self.limits[:, 0].tolist()}; got {R} rows and {n_logits} logits"
+                f"Decoder: expected at most {self.rows} rows, and logits of no more than these; got {R} rows and "
+                f"{n_logits} logits"
             )
+        rows[0], rows[1], rows[2] = tokens, streams, positions
+        self._check(rows)
         return rows
 
+    def _check(self, rows):
+        """Raise ValueError unless tokens, streams, positions (3, R) are in this model and cache."""
+        if (np.asarray(rows, np.int64).view(np.uint64) >= self.limits).any():  # (so those below 0 are huge)
+            below = self.limits[:, 0].tolist()
+            raise ValueError(f"Decoder: tokens, streams, positions must be from 0 to below {below}; got others")
+
     def _run_job(self, R):
-        if self.threads > 1 and self.nbytes * (R + 3) // 4 > ONE_CORE:
+        if self._threads_for(R) > 1:
             self._run_together()
         else:
             self._run(0, 1, 0)
+
+    def _threads_for(self, R):
+        return self.threads if self.nbytes * (R + 3) // 4 > ONE_CORE else 1
 
     def _run(self, rank, ranks, seen):
         kernel.decode_kernel(*self._args, self._own[rank], rank, ranks, seen)
@@ -230,12 +213,27 @@ class Decoder:
 
     def read(self, tokens, stream=0, position=0):
         """Put n tokens into a stream from a position on -> the logits (V,) after the last, until the next call."""
-        for start in range(0, len(tokens), self.rows):
-            part = tokens[start : start + self.rows]
-            n = len(part)
-            at = np.arange(position + start, position + start + n)
-            logits = self(part, np.full(n, stream), at, int(start + n == len(tokens)))
-        return logits[0]
+        return self.read_all([tokens], [stream], position)[0]
+
+    def read_all(self, prompts, streams, position=0):
+        """Put n tokens into each of some streams, from a position on -> the logits (P, V) after the last of each.
+
+        How a prompt is read depends on its own length only, and so do the bits: long ones are read together.
+        """
+        logits = np.empty((len(prompts), self._job.logits.shape[1]), self._job.logits.dtype)
+        long = {}
+        for i, (tokens, stream) in enumerate(zip(prompts, streams, strict=True)):
+            n = len(tokens)
+            if n > CHUNK:
+                self._check([tokens, [stream] * n, range(position, position + n)])
+                long[i] = tokens, stream, position
+            else:
+                logits[i] = self(tokens, [stream] * n, range(position, position + n), 1)[0]
+        if long:
+            threads = self._threads_for(sum(len(tokens) for tokens, _, _ in long.values()))
+            cache, prompts = (self.keys, self.values), list(long.values())
+            logits[list(long)] = read_prompts(self._weights, self._args[0], *cache, prompts, threads)
+        return logits
 
     def copy(self, stream, length):
         """Give all streams the first `length` positions of this one."""

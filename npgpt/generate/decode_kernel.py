@@ -22,7 +22,7 @@ from npgpt.kernels.tiles import share_of
 from npgpt.ops.layernorm import layernorm_forward
 from npgpt.ops.mlp import gelu, gelu_numbers
 
-REAL, INT8 = 0, 1  # kinds of numbers in a matrix: those of the model's dtype, or bytes
+REAL, INT8, BFLOAT16 = 0, 1, 2  # kinds of numbers in a matrix: the first are of the model's dtype
 GELU = 0  # activations
 
 # What the kernel is told of a model: where its arrays lie, 0 for none
@@ -69,7 +69,7 @@ class Own(NamedTuple):
 
 
 _share_of = helper(share_of)  # of the rows of a matrix: those that a thread computes
-_BYTES = np.zeros(1, np.int8)
+_BYTES, _HALVES = np.zeros(1, np.int8), np.zeros(1, np.uint16)
 GROUP = 16  # elements that are never split between threads, nor computed in two ways: bits must not depend on the split
 
 
@@ -79,6 +79,8 @@ def _times(out, x, w, first, last, add):
     scale, bias = array_at(w.scale, w.n_out, x), array_at(w.bias, w.n_out, x)
     if w.kind == INT8:
         dots(out, x, matrix_at(w.address, w.n_out, w.n_in, _BYTES), scale, bias, first, last, add)
+    elif w.kind == BFLOAT16:
+        dots(out, x, matrix_at(w.address, w.n_out, w.n_in, _HALVES), scale, bias, first, last, add)
     else:
         dots(out, x, matrix_at(w.address, w.n_out, w.n_in, x), scale, bias, first, last, add)
 
@@ -90,6 +92,10 @@ def _add_row(x, w, n, first, last):
         numbers, scale = array_at(w.address + n * w.n_in, w.n_in, _BYTES), array_at(w.scale, w.n_out, x)[n]
         for i in range(first, last):
             x[i] += x.dtype.type(numbers[i]) * scale
+    elif w.kind == BFLOAT16:
+        halves = array_at(w.address + 2 * n * w.n_in, w.n_in, _HALVES)
+        for i in range(first, last):
+            x[i] += np.uint32(np.uint32(halves[i]) << np.uint32(16)).view(np.float32)
     else:
         numbers = array_at(w.address + n * w.n_in * x.itemsize, w.n_in, x)
         for i in range(first, last):
@@ -256,6 +262,12 @@ def decode_kernel(ends, blocks, keys, values, job, shared, own, rank, ranks, see
                 meet(job.counter, ranks)
         if rank == 0:
             return
+
+
+@kernel
+def head_kernel(logits, h, ends, first, last):
+    """logits[:, first:last] = those columns of h lm_head^T, for ends (1,) ENDS."""
+    _times(logits, h, ends[0].lm_head, first, last, False)
 
 
 @kernel

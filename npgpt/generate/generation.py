@@ -8,8 +8,9 @@ import numpy as np
 from npgpt.config import Controls
 from npgpt.engine import no_dropout, no_grad
 from npgpt.errors import CheckpointError
-from npgpt.generate.decode import AHEAD, Decoder, rounded
+from npgpt.generate.decode import AHEAD, Decoder
 from npgpt.generate.draft import Drafts
+from npgpt.generate.matrices import kind_of, rounded
 from npgpt.generate.sampling import NOT_FINITE, choose, probabilities
 from npgpt.generate.stats import Stats
 from npgpt.kernels.jit import KERNELS
@@ -50,7 +51,7 @@ class Generation:
     cache      False: the whole context goes through the model for every token, as in training, with the same result.
                So it is, too, if the model is not GPT(config) any more, which is all that the cache's kernel knows
     tokenizer  only its tokens are chosen; None: all that the model knows
-    int8, threads    of the Decoder
+    int8, threads, dtype    of the Decoder
     draft      the most tokens of a text that are guessed ahead and checked together, as in draft.py; the cache's kernel
                does it, and the text is the same
     stats      Stats, which are told of each step
@@ -58,7 +59,7 @@ class Generation:
 
     def __init__(
         self, model, idx, rngs, controls=None, length=None, logprobs=False, cache=True, tokenizer=None, int8=False,
-        threads=None, draft=0, stats=None,
+        threads=None, dtype=None, draft=0, stats=None,
     ):  # fmt: skip
         self.stats = stats or Stats()
         idx = _checked_prompt(idx, model.config.vocab_size)
@@ -73,14 +74,14 @@ class Generation:
         self.numbers = [[] for _ in rngs]  # random ones, taken and not used yet
         self.starts = [max(0, len(idx) - self.block_size)] * len(rngs)  # where the context of each text begins
         self.cached = [0] * len(rngs)  # positions of each text in the cache
-        other = model.difference()
-        if int8 and other:
-            raise ValueError(f"int8 is for a GPT as its config says; {other}")
+        other, kind = model.difference(), kind_of(int8, dtype, model.lm_head.weight.dtype)
+        if kind and other:
+            raise ValueError(f"{kind} is for a GPT as its config says; {other}")
         cached, self.decoder = cache and other is None, None
         if cached and KERNELS == "numba":
-            self.decoder = Decoder(model, len(rngs), length, int8, threads)
-        elif int8:
-            self.model = rounded(model)
+            self.decoder = Decoder(model, len(rngs), length, int8, threads, dtype)
+        elif kind:
+            self.model = rounded(model, kind)
         self.steps, self.choosing = 0, 0.0  # and the seconds of the last one that went into the choice of tokens
         self.drafts = Drafts(self.texts, draft, self.decoder.rows) if draft and self.decoder else None
         self.caches = [{"cache": []} if cached else {} for _ in rngs]  # of each text, if its model writes with one
@@ -126,9 +127,8 @@ class Generation:
             if newest := [(context[0], i, position) for context, i, position in rows if len(context) == 1]:
                 tokens, streams, places = zip(*newest, strict=True)
                 logits.update(zip(streams, self.decoder(tokens, streams, places, len(tokens)).copy(), strict=True))
-            for context, i, position in rows:
-                if len(context) > 1:
-                    logits[i] = self.decoder.read(context, i, position).copy()
+            moved = {i: context for context, i, _ in rows if len(context) > 1}
+            logits.update(zip(moved, self.decoder.read_all(list(moved.values()), list(moved)), strict=True))
             logits = np.stack([logits[i] for i in alive])
         if self.decoder or self.caches[alive[0]]:  # not before it is true
             for i, context in zip(alive, contexts, strict=True):

@@ -58,6 +58,29 @@ def drop(row, n, p_drop, key, number):
         row[j] = row[j] * scale if keeps(bits, np.uint32(j), limit) else row.dtype.type(0)
 
 
+@helper(counts=False)
+def softmax(s, lse, n):
+    """Of row r of s the first n + r numbers become their softmax, those up to a multiple of LANES 0; its lse[r].
+
+    All rows go line by line: nothing then waits for the line before it.
+    """
+    for r in range(len(s)):
+        row, stop = s[r], round_up(n + r, LANES)
+        row[n + r : stop] = -np.inf
+        lse[r] = largest(row, stop)
+    for r in range(len(s)):
+        row, m, stop = s[r], s.dtype.type(lse[r]), round_up(n + r, LANES)
+        total = s.dtype.type(0)
+        for j in range(stop):
+            e = exp(row[j] - m)
+            row[j] = e
+            total += e
+        inverse = s.dtype.type(1) / total
+        for j in range(stop):
+            row[j] *= inverse
+        lse[r] = np.float64(m) + np.log(total)
+
+
 @kernel(counts=False)
 def forward_heads(y, lse, qkv, k_t, s, p_drop, key, batch_offset):
     """y (B, T, 1, n_head, hs), lse (B, n_head, T), qkv (B, T, 3, n_head, hs).
@@ -76,27 +99,40 @@ def forward_heads(y, lse, qkv, k_t, s, p_drop, key, batch_offset):
                 fetch_head(y, b * H + h, t0, t1)
                 # s = q @ (scale * k).T
                 product(s[: t1 - t0, : round_up(t1, LANES)], q[t0:t1], k_t, False)
-                # p = softmax(s), for all of these queries line by line: nothing then waits for the line before it
-                for t in range(t0, t1):
-                    row, stop = s[t - t0], round_up(t + 1, LANES)
-                    row[t + 1 : stop] = -np.inf
-                    lse[b, h, t] = largest(row, stop)
-                for t in range(t0, t1):
-                    row, m, stop = s[t - t0], s.dtype.type(lse[b, h, t]), round_up(t + 1, LANES)
-                    total = s.dtype.type(0)
-                    for j in range(stop):
-                        e = exp(row[j] - m)
-                        row[j] = e
-                        total += e
-                    inverse = s.dtype.type(1) / total
-                    for j in range(stop):
-                        row[j] *= inverse
-                    lse[b, h, t] = np.float64(m) + np.log(total)
-                    # a = dropout(p)
-                    if p_drop > 0:
-                        drop(row, t + 1, p_drop, key, ((batch_offset + b) * H + h) * T + t)
+                # p = softmax(s)
+                softmax(s[: t1 - t0], lse[b, h, t0:t1], t0 + 1)
+                # a = dropout(p)
+                if p_drop > 0:
+                    for t in range(t0, t1):
+                        drop(s[t - t0], t + 1, p_drop, key, ((batch_offset + b) * H + h) * T + t)
                 # y = a @ v
                 product(y_head[t0:t1], s[: t1 - t0, :t1], v[:t1], False)
+
+
+@kernel(counts=False)
+def heads_of_past(y, qkv, keys, values, position, scale, k_t, s, lse, first, last):
+    """Heads first:last of T rows, which stand at `position` and after it in a text: their keys and values are cached.
+
+    y (T, 1, n_head, hs), qkv (T, 3, n_head, hs); keys, values (n_head, room, hs) of the text; scale > 0.
+    Scratch: k_t (hs, width), s (ROWS, width + PAD), with position + T rounded up to LANES as width; lse (ROWS,).
+    """
+    T, n = len(qkv), position + len(qkv)
+    for h in range(first, last):
+        k, v = keys[h, :n], values[h, :n]
+        for t in range(T):
+            for i in range(k.shape[1]):
+                k[position + t, i] = qkv[t, 1, h, i]
+                v[position + t, i] = qkv[t, 2, h, i]
+        scaled_transpose(k_t, k, s.dtype.type(scale))
+        for start in range(-(position % ROWS), T, ROWS):  # all rows of a tile then end at one multiple of LANES
+            t0, t1 = max(start, 0), min(start + ROWS, T)
+            scores, seen = s[: t1 - t0], position + t1
+            # s = q @ (scale * k).T
+            product(scores[:, : round_up(seen, LANES)], qkv[t0:t1, 0, h], k_t, False)
+            # p = softmax(s)
+            softmax(scores, lse, position + t0 + 1)
+            # y = p @ v
+            product(y[t0:t1, 0, h], scores[:, :seen], v[:seen], False)
 
 
 @kernel(counts=False)

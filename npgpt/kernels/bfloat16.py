@@ -22,7 +22,17 @@ import numpy as np
 
 from npgpt.errors import UsageError
 from npgpt.kernels.jit import KERNELS, inside_kernels
-from npgpt.kernels.vectors import FEATURES, VECTOR, are_fit, below, constant, load_vector, pick, pointer_to, splat
+from npgpt.kernels.vectors import (
+    FEATURES,
+    NARROW,
+    are_fit,
+    below,
+    constant,
+    load_widened,
+    pick,
+    splat,
+    vector_of,
+)
 
 if KERNELS == "numba":
     import llvmlite.binding
@@ -55,6 +65,18 @@ def rounded_ref(x):
     up = bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))
     up = np.where(np.isnan(x), bits | np.uint32(0x400000), up)
     return (up & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def narrowed_ref(x):
+    """x, float32, rounded to bfloat16: the upper halves of rounded_ref, uint16."""
+    return (rounded_ref(x).view(np.uint32) >> np.uint32(16)).astype(np.uint16)
+
+
+def widened_ref(x):
+    """The numbers of x as floats, of which uint16 are bfloat16; int8 become float32, and floats stay as they are."""
+    if x.dtype == np.uint16:
+        return (x.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return x.astype(np.float32) if x.dtype == np.int8 else x
 
 
 def _flushed(x):
@@ -122,8 +144,15 @@ def numbers_in(kind):
 def are_packable(panel, x):
     """Whether x's numbers, or their pairs, can be packed into a panel, for arrays of these kinds."""
     if numbers_in(panel.dtype) == 1:
-        return are_fit(panel, x)
-    return panel.mutable and panel.dtype in (types.uint32, types.int32) and x.dtype == types.float32
+        return are_fit(panel) if x.dtype in NARROW else are_fit(panel, x)
+    is_number = x.dtype == types.float32 or x.dtype in NARROW
+    return panel.mutable and panel.dtype in (types.uint32, types.int32) and is_number
+
+
+def vector_for(context, panel, x):
+    """vector_of x's numbers when they are loaded, to be packed into a panel; for arrays of these kinds."""
+    itemsize, lanes, vector = vector_of(context, panel if x.dtype in NARROW else x)
+    return itemsize, lanes, ir.VectorType(ir.FloatType(), lanes) if numbers_in(panel.dtype) == 2 else vector
 
 
 def _steps_of_pairs(packed, n):
@@ -210,8 +239,7 @@ def load_along(builder, kind, array, row, column, vector, width=None):
     for v in range(numbers_in(kind)):
         start = builder.add(column, constant(v * vector.count))
         mask = None if width is None else below(builder, start, width, vector.count)
-        place = pointer_to(builder, array, row, start, vector)
-        found.append(load_vector(builder, place, VECTOR // vector.count, mask))
+        found.append(load_widened(builder, array, row, start, vector, mask))
     return found[0] if len(found) == 1 else _pairs_along(builder, kind, *found)
 
 
@@ -228,8 +256,7 @@ def load_across(builder, kind, array, step, column, vector, mask=None):
         if n > 1:
             is_row = splat(builder, builder.icmp_signed("<", row, rows), vector.count)
             mask = is_row if mask is None else builder.and_(mask, is_row)
-        place = pointer_to(builder, array, row, column, vector)
-        found.append(load_vector(builder, place, VECTOR // vector.count, mask))
+        found.append(load_widened(builder, array, row, column, vector, mask))
     return found[0] if n == 1 else _pairs_across(builder, kind, *found)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from npgpt.context import ThreadState
 from npgpt.errors import UsageError
 from npgpt.kernels.amx import has_amx
-from npgpt.kernels.bfloat16 import PAIRS, WANTED, has_instruction, product_ref, rounded_ref
+from npgpt.kernels.bfloat16 import PAIRS, WANTED, has_instruction, product_ref, rounded_ref, widened_ref
 from npgpt.kernels.blas import told_threads
 from npgpt.kernels.buffers import empty
 from npgpt.kernels.crew import Crew
@@ -66,19 +66,20 @@ def matmul_ref(a, b):
     row=lambda out, a, b: "product {} x {} x {}".format(len(a), *b.shape),
 )
 def matmul(out, a, b):
-    """out = a @ b for out (M, N), C-contiguous, a (M, K), b (K, N), all of one dtype.
+    """out = a @ b for out (M, N), C-contiguous, a (M, K), b (K, N), of one dtype; b may be int8 or bfloat16 (uint16).
 
     Threads that `blas_threads` has set share it, or as many as there are processors where nobody has set their number.
     """
-    is_rounded = _state.dtype == "bfloat16" and out.dtype == np.float32 and out.size > 0
+    is_rounded = _state.dtype == "bfloat16" and out.dtype == np.float32 and b.dtype != np.int8 and out.size > 0
     if _state.dtype == "rounded" and out.dtype == np.float32:
-        a, b = rounded_ref(a), rounded_ref(b)
+        a, b = rounded_ref(a), rounded_ref(widened_ref(b))
     if is_rounded:
         a, b = (x if _has_rows(x) else x.copy() for x in (a, b))
     is_packed = (is_rounded or PRODUCTS == "ours") and a.shape[1] > 0 and _has_rows(a) and _has_rows(b)
     if not is_packed:
-        np.matmul(a, b, out=out)
-    elif 1.05 * padded(*out.T.shape, out.itemsize) < padded(*out.shape, out.itemsize):  # of 65 columns 80 are computed
+        np.matmul(a, widened_ref(b), out=out)
+    elif b.dtype == out.dtype and 1.05 * padded(*out.T.shape, out.itemsize) < padded(*out.shape, out.itemsize):
+        # (of 65 columns 80 are computed)
         turned = empty(out.T.shape, out.dtype)
         _multiply(turned, b.T, a.T, is_rounded)
         turn(out, turned)
@@ -108,7 +109,7 @@ def _multiply(out, a, b, is_rounded):
         columns = share_of(N, PANEL // out.itemsize, i, threads) if M < N else (0, N)
         multiply(out, left, right, a_turned, b_turned, scratch[i], *rows, *columns)
 
-    _crew(threads).each(share, threads)
+    crew(threads).each(share, threads)
 
 
 @functools.cache
@@ -168,7 +169,8 @@ class _Helpers(threading.local):
 _helpers = _Helpers()
 
 
-def _crew(threads):
+def crew(threads):
+    """The threads that help this one: so many with it, if there are as many processors."""
     if _helpers.wanted != threads:
         _helpers.wanted, _helpers.crew = threads, Crew(min(threads, processors()) - 1, "npgpt-product")
     return _helpers.crew

@@ -15,7 +15,16 @@ takes a pair of k.  Then all rows of a are packed.
 """
 
 from npgpt.kernels.amx import begin_tiles, end_tiles, tiles_of
-from npgpt.kernels.bfloat16 import GROUP, Totals, are_packable, load_across, load_along, numbers_in, steps_of
+from npgpt.kernels.bfloat16 import (
+    GROUP,
+    Totals,
+    are_packable,
+    load_across,
+    load_along,
+    numbers_in,
+    steps_of,
+    vector_for,
+)
 from npgpt.kernels.jit import KERNELS, helper, inside_kernels, intrinsic, kernel
 from npgpt.kernels.tiles import ROWS, fetch, in_line, transpose, turn_across
 from npgpt.kernels.vectors import (
@@ -57,7 +66,8 @@ def multiply(out, a, b, a_turned, b_turned, scratch, top, bottom, left, right):
     """out[top:bottom, left:right] = this part of a @ b.
 
     out (M, N), a (M, K) or, if `a_turned`, (K, M), b (K, N) or, if `b_turned`, (N, K), all of one dtype and contiguous
-    along the last axis; K is not 0.  scratch (scratch_size,) contiguous, of the same dtype, or of pairs for float32.
+    along the last axis; K is not 0.  b may be of int8 or bfloat16 (uint16) and is widened where it is packed.  scratch
+    (scratch_size,) contiguous, of the dtype of out, or of pairs for float32.
     Raises ValueError for other shapes.
     """
     M, K = a.shape[::-1] if a_turned else a.shape
@@ -178,7 +188,7 @@ def _pack_block(block, b, turned):
     Columns of a panel that b has not are zeros, or copies of its last one.
     """
     k, columns = b.shape[::-1] if turned else b.shape
-    steps, lanes, j, place = steps_of(block, k), VECTOR // b.itemsize, 0, 0
+    steps, lanes, j, place = steps_of(block, k), VECTOR // block.itemsize, 0, 0
     while j < columns:
         width = _vectors_of_panel((columns - j + lanes - 1) // lanes) * lanes
         panel = block[place : place + steps * width].reshape(steps, width)
@@ -233,7 +243,7 @@ def _copy(typingctx, panel, x):
         return None
 
     def codegen(context, builder, signature, args):
-        itemsize, lanes, vector = vector_of(context, x)
+        itemsize, lanes, vector = vector_for(context, panel, x)
         panel_vector, n = vector_of(context, panel)[2], numbers_in(panel.dtype)
         (panel_array, x_array), _ = unpack(context, builder, signature, args)
         K, N = cgutils.unpack_tuple(builder, x_array.shape)
@@ -268,7 +278,7 @@ def _round(typingctx, pairs, x, row, step):
         return None
 
     def codegen(context, builder, signature, args):
-        itemsize, lanes, vector = vector_of(context, x)
+        itemsize, lanes, vector = vector_for(context, pairs, x)
         (pairs_array, x_array), (row_value, step_value) = unpack(context, builder, signature, args)
         _, K = cgutils.unpack_tuple(builder, x_array.shape)
         column = builder.mul(step_value, constant(2))

@@ -21,14 +21,16 @@ LLVM reads and writes where it is told, also beyond an array, and Numba's bounds
 `transpose` and `dots` compare the shapes first, once in a call: ValueError if they do not fit, and nothing is written.
 """
 
-from npgpt.kernels.bfloat16 import are_packable, load_across, load_along, numbers_in, steps_of
+from npgpt.kernels.bfloat16 import are_packable, load_across, load_along, numbers_in, steps_of, vector_for
 from npgpt.kernels.jit import KERNELS, helper, intrinsic
 from npgpt.kernels.vectors import (
+    NARROW,
     VECTOR,
     are_fit,
     below,
     constant,
     load_vector,
+    load_widened,
     not_beyond,
     pick,
     pointer_to,
@@ -144,7 +146,7 @@ def transpose(out, x):
     M, N = x.shape[0], steps_of(out, x.shape[1])
     if not (out.shape[0] >= N and out.shape[1] >= M and in_line(out) and in_line(x)):
         raise ValueError("transpose: x (M, N) needs out (N or more, M or more), and last axes contiguous")
-    n = VECTOR // x.itemsize
+    n = VECTOR // out.itemsize
     for i in range(0, M, n):
         for j in range(0, N, n):
             _turn(out, x, i, j)
@@ -178,7 +180,7 @@ def _make_turn(across):
             return None
 
         def codegen(context, builder, signature, args):
-            itemsize, lanes, vector = vector_of(context, x)
+            itemsize, lanes, vector = vector_for(context, out, x)
             out_vector = vector_of(context, out)[2]
             along = 1 if across else numbers_in(out.dtype)  # columns of x that an element takes
             (out_array, x_array), (i_value, j_value) = unpack(context, builder, signature, args)
@@ -263,10 +265,11 @@ def _fetch(typingctx, x, row, column):
 def dots(out, x, w, scale, bias, first, last, add):
     """Inside a kernel: out[:, first:last] = x @ w[first:last].T * scale[first:last] + bias[first:last], or out += that.
 
-    out (R, N) and x (R, K) of one dtype, w (N, K) of this dtype or int8, scale and bias (N,) or of no length; K is not
-    0, and the last axes are contiguous.  N need not be one number: what counts is that all have the columns first:last.
-    Four rows of w are read for all of x at a time, so that w may be large: what counts is to fetch it from memory once,
-    in the order in which it lies there.  The bits of an element depend on its row of x and its row of w only.
+    out (R, N) and x (R, K) of one dtype, w (N, K) of this dtype, int8 or bfloat16 (uint16), scale and bias (N,) or of
+    no length; K is not 0, and the last axes are contiguous.  N need not be one number: what counts is that all have the
+    columns first:last.  Four rows of w are read for all of x at a time, so that w may be large: what counts is to fetch
+    it from memory once, in the order in which it lies there.  The bits of an element depend on its row of x and its row
+    of w only.
     """
     R, K = x.shape
     if not (
@@ -296,13 +299,12 @@ def _make_dots(m, n):
     @intrinsic
     def dots(typingctx, out, x, w, scale, bias, i, j, last, add):
         have_axes = out.ndim == x.ndim == w.ndim == 2 and scale.ndim == bias.ndim == 1
-        if not (have_axes and are_fit(out, x, scale, bias) and w.dtype in (out.dtype, types.int8)):
+        if not (have_axes and are_fit(out, x, scale, bias) and (w.dtype == out.dtype or w.dtype in NARROW)):
             return None
 
         def codegen(context, builder, signature, args):
             itemsize, lanes, vector = vector_of(context, x)
-            weight = context.get_value_type(w.dtype)
-            w_itemsize = context.get_abi_sizeof(weight)
+            w_itemsize = context.get_abi_sizeof(context.get_value_type(w.dtype))
             arrays, (i_value, j_value, last_value, add_value) = unpack(context, builder, signature, args)
             out_array, x_array, w_array, scale_array, bias_array = arrays
             M, K = cgutils.unpack_tuple(builder, x_array.shape)
@@ -313,7 +315,6 @@ def _make_dots(m, n):
             # what the processor does not foresee: after a short row the next one of these n follows
             tile = builder.mul(K, constant(n * w_itemsize))
             ahead = builder.mul(tile, builder.add(builder.udiv(constant(AHEAD), tile), constant(1)))
-            byte = ir.IntType(8).as_pointer()
             totals = [cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * lanes)) for _ in range(m * n)]
 
             def step(k, mask=None):
@@ -321,11 +322,9 @@ def _make_dots(m, n):
                 pointers = [pointer_to(builder, x_array, row, k, vector) for row in x_rows]
                 factors = [load_vector(builder, pointer, itemsize, mask) for pointer in pointers]
                 for b in range(n):
-                    pointer = pointer_to(builder, w_array, w_rows[b], k, ir.VectorType(weight, lanes))
-                    prefetch(builder, builder.gep(builder.bitcast(pointer, byte), [ahead]))
-                    weights = load_vector(builder, pointer, w_itemsize, mask)
-                    if isinstance(weight, ir.IntType):
-                        weights = builder.sitofp(builder.sext(weights, ir.VectorType(ir.IntType(32), lanes)), vector)
+                    pointer = pointer_to(builder, w_array, w_rows[b], k, ir.IntType(8))
+                    prefetch(builder, builder.gep(pointer, [ahead]))
+                    weights = load_widened(builder, w_array, w_rows[b], k, vector, mask)
                     for a in range(m):
                         product = builder.fmul(factors[a], weights, flags=("contract",))
                         total = builder.fadd(builder.load(totals[a * n + b]), product, flags=("contract",))

@@ -6,7 +6,7 @@ a few of them each: they take the builder, and LLVM's values, and return LLVM's 
 
 from npgpt.kernels.jit import KERNELS
 
-VECTOR, FEATURES = 16, {}  # bytes of a vector; what the processor has, by LLVM's names
+VECTOR, FEATURES, NARROW = 16, {}, ()  # bytes of a vector; what the processor has, by LLVM's names
 if KERNELS == "numba":
     import llvmlite.binding
     from llvmlite import ir
@@ -14,6 +14,7 @@ if KERNELS == "numba":
     from numba.core import cgutils
 
     FEATURES = llvmlite.binding.get_host_cpu_features()
+    NARROW = types.int8, types.uint16  # of numbers that are widened when they are loaded: int8, and bfloat16
     VECTOR = 64 if FEATURES.get("avx512f") else 32 if FEATURES.get("avx") else 16
 
 
@@ -88,6 +89,23 @@ def load_vector(builder, pointer, itemsize, mask=None):
         return builder.load(pointer, align=itemsize)
     zeros = ir.Constant(kind, [0 if isinstance(kind.element, ir.IntType) else 0.0] * kind.count)
     return _masked(builder, "load", kind, itemsize, kind, [pointer, alignment, mask, zeros])
+
+
+def load_widened(builder, array, row, column, vector, mask=None):
+    """Of array[row] the numbers from a column on, as a `vector`; int8 and bfloat16 (uint16) become its numbers."""
+    kind = array.data.type.pointee
+    itemsize = kind.width // 8 if isinstance(kind, ir.IntType) else VECTOR // vector.count
+    place = pointer_to(builder, array, row, column, ir.VectorType(kind, vector.count))
+    numbers = load_vector(builder, place, itemsize, mask)
+    if not isinstance(kind, ir.IntType):
+        return numbers
+    integers = ir.VectorType(ir.IntType(32), vector.count)
+    if kind.width == 8:
+        return builder.sitofp(builder.sext(numbers, integers), vector)
+    sixteen = ir.Constant(integers, [16] * vector.count)
+    halves = builder.shl(builder.zext(numbers, integers), sixteen)
+    numbers = builder.bitcast(halves, ir.VectorType(ir.FloatType(), vector.count))
+    return numbers if vector.element == ir.FloatType() else builder.fpext(numbers, vector)
 
 
 def store_vector(builder, values, pointer, itemsize, mask=None):

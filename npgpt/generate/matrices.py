@@ -1,0 +1,222 @@
+"""A model's weights as they are read when text is written: its own, or with its matrices rounded, which is done once.
+
+    "int8"      w[n, k] ~ scale[n] q[n, k]      scale[n] = max_k |w[n, k]| / 127,   q[n, k] = round(w[n, k] / scale[n])
+    "bfloat16"  each number is rounded to the upper half of a float32: see npgpt/kernels/bfloat16.py
+
+Dettmers et al. 2022 (LLM.int8(), section 2.1) call the first one row-wise quantisation.  Biases, layer norms and wpe
+stay as they are.
+
+What was rounded is kept for the next text.  A checksum tells whether the model's matrices are still the same: weights
+may be changed in place, by an optimizer or by hand.
+"""
+
+import math
+import threading
+import weakref
+from typing import NamedTuple
+
+import numpy as np
+
+from npgpt.kernels.bfloat16 import narrowed_ref, widened_ref
+from npgpt.kernels.jit import kernel
+from npgpt.kernels.masks import mix32, mix32_ref
+from npgpt.kernels.matmul import crew
+from npgpt.kernels.tiles import share_of
+from npgpt.machine import processors
+from npgpt.model import GPT
+
+SPACING = np.uint32(0x9E3779B9)  # odd, so that no two places of a matrix below 2^32 numbers add the same
+# a row whose numbers are all smaller counts as zeros, one with a larger number as infinite: 127 w / max |w| would be
+NOTHING, TOO_MUCH = 1e-36, 1e36
+
+
+class Matrix(NamedTuple):
+    numbers: np.ndarray  # (N, K) of the model's dtype, int8, or bfloat16 (uint16)
+    scale: np.ndarray | None  # (N,) where they are int8
+    bias: np.ndarray | None  # (N,)
+
+
+class Norm(NamedTuple):
+    weight: np.ndarray  # (C,)
+    bias: np.ndarray  # (C,)
+    eps: float
+
+
+class Layer(NamedTuple):
+    ln_1: Norm
+    c_attn: Matrix
+    scale: float  # of attention's scores
+    attn_proj: Matrix
+    ln_2: Norm
+    c_fc: Matrix
+    mlp_proj: Matrix
+
+
+class Weights(NamedTuple):
+    lm_head: Matrix
+    wte: Matrix  # the same object, where the two are tied
+    wpe: np.ndarray  # (T, C)
+    ln_f: Norm
+    layers: list
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rounding
+
+
+def quantize_ref(w):
+    """w (N, K) -> q (N, K) int8 and scale (N,), with w ~ scale[:, None] q.  Of a row that is not finite scale tells."""
+    largest, real = np.maximum(w.max(axis=1), -w.min(axis=1)), w.dtype.type
+    largest[largest < NOTHING] = 127  # a row of zeros
+    largest[largest > TOO_MUCH] = np.inf
+    with np.errstate(invalid="ignore"):
+        q = np.rint(w * (real(127) / largest)[:, None])
+        return np.where(abs(q) <= 127, q, 0).astype(np.int8), largest * real(1 / 127)
+
+
+@kernel
+def quantize(q, scale, w):
+    """q, scale = quantize_ref(w)."""
+    zero, most, real = w.dtype.type(0), w.dtype.type(127), w.dtype.type
+    nothing, too_much = real(NOTHING), real(TOO_MUCH)
+    for n in range(len(w)):
+        row, q_row, top, total = w[n], q[n], zero, zero
+        for k in range(w.shape[1]):
+            top = max(top, abs(row[k]))
+            total += row[k] * zero  # NaN, where one of them is not finite
+        top = real(np.inf) if top > too_much else most if top < nothing else top + total
+        factor = most / top
+        for k in range(w.shape[1]):
+            number = np.rint(row[k] * factor)
+            q_row[k] = np.int8(number if abs(number) <= most else zero)
+        scale[n] = top * real(1 / 127)
+
+
+@kernel
+def narrow(halves, w):
+    """halves (N, K), uint16 = narrowed_ref(w) for w (N, K), float32."""
+    numbers = w.view(np.uint32)
+    for n in range(len(w)):
+        row, out = numbers[n], halves[n]
+        for k in range(w.shape[1]):
+            bits = row[k]
+            size = np.uint32(bits & np.uint32(0x7FFFFFFF))
+            up = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+            up = np.uint32(bits & np.uint32(0x80000000)) if size < np.uint32(0x00800000) else up
+            up = np.uint32(bits | np.uint32(0x400000)) if size > np.uint32(0x7F800000) else up
+            out[k] = np.uint16(up >> np.uint32(16))
+
+
+def checksum_ref(words, first):
+    """A number that changes if one of words (n,) uint32 does; their places are numbered from `first` on (uint32)."""
+    places = (np.arange(len(words), dtype=np.uint64) + np.uint64(first)).astype(np.uint32) * SPACING
+    return mix32_ref(words + places).sum(dtype=np.uint64)
+
+
+@kernel
+def checksum(total, words, first):
+    """total[0] = checksum_ref(words, first)."""
+    sums = np.uint64(0)
+    for i in range(len(words)):
+        place = np.uint32(np.uint32(first + np.uint32(i)) * SPACING)
+        sums += np.uint64(mix32(np.uint32(words[i] + place)))
+    total[0] = sums
+
+
+def rounded(model, kind):
+    """A GPT with the numbers that the matrices of another one have as int8 or bfloat16."""
+    copy = GPT(model.config, seed=None, dtype=model.lm_head.weight.dtype)
+    for (name, parameter), ours in zip(model.named_parameters(), copy.parameters(), strict=True):
+        w = parameter.data
+        if ours.ndim != 2 or "wpe" in name:
+            ours.data[...] = w
+        elif kind == "bfloat16":
+            ours.data[...] = widened_ref(narrowed_ref(w))
+        else:
+            q, scale = quantize_ref(w)
+            ours.data[...] = scale[:, None] * q
+    return copy.eval()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Kept
+
+_kept, _lock = weakref.WeakKeyDictionary(), threading.Lock()  # model -> (kind, checksums, its rounded matrices)
+
+
+def kind_of(int8, dtype, real):
+    """What matrices are rounded to, "int8", "bfloat16", or None.  Raises ValueError for what cannot be."""
+    if dtype not in (None, "float32", "bfloat16") or (int8 and dtype == "bfloat16"):
+        raise ValueError(f"weights for writing are int8, bfloat16 or neither; got int8={int8}, dtype={dtype!r}")
+    if dtype == "bfloat16" and real != np.float32:
+        raise ValueError(f"weights of bfloat16 are made from float32, this model has {real}")
+    return "int8" if int8 else "bfloat16" if dtype == "bfloat16" else None
+
+
+def weights_of(model, kind=None):
+    """The Weights of a GPT, which are read where the model has them, if they are contiguous and not rounded."""
+    transformer = model.transformer
+    tables = [model.lm_head] if model.lm_head.weight is transformer.wte.weight else [model.lm_head, transformer.wte]
+    linear = [part for block in transformer.h for part in _matrices_of(block)]
+    places = [np.ascontiguousarray(layer.weight.data) for layer in (*tables, *linear)]
+    found = [(numbers, None) for numbers in places] if kind is None else _rounded_once(model, kind, places)
+    biases = [None if (bias := getattr(layer, "bias", None)) is None else bias.data for layer in (*tables, *linear)]
+    matrices = [Matrix(*pair, bias) for pair, bias in zip(found, biases, strict=True)]
+    head, wte, rest = matrices[0], matrices[len(tables) - 1], iter(matrices[len(tables) :])
+    layers = []
+    for block in transformer.h:
+        c_attn, attn_proj, c_fc, mlp_proj = (next(rest) for _ in range(4))
+        attn = block.attn
+        scale = 1 / math.sqrt(attn_proj.numbers.shape[1] // attn.n_head) if attn.scale is None else attn.scale
+        layers.append(Layer(_norm(block.ln_1), c_attn, scale, attn_proj, _norm(block.ln_2), c_fc, mlp_proj))
+    wpe = np.ascontiguousarray(transformer.wpe.weight.data)
+    return Weights(head, wte, wpe, _norm(transformer.ln_f), layers)
+
+
+def _matrices_of(block):
+    return block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
+
+
+def _norm(layer):
+    weight, bias = layer.weight.data, layer.bias
+    return Norm(weight, np.zeros_like(weight) if bias is None else bias.data, layer.eps)
+
+
+def _rounded_once(model, kind, matrices):
+    """[(numbers, scale or None)] of these matrices of a model, as they were rounded last if nothing has changed."""
+    sums = _checksums(matrices)
+    with _lock:
+        before = _kept.get(model)
+        if before is None or before[:2] != (kind, sums):
+            before = _kept[model] = kind, sums, [_round(w, kind) for w in matrices]
+        return before[2]
+
+
+def _round(w, kind):
+    numbers = np.empty(w.shape, np.int8 if kind == "int8" else np.uint16)
+    scale = np.empty(len(w), w.dtype) if kind == "int8" else None
+
+    def share(i):
+        rows = slice(*share_of(len(w), 1, i, processors()))
+        if kind == "int8":
+            quantize(numbers[rows], scale[rows], w[rows])
+        else:
+            narrow(numbers[rows], w[rows])
+
+    crew(processors()).each(share, processors())
+    return numbers, scale
+
+
+def _checksums(matrices):
+    """Of each matrix its shape and its checksum."""
+    threads = processors()
+    parts = np.zeros((threads, len(matrices), 1), np.uint64)
+
+    def share(i):
+        for total, w in zip(parts[i], matrices, strict=True):
+            first, last = share_of(w.size * w.itemsize // 4, 1, i, threads)
+            checksum(total, w.reshape(-1).view(np.uint32)[first:last], np.uint32(first % 2**32))
+
+    crew(threads).each(share, threads)
+    totals = parts.sum(axis=(0, 2), dtype=np.uint64).tolist()
+    return [(w.shape, total) for w, total in zip(matrices, totals, strict=True)]

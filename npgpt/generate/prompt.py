@@ -1,0 +1,159 @@
+"""A long prompt is one forward pass into the cache: the layers of npgpt/model.py, by the products of training.
+
+The kernel of decode_kernel.py reads each weight once for all of its rows, and is made for few rows.  Of a hundred rows
+the products themselves take the time: kernels/matmul.py has them at the processor's peak.
+
+Rows of several prompts go through the matrices together, and meet only those of their own text in attention.  A row has
+the same bits whatever is beside it: our product adds along k in one order for any number of rows.  NumPy's BLAS does
+not; so where it serves, prompts are read one by one.
+"""
+
+import numpy as np
+
+from npgpt.generate.decode_kernel import head_kernel
+from npgpt.kernels.attention import ROWS, heads_of_past, scratch
+from npgpt.kernels.bfloat16 import widened_ref
+from npgpt.kernels.blas import blas_threads
+from npgpt.kernels.jit import kernel
+from npgpt.kernels.matmul import PRODUCTS, crew, matmul, products_of, quicker_dtype
+from npgpt.kernels.tiles import share_of
+from npgpt.ops.layernorm import layernorm_forward
+from npgpt.ops.mlp import gelu, gelu_numbers
+
+AT_ONCE = 2**25  # bytes of activations, about, of the rows that are read together
+
+
+class Part:
+    """Some tokens of prompt number i, which follow each other in a stream; they are the rows first:last of a piece."""
+
+    def __init__(self, i, tokens, stream, position, first):
+        self.i, self.tokens, self.stream, self.position = i, np.asarray(tokens), stream, position
+        self.rows = slice(first, first + len(tokens))
+
+
+def pieces_of(prompts, most):
+    """Lists of Parts with so many rows at most, in order; prompts: (tokens, stream, position) of each."""
+    piece, n = [], 0
+    for i, (tokens, stream, position) in enumerate(prompts):
+        start = 0
+        while start < len(tokens):
+            part = Part(i, tokens[start : start + most - n], stream, position + start, n)
+            piece.append(part)
+            start, n = start + len(part.tokens), part.rows.stop
+            if n == most:
+                yield piece
+                piece, n = [], 0
+    if piece:
+        yield piece
+
+
+def read_prompts(weights, ends, keys, values, prompts, threads):
+    """Put prompts into the cache -> the logits (P, V) after each one's last token.
+
+    weights, ends   Weights of a model, and the ENDS that name them to the kernel
+    keys, values    (n_layer, streams, n_head, T, hs)
+    prompts         (tokens, stream, position) of each of P prompts, which begins there
+    """
+    C, dtype = weights.wpe.shape[1], keys.dtype
+    width = max(len(layer.c_fc.numbers) for layer in weights.layers)
+    most = max(1, AT_ONCE // ((7 * C + width) * dtype.itemsize))
+    each = [prompts] if PRODUCTS == "ours" else [[prompt] for prompt in prompts]
+    x = np.empty((len(prompts), C), dtype)  # after the last layer, each prompt's last row
+    is_bfloat16 = weights.wte.numbers.dtype == np.uint16
+    is_quick = is_bfloat16 and quicker_dtype(C) == "bfloat16"
+    with blas_threads(threads), products_of("bfloat16" if is_quick else "float32"):
+        for n, together in enumerate(each):
+            for piece in pieces_of(together, most):
+                rows = _forward(weights, keys, values, piece, threads)
+                for part in piece:
+                    x[n + part.i] = rows[part.rows.stop - 1]
+    return _logits(weights, ends, x, threads)
+
+
+def _forward(weights, keys, values, piece, threads):
+    """The last layer's output (R, C) for the rows of a piece."""
+    tokens = np.concatenate([part.tokens for part in piece])
+    positions = np.concatenate([np.arange(part.position, part.position + len(part.tokens)) for part in piece])
+    x = _rows_of(weights.wte, tokens, keys.dtype) + weights.wpe[positions]
+    (R, C), n_head = x.shape, keys.shape[2]
+    h, part, qkv = np.empty_like(x), np.empty_like(x), np.empty((R, 3, n_head, C // n_head), x.dtype)
+    room = np.empty(R * max(len(layer.c_fc.numbers) for layer in weights.layers), x.dtype)
+    for layer, place in zip(weights.layers, zip(keys, values, strict=True), strict=True):
+        # x += attn(ln_1(x))
+        _share(lambda rows, norm=layer.ln_1: _norm(h[rows], x[rows], norm), R, threads)
+        _product(qkv.reshape(R, 3 * C), h, layer.c_attn, threads)
+        _attend(h.reshape(R, 1, n_head, C // n_head), qkv, *place, piece, layer.scale, threads)
+        _product(part, h, layer.attn_proj, threads, x)
+        # x += mlp(ln_2(x))
+        _share(lambda rows, norm=layer.ln_2: _norm(h[rows], x[rows], norm), R, threads)
+        width = len(layer.c_fc.numbers)
+        hidden = room[: R * width].reshape(R, width)
+        _product(hidden, h, layer.c_fc, threads, activate=True)
+        _product(part, hidden, layer.mlp_proj, threads, x)
+    return x
+
+
+def _rows_of(table, tokens, dtype):
+    """Rows of a Matrix, as numbers of the model."""
+    rows = widened_ref(table.numbers[tokens]).astype(dtype)
+    return rows if table.scale is None else rows * table.scale[tokens, None]
+
+
+def _norm(h, x, norm):
+    layernorm_forward(h, *np.empty((2, len(x)), x.dtype), x, *norm)
+
+
+def _product(out, x, matrix, threads, total=None, activate=False):
+    """out = x w^T + bias for a Matrix, or gelu of it; or else that is added to `total`, and out is used up."""
+    none = np.empty(0, out.dtype)
+    scale, bias = (none if array is None else array for array in (matrix.scale, matrix.bias))
+    matmul(out, x, matrix.numbers.T)
+    add, total = total is not None, out if total is None else total
+    _share(lambda rows: finish_kernel(total[rows], out[rows], scale, bias, add, activate), len(out), threads)
+
+
+def _attend(y, qkv, keys, values, piece, scale, threads):
+    """y (R, 1, n_head, hs) = attention of each row to its own text, whose keys and values get those of qkv."""
+    _, _, n_head, hs = qkv.shape
+
+    def share(heads):
+        for part in piece:
+            (k_t,), s = scratch(1, ROWS, part.position + len(part.tokens), hs, y.dtype)
+            heads_of_past(
+                y[part.rows], qkv[part.rows], keys[part.stream], values[part.stream], part.position, scale,
+                k_t, s, np.empty(ROWS), heads.start, heads.stop,
+            )  # fmt: skip
+
+    _share(share, n_head, threads)
+
+
+def _logits(weights, ends, x, threads):
+    h, logits = np.empty_like(x), np.empty((len(x), len(weights.lm_head.numbers)), x.dtype)
+    _norm(h, x, weights.ln_f)
+    _share(lambda rows: head_kernel(logits, h, ends, rows.start, rows.stop), logits.shape[1], threads, 16)
+    return logits
+
+
+def _share(work, n, threads, unit=1):
+    """Have each thread do its part of n: work(slice)."""
+    crew(threads).each(lambda i: work(slice(*share_of(n, unit, i, threads))), threads)
+
+
+@kernel
+def finish_kernel(total, out, scale, bias, add, activate):
+    """out (R, N) = out * scale + bias, or gelu of it; total += out if `add`; scale and bias (N,) or of no length."""
+    one, a, minus_2k = gelu_numbers(out)
+    R, N = out.shape
+    for r in range(R):  # (a row stays in the cache, and each loop over it is one that vectorises)
+        if len(scale):
+            for i in range(N):
+                out[r, i] *= scale[i]
+        if len(bias):
+            for i in range(N):
+                out[r, i] += bias[i]
+        if activate:
+            for i in range(N):
+                out[r, i] = gelu(out[r, i], one, a, minus_2k)
+        if add:
+            for i in range(N):
+                total[r, i] += out[r, i]

@@ -42,9 +42,15 @@ def texts(vocab_size, length):
         pieces = re.findall(r"\s*\w{1,6}|\s*[^\w\s]{1,3}|\s+", pieces)  # about as long as GPT-2's
     numbers = {piece: n % vocab_size for n, piece in enumerate(dict.fromkeys(pieces))}
     code = np.array([numbers[piece] for piece in pieces[len(pieces) // 2 :]])
-    noise = np.random.default_rng(0).integers(0, vocab_size, length)
-    quoted = np.resize(noise[: length // 2], length)
-    return {"code (argparse.py)": code[:length], "a prompt, quoted": quoted, "noise": noise}
+    rng = np.random.default_rng(0)
+    noise, changed = rng.integers(0, vocab_size, length), rng.random(length) < 0.05
+    changed[: length // 2] = False
+    return {
+        "new code": code[:length],  # of argparse.py
+        "code, 5 % changed": np.where(changed, noise, np.resize(code[: length // 2], length)),
+        "a prompt, quoted": np.resize(noise[: length // 2], length),
+        "noise": noise,
+    }
 
 
 def write(model, decoder, text, streams, draft):

@@ -31,12 +31,12 @@ from benchmarks.common import PAUSE, ROOT, BenchmarkError
 from npgpt.errors import UsageError
 
 NEEDS = {  # what the interpreter must have: to run a side, and to make its files
-    "npgpt": "numba", "npgpt-int8": "numba", "transformers": "torch transformers",
+    "npgpt": "numba", "npgpt-bfloat16": "numba", "npgpt-int8": "numba", "transformers": "torch transformers",
     "ctranslate2": "ctranslate2 torch transformers", "ctranslate2-int8": "ctranslate2 torch transformers",
     "llama": "llama_cpp gguf safetensors",
 }  # fmt: skip
 BYTES = 256
-FLOAT = [name for name in NEEDS if not name.endswith("int8")]  # these must choose the same tokens
+FLOAT = [name for name in NEEDS if "-" not in name]  # these must choose the same tokens
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def names(vocab_size):
 # The sides
 
 
-def npgpt_side(folder, threads, int8=False):
+def npgpt_side(folder, threads, **kind):
     from npgpt import GPT
     from npgpt.config import Controls
     from npgpt.generate.generation import Generation
@@ -88,7 +88,7 @@ def npgpt_side(folder, threads, int8=False):
         length = len(prompts[0]) + n
         generation = Generation(
             model, prompts[0], [np.random.default_rng(i) for i in range(len(prompts))], Controls(temperature=0), length,
-            int8=int8, threads=threads,
+            threads=threads, **kind,
         )  # fmt: skip
         while len(generation.texts[0]) < length:
             generation.step()
@@ -223,7 +223,8 @@ def llama_side(folder, threads):
 
 
 SIDES = {
-    "npgpt": npgpt_side, "npgpt-int8": lambda *args: npgpt_side(*args, int8=True), "transformers": transformers_side,
+    "npgpt": npgpt_side, "npgpt-bfloat16": lambda *args: npgpt_side(*args, dtype="bfloat16"),
+    "npgpt-int8": lambda *args: npgpt_side(*args, int8=True), "transformers": transformers_side,
     "ctranslate2": ctranslate2_side, "ctranslate2-int8": lambda *args: ctranslate2_side(*args, kind="int8"),
     "llama": llama_side,
 }  # fmt: skip
@@ -329,7 +330,7 @@ def compare(config, peers, python, lengths, streams, n, rounds, threads):
     with tempfile.TemporaryDirectory(prefix="npgpt-engines-") as folder, contextlib.ExitStack() as stack:
         make_folder(folder, config)
         engines = {}
-        for name in ("npgpt", "npgpt-int8", *peers):
+        for name in ("npgpt", "npgpt-bfloat16", "npgpt-int8", *peers):
             interpreter = sys.executable if name.startswith("npgpt") else python
             if packages := missing(name, interpreter):
                 print(f"{name} is left out: {interpreter} has no {' '.join(packages)}")

@@ -271,9 +271,9 @@ def test_engines_open_one_folder_and_are_asked_for_the_likeliest_tokens(tmp_path
 def test_drafts_are_right_where_a_text_repeats_itself(capsys):
     assert drafts.main("--workload cpu --tokens 96 --rounds 1 --streams 2".split()) == 0
     rows = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()[2:]}
-    assert list(rows) == ["code (argparse.py)", "a prompt, quoted", "noise"]
+    assert list(rows) == ["new code", "code, 5 % changed", "a prompt, quoted", "noise"]
     proposed = [re.search(r"([\d,]+) of +([\d,]+)", row).groups() for row in rows.values()]
-    assert proposed[1][0] == proposed[1][1] and proposed[2] == ("0", "0")
+    assert proposed[2][0] == proposed[2][1] and proposed[3] == ("0", "0")
 
 
 def test_a_profile_of_a_step_has_no_figures_for_json(capsys, tmp_path):

@@ -11,6 +11,11 @@ is that of everything from one token to the next: temperature 1, the token drawn
     python -m benchmarks.sample --workload gpt2 --against 508dc90
 
 compares the working tree with a revision of npgpt: see benchmarks/against.py.
+
+    python -m benchmarks.sample --workload gpt2 --prompts 16 256 900 --peer transformers ctranslate2 llama --python PATH
+
+gives the time for a prompt, to the first token, and the tokens a second after it, apart, for one text and for eight:
+see benchmarks/engines.py.  PATH is the interpreter that has the peers; what it does not have is left out.
 """
 
 import argparse
@@ -18,11 +23,12 @@ import importlib.util
 import re
 import signal
 import statistics
+import sys
 import time
 
 import numpy as np
 
-from benchmarks import against
+from benchmarks import against, engines
 from benchmarks.common import PAUSE, BenchmarkError, Process, machine, machine_line, peak_memory, positive
 from benchmarks.workloads import WORKLOADS, initial_weights
 from npgpt.errors import UsageError, run_command
@@ -58,7 +64,7 @@ def npgpt_side(config, streams, int8):
 
     def write(n, greedy):
         generation.texts = [list(prompt) for _ in range(streams)]
-        generation.start = generation.cached = 0
+        generation.starts, generation.cached = [0] * streams, [0] * streams
         generation.length = PROMPT + n
         generation.rngs = [np.random.default_rng(i) for i in range(streams)]
         generation.controls = Controls(temperature=0.0 if greedy else 1.0)
@@ -277,30 +283,44 @@ def compare(options):
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sample", description=__doc__.split("\n")[0])
     parser.add_argument("--workload", choices=WORKLOADS, default="cpu")
-    parser.add_argument("--streams", type=positive, default=1, help="texts written at once (%(default)s)")
+    parser.add_argument("--streams", type=positive, help="texts written at once (1; with --prompts 1, and 8)")
     other = parser.add_mutually_exclusive_group()
-    other.add_argument("--peer", choices=EXTRA, nargs="*", default=["torch"], help="sides to compare with")
+    peers = [*EXTRA, *(name for name in engines.NEEDS if name not in EXTRA and not name.startswith("npgpt"))]
+    other.add_argument("--peer", choices=peers, nargs="*", default=["torch"], help="sides to compare with")
     other.add_argument("--against", metavar="REV", help="compare npgpt with itself at this git revision")
+    parser.add_argument("--prompts", type=positive, nargs="+", metavar="N", help="lengths: prompts and tokens apart")
+    parser.add_argument("--python", default=sys.executable, metavar="PATH", help="with --prompts: what runs the peers")
     rounds = f"rounds of each side, in turn ({ROUNDS}; with --against as many as are needed)"
     parser.add_argument("--rounds", type=positive, help=rounds)
     parser.add_argument("--tokens", type=positive, help="tokens of each text in a round (default: seconds' worth)")
     other.add_argument("--model", help="instead: compare the losses of this model with and without int8")
     parser.add_argument("--data", default="pydoc", help="text for --model (%(default)s)")
     options = parser.parse_args(argv)
+    asked, options.streams = options.streams, options.streams or 1
     if options.model:
         quality(options.model, options.data)
         return 0
     if options.against:
         against.report(compare(options), "ms a token")
         return 0
+    from npgpt.machine import cores
+
+    if options.prompts:
+        print(machine_line(machine(["numpy", "numba"]), cores()), flush=True)
+        engines.compare(
+            WORKLOADS[options.workload].config, [name for name in options.peer if name != "torch"], options.python,
+            options.prompts, [asked] if asked else [1, 8], max(2, options.tokens or TOKENS[options.workload]),
+            options.rounds or ROUNDS, cores(),
+        )  # fmt: skip
+        return 0
+    if unknown := [peer for peer in options.peer if peer not in EXTRA]:
+        raise UsageError(f"{unknown[0]} is a peer with --prompts only")
     n, T = options.tokens or TOKENS[options.workload], WORKLOADS[options.workload].config.block_size
     if "transformers" in options.peer and PROMPT + n > T:
         raise UsageError(f"transformers writes no further than its context: give --tokens {T - PROMPT} or less")
     for peer in options.peer:
         if importlib.util.find_spec(EXTRA[peer]) is None:
             raise UsageError(f"{peer} is not installed: pip install {EXTRA[peer]}, or measure npgpt alone with --peer")
-
-    from npgpt.machine import cores
 
     options.rounds = options.rounds or ROUNDS
     print(machine_line(machine(["numpy", "numba", *options.peer]), cores()), flush=True)

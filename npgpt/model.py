@@ -164,7 +164,7 @@ class GPT(nn.Module):
         n = sum(parameter.size for parameter in self.parameters())
         return n - self.transformer.wpe.weight.size if non_embedding else n
 
-    def generate(self, idx, max_new_tokens, rng=None, cache=True, int8=False, dtype=None, **controls):
+    def generate(self, idx, max_new_tokens, rng=None, cache=True, int8=False, dtype=None, draft=0, **controls):
         """Continue a list of tokens, one token at a time: yields each new one as an int.
 
         rng        numpy Generator, one number of which is used for each token, some of them ahead; or a seed.  By
@@ -172,6 +172,7 @@ class GPT(nn.Module):
         cache      whether keys and values are kept from token to token; without it the result is the same, later.  A
                    model that is not GPT(config) any more (see `difference`) writes without it
         int8       whether matrices are rounded to 8 bits; dtype: "bfloat16" rounds them to that (ValueError for both)
+        draft      the most tokens that are guessed ahead, where the text repeats itself: the text is the same, sooner
         controls   those of npgpt.config.Controls: temperature, top_k, top_p, ...
 
         Weights must stay as they are meanwhile.  Where the model has a tokenizer, only its tokens are written.
@@ -183,7 +184,7 @@ class GPT(nn.Module):
         length = np.size(idx) + max_new_tokens
         generation = Generation(
             self, idx, [rng], Controls(**controls), length, cache=cache, tokenizer=self.tokenizer, int8=int8,
-            dtype=dtype,
+            dtype=dtype, draft=draft,
         )  # fmt: skip
         while len(generation.texts[0]) < length:
             for token, _ in generation.step()[0]:

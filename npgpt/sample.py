@@ -53,6 +53,11 @@ def parse(argv):
         "--dtype", choices=("float32", "bfloat16"), default="float32",
         help="bfloat16: weights of 16 bits, nearer to the model's own than --int8; faster, too (default: float32)",
     )  # fmt: skip
+    output.add_argument(
+        "--draft", type=int, default=0, metavar="N",
+        help="up to N tokens are guessed ahead where a text repeats itself: the same text, sooner (default: 0)",
+    )  # fmt: skip
+    output.add_argument("--stats", action="store_true", help="say how long the prompt and the tokens have taken")
     output.add_argument("--threads", type=int, metavar="N", help="threads (default: one per core, for a large model)")
     args = parser.parse_args(argv)
     if args.nanogpt_file is not None:
@@ -76,6 +81,7 @@ def parse(argv):
         ("max-new-tokens", args.max_new_tokens >= 1, "must be at least 1"),
         ("stop", all(args.stop), "must have one character at least"),
         ("seed", args.seed >= 0, "must be at least 0"),
+        ("draft", args.draft >= 0, "must be at least 0"),
         ("threads", args.threads is None or args.threads >= 1, "must be at least 1"),
         ("int8", not args.int8 or args.dtype == "float32", "and --dtype bfloat16: give one of them"),
     ):
@@ -209,16 +215,20 @@ def main(argv=None):
 
     from npgpt.files.pretrained import open_model
     from npgpt.generate import generation, writer
+    from npgpt.generate.stats import Stats
 
     model = open_model(args.model, args.checkpoint)
     tokenizer = model.tokenizer
 
     def write(idx):
         rngs = (np.random.default_rng([args.seed, SAMPLE, n]) for n in range(args.num_samples))
-        return writer.write(
+        stats = Stats()
+        yield from writer.write(
             model, tokenizer, idx, rngs, args.max_new_tokens, args.controls, args.stop, args.logprobs, args.int8,
-            args.threads, args.dtype,
+            args.threads, args.dtype, args.draft, stats,
         )  # fmt: skip
+        if args.stats:
+            print(f"{PROG}: {stats}", file=sys.stderr)
 
     if args.interactive:
         interact(write, tokenizer)

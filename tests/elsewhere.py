@@ -26,7 +26,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-NAMES = "engine ops tiles bfloat16 decode prompt parallel resume sampling torch_parity".split()
+NAMES = "engine ops tiles bfloat16 decode draft prompt parallel resume sampling torch_parity".split()
 TESTS = [f"tests/test_{name}.py" for name in NAMES]
 # The width of a vector decides where tiles and dot products end, and in which order numbers are added.  The order
 # decides how sums are rounded, and rounding decides the path of a training.  So this choice has tiles and dot products

@@ -68,7 +68,7 @@ GOOD = {
     "--max-new-tokens": ["1", "9"], "--num-samples": ["1", "3"], "--threads": ["1", "3"], "--workers": ["1", "2"],
     "--out": ["new.svg", "new.html", "new.py", "run/new.svg", "two\nlines/new.svg"], "--attention": ["to be"],
     "--param": ["wte[1,2]", "wte[1]", "h.0.ln_1.weight[3]", "x[1,2]"], "--optimizer": ["adamw", "muon"],
-    "--dir": ["new"], "--n-head": ["1", "2"],
+    "--dir": ["new"], "--draft": ["0", "4"], "--n-head": ["1", "2"],
 }  # fmt: skip
 NUMBERS = ["0", "1", "2", "0.5", "3", "1e-3", "8"]
 NEVER = {"--force", "--max-iters", "--epochs", "--help", "-h", "--version"}

@@ -21,6 +21,7 @@ CHECKS = {
     "library": ("2,000 random models through all that the library does", "8 minutes", "fuzz_library.py --show"),
     "bounds": ("the tests of what computes, with each access to an array checked", "2 minutes", "test_bounds.py"),
     "commands": ("500 random command lines", "1 minute", "fuzz_commands.py"),
+    "draft": ("1,000 generations of each kind with drafts and without", "3 minutes", "test_draft.py"),
     "folders": ("200 Hugging Face folders beside transformers, which must be installed", "1 minute", "fuzz_folders.py"),
     "audit": ("wrong gradients planted in live trainings: audits must end them", "30 minutes", "mutation.py --audit"),
 }

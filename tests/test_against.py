@@ -15,10 +15,13 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for benchmarks, however pytest is started
 
-from benchmarks import against, sample, step
+from benchmarks import against, drafts, engines, sample, step
 from benchmarks.against import FEWEST, PRECISION, compare, estimate, report, rounds_needed
 from benchmarks.common import ROOT, BenchmarkError, checked_out
+from npgpt.config import GPTConfig
 from npgpt.errors import UsageError
+from npgpt.kernels.jit import KERNELS
+from npgpt.model import GPT
 
 # --------------------------------------------------------------------------------------------------------------------
 # A revision's files
@@ -246,6 +249,31 @@ def test_the_table_that_is_printed_is_read(capsys):
     sample.report(options, 100, seconds, {"npgpt": 10**8, "npgpt int8": 10**7, "torch": None}, 1e10, memory)
     figures = sample.read_table(capsys.readouterr().out, 8)
     assert figures == {"npgpt": (0.0225, 1.5e9), "npgpt int8": (5e-5, 5e8)}
+
+
+def test_engines_open_one_folder_and_are_asked_for_the_likeliest_tokens(tmp_path, capsys):
+    config = GPTConfig(block_size=20, vocab_size=300, n_layer=1, n_head=2, n_embd=16)
+    engines.make_folder(tmp_path, config)
+    model, prompt = GPT.from_pretrained(tmp_path), [1, 2, 3]
+    expected = list(model.generate(prompt, 5, temperature=0))
+    tokens, prompt_seconds = engines.npgpt_side(tmp_path, 1)([prompt] * 2, 5)
+    assert tokens == [expected] * 2 and prompt_seconds > 0
+    assert len(set(engines.names(300))) == 300
+    assert engines.missing("npgpt", sys.executable) == []
+    engines.report({("npgpt", 8, 16): [(0.1, 0.2, 1.2)] * 3, ("llama", 8, 16): [(math.nan, 0.3, 2.3)]}, 5)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "8 texts at once, after 16 tokens"
+    assert lines[3].split() == ["npgpt", "100.0", "200.0", "32.0", "1.00x,", "1.00x"]
+    assert lines[4].split() == ["llama", "300.0", "16.0", "1.50x,", "2.00x"]
+
+
+@pytest.mark.skipif(KERNELS == "numpy", reason="the kernel checks drafts")
+def test_drafts_are_right_where_a_text_repeats_itself(capsys):
+    assert drafts.main("--workload cpu --tokens 96 --rounds 1 --streams 2".split()) == 0
+    rows = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()[2:]}
+    assert list(rows) == ["new code", "code, 5 % changed", "a prompt, quoted", "noise"]
+    proposed = [re.search(r"([\d,]+) of +([\d,]+)", row).groups() for row in rows.values()]
+    assert proposed[2][0] == proposed[2][1] and proposed[3] == ("0", "0")
 
 
 def test_a_profile_of_a_step_has_no_figures_for_json(capsys, tmp_path):

@@ -24,7 +24,7 @@ import pytest
 from npgpt.kernels import jit, maths
 
 ROOT = Path(__file__).resolve().parent.parent
-WHOLE = [f"tests/test_{name}.py" for name in ("ops", "decode", "prompt", "parallel", "tiles", "bfloat16")]
+WHOLE = [f"tests/test_{name}.py" for name in "ops decode draft prompt parallel tiles bfloat16".split()]
 # Each kernel beside its reference, decoding with all that its kernel does, and a training by several workers.  Most of
 # the time is that of compiling, so this choice has float32 alone, and no int8.
 SHORT = [

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -466,6 +467,19 @@ def test_the_prompt_may_be_standard_input(folder, sampled, raw, exit_code, words
     assert bool(done.stdout) == (exit_code == 0)
 
 
+@pytest.mark.parametrize("flags", [[], ["--num-samples", 2, "--json"], ["--temperature", 0]])
+def test_stats_and_drafts_change_nothing_but_what_is_noted(folder, sampled, capsys, flags):
+    expected = sampled("--prompt", "to be", *flags)
+    args = ["--out-dir", folder / "run", "--max-new-tokens", 20, "--prompt", "to be", "--stats", "--draft", 4, *flags]
+    assert sample.main(list(map(str, args))) == 0
+    out, err = capsys.readouterr()
+    assert out == expected
+    assert re.fullmatch(
+        r"python -m npgpt.sample: 5 tokens of the prompt in [\d.,]+ ms, the first one written after [\d.,]+ ms, "
+        r"then [\d.,]+ tokens a second(; \d+ of \d+ drafted tokens were right)?\n", err
+    )  # fmt: skip
+
+
 def test_json_is_an_object_a_line_and_says_what_was_written(folder, sampled):
     tokenizer = GPT.from_pretrained(folder / "run").tokenizer
     args = ("--prompt", "to be", "--num-samples", 3, "--seed", 5, "--json")
@@ -551,7 +565,7 @@ def test_an_empty_line_goes_on_with_the_tokens_of_the_last_text(monkeypatch, cap
         monkeypatch.setattr(generation, "choose", lambda *_: [next(chosen)])
         return writer.write(model, tokenizer, idx, [np.random.default_rng(0)], len(answer))
 
-    monkeypatch.setattr(generation.Generation, "_steps_ahead", lambda *_: 0)  # all tokens are chosen by choose()
+    monkeypatch.setattr(generation.Generation, "_kernel_draws", lambda _: False)  # all tokens are chosen by choose()
     monkeypatch.setattr(sys, "stdin", io.StringIO("a\n\n\n"))
     sample.interact(write, tokenizer)
     assert given == [b"a", b"a\xc3", b"a\xc3\xa9!"]

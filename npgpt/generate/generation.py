@@ -1,6 +1,7 @@
 """Texts that grow from a prompt, a token at a time: where the context begins, and what the cache already has of it."""
 
 import math
+import time
 
 import numpy as np
 
@@ -8,8 +9,10 @@ from npgpt.config import Controls
 from npgpt.engine import no_dropout, no_grad
 from npgpt.errors import CheckpointError
 from npgpt.generate.decode import AHEAD, Decoder
+from npgpt.generate.draft import Drafts
 from npgpt.generate.matrices import kind_of, rounded
 from npgpt.generate.sampling import NOT_FINITE, choose, probabilities
+from npgpt.generate.stats import Stats
 from npgpt.kernels.jit import KERNELS
 
 AT_ONCE = 1e8  # bytes of weights, about, that are read before a text is shown again, when tokens are drawn ahead
@@ -49,12 +52,16 @@ class Generation:
                So it is, too, if the model is not GPT(config) any more, which is all that the cache's kernel knows
     tokenizer  only its tokens are chosen; None: all that the model knows
     int8, threads, dtype    of the Decoder
+    draft      the most tokens of a text that are guessed ahead and checked together, as in draft.py; the cache's kernel
+               does it, and the text is the same
+    stats      Stats, which are told of each step
     """
 
     def __init__(
         self, model, idx, rngs, controls=None, length=None, logprobs=False, cache=True, tokenizer=None, int8=False,
-        threads=None, dtype=None,
+        threads=None, dtype=None, draft=0, stats=None,
     ):  # fmt: skip
+        self.stats = stats or Stats()
         idx = _checked_prompt(idx, model.config.vocab_size)
         self.model, self.controls, self.rngs = model, controls or Controls(), rngs
         self.logprobs, self.length = logprobs, length or math.inf
@@ -64,8 +71,9 @@ class Generation:
         self.holes = [] if known is None else [hole for hole in known.holes if hole < self.vocab_size]
         self.texts = [list(idx) for _ in rngs]
         self.alive = list(range(len(rngs)))  # the texts that still grow
-        self.start = max(0, len(idx) - self.block_size)
-        self.cached = 0  # positions of each text in the cache
+        self.numbers = [[] for _ in rngs]  # random ones, taken and not used yet
+        self.starts = [max(0, len(idx) - self.block_size)] * len(rngs)  # where the context of each text begins
+        self.cached = [0] * len(rngs)  # positions of each text in the cache
         other, kind = model.difference(), kind_of(int8, dtype, model.lm_head.weight.dtype)
         if kind and other:
             raise ValueError(f"{kind} is for a GPT as its config says; {other}")
@@ -74,20 +82,33 @@ class Generation:
             self.decoder = Decoder(model, len(rngs), length, int8, threads, dtype)
         elif kind:
             self.model = rounded(model, kind)
+        self.steps, self.choosing = 0, 0.0  # and the seconds of the last one that went into the choice of tokens
+        self.drafts = Drafts(self.texts, draft, self.decoder.rows) if draft and self.decoder else None
         self.caches = [{"cache": []} if cached else {} for _ in rngs]  # of each text, if its model writes with one
 
     def _contexts(self):
         """What the cache does not have yet of each text's context.  To be asked once in a step."""
-        n = len(self.texts[self.alive[0]])
-        start = context_start(n, self.start, self.block_size)
-        if start != self.start:
-            self.start, self.cached = start, 0
-            self.caches = [{key: [] for key in cache} for cache in self.caches]
-        return [self.texts[i][start + self.cached :] for i in self.alive]
+        for i in self.alive:
+            start = context_start(len(self.texts[i]), self.starts[i], self.block_size)
+            if start != self.starts[i]:
+                self.starts[i], self.cached[i] = start, 0
+                self.caches[i] = {key: [] for key in self.caches[i]}
+        return [self.texts[i][self.starts[i] + self.cached[i] :] for i in self.alive]
+
+    def _room(self, i):
+        """How many tokens a text can get before its context is full, or it is complete."""
+        return min(self.starts[i] + self.block_size + 1, self.length) - len(self.texts[i])
+
+    def _uniforms(self, i, n):
+        """The next n random numbers of a text; those that step() does not use stay the next ones."""
+        numbers = self.numbers[i]
+        if n > len(numbers):
+            numbers += self.rngs[i].random(n - len(numbers)).tolist()
+        return numbers[:n]
 
     def _logits(self, contexts):
         """(texts alive, V): the model's scores of the next tokens."""
-        alive, position, n = self.alive, self.cached, len(contexts[0])
+        alive, positions = self.alive, [self.cached[i] for i in self.alive]
         if self.decoder is None:
             caches = [{name: [list(past) for past in cache] for name, cache in self.caches[i].items()} for i in alive]
             with no_grad(), no_dropout():
@@ -95,66 +116,128 @@ class Generation:
                 logits = np.stack([self.model(np.array([x]), **cache)[0].data[0, -1] for x, cache in pairs])
             for i, cache in zip(alive, caches, strict=True):  # an interrupt before it leaves all as it was
                 self.caches[i] = cache
-            self.cached += n if caches[0] else 0
-            return logits
-        if n == 1:  # what was chosen last
-            tokens = [context[0] for context in contexts]
-            logits = self.decoder(tokens, alive, [position] * len(alive), len(alive))
+        elif all(len(context) == 1 for context in contexts):  # what was chosen last
+            logits = self.decoder([token for (token,) in contexts], alive, positions, len(alive))
         elif all(context == contexts[0] for context in contexts):  # the prompt
-            last = self.decoder.read(contexts[0], alive[0], position)
-            self.decoder.copy(alive[0], position + n)
+            last = self.decoder.read(contexts[0], alive[0], positions[0])
+            self.decoder.copy(alive[0], positions[0] + len(contexts[0]))
             logits = np.tile(last, (len(alive), 1))
-        else:
-            logits = self.decoder.read_all(contexts, alive, position)
-        self.cached += n  # not before it is true
+        else:  # of some texts, what was chosen last; of others, a context that has moved
+            logits, rows = {}, list(zip(contexts, alive, positions, strict=True))
+            if newest := [(context[0], i, position) for context, i, position in rows if len(context) == 1]:
+                tokens, streams, places = zip(*newest, strict=True)
+                logits.update(zip(streams, self.decoder(tokens, streams, places, len(tokens)).copy(), strict=True))
+            moved = {i: context for context, i, _ in rows if len(context) > 1}
+            logits.update(zip(moved, self.decoder.read_all(list(moved.values()), list(moved)), strict=True))
+            logits = np.stack([logits[i] for i in alive])
+        if self.decoder or self.caches[alive[0]]:  # not before it is true
+            for i, context in zip(alive, contexts, strict=True):
+                self.cached[i] += len(context)
         return logits
 
-    def _steps_ahead(self, contexts):
-        """How many tokens of each text the decoder can draw by itself; 0 if it cannot."""
+    def _kernel_draws(self):
+        """Whether the decoder can draw tokens by itself."""
         c = self.controls
         only_temperature = c.top_k is c.top_p is None and not c.min_p and c.repetition_penalty == 1
-        if not only_temperature or self.logprobs or self.holes or self.decoder is None or len(contexts[0]) > 1:
-            return 0
-        n = len(self.texts[self.alive[0]])
-        room = min(self.start + self.block_size + 1, self.length) - n
-        return max(1, min(room, AHEAD, int(AT_ONCE / self.decoder.nbytes)))
+        return only_temperature and not self.logprobs and not self.holes
 
-    def _draw_ahead(self, contexts, steps):
-        """Have the decoder draw tokens of each text -> their blocks."""
-        uniforms = np.array([self.rngs[i].random(steps) for i in self.alive]).T  # (steps, texts alive)
-        rows = [context[0] for context in contexts], self.alive, [self.cached] * len(self.alive)
-        drawn = self.decoder.draw(*rows, uniforms, self.controls.temperature, self.vocab_size)
+    def _draw(self, rows, uniforms):
+        """Have the decoder draw tokens after rows: tokens, streams, positions -> (steps, rows)."""
+        return self.decoder.draw(*rows, np.array(uniforms), self.controls.temperature, self.vocab_size)
+
+    def _draw_ahead(self, contexts):
+        """Have the decoder draw as many tokens of each text as it can -> their blocks."""
+        room = min(self._room(i) for i in self.alive)
+        steps = max(1, min(room, AHEAD, int(AT_ONCE / self.decoder.nbytes)))
+        rows = [token for (token,) in contexts], self.alive, [self.cached[i] for i in self.alive]
+        uniforms = zip(*[self._uniforms(i, steps) for i in self.alive], strict=True)
+        drawn = self._draw(rows, list(uniforms))
         if (drawn < 0).any():
             raise CheckpointError(NOT_FINITE)
-        self.cached += steps
+        for i in self.alive:
+            self.cached[i] += steps
         return [[(token, None) for token in tokens] for tokens in drawn.T.tolist()]
 
-    def _choose(self, contexts):
-        """Draw one token of each text, with all controls -> their blocks."""
-        logits, logprobs = self._logits(contexts), [None] * len(contexts)
+    def _choose(self, logits, texts, uniforms):
+        """Draw a token after each text with all controls, by its logits and a random number -> pairs as in step()."""
+        began, logprobs = time.perf_counter(), [None] * len(texts)
         possible = logits[:, : self.vocab_size]
         if self.holes:
             possible = possible.copy()
             possible[:, self.holes] = -np.inf
-        p = probabilities(possible, [self.texts[i] for i in self.alive], self.controls)
-        tokens = choose(p, [self.rngs[i].random() for i in self.alive])
+        tokens = choose(probabilities(possible, texts, self.controls), uniforms)
         if self.logprobs:  # with the tokens that are never chosen: the model gives them a share all the same
             z = logits - logits.max(axis=1, keepdims=True)
             logprobs = (z[np.arange(len(z)), tokens] - np.log(np.exp(z, dtype=np.float64).sum(axis=1))).tolist()
-        return [[pair] for pair in zip(tokens, logprobs, strict=True)]
+        self.choosing += time.perf_counter() - began
+        return list(zip(tokens, logprobs, strict=True))
+
+    def _check(self, contexts, drafts):
+        """Have the model read drafts -> their blocks: a draft as far as it is what is written, and a token more."""
+        texts = [(i, [*context, *draft]) for i, context, draft in zip(self.alive, contexts, drafts, strict=True)]
+        rows = [(token, i, self.cached[i] + n) for i, tokens in texts for n, token in enumerate(tokens)]
+        rows = list(zip(*rows, strict=True))  # tokens, streams, positions
+        uniforms = [uniform for i, tokens in texts for uniform in self._uniforms(i, len(tokens))]
+        if kernel_draws := self._kernel_draws():
+            drawn = self._draw(rows, [uniforms])[0].tolist()
+        else:
+            logits = self.decoder(*rows, len(uniforms))
+        blocks, row = [], 0
+        for i, draft in zip(self.alive, drafts, strict=True):
+            block, text = [], [] if kernel_draws else list(self.texts[i])
+            for at, guess in enumerate([*draft, None], row):
+                if kernel_draws:
+                    pair = drawn[at], None
+                else:
+                    (pair,) = self._choose(logits[at : at + 1], [text], uniforms[at : at + 1])
+                block.append(pair)
+                text.append(pair[0])
+                if pair[0] != guess:  # the rows to come follow what is not written
+                    break
+            row += len(draft) + 1
+            blocks.append(block)
+        if any(token < 0 for block in blocks for token, _ in block):
+            raise CheckpointError(NOT_FINITE)
+        for i, draft, block in zip(self.alive, drafts, blocks, strict=True):
+            self.cached[i] += len(block)  # what was refused is written over before anything looks at it
+            self.stats.proposed += len(draft)
+            self.stats.accepted += len(block) - 1
+        return blocks
 
     @np.errstate(all="ignore")  # the caller's own choice is not for what is meant to happen here
     def step(self):
-        """The next tokens of each text that still grows: a block for each, all of one length and within `length`.
+        """The next tokens of each text that still grows: a block for each, within `length`, where a text must end.
 
         A block is a list of (token, log-probability or None).  The latter is the model's own, in nats, before any
-        control.
+        control.  All blocks are of one length, unless there are drafts.
         """
+        began, self.choosing, drafts = time.perf_counter(), 0.0, []
         contexts = self._contexts()
-        steps = self._steps_ahead(contexts)
-        blocks = self._draw_ahead(contexts, steps) if steps else self._choose(contexts)
+        newest_only = self.decoder is not None and all(len(context) == 1 for context in contexts)
+        if newest_only and self.drafts:
+            drafts = self.drafts.propose(self.alive, lambda i: self._room(i) - 1)  # (one more token will be written)
+        if any(drafts):
+            blocks = self._check(contexts, drafts)
+        elif newest_only and self._kernel_draws():
+            blocks = self._draw_ahead(contexts)
+        else:
+            texts, uniforms = [self.texts[i] for i in self.alive], [self._uniforms(i, 1)[0] for i in self.alive]
+            blocks = [[pair] for pair in self._choose(self._logits(contexts), texts, uniforms)]
         for i, block in zip(self.alive, blocks, strict=True):
             self.texts[i] += [token for token, _ in block]
+            del self.numbers[i][: len(block)]
+        now = time.perf_counter()
+        seconds = now - began
+        if newest_only and self.drafts:
+            if any(drafts):
+                self.drafts.took(seconds - self.choosing, rows=sum(map(len, contexts + drafts)))
+            else:
+                self.drafts.took(seconds - self.choosing, steps=len(blocks[0]))
+        if self.steps:
+            self.stats.wrote(sum(map(len, blocks)), seconds)
+        else:
+            self.stats.read(len(contexts[0]), seconds - self.choosing, now)
+        self.steps += 1
         return blocks
 
     def end(self, i):

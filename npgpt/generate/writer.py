@@ -70,7 +70,7 @@ class Piece:
 
 def write(
     model, tokenizer, idx, rngs, max_new_tokens, controls=None, stops=(), logprobs=False, int8=False, threads=None,
-    dtype=None,
+    dtype=None, draft=0, stats=None,
 ):  # fmt: skip
     """Texts that continue a list of tokens: yields, for each of rngs, an iterator of Pieces.
 
@@ -83,8 +83,8 @@ def write(
         length = len(idx) + max_new_tokens
         generation = Generation(
             model, idx, group, controls, length, logprobs, tokenizer=tokenizer, int8=int8, threads=threads,
-            dtype=dtype,
-        )
+            dtype=dtype, draft=draft, stats=stats,
+        )  # fmt: skip
         writers = [Writer(tokenizer, stops, idx) for _ in group]
         waiting = [[] for _ in group]  # what has been written, and not been asked for
         for i in range(len(group)):

@@ -1,0 +1,101 @@
+"""What drafts are worth: how many times as fast a GPT writes texts that repeat themselves, and one that does not.
+
+    python -m benchmarks.drafts --workload gpt2 --draft 8 --streams 1
+
+The model's weights are random, so its own texts tell nothing.  Its kernel does all that it does for any text, and then
+gives the tokens of a known one; the first half of each is the prompt.  With drafts and without, in turn.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import re
+import statistics
+
+import numpy as np
+
+from benchmarks.common import machine, machine_line, positive
+from benchmarks.workloads import WORKLOADS
+from npgpt.errors import run_command
+from npgpt.generate.decode import Decoder
+from npgpt.generate.generation import Generation
+from npgpt.generate.stats import Stats
+from npgpt.machine import cores
+from npgpt.model import GPT
+
+
+class Reader(Decoder):
+    """A Decoder that takes its time, and then has drawn the tokens of `text`, whatever they are."""
+
+    text = None
+
+    def draw(self, tokens, streams, positions, uniforms, temperature, vocab_size):
+        drawn = super().draw(tokens, streams, positions, uniforms, temperature, vocab_size)
+        steps = np.arange(1, len(drawn) + 1)[:, None]
+        return self.text[np.minimum(np.array(positions) + steps, len(self.text) - 1)]
+
+
+def texts(vocab_size, length):
+    """{what it is: (length,) tokens}."""
+    pieces = inspect.getsource(argparse)
+    if vocab_size > 1000:
+        pieces = re.findall(r"\s*\w{1,6}|\s*[^\w\s]{1,3}|\s+", pieces)  # about as long as GPT-2's
+    numbers = {piece: n % vocab_size for n, piece in enumerate(dict.fromkeys(pieces))}
+    code = np.array([numbers[piece] for piece in pieces[len(pieces) // 2 :]])
+    rng = np.random.default_rng(0)
+    noise, changed = rng.integers(0, vocab_size, length), rng.random(length) < 0.05
+    changed[: length // 2] = False
+    return {
+        "new code": code[:length],  # of argparse.py
+        "code, 5 % changed": np.where(changed, noise, np.resize(code[: length // 2], length)),
+        "a prompt, quoted": np.resize(noise[: length // 2], length),
+        "noise": noise,
+    }
+
+
+def write(model, decoder, text, streams, draft):
+    """Write the second half of a text -> Stats of it."""
+    prompt, stats = text[: len(text) // 2], Stats()
+    rngs = [np.random.default_rng(i) for i in range(streams)]
+    generation = Generation(model, prompt, rngs, length=len(text), draft=draft, stats=stats)
+    generation.decoder, decoder.text = decoder, text
+    while generation.alive:
+        generation.step()
+        for i in list(generation.alive):
+            if len(generation.texts[i]) == len(text):
+                generation.end(i)
+    return stats
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.drafts", description=__doc__.split("\n")[0])
+    parser.add_argument("--workload", choices=WORKLOADS, default="gpt2")
+    parser.add_argument("--draft", type=positive, default=8, help="the most tokens of a draft (%(default)s)")
+    parser.add_argument("--streams", type=positive, default=1, help="texts written at once (%(default)s)")
+    parser.add_argument("--tokens", type=positive, default=256, help="of each text, and as many of the prompt")
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--int8", action="store_true")
+    options = parser.parse_args(argv)
+    config = dataclasses.replace(WORKLOADS[options.workload].config, block_size=2 * options.tokens)
+    model = GPT(config)
+    decoder = Reader(model, options.streams, int8=options.int8)
+    print(machine_line(machine(["numpy", "numba"]), cores()))
+    print(f"{'':<20} {'tokens/s':>9} {'with drafts':>12} {'times as fast':>14}   right of those proposed")
+    for name, text in texts(config.vocab_size, config.block_size).items():
+        rates, proposed, accepted = {0: [], options.draft: []}, 0, 0
+        for round_ in range(options.rounds + 1):  # the first one fills caches
+            for draft in rates:
+                stats = write(model, decoder, text, options.streams, draft)
+                rates[draft] += [stats.tokens / stats.seconds] if round_ else []
+            proposed, accepted = proposed + stats.proposed, accepted + stats.accepted
+        times = sorted(b / a for a, b in zip(*rates.values(), strict=True))
+        without, with_ = map(statistics.median, rates.values())
+        print(
+            f"{name:<20} {without:>9,.1f} {with_:>12,.1f} {statistics.median(times):>13.2f}x   {accepted:,} of "
+            f"{proposed:,}   (rounds: {times[0]:.2f} to {times[-1]:.2f})", flush=True,
+        )  # fmt: skip
+    return 0
+
+
+if __name__ == "__main__":
+    run_command("python -m benchmarks.drafts", main)

@@ -73,7 +73,7 @@ def run_check(args):
     try:
         with imports_beside(args.file):
             answer = Answer(Path(args.file))
-            right = [check(LESSONS[op], answer, print) for op in answer.functions]
+            right = [check(LESSONS[op], answer, print, args.more) for op in answer.functions]
         return 0 if all(right) else 1
     except Wrong as error:
         print(error)
@@ -136,6 +136,8 @@ def parse(argv):
     show.add_argument("--out", type=FileName, metavar="FILE", help="write it there; without it, it is printed")
     check = command("check", run_check, "run a filled in exercise against finite differences, and train a GPT with it")
     check.add_argument("file", type=FileName, metavar="FILE", help="your file; its code is run")
+    words = "one more rung of the hints: which line; given twice, which kind of mistake, too"
+    check.add_argument("--more", action="count", default=0, help=words)
     bug = command("bug", run_bug, "plant a mistake in a copy of npgpt, for you to find")
     bug.add_argument("number", metavar="N", nargs="?", type=int, help=f"1, the easiest, to {len(BUGS)}")
     bug.add_argument("--dir", type=FileName, metavar="FOLDER", help="where to put the copy (default: bug-N)")

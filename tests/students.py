@@ -75,7 +75,7 @@ ANSWERS["table"] = [
     ("mlp", {"return 0.5": "return 0.5 * (1 + t) + 0.5 * z * (1 - t**2) * (1 + 3 * A * z**2)"}, "missing factor"),
     ("mlp", {"return 0.5": "return 0.5 * (1 + t) + z * (1 - t**2) * K * (1 + 3 * A * z**2)"}, "missing factor"),
     ("mlp", {"return 0.5": "return 0.5 * (1 + t) + 0.5 * (1 - t**2) * K * (1 + 3 * A * z**2)"}, "missing factor"),
-    ("mlp", {"return 0.5": "return 0.5 * (1 + t) + 0.5 * z * (1 - t) * K * (1 + 3 * A * z**2)"}, "wrong value"),
+    ("mlp", {"return 0.5": "return 0.5 * (1 + t) + 0.5 * z * (1 - t) * K * (1 + 3 * A * z**2)"}, "wrong value | wrong power"),
     ("mlp", {"dpre": "dpre = dact * gelu_slope(dact)"}, "wrong value"),
     ("mlp", {"dpre": "dpre = dact * (pre > 0)"}, "wrong value"),
     ("mlp", {"dpre": "dpre = dact @ gelu_slope(pre)"}, "wrong product"),
@@ -87,7 +87,7 @@ ANSWERS["table"] = [
             "g_mean": "g_mean = dy.mean(axis=1, keepdims=True)",
             "g_xhat_mean": "g_xhat_mean = (dy * xhat).mean(axis=1, keepdims=True)",
         },
-        "missing factor",
+        "missing factor | wrong value",
     ),
     ("layernorm", {"dx": "dx = rstd[:, None] * (g + g_mean + xhat * g_xhat_mean)"}, "sign"),
     (
@@ -198,7 +198,7 @@ def named(words):
 
 
 def hints_for(op, text, cases={}):  # noqa: B006  (a case is made once)
-    """What the hints say of a student's file: their words."""
+    """What the hints say of a student's file: the kinds of mistakes in words."""
     lesson = LESSONS[op]
     if op not in cases:
         cases[op] = Case(lesson)
@@ -207,10 +207,10 @@ def hints_for(op, text, cases={}):  # noqa: B006  (a case is made once)
         path.write_text(text, encoding="utf-8")
         try:
             answer = Answer(path)
-            results = answer.results(lesson, cases[op].arguments())
+            results = answer.helpers(lesson, cases[op]) | answer.results(lesson, cases[op].arguments())
         except Wrong as error:
-            return [str(error).partition("(hint: ")[2].rstrip(")")]
-    return [verdict.kind for verdict in cases[op].compare(results).values() if verdict and verdict.wrong]
+            return [str(error).partition("do not fit; ")[2].rstrip(")")]
+    return [kind for hint in cases[op].hints(cases[op].compare(results)) for kind in hint.kinds]
 
 
 def judged(meant, got):

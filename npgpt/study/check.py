@@ -18,9 +18,10 @@ from npgpt.gradcheck import replaced
 from npgpt.kernels.masks import random_stream
 from npgpt.model import GPT
 from npgpt.optim import AdamW, FlatParameters
-from npgpt.study.hints import Case, of_exception
+from npgpt.study.hints import Case, ladder
 from npgpt.study.lesson import PROG
 from npgpt.study.lessons import LESSONS
+from npgpt.study.refused import of_exception
 
 
 class Wrong(Exception):
@@ -41,7 +42,7 @@ class Answer:
             raise Wrong(self._at(getattr(error, "lineno", None), getattr(error, "msg", error))) from None
         except (RecursionError, MemoryError):
             raise Wrong(self._at(None, "Python cannot read it: an expression in it is too long or too deep")) from None
-        self.blank = blank_lines(tree)
+        self.tree, self.blank = tree, blank_lines(tree)
         self.line = {node.name: node.lineno for node in tree.body if hasattr(node, "name")}  # of a function, a class
         loader = importlib.machinery.SourceFileLoader("exercise_file", str(self.path))
         loader.get_code = lambda _: code  # not a cached one: Python knows a change by its second only
@@ -49,6 +50,7 @@ class Answer:
         sys.modules[loader.name] = module  # as of any module that is imported: dataclasses look there
         with self.running():
             loader.exec_module(module)
+        self.module = module
         found = {op: getattr(module, lesson.function(), None) for op, lesson in LESSONS.items()}
         self.functions = {op: function for op, function in found.items() if callable(function)}
         if not self.functions:
@@ -69,7 +71,7 @@ class Answer:
                 text = str(error)
             except Exception:  # made by the student's own class
                 text = "(its text cannot be made)"
-            hint = of_exception(error, text)
+            hint = of_exception(error, self.tree, str(self.path))
             words = f"{type(error).__name__}: {text}" + (f" (hint: {hint})" if hint else "")
             raise Wrong(self._at(places[-1] if places else None, words) + self.still_blank("; still blank: ")) from None
 
@@ -95,6 +97,17 @@ class Answer:
                         words = f"{lesson.function()}: {name} is a {type(result).__name__}, not an array"
                         raise Wrong(words) from None
             return arrays
+
+    def helpers(self, lesson, case):
+        """{name: array} of the helpers that the file has, at the values where the op needs them."""
+        made = {}
+        with self.running():
+            for name, _, at in lesson.slopes:
+                function = getattr(self.module, name, None)
+                result = function(case.values[at].copy()) if callable(function) else None
+                if isinstance(result, np.ndarray):
+                    made[name] = result
+        return made
 
     def check_signature(self, lesson):
         """Raise Wrong if the function cannot be called as the op's own."""
@@ -149,20 +162,22 @@ def imports_beside(path):
 # Comparing: with finite differences, and in a GPT
 
 
-def check(lesson, answer, say):
-    """Say, in lines, what a student's backward is worth; True if all of it is right."""
+def check(lesson, answer, say, more=0):
+    """Say, in lines, what a student's backward is worth, with 1 + more rungs of each hint; True if all of it is right."""
     answer.check_signature(lesson)
     say(f"{lesson.op}: {lesson.function()} against finite differences")
     case = Case(lesson)
     arguments = case.arguments()
-    results, right = answer.results(lesson, arguments), True
-    for name, verdict in case.compare(results).items():
+    results, right = answer.helpers(lesson, case) | answer.results(lesson, arguments), True
+    verdicts = case.compare(results)
+    for name, verdict in verdicts.items():
         if verdict is None:
             say(f"  {name:<8} blank  {answer.still_blank('see ') or 'it is None'}")
         else:
-            words = f"WRONG  {verdict.wrong}" if verdict.wrong else f"ok     {verdict.error:.0e}"
-            say(f"  {name:<8} {words}" + (f"\n           hint: {verdict.hint}" if verdict.hint else ""))
+            say(f"  {name:<8} " + (f"WRONG  {verdict.wrong}" if verdict.wrong else f"ok     {verdict.error:.0e}"))
         right = right and verdict is not None and not verdict.wrong
+    for line in ladder(case.hints(verdicts), more):
+        say(line)
     if not right:
         if answer.blank:
             say(answer.still_blank("  still blank: "))

@@ -13,19 +13,16 @@ def factors(p, **_):
     return {"1 - p": (1 - p, None), "(1 - p)^2": ((1 - p) ** 2, None), "(1 - p) / p": ((1 - p) / p, None)}
 
 
-def mistakes(dy, key, first_row, p):
-    from npgpt.kernels.masks import dropout_mask_ref
-    from npgpt.ops.dropout import dropout_ref
-
-    mask, scale = dropout_mask_ref(key, first_row, dy.shape, p), 1 / (1 - p)
-    line = "mask = dropout_mask_ref(key, first_row, x.shape, p)"
-    yield "dx", "missing mask, and missing factor: what was dropped did not reach the output", dy, line
-    yield "dx", "wrong mask: it is turned round, what was dropped gets a gradient", dy * ~mask * scale, line
-    for first, words in ((0, "its rows are numbered from first_row on"), (first_row + 1, "its first row is first_row")):
-        yield "dx", f"wrong mask: {words}", dropout_ref(dy, key, first, p), line
-    other = dropout_mask_ref(key, first_row, dy.shape, 1 - p)
-    yield "dx", "wrong mask: that of another probability", dy * other * scale, line
-    yield "dx", "missing factor: the mask alone, where dy belongs too", mask * scale, None
+LINE = "mask = dropout_mask_ref(key, first_row, x.shape, p)"
+TURNED = "wrong mask: it is turned round, what was dropped gets a gradient"
+MISTAKES = (
+    ("dx", "dx = dy", "missing mask, and missing factor: what was dropped did not reach the output", LINE),
+    ("mask", "mask = ~dropout_mask_ref(key, first_row, dy.shape, p)", TURNED, LINE),
+    ("mask", "mask = dropout_mask_ref(key, 0, dy.shape, p)", "wrong mask: its rows are numbered from first_row on", LINE),
+    ("mask", "mask = dropout_mask_ref(key, first_row + 1, dy.shape, p)", "wrong mask: its first row is first_row", LINE),
+    ("mask", "mask = dropout_mask_ref(key, first_row, dy.shape, 1 - p)", "wrong mask: that of another probability", LINE),
+    ("dx", "dx = mask / (1 - p)", "missing factor: the mask alone, where dy belongs too", None),
+)
 
 
 LESSON = Lesson(
@@ -35,7 +32,7 @@ LESSON = Lesson(
     replaces="dropout_rows", exchange=(("dropout_ref", "dropout_backward_ref"), ("x", "dy"), ("y", "dx")),
     arguments=arguments, sizes={"N": 4, "C": 7, "p": 0.4, "first_row": 3, "key": 9}, lengths=("N", "C"),
     lines={"dx": "return np.where(mask, x * x.dtype.type(1 / (1 - p)), x.dtype.type(0))"},
-    factors=factors, zeros="where the mask dropped x: y does not depend on it", mistakes=mistakes,
+    factors=factors, zeros="where the mask dropped x: y does not depend on it", mistakes=MISTAKES,
     bugs={
         19: Fault(
             "dropout: another mask in the backward", "npgpt/ops/dropout.py",

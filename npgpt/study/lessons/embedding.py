@@ -13,19 +13,18 @@ def arguments(new, B, T, C, V, block_size, idx=None):
     return {"idx": idx, "wte": new(V, C), "wpe": new(block_size, C)}
 
 
-def mistakes(dwte, dwpe, dy, idx):
-    import numpy as np
-
-    T = idx.shape[1]
-    once, first, last = np.zeros_like(dwte), np.zeros_like(dwpe), np.zeros_like(dwpe)
-    once[idx] += dy
-    first[:T], last[:T] = dy[0], dy[-1]
-    yield "dwte", "repeated index: of a token that occurs more than once only one gradient counts", once, None
-    tokens = np.zeros_like(dwte)
-    np.add.at(tokens, idx[0], dy[0])
-    yield "dwte", "one sequence only: the others of the batch looked up rows, too", tokens, None
-    for array in (first, last):
-        yield "dwpe", "one row only: every sequence of the batch used the same positions", array, None
+REPEATED = "repeated index: of a token that occurs more than once only one gradient counts"
+MISTAKES = (
+    ("np.add", "dwte[idx] += dy", REPEATED, None),
+    ("np.add", "dwte[idx] = dy", "overwritten: add to the gradient so far, and once for each time that a token occurs", None),
+    (
+        "np.add", "np.add.at(dwte, idx[0], dy[0])",
+        "one sequence only: the others of the batch looked up rows, too", None,
+    ),
+    ("dwpe", "dwpe[:T] += dy[0]", "one row only: every sequence of the batch used the same positions", None),
+    ("dwpe", "dwpe[:T] += dy[-1]", "one row only: every sequence of the batch used the same positions", None),
+    ("dwpe", "dwpe[1 : T + 1] += dy.sum(axis=0)", "wrong index: position t looked up row t", None),
+)  # fmt: skip
 
 
 LESSON = Lesson(
@@ -33,7 +32,7 @@ LESSON = Lesson(
     forward=("embedding_forward_ref",), backward=("embedding_backward_ref",), results=("dwte", "dwpe"),
     arguments=arguments, sizes={"B": 3, "T": 4, "C": 5, "V": 8, "block_size": 6, "idx": IDX},
     lengths=("B", "T", "V", "C"), lines={"dwte": LOOKED_UP, "dwpe": LOOKED_UP},
-    zeros="in the rows of what does not occur in the batch", mistakes=mistakes,
+    zeros="in the rows of what does not occur in the batch", mistakes=MISTAKES,
     bugs={
         13: Fault(
             "embedding: of a repeated token one gradient counts", "npgpt/ops/embedding.py",

@@ -1,0 +1,352 @@
+"""All the backwards that are wrong by a mistake that people make: which of them returned what a student's did?
+
+A mistake is a change of the reference's steps (backward.py), with words that begin with its kind.  Some are a lesson's
+own, with words that know the op.  The others are made for every node of the steps: a factor, a term or a mask is
+missing, a sum goes over another axis, another value stands there.  Any two can be made at once.
+"""
+
+import ast
+import copy
+import dataclasses
+import functools
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+
+from npgpt.study.backward import parsed
+
+CLOSE = 1e-6  # two arrays are the same if they differ by less than this share of the larger one's largest entry
+RAREST = 3  # what two mistakes that are made at once may cost together
+
+
+@dataclass(frozen=True)
+class Mistake:
+    words: str  # what it is: its kind, a colon, and more
+    step: int  # the first that is changed
+    changes: dict
+    line: str | None = None  # of the forward, that has to do with it
+    cost: int = 1  # the likelier it is, the smaller
+    group: str = ""  # mistakes of one group may be made all at once
+
+
+class Mistakes:
+    """The mistakes in a lesson's backward, and what each makes of the results.
+
+    results: the names of what is compared, so_far: what stood there before, for a backward that adds in place.
+    """
+
+    def __init__(self, lesson, backward, results, so_far):
+        self.lesson, self.backward, self.results, self.so_far = lesson, backward, list(results), so_far
+        self.right = self._changes(backward.values)
+        self.terms = [*self._terms()]
+        own = [*self._own()]
+        every = [*own, *(made for i in range(len(backward.steps)) for made in self._of_step(i))]
+        groups = {}
+        for mistake in every:
+            groups.setdefault(mistake.group, []).append(mistake)
+        groups = [members for group, members in groups.items() if group and len(members) > 1]
+        twins = [_united(members) for members in groups]
+        twins += [_united(some) for members in groups if len(members) > 2 for some in _all_but_one(members)]
+        self.singles = Space(self.right)
+        self.effective = []  # all that change something, in the words of the first that makes the same of it
+        for mistake in sorted([*every, *twins], key=lambda mistake: mistake.cost):
+            same = self._add(self.singles, (mistake,))
+            if same:
+                (first,) = same
+                self.effective.append(dataclasses.replace(mistake, words=first.words, line=first.line))
+
+    @functools.cached_property
+    def pairs(self):
+        """Those made of two mistakes, the usual ones first."""
+        space = Space(self.right)
+        for a, b in sorted(itertools.combinations(self.effective, 2), key=lambda pair: pair[0].cost + pair[1].cost):
+            if a.cost + b.cost <= RAREST and not a.changes.keys() & b.changes.keys():
+                self._add(space, (a, b))
+        return space
+
+    def _changes(self, values):
+        """{result: by how much it is changed} of what the steps end with."""
+        return {name: values[name] - self.so_far.get(name, 0) for name in self.results}
+
+    def _add(self, space, mistakes):
+        """Add mistakes that are made at once to a Space; those that have the same results, or None if nothing changed."""
+        changes = {node: new for mistake in mistakes for node, new in mistake.changes.items()}
+        try:
+            made = self._changes(self.backward.run(changes, min(mistake.step for mistake in mistakes)))
+        except (ValueError, TypeError, IndexError, KeyError, AttributeError, ZeroDivisionError):
+            return None  # it raises an exception: nobody need guess it
+        return space.add(mistakes, made)
+
+    # What the lesson knows
+
+    def _own(self):
+        for begin, after, words, line in self.lesson.mistakes:
+            steps = [i for i, step in enumerate(self.backward.steps) if step.text.startswith(begin)]
+            changes = {self.backward.steps[i].node: [] for i in steps}
+            yield Mistake(words, steps[0], {**changes, self.backward.steps[steps[0]].node: parsed(after)}, line, 0)
+
+    # What holds for every op
+
+    def _is_array(self, node):
+        value = self.backward.right.get(node)
+        return isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim > 0
+
+    def _terms(self):
+        """(step, term, its words, line, {result: what it contributes}) of all terms which results are linear in."""
+        for i, step in enumerate(self.backward.steps):
+            for node in ast.walk(step.node):
+                if not (isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)) and self._is_array(node)):
+                    continue
+                for term in (node.left, node.right):
+                    if isinstance(term, ast.BinOp) and isinstance(term.op, (ast.Add, ast.Sub)):
+                        continue
+                    without, twice = (
+                        self._changes(self.backward.run({term: _times(factor, term)}, i)) for factor in (0.0, 2.0)
+                    )
+                    contribution = {name: right - without[name] for name, right in self.right.items()}
+                    if all(_near(twice[name] - right, contribution[name]) for name, right in self.right.items()):
+                        words, line = self.lesson.terms.get(ast.unparse(term), ("", None))
+                        yield Term(i, term, words or f"a term of {step.target}", line, contribution)
+
+    def _of_step(self, i):
+        """Mistakes in a step."""
+        step = self.backward.steps[i]
+        for term in self.terms:
+            if term.step == i:
+                kinds = (("missing term", 0.0, ""), ("sign", -1.0, f"signs of {step.target}"))
+                for kind, factor, group in kinds:
+                    words = f"{kind}: {'without' if factor == 0 else 'of'} {term.words}"
+                    yield Mistake(words, i, {term.node: _times(factor, term.node)}, term.line, 1, group)
+        for node in ast.walk(step.node):
+            for words, new, cost, group in self._of_node(node, step):
+                yield Mistake(words, i, {node: new}, None, cost, group)
+        for words, after, cost in _of_statement(step):
+            yield Mistake(words, i, {step.node: after}, None, cost)
+        value = getattr(step.node, "value", None)
+        if self._is_array(value) and not step.in_place:
+            for name, array in self._arrays(i):
+                for text in (name, f"1 - {name}", f"{name} * (1 - {name})") if array.dtype.kind == "f" else (name,):
+                    words = f"a factor too many: {text}, in {step.target}"
+                    yield Mistake(words, i, {value: _binary(value, ast.Mult(), _expression(text))}, None, 3)
+
+    def _arrays(self, i):
+        """(name, array) of what a student has when step i begins, and of the forward's values."""
+        seen = set()
+        for name, value in self.backward.before[i].items():
+            if isinstance(value, np.ndarray) and value.ndim and value.dtype.kind in "fb" and id(value) not in seen:
+                seen.add(id(value))
+                yield name, value
+
+    def _of_node(self, node, step):
+        """(words, another node, cost, group) for a node of a step."""
+        if isinstance(node, ast.BinOp) and self._is_array(node):
+            yield from self._of_product(node, step)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and self._is_array(node.func.value):
+            yield from self._of_sum(node, step)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "np.where":
+            mask, kept, _ = node.args
+            yield f"wrong mask: it is turned round, in {step.target}", _with(node, 0, _not(mask)), 1, ""
+            yield f"missing mask: {step.target} is not what it is where the mask is 0", kept, 1, ""
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
+            yield f"wrong mask: it is turned round, in {step.target}", node.operand, 1, ""
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and self._is_array(node):
+            right = self.backward.right[node]
+            for name, array in self._arrays(self.backward.steps.index(step)):
+                if array.shape == right.shape and name != node.id and not np.array_equal(array, right):
+                    words = f"wrong value: {name} stands where another value belongs, in {step.target}"
+                    yield words, ast.Name(name, ast.Load()), 2, f"{name} for {node.id}"
+        elif isinstance(node, ast.Slice) and node.upper is not None and node.lower is None:
+            one, end = ast.Constant(1), node.upper
+            words = f"wrong index: other rows of {step.target} than those that the forward used"
+            yield words, ast.Slice(one, ast.BinOp(end, ast.Add(), one), None), 1, ""
+            yield words, ast.Slice(ast.UnaryOp(ast.USub(), end), None, None), 1, ""
+
+    def _of_product(self, node, step):
+        left, right, target = node.left, node.right, step.target
+        if isinstance(node.op, ast.Mult):
+            for factor, rest in ((left, right), (right, left)):
+                words = f"missing factor: {target} lacks one that the forward's line has"
+                yield words, rest, 1, f"no {ast.unparse(factor)}"
+                words = f"upside down: in {target} is divided by what must be multiplied with"
+                yield words, _binary(rest, ast.Div(), factor), 1, ""
+                if isinstance(rest, ast.BinOp) and isinstance(rest.op, (ast.Add, ast.Sub)):
+                    words = f"missing factor: in {target} not every term has it; parentheses?"
+                    yield from ((words, new, 1, "") for new in _distributed(factor, rest))
+        elif isinstance(node.op, ast.Div):
+            yield f"missing factor: {target} lacks one that the forward's line has", left, 1, f"no / {ast.unparse(right)}"
+            words = f"upside down: in {target} is multiplied with what must be divided by"
+            yield words, _binary(left, ast.Mult(), right), 1, f"* {ast.unparse(right)}"
+        elif isinstance(node.op, ast.MatMult):
+            words = f"transposed: in the product that makes {target}, a row stands where a column belongs"
+            turned = _turned(left), _turned(right)
+            for a, b in ((turned[0], right), (left, turned[1]), turned, (right, left), turned[::-1]):
+                yield words, _binary(a, ast.MatMult(), b), 1, ""
+            words = f"transposed, then reshaped: reshape makes the shape of {target} right but does not exchange axes"
+            shape = ast.Constant(self.backward.right[node].shape)
+            for new in (_binary(turned[1], ast.MatMult(), turned[0]), node):
+                new = _turned(copy.copy(new)) if new is node else new
+                yield words, ast.Call(ast.Attribute(new, "reshape", ast.Load()), [shape], []), 1, ""
+        elif isinstance(node.op, ast.Pow) and isinstance(right, ast.Constant):
+            for power in {1, 2, 3} - {right.value}:
+                yield f"wrong power: in {target}", _binary(left, ast.Pow(), ast.Constant(power)), 1, ""
+
+    def _of_sum(self, node, step):
+        kind, array = node.func.attr, self.backward.right[node.func.value]
+        words = {word.arg: word.value.value for word in node.keywords if isinstance(word.value, ast.UnaryOp) is False}
+        axis = next((self.backward.right[w.value] for w in node.keywords if w.arg == "axis"), None)
+        if kind not in ("sum", "mean") or axis is None:
+            return
+        n, target = array.shape[axis], step.target
+        other = copy.copy(node)
+        other.func = ast.Attribute(node.func.value, {"sum": "mean", "mean": "sum"}[kind], ast.Load())
+        called = "mean instead of sum" if kind == "sum" else "sum instead of mean"
+        yield f"{called}: in {target}", other, 1, called
+        if kind == "mean":
+            for length in sorted({n - 1, *(m for m in array.shape if m != n)}):
+                called = f"constant factor: the mean in {target} is not divided by how many numbers it is of"
+                yield called, _binary(other, ast.Div(), ast.Constant(length)), 1, f"mean of {length}"
+        keep = words.get("keepdims", False)
+        for wrong in range(-array.ndim, 0):
+            if wrong != axis and wrong + array.ndim != axis:
+                other = copy.copy(node)
+                other.keywords = [ast.keyword("axis", _number(wrong)), *(w for w in node.keywords if w.arg != "axis")]
+                yield f"wrong axis: the {kind} in {target} goes over another one", other, 1, f"axis {wrong}"
+        if not keep:
+            for row, called in ((0, "first"), (-1, "last")):
+                index = [ast.Slice()] * (axis % array.ndim) + [_number(row)]
+                part = ast.Subscript(node.func.value, ast.Tuple(index, ast.Load()), ast.Load())
+                yield f"one row only: {target} is that of the {called}, and all used the same number", part, 1, ""
+        else:
+            yield f"missing sum: in {target}, one number reaches many, and their gradients add up", node.func.value, 1, ""
+
+
+@dataclass(frozen=True)
+class Term:
+    step: int
+    node: ast.expr
+    words: str
+    line: str | None
+    contribution: dict
+
+
+class Space:
+    """Mistakes, and what the results are with them, in a matrix for each result: one row for each."""
+
+    def __init__(self, right):
+        self.right, self.mistakes, self.made = right, [], []
+        self.seen = {self._key(right): None}
+
+    def add(self, mistakes, made):
+        """Those that make the same of the results, which may be these; None if nothing is changed."""
+        arrays = {}
+        for name, right in self.right.items():
+            array = np.asarray(made[name], np.float64)
+            fits = array.shape == right.shape and np.isfinite(array).all() and array.any()
+            arrays[name] = array if fits else np.full(right.shape, np.nan)
+        key = self._key(arrays)
+        if key not in self.seen:
+            self.seen[key] = mistakes
+            self.mistakes.append(mistakes)
+            self.made.append(arrays)
+        return self.seen[key]
+
+    def _key(self, arrays):
+        return tuple(np.round(arrays[name] / np.abs(right).max(), 8).tobytes() for name, right in self.right.items())
+
+    @functools.cached_property
+    def rows(self):
+        """{result: what it is, a row for each of the mistakes}; nothing is added after that."""
+        return {name: np.array([made[name].ravel() for made in self.made]) for name in self.right}
+
+    def ratios(self, name, got):
+        """c for each of the mistakes, where got = c times what it makes of this result; NaN elsewhere."""
+        rows, got = self.rows[name], got.ravel()
+        with np.errstate(all="ignore"):
+            c = (rows @ got) / (rows * rows).sum(axis=1)
+            error = np.abs(got - c[:, None] * rows).max(axis=1)
+            return np.where(error <= CLOSE * np.abs(c) * np.abs(rows).max(axis=1), c, np.nan)
+
+    def same(self, name):
+        """Whether each of the mistakes leaves this result as it is."""
+        with np.errstate(all="ignore"):
+            return np.abs(self.ratios(name, self.right[name]) - 1) <= CLOSE
+
+
+def _near(a, b):
+    return np.abs(a - b).max(initial=0) <= CLOSE * np.abs(b).max(initial=0)
+
+
+def _all_but_one(mistakes):
+    return itertools.combinations(mistakes, len(mistakes) - 1)
+
+
+def _united(mistakes):
+    """Several mistakes of a group as one."""
+    first = min(mistakes, key=lambda mistake: mistake.step)
+    changes = {node: new for mistake in mistakes for node, new in mistake.changes.items()}
+    return Mistake(first.words, first.step, changes, first.line, first.cost, "")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Nodes
+
+
+def _expression(text):
+    return ast.parse(text, mode="eval").body
+
+
+def _number(n):
+    return ast.Constant(n)
+
+
+def _binary(left, op, right):
+    return ast.BinOp(copy.copy(left), op, copy.copy(right))  # a copy: it may be the node that is replaced
+
+
+def _times(factor, node):
+    return _binary(ast.Constant(factor), ast.Mult(), node)
+
+
+def _not(mask):
+    return ast.UnaryOp(ast.Invert(), mask)
+
+
+def _with(call, i, argument):
+    new = copy.copy(call)
+    new.args = [*call.args[:i], argument, *call.args[i + 1 :]]
+    return new
+
+
+def _turned(node):
+    """A node with its last two axes exchanged."""
+    if isinstance(node, ast.Attribute) and node.attr == "T":
+        return node.value
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "swapaxes":
+        return node.func.value
+    axes = [ast.Constant(-1), ast.Constant(-2)]
+    return ast.Call(ast.Attribute(copy.copy(node), "swapaxes", ast.Load()), axes, [])
+
+
+def _distributed(factor, terms):
+    """factor * (terms) with the factor at the first term only, and at all but one."""
+    yield _binary(_binary(factor, ast.Mult(), terms.left), terms.op, terms.right)
+    yield _binary(terms.left, terms.op, _binary(factor, ast.Mult(), terms.right))
+    if isinstance(terms.left, ast.BinOp) and isinstance(terms.left.op, (ast.Add, ast.Sub)):
+        for left in _distributed(factor, terms.left):
+            yield _binary(left, terms.op, terms.right)
+
+
+def _of_statement(step):
+    """(words, other statements, cost) for the whole of a step."""
+    if isinstance(step.node, ast.AugAssign):
+        new = ast.Assign([_stored(step.node.target)], step.node.value, lineno=0)
+        yield f"overwritten: {step.target} is replaced, where something must be added to it", [new], 1
+    if step.in_place:
+        yield f"missing line: nothing is done for {step.text.partition(' ')[0]}", [], 2
+
+
+def _stored(target):
+    target = copy.copy(target)
+    target.ctx = ast.Store()
+    return target

@@ -19,6 +19,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import fresh_students
+
 from npgpt.study.check import Answer, Wrong
 from npgpt.study.hints import Case
 from npgpt.study.lesson import exercise_text
@@ -146,6 +148,9 @@ ANSWERS["table"] = [
         "wrong mask + constant factor",
     ),
 ]  # fmt: skip
+
+ANSWERS["first reader"] = fresh_students.FIRST
+ANSWERS["second reader"] = fresh_students.SECOND
 
 # How the words of a hint begin, up to a colon or comma -> its kind in the table.
 KINDS = {

@@ -433,7 +433,7 @@ def layernorm_backward(dy, x, weight, mean, rstd):
     dx = rstd[:, None] * (g - g.mean() - xhat * (g * xhat).mean(axis=1, keepdims=True))
     return dx, dweight, dbias
 """,
-    }, "wrong axis + factor too many"),
+    }, "wrong axis | sum too many + factor too many"),
     # dy (B, T, C) is brought to heads by reshape(B, n_head, T, hs) alone, without reshape(B, T, n_head,
     # hs) and a transpose, so positions and heads are mixed up.
     ("attention", {

@@ -29,7 +29,8 @@ from npgpt.study.lessons import LESSONS
 TABLE = Path(__file__).with_suffix(".txt")
 
 # (exercise, {blank: what the student wrote there}, what kind of mistake that is).  A blank is the variable that level 1
-# leaves open, or how the solution's line begins; a def replaces the function of its name.  "+": all of these; "|": either name is right.
+# leaves open, or how the solution's line begins; a def replaces the function of its name.  "a + b": two mistakes;
+# "a | b": one, which has two names.
 ANSWERS = {}
 ANSWERS["table"] = [
     ("attention", {"ds": "ds = p * drop * (da - (da * p * drop).sum(axis=-1, keepdims=True))"}, "wrong value"),
@@ -66,7 +67,14 @@ ANSWERS["table"] = [
         },
         "missing line",
     ),
-    ("cross-entropy", {"dlogits[~valid]": "dlogits[~valid] = 0\ndlogits = dlogits * P * (1 - P)", "p = np.exp": "P = np.exp(logits - lse[:, None])\np = P.copy()"}, "factor too many"),
+    (
+        "cross-entropy",
+        {
+            "dlogits[~valid]": "dlogits[~valid] = 0\ndlogits = dlogits * P * (1 - P)",
+            "p = np.exp": "P = np.exp(logits - lse[:, None])\np = P.copy()",
+        },
+        "factor too many",
+    ),
     ("embedding", {"dwpe": "dwpe[1 : T + 1] += dy.sum(axis=0)"}, "wrong index"),
     ("embedding", {"dwpe": "dwpe[-T:] += dy.sum(axis=0)"}, "wrong index"),
     ("embedding", {"dwpe": "dwpe += dy.sum(axis=0)"}, "wrong index"),
@@ -77,7 +85,11 @@ ANSWERS["table"] = [
     ("mlp", {"return 0.5": "return 0.5 * (1 + t) + 0.5 * z * (1 - t**2) * (1 + 3 * A * z**2)"}, "missing factor"),
     ("mlp", {"return 0.5": "return 0.5 * (1 + t) + z * (1 - t**2) * K * (1 + 3 * A * z**2)"}, "missing factor"),
     ("mlp", {"return 0.5": "return 0.5 * (1 + t) + 0.5 * (1 - t**2) * K * (1 + 3 * A * z**2)"}, "missing factor"),
-    ("mlp", {"return 0.5": "return 0.5 * (1 + t) + 0.5 * z * (1 - t) * K * (1 + 3 * A * z**2)"}, "wrong value | wrong power"),
+    (
+        "mlp",
+        {"return 0.5": "return 0.5 * (1 + t) + 0.5 * z * (1 - t) * K * (1 + 3 * A * z**2)"},
+        "wrong value | wrong power",
+    ),
     ("mlp", {"dpre": "dpre = dact * gelu_slope(dact)"}, "wrong value"),
     ("mlp", {"dpre": "dpre = dact * (pre > 0)"}, "wrong value"),
     ("mlp", {"dpre": "dpre = dact @ gelu_slope(pre)"}, "wrong product"),
@@ -124,11 +136,18 @@ ANSWERS["table"] = [
     ),
     (
         "layernorm",
-        {"g_xhat_mean": "g_xhat_mean = (g * xhat).sum(axis=1, keepdims=True)", "dx": "dx = g - g_mean - xhat * g_xhat_mean"},
+        {
+            "g_xhat_mean": "g_xhat_mean = (g * xhat).sum(axis=1, keepdims=True)",
+            "dx": "dx = g - g_mean - xhat * g_xhat_mean",
+        },
         "sum for mean + missing factor",
     ),
     ("embedding", {"dwpe": "dwpe[1 : T + 1] += dy.mean(axis=0)"}, "wrong index + mean for sum"),
-    ("embedding", {"np.add": "dwte[idx] += dy", "dwpe": "dwpe[:T] = dy[0]"}, "repeated index + overwritten + one row only"),
+    (
+        "embedding",
+        {"np.add": "dwte[idx] += dy", "dwpe": "dwpe[:T] = dy[0]"},
+        "repeated index + overwritten + one row only",
+    ),
     (
         "mlp",
         {"return 0.5": "return 0.5 * (1 + t) + 0.5 * z * (1 - t**2)", "dpre": "dpre = dact * gelu_slope(act)"},
@@ -158,7 +177,10 @@ KINDS = {
     "mean instead of sum": "mean for sum",
     "sum instead of mean": "sum for mean",
     "a factor too many": "factor too many",
-    "a sum too many": "missing axis",
+    "a sum too many": "sum too many",
+    "a term too many": "term too many",
+    "a line too many": "line too many",
+    "a factor that": "",
     "right numbers at wrong places": "reshape",
     "sign of": "sign",
     "none of the usual mistakes": "",
@@ -220,7 +242,7 @@ def hints_for(op, text, cases={}):  # noqa: B006  (a case is made once)
 
 def judged(meant, got):
     """How an answer counts: what it was meant to be, what was named."""
-    meant = [set(kind.strip() for kind in kinds.split("|")) for kinds in meant.split("+")]
+    meant = [{kind.strip() for kind in kinds.split("|")} for kinds in meant.split("+")]
     if not got:
         return "none"
     if not got <= set().union(*meant):

@@ -56,7 +56,7 @@ class Backward:
         self.steps = []
         module = lesson.module()
         self.names = {name: value for name, value in vars(builtins).items() if name in ("len", "float", "int", "range")}
-        self.names |= {**vars(module), **inputs}
+        self.names |= {**vars(module), "np": np, **inputs}
         for statement in _function(module, lesson.forward[-1]).body:
             if isinstance(statement, (ast.Assign, ast.AugAssign)):
                 run(statement, self.names, {})
@@ -79,7 +79,7 @@ class Backward:
         self.values = names
 
     def run(self, changes, first=0):
-        """{name: value} after all steps, with changes, {node: another one; of a statement, a list}, from step `first`."""
+        """{name: value} after all steps, with changes, {node: another one; of a statement, a list}, from a step on."""
         names = dict(self.before[first])
         with np.errstate(all="ignore"):
             for step in self.steps[first:]:

@@ -163,18 +163,21 @@ def imports_beside(path):
 
 
 def check(lesson, answer, say, more=0):
-    """Say, in lines, what a student's backward is worth, with 1 + more rungs of each hint; True if all of it is right."""
+    """Say, in lines, what a student's backward is worth, with 1 + more rungs of a hint; True if all of it is right."""
     answer.check_signature(lesson)
     say(f"{lesson.op}: {lesson.function()} against finite differences")
     case = Case(lesson)
     arguments = case.arguments()
-    results, right = answer.helpers(lesson, case) | answer.results(lesson, arguments), True
+    results, right = answer.results(lesson, arguments), True
     verdicts = case.compare(results)
+    if any(verdict and verdict.wrong for verdict in verdicts.values()):
+        verdicts = case.compare(answer.helpers(lesson, case) | results)
+    width = max(8, *map(len, verdicts))
     for name, verdict in verdicts.items():
         if verdict is None:
-            say(f"  {name:<8} blank  {answer.still_blank('see ') or 'it is None'}")
+            say(f"  {name:<{width}} blank  {answer.still_blank('see ') or 'it is None'}")
         else:
-            say(f"  {name:<8} " + (f"WRONG  {verdict.wrong}" if verdict.wrong else f"ok     {verdict.error:.0e}"))
+            say(f"  {name:<{width}} " + (f"WRONG  {verdict.wrong}" if verdict.wrong else f"ok     {verdict.error:.0e}"))
         right = right and verdict is not None and not verdict.wrong
     for line in ladder(case.hints(verdicts), more):
         say(line)

@@ -11,6 +11,7 @@ A Hint is a ladder of three rungs: which results and which entries; which line o
 kind of mistake that is.  What to write is left to the reader.
 """
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -19,10 +20,13 @@ import numpy as np
 
 from npgpt.gradcheck import BOUND, numeric_grad, relative_error
 from npgpt.study.backward import Backward
+from npgpt.study.kinds import RESHAPED, Found, factor_of, is_near, near, places, plain_mistake, shape_mistake
 from npgpt.study.lesson import New
-from npgpt.study.mistakes import CLOSE, Mistakes
+from npgpt.study.mistakes import CLOSE, RAREST, Mistakes
 from npgpt.tensor import Tensor
 
+NONE = "none of the usual mistakes: undo the forward line by line, from its last line back to this one"
+FARTHEST = 5  # the cost of the least likely explanation that is given
 AXES = {1: ("entry",), 2: ("row", "column"), 4: ("sequence", "head", "position", "column")}  # what an index is of
 
 
@@ -53,8 +57,15 @@ class Case:
         self.right |= self.parts
         self.lengths = {name: lesson.sizes[name] for name in lesson.lengths}
         self.factors = lesson.factors(**self.values)
-        self.backward = Backward(lesson, inputs, self.values)
-        self.mistakes = Mistakes(lesson, self.backward, self.parts, self.so_far)
+        self._inputs = inputs
+
+    @functools.cached_property
+    def backward(self):
+        return Backward(self.lesson, self._inputs, self.values)
+
+    @functools.cached_property
+    def mistakes(self):
+        return Mistakes(self.lesson, self.backward, self.parts, self.so_far)
 
     def arguments(self):
         """Arguments for the backward, copies that it may keep."""
@@ -83,7 +94,7 @@ class Case:
                 verdicts |= {part: self._verdict(part) for part in parts}
         wrong = {part: self.got[part] for part in self.got if verdicts[part].wrong}
         self.fine = [part for part in self.got if part not in wrong]
-        for part, found in self._found(wrong).items():
+        for part, found in self.found(wrong).items():
             verdicts[part].found = found
         names, line = self.lesson.shared
         through = [verdicts[part].found for part in names if part in wrong]
@@ -92,7 +103,8 @@ class Case:
                 found.line = found.line or line
         for part in wrong:
             found = verdicts[part].found
-            found.line = found.line or self.lesson.lines.get(part)
+            quotes = [step.quote for step in found.steps if step.quote]
+            found.line = found.line or (quotes[0] if quotes else self.lesson.lines.get(part))
         return verdicts
 
     def _verdict(self, part):
@@ -110,17 +122,19 @@ class Case:
 
     # What is found of wrong results: each step takes those that the steps before it have left
 
-    def _found(self, wrong):
+    def found(self, wrong):
         """{part: Found} for {part: wrong array}."""
         found = {}
         fits = {part: got for part, got in wrong.items() if got.shape == self.right[part].shape}
-        whole = self._whole(fits)
-        for look in (self._seen, self._made_by(0), self._of_terms, self._rearranged, self._made_by(1)):
+        usual, rare = self._made_by("singles", RAREST), self._made_by("singles", FARTHEST)
+        pairs = self._made_by("pairs", FARTHEST)
+        looks = (self._seen, usual, self._whole, self._of_terms, rare, self._rearranged, pairs)
+        for look in looks:
             left = {part: got for part, got in fits.items() if part not in found}
-            found |= whole if left and whole else look(left)
+            found |= look(left) if left else {}
         for part, got in wrong.items():
             if part not in fits:
-                found[part] = _shape_mistake(self, part, got, self.right[part])
+                found[part] = shape_mistake(self, part, got, self.right[part])
             elif part not in found:
                 found[part] = Found()
         return found
@@ -129,47 +143,46 @@ class Case:
         return array - self.so_far.get(part, 0)
 
     def _whole(self, fits):
-        """Parts of one result that have each other's numbers."""
-        if self.lesson.parts is None or len(fits) < 2:
+        """Parts of one result that have each other's numbers, which may have been wrong before."""
+        if self.lesson.parts is None or len(fits) < len(self.parts):
             return {}
-        got, right = (np.sort(np.concatenate([arrays[part].ravel() for part in fits])) for arrays in (fits, self.right))
-        swapped = any(_near(fits[part], self.right[other]) for part in fits for other in fits)
-        return dict.fromkeys(fits, Found((RESHAPED,))) if _near(got, right) and not swapped else {}
+        got = np.sort(np.concatenate([fits[part].ravel() for part in self.parts]))
+        swapped = any(near(fits[part], self.right[other]) for part in fits for other in fits)
+        rows = np.sort(np.concatenate([self.mistakes.singles.rows[part] for part in self.parts], axis=1), axis=1)
+        right = np.sort(np.concatenate([self.right[part].ravel() for part in self.parts]))
+        for kinds, row in ((((),), right), *zip(self.mistakes.singles.mistakes, rows, strict=True)):
+            if near(got, row) and not swapped:
+                words = () if row is right else tuple(mistake.words for mistake in kinds)
+                return dict.fromkeys(fits, Found((RESHAPED, *words)))
+        return {}
 
     def _seen(self, wrong):
         """What can be seen in any array."""
-        return {part: found for part in wrong if (found := _plain_mistake(self, part, wrong[part])) is not None}
+        return {part: found for part in wrong if (found := plain_mistake(self, part, wrong[part])) is not None}
 
-    def _made_by(self, more):
-        """A look for the mistakes of mistakes.py, one at a time, or two."""
+    def _made_by(self, several, most):
+        """A look for mistakes of mistakes.py, "singles" or "pairs", that cost so much at most."""
 
         def look(wrong):
             wrong, found = dict(wrong), {}
-            while wrong:
-                space = self.mistakes.pairs if more else self.mistakes.singles
-                best = self._best(space, wrong)
-                if best is None:
-                    break
-                for part, one in best.items():
-                    found[part] = one
-                    del wrong[part]
+            while wrong and (best := self._best(getattr(self.mistakes, several), wrong, most)):
+                found |= best
+                wrong = {part: got for part, got in wrong.items() if part not in best}
             return found
 
         return look
 
-    def _best(self, space, wrong):
-        """{part: Found} by what explains the most parts of those that are wrong, and is the likeliest; or None."""
-        if not space.mistakes:
-            return None
+    def _best(self, space, wrong, most):
+        """{part: Found} by what explains the most parts of those that are wrong, and is the likeliest."""
         ratios = {part: space.ratios(part, self._change(part, got)) for part, got in wrong.items()}
-        explained = sum(np.isfinite(c).astype(int) for c in ratios.values())
-        if not explained.max():
-            return None
         cost = np.array([sum(mistake.cost for mistake in mistakes) for mistakes in space.mistakes], float)
         for c in ratios.values():  # a factor besides is one more mistake
-            cost += np.where(np.isfinite(c) & (np.abs(c - 1) > CLOSE), 1.5, 0)
+            cost += [0 if np.isnan(one) or is_near(one, 1) else self._cost(one) for one in c]
         for part in self.fine:  # it would have made others wrong, too
             cost += np.where(space.same(part), 0, 1)
+        explained = sum(np.isfinite(c).astype(int) for c in ratios.values()) * (cost <= most)
+        if not explained.any():
+            return {}
         i = int(np.lexsort((cost, -explained))[0])
         line = next((mistake.line for mistake in space.mistakes[i] if mistake.line), None)
         steps = tuple(self.backward.steps[mistake.step] for mistake in space.mistakes[i])
@@ -177,38 +190,68 @@ class Case:
         for part, c in ratios.items():
             if np.isfinite(c[i]):
                 kinds = tuple(dict.fromkeys(mistake.words for mistake in space.mistakes[i]))
-                kinds += () if _is(c[i], 1) else (_factor(self, float(c[i]))[0],)
+                kinds += () if is_near(c[i], 1) else (factor_of(self, float(c[i]))[0],)
                 found[part] = Found(kinds, line, steps)
         return found
+
+    def _cost(self, c):
+        """How unlikely a factor is."""
+        known = [1.0, *self.lengths.values(), *(value for value, _ in self.factors.values())]
+        if any(is_near(abs(c), power) for value in known for power in (value, 1 / value)):
+            return 1
+        return 1.5 if any(is_near(abs(c), power) for n in (2, 3, 4) for power in (n, 1 / n)) else 3
 
     def _of_terms(self, wrong):
         """How much there is of each of the terms of a step."""
         found = {}
         for part, got in wrong.items():
-            right = self._change(part, self.right[part])
-            for step in dict.fromkeys(term.step for term in self.mistakes.terms):
-                terms = [term for term in self.mistakes.terms if term.step == step and term.contribution[part].any()]
-                for some in (some for n in (1, 2, 3) for some in itertools.combinations(terms, n)):
-                    columns = np.array([term.contribution[part].ravel() for term in some]).T
-                    rest = (self._change(part, got) - right).ravel()
-                    amounts, _, rank, _ = np.linalg.lstsq(columns, rest, rcond=None)
-                    if part in found or rank < len(some) or len(some) >= got.size:
-                        continue
-                    if np.abs(columns @ amounts - rest).max() <= CLOSE * np.abs(rest).max():
-                        kinds = tuple(self._amount(term, 1 + float(amount)) for term, amount in zip(some, amounts, strict=True))
-                        line = next((term.line for term in some if term.line), None)
-                        found[part] = Found(kinds, line, (self.backward.steps[step],))
+            rest = got - self.right[part]
+            for i in dict.fromkeys(term.step for term in self.mistakes.terms):
+                terms = [term for term in self.mistakes.terms if term.step == i and term.contribution[part].any()]
+                kinds, line = self._amounts(terms, part, rest)
+                if kinds:
+                    found[part] = Found(kinds, line, (self.backward.steps[i],))
+                    break
         return found
+
+    def _amounts(self, terms, part, rest):
+        """(kinds of mistakes, a line of the forward) if what is too much of a result is made of terms of it."""
+        for some in (some for n in (1, 2, 3) for some in itertools.combinations(terms, n)):
+            columns = np.array([term.contribution[part].ravel() for term in some]).T
+            amounts, _, rank, _ = np.linalg.lstsq(columns, rest.ravel(), rcond=None)
+            if len(some) == rank < rest.size and near(columns @ amounts, rest.ravel()):
+                kinds = tuple(self._amount(term, 1 + float(amount)) for term, amount in zip(some, amounts, strict=True))
+                return kinds, next((term.line for term in some if term.line), None)
+        for term in terms:
+            kind = self._row_by_row(term.contribution[part], rest)
+            if kind:
+                return (f"{kind} {term.words}",), term.line
+        return (), None
+
+    def _row_by_row(self, contribution, rest):
+        """Words for how much there is of a term, if that is one number for each row; else nothing."""
+        if contribution.ndim != 2 or not contribution.all():
+            return ""
+        amounts = 1 + rest / contribution
+        if np.ptp(amounts, axis=1).max() > CLOSE * np.abs(amounts).max():
+            return ""
+        for name, value in self.values.items():  # is it a power of what each row has one of?
+            if isinstance(value, np.ndarray) and value.shape == amounts.shape[:1] and (value > 0).all():
+                logs = np.log(np.abs(amounts.mean(axis=1)))
+                (power, _), residuals, *_ = np.polyfit(np.log(value), logs, 1, full=True)
+                if residuals.size and residuals[0] <= CLOSE * CLOSE and abs(power) > CLOSE:
+                    return f"wrong power: {name} has another one in"
+        return "a factor that differs from row to row is wrong: that of"
 
     def _amount(self, term, amount):
         """What kind of mistake it is that there is so much of a term."""
         if abs(amount) <= CLOSE:
             return f"missing term: without {term.words}"
-        words = _factor(self, amount)[0]
+        words = factor_of(self, amount)[0]
         return f"{words}: of {term.words}" if words.startswith("sign:") else f"{words} (of {term.words} alone)"
 
     def _rearranged(self, wrong):
-        return {part: found for part in wrong if (found := _places(self, part, wrong[part])) is not None}
+        return {part: found for part in wrong if (found := places(self, part, wrong[part])) is not None}
 
     # The ladder
 
@@ -217,36 +260,31 @@ class Case:
         groups = {}
         for part, verdict in verdicts.items():
             if verdict is not None and verdict.found is not None:
-                found = verdict.found
-                groups.setdefault((found.kinds, found.line) if found.kinds else None, []).append(part)
-        return [self._hint(parts, verdicts) for parts in groups.values()]
+                groups.setdefault((verdict.found.kinds, verdict.found.steps), []).append(part)
+        return [self._hint(parts, verdicts[parts[0]].found) for parts in groups.values()]
 
-    def _hint(self, parts, verdicts):
-        found = verdicts[parts[0]].found
-        steps = [step.target for step in dict.fromkeys(found.steps)]
-        line = found.line
-        where = f"in what makes {' and '.join(dict.fromkeys(steps))}" if steps else ""
-        return Hint(tuple(parts), self._where(parts), line, where, found.kinds)
+    def _hint(self, parts, found):
+        made = list(dict.fromkeys(step.target for step in found.steps))
+        step = f"where {_listed(made)} {_are(made)} made" if made else ""
+        return Hint(tuple(parts), self._where(parts), found.line, step, found.kinds)
 
     def _where(self, parts):
-        """Which results are wrong, which steps are therefore suspect, and which entries."""
-        names = " and ".join(parts)
-        words = f"{names} {'is' if len(parts) == 1 else 'are'} wrong"
+        """Which results are wrong, what they alone come from, and which entries."""
+        words = f"{_listed(parts)} {_are(parts)} wrong"
         if self.fine:
-            words = f"{' and '.join(self.fine)} {'is' if len(self.fine) == 1 else 'are'} right, {words}"
+            words = f"{_listed(self.fine)} {_are(self.fine)} right, {words}"
         helpers = {helper for helper, _, _ in self.lesson.slopes}
         if helpers & set(parts):
-            return f"{words}: begin with {' and '.join(helpers & set(parts))}, which was measured by itself"
+            return f"{words}: begin with {_listed(sorted(helpers & set(parts)))}, which was measured by itself"
         suspects = {}
         for i, step in enumerate(self.backward.steps):
-            reached = self.backward.reached(i, self.right) - helpers
-            if reached >= set(parts) and not reached & set(self.fine):
+            reached = self.backward.reached(i, self.right) - (helpers - set(self.fine))
+            made = self.backward.values[step.target]
+            if reached >= set(parts) and not reached & set(self.fine) and np.ndim(made) and len(step.writes) == 1:
                 suspects[step.target] = None
         suspects = [name for name in suspects if name not in parts]
         if suspects:
-            *before, last = suspects
-            words += f": it is in {last}" + (f", or before it in {' or '.join(before[::-1])}" if before else "")
-            words += "" if len(parts) > 1 else ", or in the line itself"
+            words += f"; what leads to {'it' if len(parts) == 1 else 'these'} alone is {_listed(suspects)}"
         entries = {self._entries(part) for part in parts if self.got[part].shape == self.right[part].shape}
         if len(entries) == 1 and (only := entries.pop()):
             words += f"; {only}"
@@ -255,29 +293,29 @@ class Case:
     def _entries(self, part):
         """Words for which entries of a result are wrong; nothing where that says nothing."""
         wrong = relative_error(self.got[part], self.right[part]) > BOUND
-        for words, mask in self.lesson.places(**self.values).get(part, {}).items():
+        masks = self.lesson.places(**self.values).get(part, {})
+        for words, mask in masks.items():
             if np.array_equal(wrong, mask):
                 return f"wrong are {words}, and no others"
+        for words, mask in masks.items():
             if not (wrong & ~mask).any():
                 return f"wrong are only some of {words}"
         for axis, per in enumerate(AXES.get(wrong.ndim, ())):
             others = tuple(other for other in range(wrong.ndim) if other != axis)
-            places = np.flatnonzero(wrong.any(axis=others))
-            if 2 * len(places) <= wrong.shape[axis]:
-                return f"wrong is only {per} {', '.join(map(str, places))}"
-            fine = np.flatnonzero(~wrong.any(axis=others))
-            if 0 < len(fine):
-                return f"{per} {', '.join(map(str, fine))} is right"
+            bad = wrong.any(axis=others)
+            fewer, verdict = (bad, "wrong") if 2 * bad.sum() <= bad.size else (~bad, "right")
+            if fewer.any():
+                places = [str(place) for place in np.flatnonzero(fewer)]
+                return f"only the {per}{'s' * (len(places) > 1)} {_listed(places)} {_are(places)} {verdict}"
         return ""
 
 
-@dataclass
-class Found:
-    """What has been found of a wrong result: kinds of mistakes, the forward's line, the backward's steps."""
+def _listed(names):
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
-    kinds: tuple = ()
-    line: str | None = None
-    steps: tuple = ()
+
+def _are(things):
+    return "is" if len(things) == 1 else "are"
 
 
 @dataclass
@@ -298,153 +336,17 @@ class Hint:
     kinds: tuple  # each a mistake
 
     def rungs(self):
-        yield self.where + "."
-        yield f"Look at the forward's line:  {self.line}" + (f"  ({self.step})" if self.step else "")
-        if self.kinds:
-            yield "; and ".join(self.kinds) + "."
+        """Three lines."""
+        kinds = "; and ".join(self.kinds or (NONE,))
+        where = f"  ({self.step})" if self.step else ""
+        return f"{self.where}.", f"the forward's  {self.line}{where}", kinds + "." * (kinds[-1] != "?")
 
 
 def ladder(hints, more):
     """The lines of hints, each up to its rung 1 + more."""
     for hint in hints:
-        rungs = list(hint.rungs())
-        yield from (f"  {'hint: ' if n == 0 else '      '}{rung}" for n, rung in enumerate(rungs[: 1 + more]))
-    if any(more + 1 < len(list(hint.rungs())) for hint in hints):
-        yield f"  to be told more:  check ... {' '.join(['--more'] * (more + 1))}"
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Kinds of mistakes that show in any array
-
-
-def ratio(got, wrong):
-    """c with got = c * wrong, or None."""
-    if got.shape != wrong.shape or not np.isfinite(got).all() or not wrong.any():
-        return None
-    c = float((got * wrong).sum() / (wrong * wrong).sum())
-    close = np.abs(got - c * wrong).max() <= CLOSE * abs(c) * np.abs(wrong).max()
-    return c if c and close else None
-
-
-RESHAPED = "right numbers at wrong places: reshape keeps the order in memory, transpose exchanges axes"
-
-
-def _plain_mistake(case, name, got):
-    """A Found for what can be seen at once, or None."""
-    right, so_far = case.right[name], case.so_far.get(name)
-    if not np.isfinite(got).all():
-        return Found(("not finite: a division by 0, or a logarithm or exponential out of bounds",))
-    if so_far is not None:
-        if _near(got, so_far):
-            return Found(("nothing was added: the gradient is what it was before",))
-        if ratio(got, right - so_far) is not None:
-            words = "overwritten: add to the gradient so far; another op, as the tied output layer, left its share"
-            return Found((words,))
-        got, right = got - so_far, right - so_far
-    if not got.any():
-        return Found(("all zeros: nothing has been written into it",))
-    c = ratio(got, right)
-    if c is not None:
-        words, line = _factor(case, c)
-        return Found((words,), line)
-    for other, array in case.parts.items():
-        mine = case.right[name]
-        if other != name and _near(case.got[name], array) and other in case.got and _near(case.got[other], mine):
-            return Found((f"wrong place: this is {other}, and what stands there is {name}",))
-    is_wrong, is_zero = _wrong_and_zero(got, right)
-    if not (is_wrong & ~is_zero).any():
-        return Found((f"wrong mask: it must be 0 {case.lesson.zeros}",))
-    return None
-
-
-def _places(case, name, got):
-    """A Found for right numbers at wrong places and for what is wrong in a regular way, or None."""
-    got, right = case._change(name, got), case._change(name, case.right[name])
-    for other, array in case.parts.items():
-        if other != name and ratio(got, case._change(other, array)) is not None:
-            return Found((f"wrong place: this is {other}",))
-    if right.ndim > 1 and ratio(got.reshape(right.shape[::-1]).T, right) is not None:
-        return Found(("transposed, then reshaped: reshape makes the shape right but does not exchange axes",))
-    if _near(np.sort(got, axis=None), np.sort(right, axis=None)):
-        return Found((RESHAPED,))
-    is_wrong, is_zero = _wrong_and_zero(got, right)
-    if not got[is_wrong].any() or not got[~is_zero].any():
-        return Found(("wrong mask: it is 0 where it must not be",))
-    if right.ndim == 2 and not is_zero.any():
-        quotients = got / right
-        for axis, per in ((1, "row"), (0, "column")):
-            if (np.ptp(quotients, axis=axis) <= CLOSE * np.abs(quotients).max(axis=axis)).all():
-                return Found((f"missing factor: it is the same in a whole {per}, and differs from {per} to {per}",))
-    return None
-
-
-def _wrong_and_zero(got, right):
-    """Masks: what is wrong, and what is 0 or should be."""
-    return relative_error(got, right) > BOUND, np.abs(right) <= CLOSE * CLOSE * np.abs(right).max()
-
-
-def _shape_mistake(case, name, got, right):
-    """A Found for a result of another shape."""
-    for other, array in case.parts.items():
-        if other != name and _near(got, array):
-            return Found((f"wrong place: this is {other}; mind the order of the results",))
-
-    def besides(array):
-        """What is wrong with it even when it has the right shape."""
-        return () if _near(array, right) else case._found({name: array})[name].kinds
-
-    if got.size == right.size and ratio(got.reshape(right.shape), right) is not None:
-        words = "right numbers with another shape: an axis of length 1 too many or too few (keepdims?)"
-        return Found((words, *besides(got.reshape(right.shape))))
-    if got.shape == right.shape[::-1]:
-        words = "transposed: write the product down with indices: which index comes first?"
-        return Found((words, *besides(got.T)))
-    if got.ndim > right.ndim:
-        for axes in itertools.combinations(range(got.ndim), got.ndim - right.ndim):
-            if tuple(n for axis, n in enumerate(got.shape) if axis not in axes) != right.shape:
-                continue
-            total = got.sum(axis=axes)
-            many = right.ndim == 1 and all(got.shape[axis] in case.many for axis in axes)
-            if ratio(total, right) is not None or many:
-                names = " and ".join(f"{axis} (length {got.shape[axis]})" for axis in axes)
-                words = f"missing sum over the broadcast axis {names}: the forward used one number many times"
-                return Found((words, *besides(total)))
-    if got.ndim < right.ndim:
-        return Found(("a sum too many: fewer axes than what it is the gradient of",))
-    names = [n for n, length in case.lengths.items() if got.shape == (length,)]
-    if names and right.ndim == 1:
-        return Found((f"wrong axis: it was summed over, and what is left is the axis {names[0]}",))
-    return Found(("wrong shape: a gradient has the shape of what it is the gradient of",))
-
-
-def _factor(case, c):
-    """(words for a result that is c times what it must be, line)."""
-    if _is(c, 1):
-        return "rounding: it is nearly right; is something float32 on the way?", None
-    if _is(c, -1):
-        return "sign: every entry has the wrong one", None
-
-    def times(sign, factor):  # in as few digits as tell it from 1
-        figures = next(text for n in (4, 6, 8, 10) if (text := f"{factor:.{n}g}").strip("-") != "1" or n == 10)
-        return f"{sign}constant factor: every entry is {figures} times what it must be"
-
-    ways = ("", c), ("sign, and ", -c)
-    for sign, factor in ways:
-        for name, n in case.lengths.items():
-            if _is(factor, 1 / n):
-                return f"{sign}mean instead of sum: every entry is 1/{n} of what is right, and {name} = {n}", None
-            if _is(factor, n):
-                return f"{sign}sum instead of mean: every entry is {n} times too large, and {name} = {n}", None
-        for name, (value, line) in case.factors.items():
-            for power, called in ((value, name), (1 / value, f"1 / ({name})" if " " in name else f"1 / {name}")):
-                if _is(factor, power):
-                    return f"{times(sign, factor)}, which is {called}", line
-    return times(*ways[c < 0]), None  # the one whose factor is positive
-
-
-def _is(c, value):
-    return math.isclose(c, value, rel_tol=CLOSE)
-
-
-def _near(a, b):
-    return a.shape == b.shape and np.abs(a - b).max(initial=0) <= CLOSE * np.abs(b).max(initial=0)
+        for head, rung in zip(("hint: ", "line: ", "kind: ")[: 1 + more], hint.rungs(), strict=False):
+            yield f"  {head}{rung}"
+    if hints and more < 2:
+        next_rung = ("which line it is", "which kind of mistake")[more]
+        yield f"  to be told {next_rung}: the same command with {' '.join(['--more'] * (more + 1))}"

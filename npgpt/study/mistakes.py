@@ -70,7 +70,7 @@ class Mistakes:
         return {name: values[name] - self.so_far.get(name, 0) for name in self.results}
 
     def _add(self, space, mistakes):
-        """Add mistakes that are made at once to a Space; those that have the same results, or None if nothing changed."""
+        """Add mistakes that are made at once to a Space; those with the same results, or None if nothing changed."""
         changes = {node: new for mistake in mistakes for node, new in mistake.changes.items()}
         try:
             made = self._changes(self.backward.run(changes, min(mistake.step for mistake in mistakes)))
@@ -81,6 +81,7 @@ class Mistakes:
     # What the lesson knows
 
     def _own(self):
+        """The lesson's; that a text of it cannot run is a mistake in the lesson."""
         for begin, after, words, line in self.lesson.mistakes:
             steps = [i for i, step in enumerate(self.backward.steps) if step.text.startswith(begin)]
             changes = {self.backward.steps[i].node: [] for i in steps}
@@ -96,10 +97,10 @@ class Mistakes:
         """(step, term, its words, line, {result: what it contributes}) of all terms which results are linear in."""
         for i, step in enumerate(self.backward.steps):
             for node in ast.walk(step.node):
-                if not (isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub)) and self._is_array(node)):
+                if not (_is_sum(node) and self._is_array(node)):
                     continue
                 for term in (node.left, node.right):
-                    if isinstance(term, ast.BinOp) and isinstance(term.op, (ast.Add, ast.Sub)):
+                    if _is_sum(term):
                         continue
                     without, twice = (
                         self._changes(self.backward.run({term: _times(factor, term)}, i)) for factor in (0.0, 2.0)
@@ -121,6 +122,8 @@ class Mistakes:
         for node in ast.walk(step.node):
             for words, new, cost, group in self._of_node(node, step):
                 yield Mistake(words, i, {node: new}, None, cost, group)
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult) and self._is_array(node.right):
+                yield from self._too_late(i, node)
         for words, after, cost in _of_statement(step):
             yield Mistake(words, i, {step.node: after}, None, cost)
         value = getattr(step.node, "value", None)
@@ -129,6 +132,15 @@ class Mistakes:
                 for text in (name, f"1 - {name}", f"{name} * (1 - {name})") if array.dtype.kind == "f" else (name,):
                     words = f"a factor too many: {text}, in {step.target}"
                     yield Mistake(words, i, {value: _binary(value, ast.Mult(), _expression(text))}, None, 3)
+
+    def _too_late(self, i, product):
+        """Mistakes in which a factor comes in at a later step."""
+        for later in self.backward.steps[i + 1 :]:
+            value = getattr(later.node, "value", None)
+            if self._is_array(value) and self.backward.steps[i].writes & later.reads and not later.in_place:
+                words = f"wrong order: a factor comes in before {later.target} is made, not after it"
+                changes = {product: product.left, value: _binary(value, ast.Mult(), product.right)}
+                yield Mistake(words, i, changes, None, 1)
 
     def _arrays(self, i):
         """(name, array) of what a student has when step i begins, and of the forward's values."""
@@ -151,36 +163,52 @@ class Mistakes:
         elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
             yield f"wrong mask: it is turned round, in {step.target}", node.operand, 1, ""
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and self._is_array(node):
-            right = self.backward.right[node]
-            for name, array in self._arrays(self.backward.steps.index(step)):
-                if array.shape == right.shape and name != node.id and not np.array_equal(array, right):
-                    words = f"wrong value: {name} stands where another value belongs, in {step.target}"
-                    yield words, ast.Name(name, ast.Load()), 2, f"{name} for {node.id}"
+            yield from self._of_value(node, step)
         elif isinstance(node, ast.Slice) and node.upper is not None and node.lower is None:
             one, end = ast.Constant(1), node.upper
             words = f"wrong index: other rows of {step.target} than those that the forward used"
             yield words, ast.Slice(one, ast.BinOp(end, ast.Add(), one), None), 1, ""
             yield words, ast.Slice(ast.UnaryOp(ast.USub(), end), None, None), 1, ""
 
+    def _of_value(self, node, step):
+        """Mistakes in the use of an array."""
+        right, target = self.backward.right[node], step.target
+        for name, array in self._arrays(self.backward.steps.index(step)):
+            if array.shape == right.shape and name != node.id and not np.array_equal(array, right):
+                words = f"wrong value: {name} stands where another value belongs, in {target}"
+                yield words, ast.Name(name, ast.Load()), 2, f"{name} for {node.id}"
+        for name, array in self.backward.values.items():  # those that are made later, too
+            if isinstance(array, np.ndarray) and array.dtype.kind == "f" and 0 < array.ndim <= right.ndim:
+                for op in (ast.Add(), ast.Sub()):
+                    words = f"a term too many: {name}, in {target}"
+                    yield words, _binary(node, op, ast.Constant(array)), 3, f"{node.id} {type(op).__name__} {name}"
+        square = _binary(node, ast.Pow(), ast.Constant(2))
+        yield f"wrong power: {node.id} is squared, in {target}", square, 2, f"{node.id} squared"
+
     def _of_product(self, node, step):
         left, right, target = node.left, node.right, step.target
         if isinstance(node.op, ast.Mult):
             for factor, rest in ((left, right), (right, left)):
-                words = f"missing factor: {target} lacks one that the forward's line has"
+                words = f"missing factor: {target} lacks one of its factors"
                 yield words, rest, 1, f"no {ast.unparse(factor)}"
                 words = f"upside down: in {target} is divided by what must be multiplied with"
                 yield words, _binary(rest, ast.Div(), factor), 1, ""
-                if isinstance(rest, ast.BinOp) and isinstance(rest.op, (ast.Add, ast.Sub)):
+                if _is_sum(rest):
                     words = f"missing factor: in {target} not every term has it; parentheses?"
                     yield from ((words, new, 1, "") for new in _distributed(factor, rest))
         elif isinstance(node.op, ast.Div):
-            yield f"missing factor: {target} lacks one that the forward's line has", left, 1, f"no / {ast.unparse(right)}"
+            words = f"missing factor: {target} lacks one of its factors"
+            yield words, left, 1, f"no / {ast.unparse(right)}"
             words = f"upside down: in {target} is multiplied with what must be divided by"
             yield words, _binary(left, ast.Mult(), right), 1, f"* {ast.unparse(right)}"
         elif isinstance(node.op, ast.MatMult):
             words = f"transposed: in the product that makes {target}, a row stands where a column belongs"
             turned = _turned(left), _turned(right)
             for a, b in ((turned[0], right), (left, turned[1]), turned, (right, left), turned[::-1]):
+                yield words, _binary(a, ast.MatMult(), b), 1, ""
+            for row, called in ((slice(1), "first"), (slice(-1, None), "last")):
+                a, b = _part(left, (..., row)), _part(right, (..., row, slice(None)))
+                words = f"one row only: {target} is that of the {called}, and all of them count"
                 yield words, _binary(a, ast.MatMult(), b), 1, ""
             words = f"transposed, then reshaped: reshape makes the shape of {target} right but does not exchange axes"
             shape = ast.Constant(self.backward.right[node].shape)
@@ -207,18 +235,22 @@ class Mistakes:
                 called = f"constant factor: the mean in {target} is not divided by how many numbers it is of"
                 yield called, _binary(other, ast.Div(), ast.Constant(length)), 1, f"mean of {length}"
         keep = words.get("keepdims", False)
-        for wrong in range(-array.ndim, 0):
-            if wrong != axis and wrong + array.ndim != axis:
+        for axes in (axes for n in range(1, array.ndim + 1) for axes in itertools.combinations(range(array.ndim), n)):
+            if axes != (axis % array.ndim,):
+                more = axis % array.ndim in axes
+                words_here = f"{'a sum too many' if more else 'wrong axis'}: {target} is a {kind} over other axes"
                 other = copy.copy(node)
-                other.keywords = [ast.keyword("axis", _number(wrong)), *(w for w in node.keywords if w.arg != "axis")]
-                yield f"wrong axis: the {kind} in {target} goes over another one", other, 1, f"axis {wrong}"
+                given = [] if len(axes) == array.ndim else [ast.keyword("axis", ast.Constant(axes))]
+                other.keywords = [*given, *(word for word in node.keywords if word.arg != "axis")]
+                yield words_here, other, 1, f"axes {axes}"
         if not keep:
             for row, called in ((0, "first"), (-1, "last")):
                 index = [ast.Slice()] * (axis % array.ndim) + [_number(row)]
                 part = ast.Subscript(node.func.value, ast.Tuple(index, ast.Load()), ast.Load())
                 yield f"one row only: {target} is that of the {called}, and all used the same number", part, 1, ""
         else:
-            yield f"missing sum: in {target}, one number reaches many, and their gradients add up", node.func.value, 1, ""
+            words = f"missing sum: in {target}, one number reaches many, and their gradients add up"
+            yield words, node.func.value, 1, ""
 
 
 @dataclass(frozen=True)
@@ -242,6 +274,8 @@ class Space:
         arrays = {}
         for name, right in self.right.items():
             array = np.asarray(made[name], np.float64)
+            if array.ndim < right.ndim and array.shape == right.shape[right.ndim - array.ndim :]:
+                array = np.broadcast_to(array, right.shape)  # as when it is written into memory
             fits = array.shape == right.shape and np.isfinite(array).all() and array.any()
             arrays[name] = array if fits else np.full(right.shape, np.nan)
         key = self._key(arrays)
@@ -285,11 +319,18 @@ def _united(mistakes):
     """Several mistakes of a group as one."""
     first = min(mistakes, key=lambda mistake: mistake.step)
     changes = {node: new for mistake in mistakes for node, new in mistake.changes.items()}
-    return Mistake(first.words, first.step, changes, first.line, first.cost, "")
+    kind, _, rest = first.words.partition(": ")
+    where = dict.fromkeys(mistake.words.partition(": ")[2] for mistake in mistakes)
+    words = f"{kind}: {' and '.join(where)}" if rest.startswith(("in ", "of ")) else first.words
+    return Mistake(words, first.step, changes, first.line, first.cost)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Nodes
+
+
+def _is_sum(node):
+    return isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Sub))
 
 
 def _expression(text):
@@ -306,6 +347,10 @@ def _binary(left, op, right):
 
 def _times(factor, node):
     return _binary(ast.Constant(factor), ast.Mult(), node)
+
+
+def _part(node, index):
+    return ast.Subscript(copy.copy(node), ast.Constant(index), ast.Load())
 
 
 def _not(mask):
@@ -332,7 +377,7 @@ def _distributed(factor, terms):
     """factor * (terms) with the factor at the first term only, and at all but one."""
     yield _binary(_binary(factor, ast.Mult(), terms.left), terms.op, terms.right)
     yield _binary(terms.left, terms.op, _binary(factor, ast.Mult(), terms.right))
-    if isinstance(terms.left, ast.BinOp) and isinstance(terms.left.op, (ast.Add, ast.Sub)):
+    if _is_sum(terms.left):
         for left in _distributed(factor, terms.left):
             yield _binary(left, terms.op, terms.right)
 

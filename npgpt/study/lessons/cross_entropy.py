@@ -20,6 +20,19 @@ def factors(logits, count, dloss, **_):
     return {name: (value, None) for name, value in values.items()}
 
 
+def places(logits, targets, ignore_index, **_):
+    import numpy as np
+
+    rows = np.broadcast_to((targets != ignore_index)[:, None], logits.shape)
+    hot = targets[:, None] == np.arange(logits.shape[1])
+    return {
+        "dlogits": {
+            "the entries of the targets": hot, "all entries but those of the targets": rows & ~hot,
+            "the rows whose target is ignored": ~rows, "the rows whose target counts": rows,
+        }
+    }  # fmt: skip
+
+
 Z_LINE = "losses = lse[rows] - logits[rows, targets[rows]]"
 LSE_LINE = "lse = m + np.log(np.exp(logits - m[:, None]).sum(axis=1))"
 VALID_LINE = "rows = np.flatnonzero(valid)"
@@ -28,7 +41,10 @@ HOT = "(targets[:, None] == np.arange(logits.shape[1]))"  # where the targets ar
 MISTAKES = (
     ("dlogits[rows", "", "missing term: the loss has the target's own logit in it, too", Z_LINE),
     ("dlogits = p", "dlogits = 0 * p", "missing term: the loss has lse in it, too", Z_LINE),
-    ("dlogits = p", f"dlogits = p * {HOT}", "missing term: every logit of a row is in lse, not the target's alone", LSE_LINE),
+    (
+        "dlogits = p", f"dlogits = p * {HOT}",
+        "missing term: every logit of a row is in lse, not the target's alone", LSE_LINE,
+    ),
     ("dlogits[rows", "dlogits[rows, targets[rows]] += 1", "sign: that of the target's term", Z_LINE),
     (
         "dlogits", f"dlogits = valid[:, None] * (p * dloss / count - {HOT})",
@@ -43,8 +59,15 @@ MISTAKES = (
         "dlogits[rows", "dlogits[:, targets[rows]] -= 1",
         "wrong index: a row has one target, and that is its own, not those of the others", Z_LINE,
     ),
-    ("dlogits[rows", "dlogits -= targets[:, None]", "wrong value: a target is the place of a logit, not a number", Z_LINE),
+    (
+        "dlogits[rows", "dlogits -= targets[:, None]",
+        "wrong value: a target is the place of a logit, not a number", Z_LINE,
+    ),
     ("dlogits[rows", "dlogits[rows] -= logits[rows]", "wrong value: logits where probabilities belong", Z_LINE),
+    (
+        "dlogits = dlogits", "dlogits = p * (dlogits - (dlogits * p).sum(axis=1, keepdims=True)) * dloss / count",
+        "a line too many: p - y has already come through the softmax", LSE_LINE,
+    ),
     (
         "dlogits", f"dlogits = {HOT} / -p * dloss / count",
         "missing line: the gradient has come to the target's p, and the softmax has not been undone", LSE_LINE,
@@ -57,7 +80,7 @@ LESSON = Lesson(
     forward=("cross_entropy_forward_ref",), backward=("cross_entropy_backward_ref",), results=("dlogits",),
     arguments=arguments, sizes={"N": 7, "V": 6, "n_ignored": 2, "ignore_index": -3, "targets": TARGETS},
     lengths=("N", "V"), lines={"dlogits": "return losses.sum() / count, lse"},
-    factors=factors, zeros=ZEROS, mistakes=MISTAKES,
+    factors=factors, zeros=ZEROS, places=places, mistakes=MISTAKES,
     bugs={
         5: Fault(
             "cross-entropy: ignored rows get a gradient", "npgpt/ops/cross_entropy.py",

@@ -13,15 +13,29 @@ def factors(p, **_):
     return {"1 - p": (1 - p, None), "(1 - p)^2": ((1 - p) ** 2, None), "(1 - p) / p": ((1 - p) / p, None)}
 
 
+def places(dy, key, first_row, p, **_):
+    from npgpt.kernels.masks import dropout_mask_ref
+
+    mask = dropout_mask_ref(key, first_row, dy.shape, p)
+    return {"dx": {"the entries that the mask kept": mask, "the entries that it dropped": ~mask}}
+
+
 LINE = "mask = dropout_mask_ref(key, first_row, x.shape, p)"
-TURNED = "wrong mask: it is turned round, what was dropped gets a gradient"
 MISTAKES = (
     ("dx", "dx = dy", "missing mask, and missing factor: what was dropped did not reach the output", LINE),
-    ("mask", "mask = ~dropout_mask_ref(key, first_row, dy.shape, p)", TURNED, LINE),
-    ("mask", "mask = dropout_mask_ref(key, 0, dy.shape, p)", "wrong mask: its rows are numbered from first_row on", LINE),
-    ("mask", "mask = dropout_mask_ref(key, first_row + 1, dy.shape, p)", "wrong mask: its first row is first_row", LINE),
-    ("mask", "mask = dropout_mask_ref(key, first_row, dy.shape, 1 - p)", "wrong mask: that of another probability", LINE),
     ("dx", "dx = mask / (1 - p)", "missing factor: the mask alone, where dy belongs too", None),
+    *(
+        ("mask", f"mask = {mask}", f"wrong mask: {words}", LINE)
+        for mask, words in (
+            (
+                "~dropout_mask_ref(key, first_row, dy.shape, p)",
+                "it is turned round, what was dropped gets a gradient",
+            ),
+            ("dropout_mask_ref(key, 0, dy.shape, p)", "its rows are numbered from first_row on"),
+            ("dropout_mask_ref(key, first_row + 1, dy.shape, p)", "its first row is first_row"),
+            ("dropout_mask_ref(key, first_row, dy.shape, 1 - p)", "that of another probability"),
+        )
+    ),
 )
 
 
@@ -32,7 +46,7 @@ LESSON = Lesson(
     replaces="dropout_rows", exchange=(("dropout_ref", "dropout_backward_ref"), ("x", "dy"), ("y", "dx")),
     arguments=arguments, sizes={"N": 4, "C": 7, "p": 0.4, "first_row": 3, "key": 9}, lengths=("N", "C"),
     lines={"dx": "return np.where(mask, x * x.dtype.type(1 / (1 - p)), x.dtype.type(0))"},
-    factors=factors, zeros="where the mask dropped x: y does not depend on it", mistakes=MISTAKES,
+    factors=factors, places=places, zeros="where the mask dropped x: y does not depend on it", mistakes=MISTAKES,
     bugs={
         19: Fault(
             "dropout: another mask in the backward", "npgpt/ops/dropout.py",

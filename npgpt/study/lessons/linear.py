@@ -10,12 +10,15 @@ def arguments(new, N, I, O, bias=True):  # noqa: E741  (as ops/linear.py calls t
 
 
 MISTAKES = (
-    ("dbias", "dbias = (dy * (x @ weight.T)).sum(axis=0)", "a factor too many: the bias was added, not multiplied", None),
+    (
+        "dbias", "dbias = (dy * (x @ weight.T)).sum(axis=0)",
+        "a factor too many: the bias was added, not multiplied", None,
+    ),
     ("dx", "dx = x @ weight.T @ weight", "wrong value: y where its gradient belongs", None),
     ("dweight", "dweight = (x @ weight.T).T @ x", "wrong value: y where its gradient belongs", None),
     ("dweight", "dweight = np.outer(dy[0], x[0])", "one row only: it is that of the first row", None),
     ("dweight", "dweight = np.outer(dy[-1], x[-1])", "one row only: it is that of the last row", None),
-)
+)  # fmt: skip
 
 
 LESSON = Lesson(

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import fresh_students
 
-from npgpt.study.check import Answer, Wrong
+from npgpt.study.check import Answer, Wrong, imports_beside
 from npgpt.study.hints import Case
 from npgpt.study.lesson import exercise_text
 from npgpt.study.lessons import LESSONS
@@ -233,8 +233,9 @@ def hints_for(op, text, cases={}):  # noqa: B006  (a case is made once)
         path = Path(folder) / "mine.py"
         path.write_text(text, encoding="utf-8")
         try:
-            answer = Answer(path)
-            results = answer.helpers(lesson, cases[op]) | answer.results(lesson, cases[op].arguments())
+            with imports_beside(path):
+                answer = Answer(path)
+                results = answer.helpers(lesson, cases[op]) | answer.results(lesson, cases[op].arguments())
         except Wrong as error:
             return [str(error).partition("do not fit; ")[2].rstrip(")")]
     return [kind for hint in cases[op].hints(cases[op].compare(results)) for kind in hint.kinds]

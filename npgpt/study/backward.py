@@ -57,9 +57,10 @@ class Backward:
         module = lesson.module()
         self.names = {name: value for name, value in vars(builtins).items() if name in ("len", "float", "int", "range")}
         self.names |= {**vars(module), "np": np, **inputs}
+        forward = Run(self.names, {})
         for statement in _function(module, lesson.forward[-1]).body:
             if isinstance(statement, (ast.Assign, ast.AugAssign)):
-                run(statement, self.names, {})
+                forward.run(statement)
         self.names |= values
         renamed = {before: ast.Name(after, ast.Load()) for before, after in lesson.exchange}
         function = _Renamed(renamed).visit(_function(module, lesson.backward[-1]))
@@ -72,19 +73,19 @@ class Backward:
             if isinstance(statement, (ast.Assign, ast.AugAssign, ast.Expr)) and not _is_text(statement):
                 self.steps += [Step(node, quote) for node in _expanded(module, statement, lesson)]
         self.right, self.before = {}, []
-        names = dict(self.names)
+        self.values = dict(self.names)
+        unchanged = Run(self.values, {}, self.right)
         for step in self.steps:
-            self.before.append(dict(names))
-            run(step.node, names, {}, self.right)
-        self.values = names
+            self.before.append(dict(self.values))
+            unchanged.run(step.node)
 
     def run(self, changes, first=0):
         """{name: value} after all steps, with changes, {node: another one; of a statement, a list}, from a step on."""
-        names = dict(self.before[first])
+        run = Run(dict(self.before[first]), changes)
         with np.errstate(all="ignore"):
             for step in self.steps[first:]:
-                run(step.node, names, changes)
-        return names
+                run.run(step.node)
+        return run.names
 
     def reached(self, i, results):
         """Which of the results depend on what step i makes."""
@@ -164,69 +165,88 @@ def _expanded(module, statement, lesson):
 # Running them
 
 
-def run(statement, names, changes, record=None):
-    """Run a statement, in which names stand for values; what it changes in place is a copy first."""
-    for node in changes.get(statement, [statement]):
-        if isinstance(node, ast.Expr):  # np.add.at(array, ...)
-            array = node.value.args[0].id
-            names[array] = names[array].copy()
-            value_of(node.value, names, changes, record)
-        elif isinstance(node, ast.AugAssign):
-            before = copy.copy(node.target)
-            before.ctx = ast.Load()
-            value = value_of(node.value, names, changes, record)
-            _assign(node.target, OPERATORS[type(node.op)](value_of(before, names, changes), value), names, changes)
-        else:
-            _assign(node.targets[0], value_of(node.value, names, changes, record), names, changes)
+class Run:
+    """Runs statements, in which names stand for values.
 
+    changes: {node: another one; of a statement, a list}.  record, if it is given, gets the value of each expression.
+    There is a method for each type of node, of its name.
+    """
 
-def _assign(target, value, names, changes):
-    if isinstance(target, ast.Tuple):
-        for part, one in zip(target.elts, value, strict=True):
-            _assign(part, one, names, changes)
-    elif isinstance(target, ast.Subscript):
-        array = names[target.value.id] = names[target.value.id].copy()
-        array[value_of(target.slice, names, changes)] = value
-    else:
-        names[target.id] = value
+    def __init__(self, names, changes, record=None):
+        self.names, self.changes, self.record = names, changes, record
 
+    def run(self, statement):
+        for node in self.changes.get(statement, [statement]):
+            getattr(self, type(node).__name__)(node)
 
-def value_of(node, names, changes, record=None):
-    """The value of an expression."""
-    node = changes.get(node, node)
+    def value(self, node):
+        node = self.changes.get(node, node)
+        value = getattr(self, type(node).__name__)(node)
+        if self.record is not None:
+            self.record[node] = value
+        return value
 
-    def inner(part):
-        return value_of(part, names, changes, record)
-
-    def all_of(parts):
-        for part in parts:
-            if isinstance(part, ast.Starred):
-                yield from inner(part.value)
+    def values(self, nodes):
+        for node in nodes:
+            if isinstance(node, ast.Starred):
+                yield from self.value(node.value)
             else:
-                yield inner(part)
+                yield self.value(node)
 
-    if isinstance(node, ast.Name):
-        value = names[node.id]
-    elif isinstance(node, ast.Constant):
-        value = node.value
-    elif isinstance(node, ast.BinOp):
-        value = OPERATORS[type(node.op)](inner(node.left), inner(node.right))
-    elif isinstance(node, ast.UnaryOp):
-        value = OPERATORS[type(node.op)](inner(node.operand))
-    elif isinstance(node, ast.Compare):
-        value = OPERATORS[type(node.ops[0])](inner(node.left), inner(node.comparators[0]))
-    elif isinstance(node, ast.Attribute):
-        value = getattr(inner(node.value), node.attr)
-    elif isinstance(node, ast.Subscript):
-        value = inner(node.value)[inner(node.slice)]
-    elif isinstance(node, ast.Slice):
-        value = slice(*(None if part is None else inner(part) for part in (node.lower, node.upper, node.step)))
-    elif isinstance(node, (ast.Tuple, ast.List)):
-        value = tuple(all_of(node.elts))
-    elif isinstance(node, ast.Call):
-        value = inner(node.func)(*all_of(node.args), **{word.arg: inner(word.value) for word in node.keywords})
-    else:
-        raise NotImplementedError(ast.unparse(node))
-    if record is not None:
-        record[node] = value
-    return value
+    # Statements.  What is changed in place is a copy first: others may have the array, too
+
+    def Assign(self, node):
+        self._assign(node.targets[0], self.value(node.value))
+
+    def AugAssign(self, node):
+        before = copy.copy(node.target)
+        before.ctx = ast.Load()
+        self._assign(node.target, OPERATORS[type(node.op)](self.value(before), self.value(node.value)))
+
+    def Expr(self, node):  # np.add.at(array, ...)
+        array = node.value.args[0].id
+        self.names[array] = self.names[array].copy()
+        self.value(node.value)
+
+    def _assign(self, target, value):
+        if isinstance(target, ast.Tuple):
+            for part, one in zip(target.elts, value, strict=True):
+                self._assign(part, one)
+        elif isinstance(target, ast.Subscript):
+            array = self.names[target.value.id] = self.names[target.value.id].copy()
+            array[self.value(target.slice)] = value
+        else:
+            self.names[target.id] = value
+
+    # Expressions
+
+    def Name(self, node):
+        return self.names[node.id]
+
+    def Constant(self, node):
+        return node.value
+
+    def BinOp(self, node):
+        return OPERATORS[type(node.op)](self.value(node.left), self.value(node.right))
+
+    def UnaryOp(self, node):
+        return OPERATORS[type(node.op)](self.value(node.operand))
+
+    def Compare(self, node):
+        return OPERATORS[type(node.ops[0])](self.value(node.left), self.value(node.comparators[0]))
+
+    def Attribute(self, node):
+        return getattr(self.value(node.value), node.attr)
+
+    def Subscript(self, node):
+        return self.value(node.value)[self.value(node.slice)]
+
+    def Slice(self, node):
+        return slice(*(None if part is None else self.value(part) for part in (node.lower, node.upper, node.step)))
+
+    def Tuple(self, node):
+        return tuple(self.values(node.elts))
+
+    def Call(self, node):
+        words = {word.arg: self.value(word.value) for word in node.keywords}
+        return self.value(node.func)(*self.values(node.args), **words)

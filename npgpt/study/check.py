@@ -170,7 +170,7 @@ def check(lesson, answer, say, more=0):
     arguments = case.arguments()
     results, right = answer.results(lesson, arguments), True
     verdicts = case.compare(results)
-    if any(verdict and verdict.wrong for verdict in verdicts.values()):
+    if lesson.slopes and any(verdict and verdict.wrong for verdict in verdicts.values()):
         verdicts = case.compare(answer.helpers(lesson, case) | results)
     width = max(8, *map(len, verdicts))
     for name, verdict in verdicts.items():

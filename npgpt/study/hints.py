@@ -22,7 +22,7 @@ from npgpt.gradcheck import BOUND, numeric_grad, relative_error
 from npgpt.study.backward import Backward
 from npgpt.study.kinds import RESHAPED, Found, factor_of, is_near, near, places, plain_mistake, shape_mistake
 from npgpt.study.lesson import New
-from npgpt.study.mistakes import CLOSE, RAREST, Mistakes
+from npgpt.study.mistakes import CLOSE, USUAL, Mistakes
 from npgpt.tensor import Tensor
 
 NONE = "none of the usual mistakes: undo the forward line by line, from its last line back to this one"
@@ -126,7 +126,7 @@ class Case:
         """{part: Found} for {part: wrong array}."""
         found = {}
         fits = {part: got for part, got in wrong.items() if got.shape == self.right[part].shape}
-        usual, rare = self._made_by("singles", RAREST), self._made_by("singles", FARTHEST)
+        usual, rare = self._made_by("singles", USUAL + 1), self._made_by("singles", FARTHEST)
         pairs = self._made_by("pairs", FARTHEST)
         looks = (self._seen, usual, self._whole, self._of_terms, rare, self._rearranged, pairs)
         for look in looks:
@@ -297,9 +297,6 @@ class Case:
         for words, mask in masks.items():
             if np.array_equal(wrong, mask):
                 return f"wrong are {words}, and no others"
-        for words, mask in masks.items():
-            if not (wrong & ~mask).any():
-                return f"wrong are only some of {words}"
         for axis, per in enumerate(AXES.get(wrong.ndim, ())):
             others = tuple(other for other in range(wrong.ndim) if other != axis)
             bad = wrong.any(axis=others)
@@ -307,7 +304,8 @@ class Case:
             if fewer.any():
                 places = [str(place) for place in np.flatnonzero(fewer)]
                 return f"only the {per}{'s' * (len(places) > 1)} {_listed(places)} {_are(places)} {verdict}"
-        return ""
+        some = (words for words, mask in masks.items() if not (wrong & ~mask).any())
+        return next((f"wrong are only some of {words}" for words in some), "")
 
 
 def _listed(names):
@@ -348,5 +346,5 @@ def ladder(hints, more):
         for head, rung in zip(("hint: ", "line: ", "kind: ")[: 1 + more], hint.rungs(), strict=False):
             yield f"  {head}{rung}"
     if hints and more < 2:
-        next_rung = ("which line it is", "which kind of mistake")[more]
-        yield f"  to be told {next_rung}: the same command with {' '.join(['--more'] * (more + 1))}"
+        next_rung = ("which line it is", "which kind of mistake it is")[more]
+        yield f"  ({next_rung}: the same command with {' '.join(['--more'] * (more + 1))})"

@@ -106,7 +106,8 @@ def shape_mistake(case, name, got, right):
         words = "right numbers with another shape: an axis of length 1 too many or too few (keepdims?)"
         return Found((words, *besides(got.reshape(right.shape))))
     if got.shape == right.shape[::-1]:
-        words = "transposed: write the product down with indices: which index comes first?"
+        sure = "it is what is wanted, transposed" if ratio(got.T, right) is not None else "its shape is"
+        words = f"transposed: {sure}; write the product down with indices: which index comes first?"
         return Found((words, *besides(got.T)))
     if got.ndim > right.ndim:
         for axes in itertools.combinations(range(got.ndim), got.ndim - right.ndim):

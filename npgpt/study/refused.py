@@ -5,7 +5,7 @@ import builtins
 
 import numpy as np
 
-from npgpt.study.backward import value_of
+from npgpt.study.backward import Run
 
 PRODUCT = "transposed: the inner axes of a matrix product must be the same; write it down with indices"
 SUM = "missing sum: over what the forward broadcast, the backward sums"
@@ -47,7 +47,7 @@ def _arrays(node, names):
             left, right = getattr(node, "target", None) or node.targets[0], node.value
             if isinstance(node, ast.Assign) and not isinstance(left, ast.Subscript):
                 return None
-        left, right = (np.asarray(value_of(part, names, {})) for part in (left, right))
+        left, right = (np.asarray(Run(names, {}).value(part)) for part in (left, right))
         if isinstance(getattr(node, "op", None), ast.MatMult):
             left @ right
         elif isinstance(node, ast.BinOp):

@@ -1,7 +1,7 @@
 """Backwards to write yourself, and mistakes in them to find: python -m npgpt.exercise list|show|check|bug|answer|train
 
     python -m npgpt.exercise show layernorm --out layernorm.py      the forward is given, the backward is blank
-    python -m npgpt.exercise check layernorm.py                     finite differences, hints, and a GPT trained with it
+    python -m npgpt.exercise check layernorm.py [--more]            finite differences, hints, and a GPT trained with it
     python -m npgpt.exercise bug 3                                  a copy of npgpt with a mistake in it: find it
     python -m npgpt.exercise answer 3                               where it was, and why it was wrong
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import students
 
@@ -144,7 +145,7 @@ WRONG = [
     ("dropout", "np.where(mask, dy * ", "np.where(True, dy * ", "dx wrong mask dropped"),
     ("dropout", "dy.dtype.type(1 / (1 - p))", "1", "dx constant factor 1 - p"),
     ("dropout", "np.where(mask, dy", "np.where(~mask, dy", "dx wrong mask turned round"),
-    ("dropout", "np.where(mask, dy * dy.dtype.type(1 / (1 - p)), ", "np.where(~mask, dy, ", "turned and constant 1 - p"),
+    ("dropout", "np.where(mask, dy * dy.dtype.type(1 / (1 - p)), ", "np.where(~mask, dy, ", "turned constant 1 - p"),
     ("dropout", "(key, first_row, dy.shape", "(key, 0, dy.shape", "dx wrong mask first_row"),
     ("dropout", "    mask = dropout_mask_ref(key, first_row, dy.", "    return dy; (dy.", "dx missing mask factor"),
     ("dropout", "dy.dtype.type(1 / (1 - p))", "1 / p", "dx constant factor (1 - p) / p"),
@@ -277,6 +278,30 @@ def test_where_nothing_else_is_found_a_hint_says_which_entries(check):
     ):  # fmt: skip
         code, out = check(with_mistake(op, before, after), "--more", "--more")
         assert code == 1 and words in out and (not words or "none of the usual" in out), out
+
+
+def test_half_of_a_term_is_seen_also_where_the_result_is_transposed(check):
+    for after in ("(g - 0.5 * g_mean - xhat * g_xhat_mean)", "(g - 0.5 * g_mean - xhat * g_xhat_mean); dx = dx.T"):
+        _, out = check(with_mistake("layernorm", "(g - g_mean - xhat * g_xhat_mean)", after), "--more", "--more")
+        assert "0.5 times what it must be (of the term that comes through the mean alone)" in out
+        assert ("kind: transposed: its shape is" in out) is ("dx.T" in after)
+
+
+@pytest.mark.parametrize("op", LESSONS)
+def test_the_steps_of_a_backward_make_its_results_and_a_change_changes_them(op):
+    case = hints.Case(LESSONS[op])
+    backward, (_, reference, _) = case.backward, LESSONS[op].references()
+    results = reference(*case.arguments())
+    results = dict(zip(LESSONS[op].results, results if isinstance(results, tuple) else (results,), strict=True))
+    parts = {name: part for result, array in results.items() for name, part in case._parts(result, array).items()}
+    for name, part in parts.items():
+        assert np.array_equal(backward.run({})[name], part) and np.array_equal(backward.values[name], part)
+    for i, step in enumerate(backward.steps):
+        reached = backward.reached(i, parts)
+        names = backward.run({step.node: []}, i) if step.in_place else None
+        changed = {name for name in parts if names and not np.array_equal(names[name], parts[name])}
+        assert changed <= reached, step.text
+    assert {name for i in range(len(backward.steps)) for name in backward.reached(i, parts)} == {*parts}
 
 
 @pytest.mark.parametrize(

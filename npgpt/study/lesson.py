@@ -66,7 +66,7 @@ class Lesson:
     zeros: str = "there"  # where a gradient must be 0
     parts: Callable | None = None  # parts(values, the only result) -> {name: array}, if it is looked at in parts
     places: Callable = lambda **_: {}  # places(**values) -> {result: {words for some entries: a mask of them}}
-    mistakes: tuple  # (how the steps begin that are replaced, by what, words, line or None); see mistakes.py
+    mistakes: tuple  # (how the steps of the backward begin that are replaced, by what, words, line); see mistakes.py
     terms: dict[str, tuple] = field(default_factory=dict)  # a term of the backward -> (words for it, line or None)
     slopes: tuple = ()  # (a helper that is blank, the forward's function whose slope it is, the value it is taken at)
 
@@ -163,8 +163,9 @@ more lines than there are blanks, and others.  Then
 
     {PROG} check {name}
 
-compares what it returns with finite differences, says what kind of mistake a wrong result looks
-like, and trains a small GPT with it.  The solution is npgpt/ops/{lesson.file}.py, with its derivation.
+compares what it returns with finite differences, says where to look (with --more, which line; given
+twice, which kind of mistake), and trains a small GPT with it.  The solution is npgpt/ops/{lesson.file}.py,
+with its derivation.
 """
 
 {imports}

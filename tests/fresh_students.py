@@ -1,4 +1,7 @@
-"""Wrong answers of two readers who had not seen the hints; what each meant is a comment.  For students.py."""
+"""More wrong answers for students.py.
+
+Those of two readers who had not seen the hints, each with what it meant as a comment; and more.
+"""
 
 FIRST = [
     # dweight is made of outer products row by row, but each one overwrites the one before instead of
@@ -506,4 +509,67 @@ def attention_backward(dy, qkv, lse, n_head, dropout):
     return dqkv
 """,
     }, "transposed"),
+]  # fmt: skip
+
+MORE = [
+    ("linear", {"dweight": 'dweight = np.einsum("no,ni->oi", dy, x - x.mean(axis=0))'}, "term too many"),
+    ("linear", {"dbias": "dbias = dy[0] * len(dy)"}, "one row only + sum for mean | factor too many"),
+    ("linear", {"dx": "dx = np.einsum('no,oi->ni', dy ** 2, weight)"}, "wrong power"),
+    ("dropout", {"return np.where": "return dy * mask / p"}, "constant factor"),
+    ("dropout", {"return np.where": "return dy * (dy > 0) / (1 - p)"}, "wrong mask"),
+    ("embedding", {"np.add": "for b in range(len(idx)): dwte[idx[b]] += dy[b]"}, "repeated index"),
+    ("embedding", {"dwpe": "dwpe[:T] += dy.sum(axis=0) / T"}, "constant factor | mean for sum"),
+    ("embedding", {"dwpe": "dwpe[:T - 1] += dy.sum(axis=0)[:-1]"}, "wrong index"),
+    ("embedding", {"dwpe": "dwpe[:T] += dy.sum(axis=0)[::-1]"}, "wrong index"),
+    ("embedding", {"np.add": "for v in np.unique(idx): dwte[v] += dy[idx == v][-1]"}, "repeated index | one row only"),
+    ("cross-entropy", {"p = np.exp": "e = np.exp(logits - logits.max())\np = e / e.sum(axis=0)"}, "wrong axis"),
+    ("cross-entropy", {"p = np.exp": "p = logits - lse[:, None]"}, "wrong value | missing line"),
+    ("cross-entropy", {"return dlog": "return -dlogits * logits.dtype.type(dloss / count)"}, "sign"),
+    ("cross-entropy", {
+        "dlogits[~valid]": "pass",
+        "dlogits[rows": "dlogits[~valid] = 0\ndlogits[np.arange(len(p)), targets] -= 1",
+    }, "wrong mask"),
+    ("cross-entropy", {"dlogits[rows": "dlogits[rows, targets[rows]] -= p[rows, targets[rows]]"}, "wrong value"),
+    ("cross-entropy", {"dlogits[rows": "dlogits[rows, targets[rows]] = -1"}, "missing term | overwritten"),
+    ("mlp", {
+        "return 0.5": (
+            "from math import erf\n"
+            "phi = np.vectorize(erf)(z / 2**0.5)\n"
+            "return 0.5 * (1 + phi) + z * np.exp(-z**2 / 2) / (2 * np.pi)**0.5"
+        ),
+    }, "wrong value"),
+    ("mlp", {"return 0.5": "s = 1 / (1 + np.exp(-1.702 * z))\nreturn s + 1.702 * z * s * (1 - s)"}, "wrong value"),
+    ("mlp", {"dx, dw_fc": "_, dw_fc, db_fc = linear_backward_ref(dpre, x, w_fc)\ndx = dact @ w_fc"}, "missing line"),
+    ("mlp", {"t = ": "t = np.tanh(K * z + A * z**3)"}, "missing factor | wrong value"),
+    ("mlp", {"t = ": "t = np.tanh(z + A * z**3)"}, "missing factor"),
+    ("mlp", {
+        "dact,": "dact, dw_proj, db_proj = linear_backward_ref(dy, act, w_proj)\ndw_proj *= 2",
+    }, "constant factor"),
+    ("mlp", {"dpre": "dpre = dact * gelu_slope(pre) + dact"}, "term too many"),
+    ("layernorm", {"dx": "dx = rstd[:, None]**2 * (g - g_mean - xhat * g_xhat_mean)"}, "wrong power | factor too many"),
+    ("layernorm", {"xhat": "xhat = x * rstd[:, None]"}, "missing term"),
+    ("layernorm", {"g_xhat_mean": "g_xhat_mean = (g * xhat).mean(axis=0, keepdims=True)"}, "wrong axis"),
+    ("layernorm", {"dx": "dx = rstd[:, None] * g - g_mean - xhat * g_xhat_mean"}, "missing factor"),
+    ("layernorm", {
+        "dx": "dx = g / (1/rstd[:, None]) - g_mean * rstd[:, None] - (x - mean[:, None]) * g_xhat_mean * rstd[:, None]",
+    }, "missing factor"),
+    ("layernorm", {"dweight": "dweight = (dy.sum(axis=0) * xhat.sum(axis=0))"}, "wrong order"),
+    ("layernorm", {"g =": "g = dy * weight * rstd[:, None]"}, "factor too many | wrong power"),
+    ("attention", {
+        "p = np.exp": "p = np.tril(np.exp(q @ k.swapaxes(-1, -2) - lse[..., None]))",
+    }, "missing factor | wrong value"),
+    ("attention", {"dv": "dv = (p * (drop > 0)).swapaxes(-1, -2) @ dy"}, "missing factor | constant factor"),
+    ("attention", {
+        "dq": "dq = ds.swapaxes(-1, -2) @ q / math.sqrt(q.shape[-1])",
+        "dk": "dk = ds @ k / math.sqrt(q.shape[-1])",
+    }, "wrong place"),
+    ("attention", {
+        "ds": "ds = p * (dp - (dp * p).sum(axis=-1, keepdims=True)) / math.sqrt(q.shape[-1])",
+    }, "constant factor"),
+    ("attention", {"ds": "ds = np.triu(p * (dp - (dp * p).sum(axis=-1, keepdims=True)))"}, "wrong mask"),
+    ("attention", {"da": "da = dy @ v.swapaxes(-1, -2) * p"}, "factor too many | wrong value"),
+    ("attention", {"ds": "ds = p * (dp - (dy * v).sum(axis=-1, keepdims=True))"}, "wrong value"),
+    ("attention", {"ds": "ds = p * (dp - (dp * p).sum(axis=(-1, -2), keepdims=True))"}, "sum too many | wrong axis"),
+    ("attention", {"ds": "ds = p * dp - p * p * dp"}, "missing term"),
+    ("attention", {"dp": "dp = da * dropout.p"}, "wrong mask | wrong value"),
 ]  # fmt: skip

@@ -27,7 +27,7 @@ class Step:
     """A statement of the backward.  quote: the forward's line that is undone there, or None; reads, writes: names."""
 
     def __init__(self, node, quote):
-        self.node, self.quote, self.text = node, quote, ast.unparse(node)
+        self.node, self.quote, self.text = node, quote, ast.unparse(node).lstrip("(")  # (a, b) = of Python 3.10
         names = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
         self.reads = {name.id for name in names if isinstance(name.ctx, ast.Load)}
         self.writes = {name.id for name in names if isinstance(name.ctx, ast.Store)}

@@ -176,26 +176,28 @@ class Case:
         """{part: Found} by what explains the most parts of those that are wrong, and is the likeliest."""
         ratios = {part: space.ratios(part, self._change(part, got)) for part, got in wrong.items()}
         cost = np.array([sum(mistake.cost for mistake in mistakes) for mistakes in space.mistakes], float)
-        for c in ratios.values():  # a factor besides is one more mistake
-            cost += [0 if np.isnan(one) or is_near(one, 1) else self._cost(one) for one in c]
+        factors = [[0 if np.isnan(one) else self._cost(float(one)) for one in c] for c in ratios.values()]
+        cost += np.max(factors, axis=0)  # a factor besides is one more mistake
         for part in self.fine:  # it would have made others wrong, too
             cost += np.where(space.same(part), 0, 1)
         explained = sum(np.isfinite(c).astype(int) for c in ratios.values()) * (cost <= most)
         if not explained.any():
             return {}
         i = int(np.lexsort((cost, -explained))[0])
-        line = next((mistake.line for mistake in space.mistakes[i] if mistake.line), None)
-        steps = tuple(self.backward.steps[mistake.step] for mistake in space.mistakes[i])
         found = {}
         for part, c in ratios.items():
             if np.isfinite(c[i]):
-                kinds = tuple(dict.fromkeys(mistake.words for mistake in space.mistakes[i]))
+                mistakes = [one for one in space.mistakes[i] if part in self.backward.reached(one.step, self.parts)]
+                kinds = tuple(dict.fromkeys(mistake.words for mistake in mistakes))
                 kinds += () if is_near(c[i], 1) else (factor_of(self, float(c[i]))[0],)
-                found[part] = Found(kinds, line, steps)
+                line = next((mistake.line for mistake in mistakes if mistake.line), None)
+                found[part] = Found(kinds, line, tuple(self.backward.steps[mistake.step] for mistake in mistakes))
         return found
 
     def _cost(self, c):
         """How unlikely a factor is."""
+        if is_near(c, 1):
+            return 0
         known = [1.0, *self.lengths.values(), *(value for value, _ in self.factors.values())]
         if any(is_near(abs(c), power) for value in known for power in (value, 1 / value)):
             return 1
@@ -206,8 +208,9 @@ class Case:
         found = {}
         for part, got in wrong.items():
             rest = got - self.right[part]
-            for i in dict.fromkeys(term.step for term in self.mistakes.terms):
-                terms = [term for term in self.mistakes.terms if term.step == i and term.contribution[part].any()]
+            linear = [term for term in self.mistakes.terms if term.contribution and term.contribution[part].any()]
+            for i in dict.fromkeys(term.step for term in linear):
+                terms = [term for term in linear if term.step == i]
                 kinds, line = self._amounts(terms, part, rest)
                 if kinds:
                     found[part] = Found(kinds, line, (self.backward.steps[i],))

@@ -72,10 +72,10 @@ def places(case, name, got):
             return Found((f"wrong place: this is {other}",))
     if right.ndim > 1 and ratio(got.reshape(right.shape[::-1]).T, right) is not None:
         return Found(("transposed, then reshaped: reshape makes the shape right but does not exchange axes",))
-    if near(np.sort(got, axis=None), np.sort(right, axis=None)):
-        return Found((RESHAPED,))
     if right.ndim == 2 and near(got.sum(axis=0), right.sum(axis=0)):
         return Found(("wrong index: the sum of all rows is right, but what belongs to one went to another",))
+    if near(np.sort(got, axis=None), np.sort(right, axis=None)):
+        return Found((RESHAPED,))
     is_wrong, is_zero = _wrong_and_zero(got, right)
     if not got[is_wrong].any() or not got[~is_zero].any():
         return Found(("wrong mask: it is 0 where it must not be",))

@@ -94,7 +94,7 @@ class Mistakes:
         return isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.ndim > 0
 
     def _terms(self):
-        """(step, term, its words, line, {result: what it contributes}) of all terms which results are linear in."""
+        """All Terms."""
         for i, step in enumerate(self.backward.steps):
             for node in ast.walk(step.node):
                 if not (_is_sum(node) and self._is_array(node)):
@@ -106,9 +106,9 @@ class Mistakes:
                         self._changes(self.backward.run({term: _times(factor, term)}, i)) for factor in (0.0, 2.0)
                     )
                     contribution = {name: right - without[name] for name, right in self.right.items()}
-                    if all(_near(twice[name] - right, contribution[name]) for name, right in self.right.items()):
-                        words, line = self.lesson.terms.get(ast.unparse(term), ("", None))
-                        yield Term(i, term, words or f"a term of {step.target}", line, contribution)
+                    linear = all(_near(twice[name] - right, contribution[name]) for name, right in self.right.items())
+                    words, line = self.lesson.terms.get(ast.unparse(term), (f"a term of {step.target}", None))
+                    yield Term(i, term, words, line, contribution if linear else None)
 
     def _of_step(self, i):
         """Mistakes in a step."""
@@ -133,6 +133,20 @@ class Mistakes:
                     words = f"a factor too many: {text}, in {step.target}"
                     yield Mistake(words, i, {value: _binary(value, ast.Mult(), _expression(text))}, None, 3)
 
+            yield from self._masked(i, value)
+
+    def _masked(self, i, value):
+        """Mistakes in which entries count that must not, or the other way round."""
+        right, target = self.backward.right[value], self.backward.steps[i].target
+        if right.ndim > 1 and right.shape[-1] == right.shape[-2]:
+            for call in ("tril(0, -1)", "triu(0)", "triu(0, 1)"):
+                masked = _with(_expression(f"np.{call}"), 0, copy.copy(value))
+                yield Mistake(f"wrong mask: entries of {target} are 0 that count", i, {value: masked}, None, 1)
+        for name, array in self._arrays(i):
+            if array.shape == right.shape and array.dtype.kind == "f":
+                positive = _binary(value, ast.Mult(), _expression(f"({name} > 0)"))
+                yield Mistake(f"wrong mask: that of {name} > 0, in {target}", i, {value: positive}, None, 2)
+
     def _too_late(self, i, product):
         """Mistakes in which a factor comes in at a later step."""
         for later in self.backward.steps[i + 1 :]:
@@ -156,10 +170,16 @@ class Mistakes:
             yield from self._of_product(node, step)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and self._is_array(node.func.value):
             yield from self._of_sum(node, step)
+        elif isinstance(node, ast.Call) and len(node.args) == 1 and self._is_array(node.args[0]):
+            yield f"missing line: {ast.unparse(node.func)}, in {step.target}", node.args[0], 1, ""
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "np.where":
             mask, kept, _ = node.args
             yield f"wrong mask: it is turned round, in {step.target}", _with(node, 0, _not(mask)), 1, ""
             yield f"missing mask: {step.target} is not what it is where the mask is 0", kept, 1, ""
+            for name, array in self._arrays(self.backward.steps.index(step)):
+                if array.shape == self.backward.right[mask].shape and array.dtype.kind == "f":
+                    other = _expression(f"{name} > 0")
+                    yield f"wrong mask: that of {name} > 0, in {step.target}", _with(node, 0, other), 2, ""
         elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
             yield f"wrong mask: it is turned round, in {step.target}", node.operand, 1, ""
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and self._is_array(node):
@@ -182,6 +202,10 @@ class Mistakes:
                 for op in (ast.Add(), ast.Sub()):
                     words = f"a term too many: {name}, in {target}"
                     yield words, _binary(node, op, ast.Constant(array)), 3, f"{node.id} {type(op).__name__} {name}"
+        for axis in range(right.ndim):
+            mean = _expression(f"{node.id}.mean(axis={axis}, keepdims=True)")
+            words = f"a term too many: a mean, in {target}"
+            yield words, _binary(node, ast.Sub(), mean), 3, f"{node.id} - its mean {axis}"
         square = _binary(node, ast.Pow(), ast.Constant(2))
         yield f"wrong power: {node.id} is squared, in {target}", square, 2, f"{node.id} squared"
 
@@ -234,6 +258,12 @@ class Mistakes:
             for length in sorted({n - 1, *(m for m in array.shape if m != n)}):
                 called = f"constant factor: the mean in {target} is not divided by how many numbers it is of"
                 yield called, _binary(other, ast.Div(), ast.Constant(length)), 1, f"mean of {length}"
+        if isinstance(node.func.value, ast.BinOp) and isinstance(node.func.value.op, ast.Mult):
+            a, b = copy.copy(node), copy.copy(node)
+            a.func = ast.Attribute(node.func.value.left, kind, ast.Load())
+            b.func = ast.Attribute(node.func.value.right, kind, ast.Load())
+            words_here = f"wrong order: in {target}, a {kind} of products is not the product of the {kind}s"
+            yield words_here, _binary(a, ast.Mult(), b), 1, ""
         keep = words.get("keepdims", False)
         for axes in (axes for n in range(1, array.ndim + 1) for axes in itertools.combinations(range(array.ndim), n)):
             if axes != (axis % array.ndim,):
@@ -259,7 +289,7 @@ class Term:
     node: ast.expr
     words: str
     line: str | None
-    contribution: dict
+    contribution: dict | None  # {result: what of it is this term}, if all results are linear in it
 
 
 class Space:
@@ -388,7 +418,9 @@ def _distributed(factor, terms):
 def _of_statement(step):
     """(words, other statements, cost) for the whole of a step."""
     if isinstance(step.node, ast.AugAssign):
-        new = ast.Assign([_stored(step.node.target)], step.node.value, lineno=0)
+        value = step.node.value
+        value = ast.UnaryOp(ast.USub(), value) if isinstance(step.node.op, ast.Sub) else value
+        new = ast.Assign([_stored(step.node.target)], value, lineno=0)
         yield f"overwritten: {step.target} is replaced, where something must be added to it", [new], 1
     if step.in_place:
         yield f"missing line: nothing is done for {step.text.partition(' ')[0]}", [], 2

@@ -69,6 +69,14 @@ MISTAKES = (
     ("p =", f"p = np.tril(np.exp({SCORES}), 1)", FUTURE, MASK_LINE),
     ("p =", f"p = np.tril(np.exp({SCORES}), -1)", SELF, MASK_LINE),
     ("p =", "p = np.exp(_scores_ref(q, k))", "wrong value: a probability is exp(s - lse)", SOFTMAX_LINE),
+    (
+        "p =", "p = np.tril(np.exp(q @ k.swapaxes(-1, -2) - lse[..., None]))",
+        "missing factor: the scores were scaled before the softmax", SCORES_LINE,
+    ),
+    (
+        "p =", "p = np.exp(_scores_ref(q, k))\np = p / p.sum(axis=-2, keepdims=True)",
+        "wrong axis: a softmax goes over the keys of a query", SOFTMAX_LINE,
+    ),
     ("q, k, v", "q, k, v = qkv.reshape(3, qkv.shape[0], n_head, qkv.shape[1], -1)", RESHAPED, None),
     ("dy =", "dy = dy.reshape(v.shape)", RESHAPED, None),
     ("dq", "dq = ds @ q / math.sqrt(q.shape[-1])", OTHER, SCORES_LINE),

@@ -52,6 +52,10 @@ MISTAKES = (
     ),
     ("p = np.exp", "p = logits", "wrong value: logits where probabilities belong", Z_LINE),
     ("p = np.exp", "p = np.exp(logits)", "wrong value: a probability is exp(logit - lse)", LSE_LINE),
+    (
+        "p = np.exp", "p = np.exp(logits) / np.exp(logits).sum(axis=0)",
+        "wrong axis: a softmax goes over the logits of a row", LSE_LINE,
+    ),
     ("dlogits[~valid]", "", IGNORED, VALID_LINE),
     ("valid", "valid = targets != -1", IGNORED, VALID_LINE),
     ("dlogits[", "dlogits[np.arange(len(targets)), targets] -= 1", IGNORED, VALID_LINE),
@@ -62,6 +66,10 @@ MISTAKES = (
     (
         "dlogits[rows", "dlogits -= targets[:, None]",
         "wrong value: a target is the place of a logit, not a number", Z_LINE,
+    ),
+    (
+        "dlogits[rows", "dlogits[rows, targets[rows]] -= p[rows, targets[rows]]",
+        "wrong value: it is not p that is subtracted at the target's place", Z_LINE,
     ),
     ("dlogits[rows", "dlogits[rows] -= logits[rows]", "wrong value: logits where probabilities belong", Z_LINE),
     (

@@ -35,7 +35,11 @@ def places(dwte, dwpe, idx, **_):
 
 
 REPEATED = "repeated index: of a token that occurs more than once only one gradient counts"
+NOT_ALL = "wrong index: every position of the batch was looked up, the first and the last, too"
 MISTAKES = (
+    ("np.add", "\n".join(f"dwte[idx[{b}]] += dy[{b}]" for b in range(len(IDX))), REPEATED, None),
+    ("dwpe", "dwpe[: T - 1] += dy.sum(axis=0)[:-1]", NOT_ALL, None),
+    ("dwpe", "dwpe[1:T] += dy.sum(axis=0)[1:]", NOT_ALL, None),
     ("np.add", "dwte[idx] += dy", REPEATED, None),
     (
         "np.add", "dwte[idx] = dy",

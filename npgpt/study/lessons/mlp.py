@@ -15,6 +15,8 @@ def arguments(new, N, C, F, out=None, scale=1):
 
 
 FIRST, SECOND = "0.5 * (1 + t)", "0.5 * pre * (1 - t**2)"
+ERF = "0.5 * (1 + np.vectorize(math.erf)(pre / 2**0.5)) + pre * np.exp(-(pre**2) / 2) / (2 * math.pi) ** 0.5"
+SIGMOID = "(1 + (1 + 1.702 * pre) * np.exp(-1.702 * pre)) / (1 + np.exp(-1.702 * pre)) ** 2"
 AT = "\nt = np.tanh(K * (pre + A * pre**3))"
 MISTAKES = (
     ("dw_proj", "dw_proj = dy.T @ pre", "wrong value: the second layer was given what came out of the GELU", None),
@@ -43,6 +45,8 @@ MISTAKES = (
             ),
             ("wrong value: GELU itself, where its slope belongs", "act"),
             ("wrong value: this is the slope of ReLU", "(pre > 0) * 1.0"),
+            ("wrong value: this is the slope of another GELU, that with erf", ERF),
+            ("wrong value: this is the slope of another GELU, that with a sigmoid", SIGMOID),
         )
     ),
     ("t =", "pre = act" + AT, "wrong value: the slope is taken before the activation, at pre, not at act", GELU_LINE),

@@ -257,6 +257,78 @@ def test_blank_results_are_named_and_the_others_are_checked(check):
     assert code == 1 and "dweight  blank  it is None" in out
 
 
+DA = "da = dy @ v.swapaxes(-1, -2)"
+DV = "dv = (p * drop).swapaxes(-1, -2) @ dy"
+DV_ALONE = f"""\
+q, k, v = split_heads(qkv, n_head)
+    p = np.exp(_scores(q, k) - lse[..., None])
+    drop = _dropout_scale(p, dropout)
+    dy = merged_heads(dy, n_head)
+    {DV}"""
+UNFINISHED = [  # op, level, (what is blank there, what a student wrote), the table, words of the line on where it stops
+    ("attention", 1, [], "dq blank dk blank dv blank", "as grad is still blank"),
+    ("attention", 1, [("da = ...", DA), ("dv = ...", DV)], "dq blank dk blank dv ok", "as grad is still blank"),
+    ("attention", 1, [("da = ...", DA), ("dv = ...", "dv = p * da")], "dq blank dk blank dv WRONG", "as grad is"),
+    ("attention", 1, [("dv = ...", DV.replace(" * drop", ""))], "dq blank dk blank dv WRONG", "as grad is"),
+    ("attention", 1, [("dv = ...", DV), ("dp = ...", "dp = da * drop")], "dq blank dk blank dv ok", "as da is"),
+    ("attention", 2, [("a @ v\n    ...", f"a @ v\n    {DV}")], "dq blank dk blank dv blank", "NameError: name 'p' is"),
+    ("attention", 2, [("a @ v\n    ...", f"a @ v\n    {DV_ALONE}")], "dq blank dk blank dv ok", ""),
+    ("embedding", 1, [], "dwte blank dwpe blank", "stops here, which is blank"),
+    ("embedding", 1, [("    ...  #", "    np.add.at(dwte, idx, dy)  #")], "dwte ok dwpe blank", "which is blank"),
+    ("embedding", 1, [("dwpe[:T] += ...", "dwpe[:T] += dy.sum(axis=0)")], "dwte blank dwpe ok", ""),
+    ("cross-entropy", 1, [], "dlogits blank", "stops here, which is blank"),
+    ("cross-entropy", 1, [("dlogits = ...", "dlogits = p")], "dlogits blank", "which is blank"),
+    ("cross-entropy", 1, [("dlogits = ...", "dlogits = p"), ("-= ...", "-= 1")], "dlogits blank", "which is"),
+    ("mlp", 1, [], "dx blank dw_fc blank db_fc blank dw_proj blank db_proj blank", "which is blank"),
+    (
+        "mlp", 1, [("act = ...", "act = gelu(pre)"), ("_proj = ...", "_proj = linear_backward_ref(dy, act, w_proj)")],
+        "dx blank dw_fc blank db_fc blank dw_proj ok db_proj ok", "which is blank",
+    ),
+    (
+        "mlp", 1, [("act = ...", "act = gelu(pre)"), ("_proj = ...", "_proj = linear_backward_ref(dy, act, w_proj)"),
+        ("dpre = ...", "dpre = dact * gelu_slope(pre)")],
+        "dx blank dw_fc blank db_fc blank dw_proj ok db_proj ok", "as what it needs is still blank",
+    ),
+    ("layernorm", 1, [("dbias = ...", "dbias = dy.sum(axis=0)")], "dx blank dweight blank dbias ok", ""),
+    (
+        "layernorm", 1, [("dbias = ...", "dbias = dy.sum(axis=0)"), ("dx = ...", "dx = g - g_mean")],
+        "dx blank dweight blank dbias ok", "as g and g_mean are still blank",
+    ),
+    (
+        "layernorm", 1, [("dbias = ...", "dbias = dy.sum(axis=0)"), ("dx = ...", "dx = gg - g_mean")],
+        "dx blank dweight blank dbias ok", "NameError: name 'gg' is not defined",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "level", "filled", "table", "stop"), UNFINISHED)
+def test_an_unfinished_file_shows_what_is_right_so_far(op, level, filled, table, stop, check):
+    text = exercise_text(LESSONS[op], level, "mine.py")
+    for blank, code in filled:
+        assert text.count(blank) == 1, blank
+        text = text.replace(blank, code)
+    code, out = check(text)
+    rows = re.findall(r"^  (\w+) +(ok|blank|WRONG) ", out, re.MULTILINE)
+    assert code == 1 and " ".join(map(" ".join, rows)) == table
+    *_, before, last = out.splitlines()
+    assert last.startswith("  still blank: line") and out.count("still blank: ") == 1
+    assert (before.startswith("  mine.py line ") and stop in before) if stop else "mine.py" not in out
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ("    return dwte, dwpe", "", "it adds in place, and must return it, too: return dwte, dwpe"),
+        ("    np.add.at", "    dwte = dwte.copy()\n    np.add.at", "WRONG  dwte: a copy"),
+        ("dwpe[:T] += dy.sum(axis=0)", "dwpe = dwpe + np.pad(dy.sum(axis=0), ((0, 2), (0, 0)))", "WRONG  dwpe: a copy"),
+        ("    return dwte, dwpe", "    return dwte[:], dwpe", "passed"),
+    ],
+)
+def test_what_must_be_added_in_place_is_and_is_returned(before, after, words, check):
+    code, out = check(with_mistake("embedding", before, after))
+    assert words in out and out.count(" ok ") == 2 and code == ("passed" not in words)
+
+
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [

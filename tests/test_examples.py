@@ -93,6 +93,8 @@ WRONG = {
     ],
     "09_gpt.py": [
         ("dx3 = dx3 + d\n", ""),
+        ("dx3 = dx3 + d\n", "dx3 += d\n"),
+        ("dx0 = dx0 + d\n", "dx0 += d\n"),
         ("[dwte_head.copy()]", "[np.zeros_like(wte)]"),
         ("layernorm_backward_ref(da1, x2,", "layernorm_backward_ref(da1, x3,"),
         ("linear_backward_ref(dz0, y0.", "linear_backward_ref(dz0, z0."),

@@ -57,9 +57,9 @@ no_dropout = Dropout()
 # Forward.  x0 ... x4 is the residual stream (N, C), with a row for each token.  A layer reads it and adds what it makes
 # of it: attention in steps 2 to 6, the MLP in steps 7 to 9, and so again in the second block.
 #
-# Some steps keep a second result for their backward: stats_a0 is the mean and rstd of each row that a0 was made of (04),
-# lse0 the log-sum-exp of each row of scores, from which p is made again (06), and pre0 the MLP's values before GELU (07).
-# In step 20, -1 is the target that would not count, and N the number of rows that do (05): here all of them.
+# Some steps keep a second result for their backward: stats_a0 is the mean and rstd of each row that a0 was made of
+# (04), lse0 the log-sum-exp of each row of scores, from which p is made again (06), and pre0 the MLP's values before
+# GELU (07).  In step 20, -1 is the target that would not count, and N the number of rows that do (05): here all of them.
 
 x0 = embedding_forward_ref(idx, wte, wpe).reshape(N, C)                                                   # 1
 

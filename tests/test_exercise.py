@@ -221,7 +221,7 @@ WRONG = [
     ("attention", "np.exp(_scores(q, k) -", "np.exp(q @ k.swapaxes(-1, -2) / math.sqrt(5) -", "dv wrong mask future"),
     ("attention", "(dp * p).sum(axis=-1,", "(dp * p).sum(axis=-2,", "dq wrong axis keys"),
     ("attention", "    return dqkv", "    return dqkv.transpose(2, 1, 0)", "dqkv transposed"),
-    ("attention", "zip(split_heads(dqkv, n_head),", "zip(dqkv.reshape(3, *q.shape),", "dv none of the usual"),
+    ("attention", "zip(split_qkv(dqkv, n_head),", "zip(dqkv.reshape(3, *q.shape),", "dv none of the usual"),
 ]  # fmt: skip
 
 
@@ -260,10 +260,10 @@ def test_blank_results_are_named_and_the_others_are_checked(check):
 DA = "da = dy @ v.swapaxes(-1, -2)"
 DV = "dv = (p * drop).swapaxes(-1, -2) @ dy"
 DV_ALONE = f"""\
-q, k, v = split_heads(qkv, n_head)
+q, k, v = split_qkv(qkv, n_head)
     p = np.exp(_scores(q, k) - lse[..., None])
     drop = _dropout_scale(p, dropout)
-    dy = merged_heads(dy, n_head)
+    dy = split_heads(dy, n_head)
     {DV}"""
 UNFINISHED = [  # op, level, (what is blank there, what a student wrote), the table, words of the line on where it stops
     ("attention", 1, [], "dq blank dk blank dv blank", "as grad is still blank"),

@@ -15,7 +15,7 @@ from npgpt.engine import no_grad, watched
 from npgpt.errors import CheckpointError, UsageError, one_line, quoted, run_command
 from npgpt.files.folder import RunFolder
 from npgpt.files.log import read_log
-from npgpt.ops.attention import merged_heads, split_heads
+from npgpt.ops.attention import split_heads, split_qkv
 from npgpt.study import plots
 from npgpt.study.plots import Axis, attention_maps, attention_svg, points_of, segments, smoothed
 
@@ -277,7 +277,7 @@ def test_attention_maps_are_the_weights_that_the_model_uses():
 
     def made(op, out, parents, backward):
         if op == "causal_attention":
-            seen.append((out.data, split_heads(parents[0].data, 3)[2]))
+            seen.append((out.data, split_qkv(parents[0].data, 3)[2]))
 
     with no_grad(), watched(made):
         model(tokens[None])
@@ -286,7 +286,7 @@ def test_attention_maps_are_the_weights_that_the_model_uses():
     for p, (y, v) in zip(maps, seen, strict=True):
         assert p.shape == (3, 5, 5) and not np.triu(p, 1).any()
         np.testing.assert_allclose(p.sum(axis=-1), 1, rtol=1e-5)
-        np.testing.assert_allclose(p @ v[0], merged_heads(y, 3)[0], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(p @ v[0], split_heads(y, 3)[0], rtol=1e-3, atol=1e-4)
 
 
 def test_squares_are_as_dark_as_the_roots_of_the_weights():

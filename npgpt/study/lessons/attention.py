@@ -25,18 +25,18 @@ def factors(qkv, n_head, dropout, **_):
 
 
 def parts(values, dqkv):
-    from npgpt.ops.attention import split_heads
+    from npgpt.ops.attention import split_qkv
 
-    return dict(zip(("dq", "dk", "dv"), split_heads(dqkv, values["n_head"]), strict=True))
+    return dict(zip(("dq", "dk", "dv"), split_qkv(dqkv, values["n_head"]), strict=True))
 
 
 def mistakes(dy, qkv, lse, n_head, dropout):
     import numpy as np
 
-    from npgpt.ops.attention import _dropout_scale_ref, _scores_ref, merged_heads, split_heads
+    from npgpt.ops.attention import _dropout_scale_ref, _scores_ref, split_heads, split_qkv
 
-    q, k, v = split_heads(qkv, n_head)
-    dy = merged_heads(dy, n_head)
+    q, k, v = split_qkv(qkv, n_head)
+    dy = split_heads(dy, n_head)
     scale = 1 / math.sqrt(q.shape[-1])
     p = np.exp(_scores_ref(q, k) - lse[..., None])
     p_all = np.exp(q @ k.swapaxes(-1, -2) * scale - lse[..., None])  # future positions, too
@@ -82,7 +82,7 @@ LESSON = Lesson(
     op="attention", topic="the softmax's gradient, between two products with two factors each",
     forward=("_scores_ref", "_softmax_ref", "_dropout_scale_ref", "attention_forward_ref"),
     backward=("attention_backward_ref",), results=("dqkv",),
-    imports="from npgpt.ops.attention import merged_heads, split_heads\nfrom npgpt.ops.dropout import dropout_mask_ref",
+    imports="from npgpt.ops.attention import split_heads, split_qkv\nfrom npgpt.ops.dropout import dropout_mask_ref",
     arguments=arguments, sizes={"B": 2, "T": 4, "n_head": 3, "hs": 5, "p_drop": 0.3, "batch_offset": 1, "key": 9},
     lines={
         "dq": SCORES_LINE, "dk": SCORES_LINE, "dv": "y = a @ v",

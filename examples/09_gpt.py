@@ -59,7 +59,7 @@ no_dropout = Dropout()
 #
 # Some steps keep a second result for their backward: stats_a0 is the mean and rstd of each row that a0 was made of
 # (04), lse0 the log-sum-exp of each row of scores, from which p is made again (06), and pre0 the MLP's values before
-# GELU (07).  In step 20, -1 is the target that would not count, and N the number of rows that do (05): here all of them.
+# GELU (07).  In step 20, -1 is the target that would not count, and N the number of rows that do (05): all of them.
 
 x0 = embedding_forward_ref(idx, wte, wpe).reshape(N, C)                                                   # 1
 

@@ -101,6 +101,7 @@ def test_each_run_has_its_lines_and_its_colour(tmp_path):
 def test_names_are_escaped_and_made_visible():
     legend = ['a <b> & "c"', one_line("bell \a, half a character \udc80, é")]
     picture = plots.curves_svg(plots.panels([ROWS, ROWS]), legend)
+    assert b"light: training loss; strong: the same, smoothed; dashed with points: validation" in picture
     words = [text.text for text in ET.fromstring(picture).iter(SVG + "text")]
     assert 'a <b> & "c"' in words and "bell \\x07, half a character \\udc80, é" in words
 

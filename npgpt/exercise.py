@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from npgpt.command import FileName, Parser, showing_all
+from npgpt.command import FileName, Parser, say_if_elsewhere, showing_all
 from npgpt.errors import UsageError, quoted, run_command
 from npgpt.study.bugs import BUGS, bug, plant, right_source
 from npgpt.study.lesson import LEVELS, PROG, exercise_text
@@ -113,11 +113,13 @@ def run_answer(args):
 
 
 def run_train(args):
+    from npgpt.kernels.jit import KERNELS
     from npgpt.study.check import train
 
     losses = train()
     print(f"{PACKAGE}: a small GPT's loss, step by step")
     print(" ".join(f"{loss:.4f}" for loss in losses))
+    say_if_elsewhere(KERNELS)
 
 
 def parse(argv):

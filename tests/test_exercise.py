@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from npgpt import errors, exercise
+from npgpt.command import PLANTED
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.exercise import PACKAGE, main, with_kernels
 from npgpt.kernels import jit
@@ -686,6 +687,9 @@ def test_gradcheck_finds_a_bug_in_a_compiled_kernel_of_the_copy(tmp_path, capsys
     assert main(["bug", str(n), "--dir", str(tmp_path / "bug")]) == 0
     out = capsys.readouterr().out
     assert "\n  python -m npgpt.gradcheck\n" in out and "compiled kernel" in out
+    said = "look for the mistake in this folder without NPGPT_KERNELS=numpy: otherwise its code may not run\n"
+    code, out, _ = command("npgpt.gradcheck", "relu", cwd=tmp_path / "bug")
+    assert code == 0 and out.endswith(said)
     assert [found for _, found, _ in gradchecks([f"{tmp_path / 'bug'}|layernorm"], "numba")] == ["a wrong gradient"]
 
 
@@ -694,7 +698,7 @@ def test_a_copy_is_untouched_but_for_one_file_and_its_own_commands_run_it(tmp_pa
     assert main(["bug", "1", "--dir", str(folder)]) == 0
     sources = {path.relative_to(PACKAGE) for ending in ("*.py", "*.html") for path in PACKAGE.rglob(ending)}
     copied = {path.relative_to(folder / "npgpt") for path in folder.rglob("*") if path.is_file()}
-    assert copied == sources
+    assert copied == sources | {Path(PLANTED)}
     different = {
         path for path in sources if (PACKAGE / path).read_bytes() != (folder / "npgpt" / path).read_bytes()
     }  # fmt: skip
@@ -702,6 +706,11 @@ def test_a_copy_is_untouched_but_for_one_file_and_its_own_commands_run_it(tmp_pa
     # PYTHONPATH has the original: the folder in which a module is started comes before it
     code, out, _ = command("npgpt.gradcheck", "linear", cwd=folder)
     assert code == 1 and "bias" in out and "FAILED" in out
+    code, out, _ = command("npgpt.gradcheck", "relu", cwd=folder)
+    assert code == 0 and "look for" not in out
+    code, out, _ = command("npgpt.gradcheck", "relu", cwd=folder, NPGPT_KERNELS="numba")
+    said = "look for the mistake in this folder with NPGPT_KERNELS=numpy: otherwise its code may not run\n"
+    assert code == 0 and out.endswith(said)
     code, out, _ = command("npgpt.exercise", "train", cwd=folder)
     assert code == 0 and out.startswith(f"{(folder / 'npgpt').resolve()}: ")
     with pytest.raises(UsageError, match="exists"):

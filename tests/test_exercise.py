@@ -434,7 +434,7 @@ def test_a_file_runs_as_python_runs_it_and_nothing_of_it_stays(check, tmp_path):
         assert (code == 0) is right and ("passed: linear" in out) is right
         assert not {"helper", "exercise_file"} & set(sys.modules)
     assert (sys.path, sys.dont_write_bytecode) == (before[0], before[2]) and before[1] <= set(sys.modules)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["helper.py", "mine.py"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["helper.py", "mine.py", "progress.json"]
 
 
 def test_the_op_is_put_back_after_training(check):

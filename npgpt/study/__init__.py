@@ -2,6 +2,7 @@
 
 May import generate and all that generate may, but not run.  Start with lessons/layernorm.py: what a lesson on an op
 holds.  lesson.py makes exercises of lessons, check.py compares what a student wrote, hints.py says what kind of mistake
-a wrong backward is, bugs.py plants mistakes to find.  trace.py measures one forward and backward, which page.py shows;
-receipt.py tells where one number's gradient comes from; plots.py draws curves and attention.
+a wrong backward is, progress.py keeps how far a student is, report.py says it of a class, bugs.py plants mistakes to
+find.  trace.py measures one forward and backward, which page.py shows; receipt.py tells where one number's gradient
+comes from; plots.py draws curves and attention.
 """

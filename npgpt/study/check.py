@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 import traceback
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -230,11 +231,48 @@ def imports_beside(path):
 # Comparing: with finite differences, and in a GPT
 
 
+@dataclass
+class Outcome:
+    """What came of an exercise."""
+
+    op: str = ""  # none if the file could not be run
+    passed: bool = False
+    parts: dict = field(default_factory=dict)  # result -> "ok", "wrong" or "blank"
+    words: str = ""  # the first thing that is wrong, in a line
+
+
+def check_file(path, say):
+    """Say, in lines, what each exercise in a student's file is worth -> [Outcome].
+
+    Raises UsageError if there is no file, or no exercise in it.
+    """
+    outcomes = []
+    with imports_beside(path):
+        try:
+            answer = Answer(Path(path))
+        except Wrong as error:
+            say(str(error))
+            return [Outcome(words=str(error))]
+        for op in answer.functions:
+            try:
+                outcomes.append(check(LESSONS[op], answer, say))
+            except Wrong as error:
+                say(str(error))
+                outcomes.append(Outcome(op, words=str(error)))
+    return outcomes
+
+
 def check(lesson, answer, say):
-    """Say, in lines, what a student's backward is worth; True if all of it is right."""
+    """Say, in lines, what a student's backward is worth -> Outcome."""
     answer.check_signature(lesson)
     say(f"{lesson.op}: {lesson.function()} against finite differences")
-    case, right, stop = Case(lesson), True, ""
+    outcome, case, stop = Outcome(lesson.op), Case(lesson), ""
+
+    def wrong(words):
+        say(f"  WRONG  {words}")
+        outcome.words = words
+        return outcome
+
     arguments = case.arguments()
     given = dict(zip(case.values, arguments, strict=True))
     if answer.blank:
@@ -244,38 +282,38 @@ def check(lesson, answer, say):
     added = {name: given[name] for name in case.so_far}  # what must be added to in place, and returned
     unreturned = [name for name in added if results[name] is None and not answer.blank]
     for name, verdict in case.compare(results | {name: added[name] for name in unreturned}).items():
+        outcome.parts[name] = "blank" if verdict is None else "wrong" if verdict.wrong else "ok"
         if verdict is None:
             lines = answer.blanks_of(name, lesson) or answer.blank
             say(f"  {name:<8} blank  {in_lines('see ', lines) or 'it is None'}")
         else:
             words = f"WRONG  {verdict.wrong}" if verdict.wrong else f"ok     {verdict.error:.0e}"
             say(f"  {name:<8} {words}" + (f"\n           hint: {verdict.hint}" if verdict.hint else ""))
-        right = right and verdict is not None and not verdict.wrong
+            if verdict.wrong and not outcome.words:
+                outcome.words = f"{name}: {verdict.kind or verdict.wrong}"
     if stop:
         say(f"  {stop}")
-    if not right or stop:
+        outcome.words = outcome.words or stop
+    if stop or {*outcome.parts.values()} != {"ok"}:
         if answer.blank:
             say(answer.still_blank("  still blank: "))
-        return False
+        return outcome
     if unreturned:
-        say(f"  WRONG  it adds in place, and must return it, too: return {', '.join(lesson.results)}")
-        return False
+        return wrong(f"it adds in place, and must return it, too: return {', '.join(lesson.results)}")
     copies = [name for name in added if not np.shares_memory(results[name], added[name])]
     if copies:
-        say(f"  WRONG  {' and '.join(copies)}: a copy, and what was given is as it was: add to that, in place")
-        return False
+        return wrong(f"{' and '.join(copies)}: a copy, and what was given is as it was: add to that, in place")
     changed = case.changed(arguments)
     if changed:
-        say(f"  WRONG  it changes {' and '.join(changed)} in place, which others still need: work on a copy")
-        return False
+        return wrong(f"it changes {' and '.join(changed)} in place, which others still need: work on a copy")
     ours, theirs = train(), train(in_place_of(lesson, answer))
     for whose, losses in (("yours", theirs), ("npgpt's", ours)):
         say(f"  a GPT after {STEPS} steps, with {whose + ':':<8} loss {losses[0]:.6f} -> {losses[-1]:.6f}")
     if not all(abs(a - b) <= 1e-6 * abs(b) for a, b in zip(theirs, ours, strict=True)):
-        say("  WRONG  in a GPT it makes another gradient: does it hold for other shapes, and for other numbers, too?")
-        return False
+        return wrong("in a GPT it makes another gradient: does it hold for other shapes, and for other numbers, too?")
     say(f"passed: {lesson.op}")
-    return True
+    outcome.passed = True
+    return outcome
 
 
 def in_place_of(lesson, answer):

@@ -79,7 +79,8 @@ LONG = {"--max-new-tokens", "--num-samples", "--sample-tokens", "--final-sample-
 ARGUMENTS = {
     "plot": ["run", "hub", "run run", "two\nlines"], "gradcheck": ["neg", "add", "nothing such", "sqrt log"],
     "list": [""], "show": ["mlp", "linear", "mpl", "cross_entropy"], "check": ["linear.py", "blank.py", "text.txt"],
-    "bug": ["1", "22", "23", ""], "answer": ["1", "0"], "next": [".", "run"], "train": ["config/train_gpt2.py", "text.txt"],
+    "bug": ["1", "22", "23", ""], "answer": ["1", "0"], "next": [".", "run"],
+    "train": ["config/train_gpt2.py", "text.txt"],
 }  # fmt: skip
 
 

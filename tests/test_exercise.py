@@ -316,6 +316,23 @@ def test_an_unfinished_file_shows_what_is_right_so_far(op, level, filled, table,
     assert (before.startswith("  mine.py line ") and stop in before) if stop else "mine.py" not in out
 
 
+@pytest.mark.parametrize("op", LESSONS)
+def test_level_1_is_done_step_by_step_and_what_is_right_stays_right(op, check):
+    lines, solved = (exercise_text(LESSONS[op], level, "mine.py").splitlines() for level in (1, 0))
+    assert len(lines) == len(solved)
+    blanks = [n for n, line in enumerate(lines) if n > 1 and line != solved[n]]
+    names, before = list(LESSONS[op].results) if op != "attention" else ["dq", "dk", "dv"], set()
+    for step in [None, *blanks[:-1]]:
+        if step is not None:
+            lines[step] = solved[step]
+        code, out = check("\n".join(lines))
+        rows = dict(re.findall(r"^  (\w+) +(ok|blank) ", out, re.MULTILINE))
+        right = {name for name, state in rows.items() if state == "ok"}
+        assert code == 1 and list(rows) == names and before <= right and "WRONG" not in out, out
+        before = right
+    assert op in ("dropout", "cross-entropy") or before  # whose only result is made by the last line
+
+
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [

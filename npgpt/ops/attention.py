@@ -16,7 +16,7 @@ Backward, undoing one line after the other:
     a = dropout(p):  dp = dropout(da)               (the same mask: see dropout.py)
     p = softmax(s):  with p_j = e^s_j / sum, d p_i / d s_j = p_i ([i = j] - p_j), so in each row
                      ds_j = sum_i dp_i p_i ([i = j] - p_j) = p_j (dp_j - sum_i dp_i p_i)
-                     and 0 at masked places, since p is 0 there
+                     and 0 at masked places, since p is 0 there  ([i = j] is 1 if i = j, and 0 otherwise)
     s = scale q k^T: dq = scale ds k                dk = scale ds^T q
 
 The forward keeps no (T, T) matrix, only the logarithm of each row's sum, lse_t = log sum_j e^s_tj (Dao et al. 2022):

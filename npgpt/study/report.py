@@ -128,6 +128,7 @@ def check_alone(path, result):
 
     if resource is not None:
         with contextlib.suppress(OSError, ValueError):  # macOS may refuse
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # what crashes leaves no file
             _, hard = resource.getrlimit(resource.RLIMIT_AS)
             limit = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -354,9 +354,10 @@ def where_to_look(rows):
         where = f"in {whole[0].name} alone"
     else:
         where = f"below {_place(whole[last].name, whole[last + 1].name)}" if last + 1 < len(whole) else "everywhere"
-    which = " with dropout only" if gpts - {row.title for row in wrong} and "dropout" in wrong[0].title else ""
     ops = "ops right, " if len(gpts) < len({row.title for row in rows}) else ""
-    return f"{ops}GPT wrong{which} {where}: see where gradients meet (npgpt/engine.py)"
+    if gpts - {row.title for row in wrong} and "dropout" in wrong[0].title:
+        return f"{ops}GPT wrong with dropout only, {where}: see its mask, there and back (npgpt/ops/dropout.py)"
+    return f"{ops}GPT wrong {where}: see where gradients meet (npgpt/engine.py)"
 
 
 def _place(last, above):

@@ -19,7 +19,7 @@ from npgpt.exercise import PACKAGE, main, with_kernels
 from npgpt.kernels import jit
 from npgpt.study import check as checking
 from npgpt.study import hints
-from npgpt.study.bugs import BUGS, NUMBERED
+from npgpt.study.bugs import BUGS, NUMBERED, plant
 from npgpt.study.lesson import LEVELS, exercise_text
 from npgpt.study.lessons import LESSONS
 
@@ -708,6 +708,53 @@ def test_gradcheck_finds_a_bug_in_a_compiled_kernel_of_the_copy(tmp_path, capsys
     code, out, _ = command("npgpt.gradcheck", "relu", cwd=tmp_path / "bug")
     assert code == 0 and out.endswith(said)
     assert [found for _, found, _ in gradchecks([f"{tmp_path / 'bug'}|layernorm"], "numba")] == ["a wrong gradient"]
+
+
+# Runs the command in each of some folders, for a few cases, and of a GPT for a few parameters.
+VERDICT = """
+import sys
+for line in sys.argv[1:]:
+    folder, *titles = line.split("|")
+    for name in [name for name in sys.modules if name.split(".")[0] == "npgpt"]:
+        del sys.modules[name]
+    sys.path[0] = folder
+    from npgpt import gradcheck
+    chosen = [case for case in gradcheck.cases() if case[0] in titles]
+    for n, (title, f, inputs, names) in enumerate(chosen):
+        if title.startswith("GPT"):
+            few = [i for i, name in enumerate(names) if name.split(".", 1)[1] in ("wte.weight", "ln_f.weight")
+                   or name.split(".")[-2:] in (["ln_1", "weight"], ["ln_2", "weight"])]
+            chosen[n] = title, f, [inputs[i] for i in few], [names[i] for i in few]
+    gradcheck.cases = lambda: chosen
+    assert gradcheck.main([]) == 1
+    print("|")
+"""
+GPT, DROPPED = "GPT, biases", "GPT, no bias, dropout"
+VERDICTS = [  # the beginning of a bug's name, cases, what the verdict says
+    ("log:", ["exp", "log"], "first wrong: log;"),
+    ("cross-entropy:", ["linear", "cross-entropy", "cross-entropy, ignoring -3"], "first wrong: cross-entropy;"),
+    ("engine: the second", ["add", GPT], "ops right, GPT wrong below block 1's ln_2: see where gradients meet"),
+    ("embedding: the tied", ["embedding", GPT], "ops right, GPT wrong in transformer.wte.weight alone: see"),
+    ("dropout:", ["dropout", GPT, DROPPED], "ops right, GPT wrong with dropout only, "),
+]
+
+
+@pytest.mark.skipif(jit.KERNELS != "numba", reason="once is enough")
+def test_the_verdict_on_a_planted_bug_says_where_to_look(tmp_path):
+    lines = []
+    for n, (name, titles, _) in enumerate(VERDICTS):
+        (fault,) = (fault for fault in BUGS if fault.name.startswith(name))
+        plant(fault, tmp_path / str(n))
+        lines.append("|".join([str(tmp_path / str(n)), *titles]))
+    environment = {**os.environ, "NPGPT_KERNELS": "numpy", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", VERDICT, *lines], env=environment, capture_output=True, encoding="utf-8", timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    *outputs, _ = done.stdout.split("|\n")
+    for output, (*_, words) in zip(outputs, VERDICTS, strict=True):
+        *before, verdict = output.splitlines()
+        assert verdict.startswith(f"FAILED: {words}") and len(before) <= 20, output
 
 
 def test_a_copy_is_untouched_but_for_one_file_and_its_own_commands_run_it(tmp_path):

@@ -13,7 +13,6 @@ from npgpt.kernels import buffers
 from npgpt.kernels.buffers import NAN_FILL
 from npgpt.ops import layernorm as layernorm_file
 from npgpt.ops.dropout import dropout
-from npgpt.study.bugs import BUGS, plant
 from npgpt.tensor import record
 
 gradchecking = sys.modules["npgpt.gradcheck"]
@@ -333,52 +332,6 @@ def test_a_backward_that_raises_says_of_which_op_it_was(capsys, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         main([])
     assert capsys.readouterr().out.endswith("\nproduct: its check does not come to an end\n")
-
-
-# Runs the command in each of some folders, for a few cases, and of a GPT for a few parameters.
-WHERE = """
-import sys
-for line in sys.argv[1:]:
-    folder, *titles = line.split("|")
-    for name in [name for name in sys.modules if name.split(".")[0] == "npgpt"]:
-        del sys.modules[name]
-    sys.path[0] = folder
-    from npgpt import gradcheck
-    chosen = [case for case in gradcheck.cases() if case[0] in titles]
-    for n, (title, f, inputs, names) in enumerate(chosen):
-        if title.startswith("GPT"):
-            few = [i for i, name in enumerate(names) if name.split(".", 1)[1] in ("wte.weight", "ln_f.weight")
-                   or name.split(".")[-2:] in (["ln_1", "weight"], ["ln_2", "weight"])]
-            chosen[n] = title, f, [inputs[i] for i in few], [names[i] for i in few]
-    gradcheck.cases = lambda: chosen
-    assert gradcheck.main([]) == 1
-    print("|")
-"""
-GPT, DROPPED = "GPT, biases", "GPT, no bias, dropout"
-PLANTED = [  # the beginning of a bug's name, cases, what the verdict says
-    ("log:", ["exp", "log"], "first wrong: log;"),
-    ("cross-entropy:", ["linear", "cross-entropy", "cross-entropy, ignoring -3"], "first wrong: cross-entropy;"),
-    ("engine: the second", ["add", GPT], "ops right, GPT wrong below block 1's ln_2: see where gradients meet"),
-    ("embedding: the tied", ["embedding", GPT], "ops right, GPT wrong in transformer.wte.weight alone: see"),
-    ("dropout:", ["dropout", GPT, DROPPED], "ops right, GPT wrong with dropout only "),
-]
-
-
-def test_the_verdict_on_a_planted_bug_says_where_to_look(tmp_path):
-    lines = []
-    for n, (name, titles, _) in enumerate(PLANTED):
-        (fault,) = (fault for fault in BUGS if fault.name.startswith(name))
-        plant(fault, tmp_path / str(n))
-        lines.append("|".join([str(tmp_path / str(n)), *titles]))
-    environment = {**os.environ, "NPGPT_KERNELS": "numpy", "OPENBLAS_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", WHERE, *lines], env=environment, capture_output=True, encoding="utf-8", timeout=200
-    )
-    assert done.returncode == 0, done.stderr
-    *outputs, _ = done.stdout.split("|\n")
-    for output, (*_, words) in zip(outputs, PLANTED, strict=True):
-        *before, verdict = output.splitlines()
-        assert verdict.startswith(f"FAILED: {words}") and len(before) <= 20, output
 
 
 def verdict_on(right, last_wrong):

@@ -189,7 +189,7 @@ def class_of_20(tmp_path_factory):
 
 def test_a_class_is_reported_rightly(class_of_20, capsys):
     start = time.monotonic()
-    out = says(capsys, "report", class_of_20, "--seconds", "5", "--json", code=1)
+    out = says(capsys, "report", class_of_20, "--seconds", "4", "--json", code=1)
     assert time.monotonic() - start < 100
     found = json.loads(out)
     rows = {row["file"]: row for row in found["rows"]}
@@ -246,24 +246,20 @@ def test_the_help_says_that_a_report_runs_code(capsys):
 
 @pytest.mark.skipif(os.name != "posix", reason="no process groups")
 def test_what_a_file_started_ends_with_it(tmp_path):
-    code = "import subprocess, sys, time\nsleep = [sys.executable, '-c', 'import time; time.sleep(99)']\n"
+    code = "import subprocess, sys\nsleep = [sys.executable, '-c', 'import time; time.sleep(99)']\n"
     code += "with open(__file__[:-2] + 'pid', 'w') as file:\n    file.write(str(subprocess.Popen(sleep).pid))\n"
-    (tmp_path / "a.py").write_text(code + "time.sleep(99)\n", encoding="utf-8")
-    (tmp_path / "b.py").write_text(code + RIGHT, encoding="utf-8")
-    states = [row.state for row in report.rows_of(tmp_path, seconds=3)]
-    assert states == ["hangs", "right"]
-    for name in ("a.pid", "b.pid"):
-        pid = int((tmp_path / name).read_text())
-        for _ in range(100):  # until it is gone, or a zombie that init has not met yet
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                break
-            if Path(f"/proc/{pid}/stat").exists() and " Z " in Path(f"/proc/{pid}/stat").read_text():
-                break
-            time.sleep(0.05)
-        else:
-            raise AssertionError("it goes on")
+    (tmp_path / "a.py").write_text(code + RIGHT, encoding="utf-8")
+    assert [row.state for row in report.rows_of(tmp_path)] == ["right"]
+    pid = int((tmp_path / "a.pid").read_text())
+    for _ in range(100):  # until it is gone, or a zombie that init has not met yet
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        if Path(f"/proc/{pid}/stat").exists() and " Z " in Path(f"/proc/{pid}/stat").read_text():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it goes on")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
@@ -275,6 +271,6 @@ def test_ctrl_c_ends_a_report_at_once(tmp_path):
         [sys.executable, "-m", "npgpt.exercise", "report", str(tmp_path)], env=environment,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    threading.Timer(1.5, child.send_signal, [signal.SIGINT]).start()
+    threading.Timer(1, child.send_signal, [signal.SIGINT]).start()
     start = time.monotonic()
     assert child.wait(timeout=30) == 130 and time.monotonic() - start < 15

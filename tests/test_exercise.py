@@ -339,7 +339,7 @@ def test_level_1_is_done_step_by_step_and_what_is_right_stays_right(op, check):
         ("    return dwte, dwpe", "", "it adds in place, and must return it, too: return dwte, dwpe"),
         ("    np.add.at", "    dwte = dwte.copy()\n    np.add.at", "WRONG  dwte: a copy"),
         ("dwpe[:T] += dy.sum(axis=0)", "dwpe = dwpe + np.pad(dy.sum(axis=0), ((0, 2), (0, 0)))", "WRONG  dwpe: a copy"),
-        ("    return dwte, dwpe", "    return dwte[:], dwpe", "passed"),
+        ("    return dwte, dwpe", "    return dwte[:], dwpe.copy()", "passed"),
     ],
 )
 def test_what_must_be_added_in_place_is_and_is_returned(before, after, words, check):

@@ -300,9 +300,9 @@ def check(lesson, answer, say):
         return outcome
     if unreturned:
         return wrong(f"it adds in place, and must return it, too: return {', '.join(lesson.results)}")
-    copies = [name for name in added if not np.shares_memory(results[name], added[name])]
+    copies = [name for name in added if not np.array_equal(results[name], added[name])]
     if copies:
-        return wrong(f"{' and '.join(copies)}: a copy, and what was given is as it was: add to that, in place")
+        return wrong(f"{' and '.join(copies)}: a copy, and what was given did not get it: add to that, in place")
     changed = case.changed(arguments)
     if changed:
         return wrong(f"it changes {' and '.join(changed)} in place, which others still need: work on a copy")

@@ -290,6 +290,10 @@ UNFINISHED = [  # op, level, (what is blank there, what a student wrote), the ta
         ("dpre = ...", "dpre = dact * gelu_slope(pre)")],
         "dx blank dw_fc blank db_fc blank dw_proj ok db_proj ok", "as what it needs is still blank",
     ),
+    (
+        "mlp", 1, [("return ...", "return 0.5 * (1 + t)")],
+        "dx blank dw_fc blank db_fc blank dw_proj blank db_proj blank", "which is blank",
+    ),
     ("layernorm", 1, [("dbias = ...", "dbias = dy.sum(axis=0)")], "dx blank dweight blank dbias ok", ""),
     (
         "layernorm", 1, [("dbias = ...", "dbias = dy.sum(axis=0)"), ("dx = ...", "dx = g - g_mean")],

@@ -192,8 +192,8 @@ def layernorm_backward(dy, x, weight, mean, rstd):
     ("attention", {
         "attention_backward": """\
 def attention_backward(dy, qkv, lse, n_head, dropout):
-    q, k, v = split_heads(qkv, n_head)
-    dy = merged_heads(dy, n_head)  # (B, n_head, T, hs)
+    q, k, v = split_qkv(qkv, n_head)
+    dy = split_heads(dy, n_head)  # (B, n_head, T, hs)
     p = np.exp(_scores(q, k) - lse[..., None]).astype(q.dtype)
     drop = _dropout_scale(p, dropout)
     # y = a @ v
@@ -208,7 +208,7 @@ def attention_backward(dy, qkv, lse, n_head, dropout):
     dk = ds.swapaxes(-1, -2) @ q / math.sqrt(q.shape[-1])
     # qkv = q, k, v side by side
     dqkv = np.empty_like(qkv)
-    for place, grad in zip(split_heads(dqkv, n_head), (dq, dk, dv), strict=True):
+    for place, grad in zip(split_qkv(dqkv, n_head), (dq, dk, dv), strict=True):
         place[...] = grad
     return dqkv
 """,
@@ -218,8 +218,8 @@ def attention_backward(dy, qkv, lse, n_head, dropout):
     ("attention", {
         "attention_backward": """\
 def attention_backward(dy, qkv, lse, n_head, dropout):
-    q, k, v = split_heads(qkv, n_head)
-    dy = merged_heads(dy, n_head)  # (B, n_head, T, hs)
+    q, k, v = split_qkv(qkv, n_head)
+    dy = split_heads(dy, n_head)  # (B, n_head, T, hs)
     p = np.exp(_scores(q, k) - lse[..., None]).astype(q.dtype)
     drop = _dropout_scale(p, dropout)
     a = p * drop
@@ -236,7 +236,7 @@ def attention_backward(dy, qkv, lse, n_head, dropout):
     dk = scale * (ds.swapaxes(-1, -2) @ q)
     # qkv = q, k, v side by side
     dqkv = np.empty_like(qkv)
-    for place, grad in zip(split_heads(dqkv, n_head), (dq, dk, dv), strict=True):
+    for place, grad in zip(split_qkv(dqkv, n_head), (dq, dk, dv), strict=True):
         place[...] = grad
     return dqkv
 """,
@@ -246,8 +246,8 @@ def attention_backward(dy, qkv, lse, n_head, dropout):
     ("attention", {
         "attention_backward": """\
 def attention_backward(dy, qkv, lse, n_head, dropout):
-    q, k, v = split_heads(qkv, n_head)
-    dy = merged_heads(dy, n_head)  # (B, n_head, T, hs)
+    q, k, v = split_qkv(qkv, n_head)
+    dy = split_heads(dy, n_head)  # (B, n_head, T, hs)
     p = np.exp(_scores(q, k) - lse[..., None]).astype(q.dtype)
     drop = _dropout_scale(p, dropout)
     # y = (p * drop) @ v
@@ -260,7 +260,7 @@ def attention_backward(dy, qkv, lse, n_head, dropout):
     dq = ds @ k / math.sqrt(q.shape[-1])
     dk = ds.swapaxes(-1, -2) @ q
     dqkv = np.empty_like(qkv)
-    for place, grad in zip(split_heads(dqkv, n_head), (dq, dk, dv), strict=True):
+    for place, grad in zip(split_qkv(dqkv, n_head), (dq, dk, dv), strict=True):
         place[...] = grad
     return dqkv
 """,
@@ -442,7 +442,7 @@ def layernorm_backward(dy, x, weight, mean, rstd):
     ("attention", {
         "attention_backward": """\
 def attention_backward(dy, qkv, lse, n_head, dropout):
-    q, k, v = split_heads(qkv, n_head)
+    q, k, v = split_qkv(qkv, n_head)
     B, H, T, hs = q.shape
     dy = dy.reshape(B, H, T, hs)
     p = np.exp(_scores(q, k) - lse[..., None]).astype(q.dtype)
@@ -464,8 +464,8 @@ def attention_backward(dy, qkv, lse, n_head, dropout):
     ("attention", {
         "attention_backward": """\
 def attention_backward(dy, qkv, lse, n_head, dropout):
-    q, k, v = split_heads(qkv, n_head)
-    dy = merged_heads(dy, n_head)
+    q, k, v = split_qkv(qkv, n_head)
+    dy = split_heads(dy, n_head)
     B, H, T, hs = q.shape
     p = np.exp(_scores(q, k) - lse[..., None]).astype(q.dtype)
     drop = _dropout_scale(p, dropout)
@@ -485,8 +485,8 @@ def attention_backward(dy, qkv, lse, n_head, dropout):
     ("attention", {
         "attention_backward": """\
 def attention_backward(dy, qkv, lse, n_head, dropout):
-    q, k, v = split_heads(qkv, n_head)
-    dy = merged_heads(dy, n_head)
+    q, k, v = split_qkv(qkv, n_head)
+    dy = split_heads(dy, n_head)
     s = _scores(q, k)
     p = np.exp(s - lse[..., None]).astype(q.dtype)
     drop = _dropout_scale(p, dropout)
@@ -503,7 +503,7 @@ def attention_backward(dy, qkv, lse, n_head, dropout):
     dk = np.einsum("bhij,bhjd->bhid", ds, q) * scale
     # qkv = q, k, v side by side
     dqkv = np.empty_like(qkv)
-    for place, grad in zip(split_heads(dqkv, n_head), (dq, dk, dv)):
+    for place, grad in zip(split_qkv(dqkv, n_head), (dq, dk, dv)):
         place[...] = grad
     return dqkv
     return dqkv

@@ -246,7 +246,7 @@ def hints_for(op, text, cases={}):  # noqa: B006  (a case is made once)
         try:
             with imports_beside(path):
                 answer = Answer(path)
-                results = answer.helpers(lesson, cases[op]) | answer.results(lesson, cases[op].arguments())
+                results = answer.helpers(cases[op]) | answer.results(lesson, cases[op].arguments())
         except Wrong as error:
             return [str(error).partition("do not fit; ")[2].rstrip(")")]
     return [kind for hint in cases[op].hints(cases[op].compare(results)) for kind in hint.kinds]

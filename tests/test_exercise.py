@@ -15,12 +15,13 @@ import pytest
 import students
 
 from npgpt import errors, exercise
+from npgpt.command import PLANTED
 from npgpt.errors import CheckpointError, UsageError
 from npgpt.exercise import PACKAGE, main, with_kernels
 from npgpt.kernels import jit
 from npgpt.study import check as checking
 from npgpt.study import hints, kinds
-from npgpt.study.bugs import BUGS, NUMBERED
+from npgpt.study.bugs import BUGS, NUMBERED, plant
 from npgpt.study.lesson import LEVELS, exercise_text
 from npgpt.study.lessons import LESSONS
 
@@ -222,7 +223,7 @@ WRONG = [
     ("attention", "np.exp(_scores(q, k) -", "np.exp(q @ k.swapaxes(-1, -2) / math.sqrt(5) -", "dv wrong mask future"),
     ("attention", "(dp * p).sum(axis=-1,", "(dp * p).sum(axis=-2,", "dq wrong axis keys"),
     ("attention", "    return dqkv", "    return dqkv.transpose(2, 1, 0)", "dqkv transposed"),
-    ("attention", "zip(split_heads(dqkv, n_head),", "zip(dqkv.reshape(3, *q.shape),", "dv right numbers wrong places"),
+    ("attention", "zip(split_qkv(dqkv, n_head),", "zip(dqkv.reshape(3, *q.shape),", "dv right numbers wrong places"),
 ]  # fmt: skip
 
 
@@ -361,6 +362,101 @@ def test_blank_results_are_named_and_the_others_are_checked(check):
     assert code == 1 and "dweight  blank  it is None" in out
 
 
+DA = "da = dy @ v.swapaxes(-1, -2)"
+DV = "dv = (p * drop).swapaxes(-1, -2) @ dy"
+DV_ALONE = f"""\
+q, k, v = split_qkv(qkv, n_head)
+    p = np.exp(_scores(q, k) - lse[..., None])
+    drop = _dropout_scale(p, dropout)
+    dy = split_heads(dy, n_head)
+    {DV}"""
+UNFINISHED = [  # op, level, (what is blank there, what a student wrote), the table, words of the line on where it stops
+    ("attention", 1, [], "dq blank dk blank dv blank", "as grad is still blank"),
+    ("attention", 1, [("da = ...", DA), ("dv = ...", DV)], "dq blank dk blank dv ok", "as grad is still blank"),
+    ("attention", 1, [("da = ...", DA), ("dv = ...", "dv = p * da")], "dq blank dk blank dv WRONG", "as grad is"),
+    ("attention", 1, [("dv = ...", DV.replace(" * drop", ""))], "dq blank dk blank dv WRONG", "as grad is"),
+    ("attention", 1, [("dv = ...", DV), ("dp = ...", "dp = da * drop")], "dq blank dk blank dv ok", "as da is"),
+    ("attention", 2, [("a @ v\n    ...", f"a @ v\n    {DV}")], "dq blank dk blank dv blank", "NameError: name 'p' is"),
+    ("attention", 2, [("a @ v\n    ...", f"a @ v\n    {DV_ALONE}")], "dq blank dk blank dv ok", ""),
+    ("embedding", 1, [], "dwte blank dwpe blank", "stops here, which is blank"),
+    ("embedding", 1, [("    ...  #", "    np.add.at(dwte, idx, dy)  #")], "dwte ok dwpe blank", "which is blank"),
+    ("embedding", 1, [("dwpe[:T] += ...", "dwpe[:T] += dy.sum(axis=0)")], "dwte blank dwpe ok", ""),
+    ("cross-entropy", 1, [], "dlogits blank", "stops here, which is blank"),
+    ("cross-entropy", 1, [("dlogits = ...", "dlogits = p")], "dlogits blank", "which is blank"),
+    ("cross-entropy", 1, [("dlogits = ...", "dlogits = p"), ("-= ...", "-= 1")], "dlogits blank", "which is"),
+    ("mlp", 1, [], "dx blank dw_fc blank db_fc blank dw_proj blank db_proj blank", "which is blank"),
+    (
+        "mlp", 1, [("act = ...", "act = gelu(pre)"), ("_proj = ...", "_proj = linear_backward_ref(dy, act, w_proj)")],
+        "dx blank dw_fc blank db_fc blank dw_proj ok db_proj ok", "which is blank",
+    ),
+    (
+        "mlp", 1, [("act = ...", "act = gelu(pre)"), ("_proj = ...", "_proj = linear_backward_ref(dy, act, w_proj)"),
+        ("dpre = ...", "dpre = dact * gelu_slope(pre)")],
+        "dx blank dw_fc blank db_fc blank dw_proj ok db_proj ok", "as what it needs is still blank",
+    ),
+    (
+        "mlp", 1, [("return ...", "return 0.5 * (1 + t)")],
+        "dx blank dw_fc blank db_fc blank dw_proj blank db_proj blank", "which is blank",
+    ),
+    ("layernorm", 1, [("dbias = ...", "dbias = dy.sum(axis=0)")], "dx blank dweight blank dbias ok", ""),
+    (
+        "layernorm", 1, [("dbias = ...", "dbias = dy.sum(axis=0)"), ("dx = ...", "dx = g - g_mean")],
+        "dx blank dweight blank dbias ok", "as g and g_mean are still blank",
+    ),
+    (
+        "layernorm", 1, [("dbias = ...", "dbias = dy.sum(axis=0)"), ("dx = ...", "dx = gg - g_mean")],
+        "dx blank dweight blank dbias ok", "NameError: name 'gg' is not defined",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "level", "filled", "table", "stop"), UNFINISHED)
+def test_an_unfinished_file_shows_what_is_right_so_far(op, level, filled, table, stop, check):
+    text = exercise_text(LESSONS[op], level, "mine.py")
+    for blank, code in filled:
+        assert text.count(blank) == 1, blank
+        text = text.replace(blank, code)
+    code, out = check(text)
+    rows = re.findall(r"^  (\w+) +(ok|blank|WRONG) ", out, re.MULTILINE)
+    assert code == 1 and " ".join(map(" ".join, rows)) == table
+    *_, before, last = out.splitlines()
+    assert last.startswith("  still blank: line") and out.count("still blank: ") == 1
+    assert (before.startswith("  mine.py line ") and stop in before) if stop else "mine.py" not in out
+
+
+@pytest.mark.parametrize("op", LESSONS)
+def test_level_1_is_done_step_by_step_and_what_is_right_stays_right(op, check):
+    lines, solved = (exercise_text(LESSONS[op], level, "mine.py").splitlines() for level in (1, 0))
+    assert len(lines) == len(solved)
+    blanks = [n for n, line in enumerate(lines) if n > 1 and line != solved[n]]
+    names, before = list(LESSONS[op].results) if op != "attention" else ["dq", "dk", "dv"], set()
+    helpers = {helper for helper, _, _ in LESSONS[op].slopes}  # measured as soon as they are filled
+    for step in [None, *blanks[:-1]]:
+        if step is not None:
+            lines[step] = solved[step]
+        code, out = check("\n".join(lines))
+        rows = dict(re.findall(r"^  (\w+) +(ok|blank) ", out, re.MULTILINE))
+        right = {name for name, state in rows.items() if state == "ok"}
+        results = [name for name in rows if name not in helpers]
+        assert code == 1 and results == names and before <= right and "WRONG" not in out, out
+        before = right
+    assert op in ("dropout", "cross-entropy") or before  # whose only result is made by the last line
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ("    return dwte, dwpe", "", "it adds in place, and must return it, too: return dwte, dwpe"),
+        ("    np.add.at", "    dwte = dwte.copy()\n    np.add.at", "WRONG  dwte: a copy"),
+        ("dwpe[:T] += dy.sum(axis=0)", "dwpe = dwpe + np.pad(dy.sum(axis=0), ((0, 2), (0, 0)))", "WRONG  dwpe: a copy"),
+        ("    return dwte, dwpe", "    return dwte[:], dwpe.copy()", "passed"),
+    ],
+)
+def test_what_must_be_added_in_place_is_and_is_returned(before, after, words, check):
+    code, out = check(with_mistake("embedding", before, after))
+    assert words in out and out.count(" ok ") == 2 and code == ("passed" not in words)
+
+
 @pytest.mark.parametrize(
     ("before", "after", "words"),
     [
@@ -465,7 +561,7 @@ def test_a_file_runs_as_python_runs_it_and_nothing_of_it_stays(check, tmp_path):
         assert (code == 0) is right and ("passed: linear" in out) is right
         assert not {"helper", "exercise_file"} & set(sys.modules)
     assert (sys.path, sys.dont_write_bytecode) == (before[0], before[2]) and before[1] <= set(sys.modules)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["helper.py", "mine.py"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["helper.py", "mine.py", "progress.json"]
 
 
 def test_the_op_is_put_back_after_training(check):
@@ -718,7 +814,57 @@ def test_gradcheck_finds_a_bug_in_a_compiled_kernel_of_the_copy(tmp_path, capsys
     assert main(["bug", str(n), "--dir", str(tmp_path / "bug")]) == 0
     out = capsys.readouterr().out
     assert "\n  python -m npgpt.gradcheck\n" in out and "compiled kernel" in out
+    said = "look for the mistake in this folder without NPGPT_KERNELS=numpy: otherwise its code may not run\n"
+    code, out, _ = command("npgpt.gradcheck", "relu", cwd=tmp_path / "bug")
+    assert code == 0 and out.endswith(said)
     assert [found for _, found, _ in gradchecks([f"{tmp_path / 'bug'}|layernorm"], "numba")] == ["a wrong gradient"]
+
+
+# Runs the command in each of some folders, for a few cases, and of a GPT for a few parameters.
+VERDICT = """
+import sys
+for line in sys.argv[1:]:
+    folder, *titles = line.split("|")
+    for name in [name for name in sys.modules if name.split(".")[0] == "npgpt"]:
+        del sys.modules[name]
+    sys.path[0] = folder
+    from npgpt import gradcheck
+    chosen = [case for case in gradcheck.cases() if case[0] in titles]
+    for n, (title, f, inputs, names) in enumerate(chosen):
+        if title.startswith("GPT"):
+            few = [i for i, name in enumerate(names) if name.split(".", 1)[1] in ("wte.weight", "ln_f.weight")
+                   or name.split(".")[-2:] in (["ln_1", "weight"], ["ln_2", "weight"])]
+            chosen[n] = title, f, [inputs[i] for i in few], [names[i] for i in few]
+    gradcheck.cases = lambda: chosen
+    assert gradcheck.main([]) == 1
+    print("|")
+"""
+GPT, DROPPED = "GPT, biases", "GPT, no bias, dropout"
+VERDICTS = [  # the beginning of a bug's name, cases, what the verdict says
+    ("log:", ["exp", "log"], "first wrong: log;"),
+    ("cross-entropy:", ["linear", "cross-entropy", "cross-entropy, ignoring -3"], "first wrong: cross-entropy;"),
+    ("engine: the second", ["add", GPT], "ops right, GPT wrong below block 1's ln_2: see where gradients meet"),
+    ("embedding: the tied", ["embedding", GPT], "ops right, GPT wrong in transformer.wte.weight alone: see"),
+    ("dropout:", ["dropout", GPT, DROPPED], "ops right, GPT wrong with dropout only, "),
+]
+
+
+@pytest.mark.skipif(jit.KERNELS != "numba", reason="once is enough")
+def test_the_verdict_on_a_planted_bug_says_where_to_look(tmp_path):
+    lines = []
+    for n, (name, titles, _) in enumerate(VERDICTS):
+        (fault,) = (fault for fault in BUGS if fault.name.startswith(name))
+        plant(fault, tmp_path / str(n))
+        lines.append("|".join([str(tmp_path / str(n)), *titles]))
+    environment = {**os.environ, "NPGPT_KERNELS": "numpy", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", VERDICT, *lines], env=environment, capture_output=True, encoding="utf-8", timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    *outputs, _ = done.stdout.split("|\n")
+    for output, (*_, words) in zip(outputs, VERDICTS, strict=True):
+        *before, verdict = output.splitlines()
+        assert verdict.startswith(f"FAILED: {words}") and len(before) <= 20, output
 
 
 def test_a_copy_is_untouched_but_for_one_file_and_its_own_commands_run_it(tmp_path):
@@ -726,7 +872,7 @@ def test_a_copy_is_untouched_but_for_one_file_and_its_own_commands_run_it(tmp_pa
     assert main(["bug", "1", "--dir", str(folder)]) == 0
     sources = {path.relative_to(PACKAGE) for ending in ("*.py", "*.html") for path in PACKAGE.rglob(ending)}
     copied = {path.relative_to(folder / "npgpt") for path in folder.rglob("*") if path.is_file()}
-    assert copied == sources
+    assert copied == sources | {Path(PLANTED)}
     different = {
         path for path in sources if (PACKAGE / path).read_bytes() != (folder / "npgpt" / path).read_bytes()
     }  # fmt: skip
@@ -734,6 +880,11 @@ def test_a_copy_is_untouched_but_for_one_file_and_its_own_commands_run_it(tmp_pa
     # PYTHONPATH has the original: the folder in which a module is started comes before it
     code, out, _ = command("npgpt.gradcheck", "linear", cwd=folder)
     assert code == 1 and "bias" in out and "FAILED" in out
+    code, out, _ = command("npgpt.gradcheck", "relu", cwd=folder)
+    assert code == 0 and "look for" not in out
+    code, out, _ = command("npgpt.gradcheck", "relu", cwd=folder, NPGPT_KERNELS="numba")
+    said = "look for the mistake in this folder with NPGPT_KERNELS=numpy: otherwise its code may not run\n"
+    assert code == 0 and out.endswith(said)
     code, out, _ = command("npgpt.exercise", "train", cwd=folder)
     assert code == 0 and out.startswith(f"{(folder / 'npgpt').resolve()}: ")
     with pytest.raises(UsageError, match="exists"):

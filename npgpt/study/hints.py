@@ -46,15 +46,15 @@ class Case:
         self.so_far = {name: self.values[name] for name in lesson.results if name in self.values}
         dy = np.asarray(self.values.get("dy", self.values.get("dloss")))
         self.many = dy.shape[:-1]  # the axes along which a bias, say, is used many times
-        self.right, self.parts = {}, {}
+        self.right, self.parts, self.slopes = {}, {}, {}
         for helper, forward, at in lesson.slopes:
             z, function = self.values[at], getattr(lesson.module(), forward)
-            self.parts[helper] = numeric_grad(lambda z=z, function=function: function(z), Tensor(z), np.ones_like(z))
+            self.slopes[helper] = numeric_grad(lambda z=z, function=function: function(z), Tensor(z), np.ones_like(z))
         for name in lesson.results:
             change = numeric_grad(lambda: lesson.outputs(inputs)[0], Tensor(inputs[name[1:]]), dy)
             self.right[name] = change + self.so_far.get(name, 0)
             self.parts |= self._parts(name, self.right[name])
-        self.right |= self.parts
+        self.right |= self.parts | self.slopes
         self.lengths = {name: lesson.sizes[name] for name in lesson.lengths}
         self.factors = lesson.factors(**self.values)
         self._inputs = inputs
@@ -65,7 +65,7 @@ class Case:
 
     @functools.cached_property
     def mistakes(self):
-        return Mistakes(self.lesson, self.backward, self.parts, self.so_far)
+        return Mistakes(self.lesson, self.backward, self.parts | self.slopes, self.so_far)
 
     def arguments(self):
         """Arguments for the backward, copies that it may keep."""
@@ -77,7 +77,7 @@ class Case:
         return [n for n, value in given if n not in self.so_far and not np.array_equal(value, self.values[n])]
 
     def _parts(self, name, array):
-        if self.lesson.parts is None or array.shape != self.right[name].shape:
+        if self.lesson.parts is None or name not in self.lesson.results or array.shape != self.right[name].shape:
             return {name: array}
         return self.lesson.parts(self.values, array)
 
@@ -91,7 +91,7 @@ class Case:
                 verdicts[name] = Verdict(math.inf, "it is complex, and a gradient is real")
             else:
                 self.got |= (parts := self._parts(name, array))
-                verdicts |= {part: self._verdict(part) for part in parts}
+                verdicts |= {part: self.verdict(part, array) for part, array in parts.items()}
         wrong = {part: self.got[part] for part in self.got if verdicts[part].wrong}
         self.fine = [part for part in self.got if part not in wrong]
         for part, found in self.found(wrong).items():
@@ -107,8 +107,9 @@ class Case:
             found.line = found.line or (quotes[0] if quotes else self.lesson.lines.get(part))
         return verdicts
 
-    def _verdict(self, part):
-        got, right = self.got[part], self.right[part]
+    def verdict(self, part, got):
+        """The Verdict on an array, before anything is found of it."""
+        right = self.right[part]
         if got.shape != right.shape:
             return Verdict(math.inf, f"its shape is {got.shape}, it must be {right.shape}")
         errors = relative_error(got, right)
@@ -187,7 +188,7 @@ class Case:
         found = {}
         for part, c in ratios.items():
             if np.isfinite(c[i]):
-                mistakes = [one for one in space.mistakes[i] if part in self.backward.reached(one.step, self.parts)]
+                mistakes = [one for one in space.mistakes[i] if part in self.backward.reached(one.step, self.right)]
                 kinds = tuple(dict.fromkeys(mistake.words for mistake in mistakes))
                 kinds += () if is_near(c[i], 1) else (factor_of(self, float(c[i]))[0],)
                 line = next((mistake.line for mistake in mistakes if mistake.line), None)
@@ -276,12 +277,12 @@ class Case:
         words = f"{_listed(parts)} {_are(parts)} wrong"
         if self.fine:
             words = f"{_listed(self.fine)} {_are(self.fine)} right, {words}"
-        helpers = {helper for helper, _, _ in self.lesson.slopes}
-        if helpers & set(parts):
-            return f"{words}: begin with {_listed(sorted(helpers & set(parts)))}, which was measured by itself"
+        helpers = [name for name in parts if name in self.slopes]
+        if helpers:
+            return f"{words}: begin with {_listed(helpers)}, which was measured by itself"
         suspects = {}
         for i, step in enumerate(self.backward.steps):
-            reached = self.backward.reached(i, self.right) - (helpers - set(self.fine))
+            reached = self.backward.reached(i, self.right) - (self.slopes.keys() - set(self.fine))
             made = self.backward.values[step.target]
             if reached >= set(parts) and not reached & set(self.fine) and np.ndim(made) and len(step.writes) == 1:
                 suspects[step.target] = None
@@ -324,6 +325,11 @@ class Verdict:
     error: float  # the worst relative one
     wrong: str = ""  # what is wrong, if something is
     found: Found | None = None
+
+    @property
+    def kind(self):
+        """What kinds of mistakes that is, in words; nothing if that is not known."""
+        return "; and ".join(self.found.kinds) if self.found else ""
 
 
 @dataclass(frozen=True)

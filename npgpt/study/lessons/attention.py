@@ -25,9 +25,9 @@ def factors(qkv, n_head, dropout, **_):
 
 
 def parts(values, dqkv):
-    from npgpt.ops.attention import split_heads
+    from npgpt.ops.attention import split_qkv
 
-    return dict(zip(("dq", "dk", "dv"), split_heads(dqkv, values["n_head"]), strict=True))
+    return dict(zip(("dq", "dk", "dv"), split_qkv(dqkv, values["n_head"]), strict=True))
 
 
 MASK_LINE = "return np.where(future, -np.inf, s).astype(q.dtype)"
@@ -103,7 +103,7 @@ LESSON = Lesson(
     op="attention", topic="the softmax's gradient, between two products with two factors each",
     forward=("_scores_ref", "_softmax_ref", "_dropout_scale_ref", "attention_forward_ref"),
     backward=("attention_backward_ref",), results=("dqkv",),
-    imports="from npgpt.ops.attention import merged_heads, split_heads\nfrom npgpt.ops.dropout import dropout_mask_ref",
+    imports="from npgpt.ops.attention import split_heads, split_qkv\nfrom npgpt.ops.dropout import dropout_mask_ref",
     arguments=arguments, sizes={"B": 2, "T": 4, "n_head": 3, "hs": 5, "p_drop": 0.3, "batch_offset": 1, "key": 9},
     lines={
         "dq": SCORES_LINE, "dk": SCORES_LINE, "dv": "y = a @ v",

@@ -132,7 +132,6 @@ class Mistakes:
                 for text in (name, f"1 - {name}", f"{name} * (1 - {name})") if array.dtype.kind == "f" else (name,):
                     words = f"a factor too many: {text}, in {step.target}"
                     yield Mistake(words, i, {value: _binary(value, ast.Mult(), _expression(text))}, None, 3)
-
             yield from self._masked(i, value)
 
     def _masked(self, i, value):
@@ -175,7 +174,7 @@ class Mistakes:
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "np.where":
             mask, kept, _ = node.args
             yield f"wrong mask: it is turned round, in {step.target}", _with(node, 0, _not(mask)), 1, ""
-            yield f"missing mask: {step.target} is not what it is where the mask is 0", kept, 1, ""
+            yield f"missing mask: what was masked counts, in {step.target}", kept, 1, ""
             for name, array in self._arrays(self.backward.steps.index(step)):
                 if array.shape == self.backward.right[mask].shape and array.dtype.kind == "f":
                     other = _expression(f"{name} > 0")
@@ -210,6 +209,7 @@ class Mistakes:
         yield f"wrong power: {node.id} is squared, in {target}", square, 2, f"{node.id} squared"
 
     def _of_product(self, node, step):
+        """Mistakes in a product, quotient or power."""
         left, right, target = node.left, node.right, step.target
         if isinstance(node.op, ast.Mult):
             for factor, rest in ((left, right), (right, left)):
@@ -240,16 +240,17 @@ class Mistakes:
                 new = _turned(copy.copy(new)) if new is node else new
                 yield words, ast.Call(ast.Attribute(new, "reshape", ast.Load()), [shape], []), 1, ""
         elif isinstance(node.op, ast.Pow) and isinstance(right, ast.Constant):
-            for power in {1, 2, 3} - {right.value}:
+            for power in sorted({1, 2, 3} - {right.value}):
                 yield f"wrong power: in {target}", _binary(left, ast.Pow(), ast.Constant(power)), 1, ""
 
     def _of_sum(self, node, step):
-        kind, array = node.func.attr, self.backward.right[node.func.value]
-        words = {word.arg: word.value.value for word in node.keywords if isinstance(word.value, ast.UnaryOp) is False}
-        axis = next((self.backward.right[w.value] for w in node.keywords if w.arg == "axis"), None)
-        if kind not in ("sum", "mean") or axis is None:
+        """Mistakes in a sum or mean over an axis."""
+        kind, array, target = node.func.attr, self.backward.right[node.func.value], step.target
+        given = {word.arg: self.backward.right[word.value] for word in node.keywords}
+        if kind not in ("sum", "mean") or "axis" not in given:
             return
-        n, target = array.shape[axis], step.target
+        axis = given["axis"] % array.ndim
+        n = array.shape[axis]
         other = copy.copy(node)
         other.func = ast.Attribute(node.func.value, {"sum": "mean", "mean": "sum"}[kind], ast.Load())
         called = "mean instead of sum" if kind == "sum" else "sum instead of mean"
@@ -262,21 +263,18 @@ class Mistakes:
             a, b = copy.copy(node), copy.copy(node)
             a.func = ast.Attribute(node.func.value.left, kind, ast.Load())
             b.func = ast.Attribute(node.func.value.right, kind, ast.Load())
-            words_here = f"wrong order: in {target}, a {kind} of products is not the product of the {kind}s"
-            yield words_here, _binary(a, ast.Mult(), b), 1, ""
-        keep = words.get("keepdims", False)
+            words = f"wrong order: in {target}, a {kind} of products is not the product of the {kind}s"
+            yield words, _binary(a, ast.Mult(), b), 1, ""
         for axes in (axes for n in range(1, array.ndim + 1) for axes in itertools.combinations(range(array.ndim), n)):
-            if axes != (axis % array.ndim,):
-                more = axis % array.ndim in axes
-                words_here = f"{'a sum too many' if more else 'wrong axis'}: {target} is a {kind} over other axes"
+            if axes != (axis,):
+                words = f"{'a sum too many' if axis in axes else 'wrong axis'}: {target} is a {kind} over other axes"
                 other = copy.copy(node)
-                given = [] if len(axes) == array.ndim else [ast.keyword("axis", ast.Constant(axes))]
-                other.keywords = [*given, *(word for word in node.keywords if word.arg != "axis")]
-                yield words_here, other, 1, f"axes {axes}"
-        if not keep:
+                other.keywords = [word for word in node.keywords if word.arg != "axis"]
+                other.keywords += [ast.keyword("axis", ast.Constant(axes))]
+                yield words, other, 1, f"axes {axes}"
+        if not given.get("keepdims"):
             for row, called in ((0, "first"), (-1, "last")):
-                index = [ast.Slice()] * (axis % array.ndim) + [_number(row)]
-                part = ast.Subscript(node.func.value, ast.Tuple(index, ast.Load()), ast.Load())
+                part = _part(node.func.value, (*[slice(None)] * axis, row))
                 yield f"one row only: {target} is that of the {called}, and all used the same number", part, 1, ""
         else:
             words = f"missing sum: in {target}, one number reaches many, and their gradients add up"
@@ -368,10 +366,6 @@ def _is_sum(node):
 
 def _expression(text):
     return ast.parse(text, mode="eval").body
-
-
-def _number(n):
-    return ast.Constant(n)
 
 
 def _binary(left, op, right):

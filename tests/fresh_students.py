@@ -572,4 +572,53 @@ MORE = [
     ("attention", {"ds": "ds = p * (dp - (dp * p).sum(axis=(-1, -2), keepdims=True))"}, "sum too many | wrong axis"),
     ("attention", {"ds": "ds = p * dp - p * p * dp"}, "missing term"),
     ("attention", {"dp": "dp = da * dropout.p"}, "wrong mask | wrong value"),
+    ("linear", {"dx": "dx = (dy - dy.mean(axis=1, keepdims=True)) @ weight"}, "term too many"),
+    ("linear", {"dweight": "dweight = (dy.T @ x) / np.linalg.norm(dy.T @ x)"}, "constant factor"),
+    ("linear", {"dbias": "dbias = dy.max(axis=0)"}, "wrong value | missing sum | one row only"),
+    ("linear", {
+        "dx": "dx = dy @ weight + x",
+        "dbias": "dbias = dy.sum(axis=0) / 2",
+    }, "term too many + constant factor"),
+    ("dropout", {"return np.where": "return np.where(mask, dy, dy * p)"}, "wrong mask | constant factor"),
+    ("dropout", {"return np.where": "return np.where(mask, dy / (1 - p), dy)"}, "wrong mask | missing mask"),
+    ("embedding", {"dwpe": "dwpe[idx[0]] += dy.sum(axis=0)"}, "wrong index"),
+    ("embedding", {
+        "np.add": "np.add.at(dwte, idx.T, dy.transpose(1, 0, 2)); dwte *= 2",
+    }, "overwritten | constant factor | term too many"),
+    ("embedding", {"np.add": "np.add.at(dwte, idx[:, 1:], dy[:, :-1])"}, "wrong index"),
+    ("cross-entropy", {
+        "dlogits[rows": "y = np.zeros_like(p); y[rows, targets[rows]] = 1\ndlogits = p * y - y",
+    }, "missing term"),
+    ("cross-entropy", {
+        "return dlog": "return dlogits * logits.dtype.type(dloss / count / logits.shape[1])",
+    }, "constant factor | mean for sum"),
+    ("cross-entropy", {
+        "return dlog": "return dlogits * p * logits.dtype.type(dloss / count)",
+    }, "factor too many | wrong power"),
+    ("cross-entropy", {"dlogits[rows": "dlogits[rows, targets[rows] - 1] -= 1"}, "wrong index"),
+    ("mlp", {"dpre": "dpre = dact * gelu_slope(pre) * act"}, "factor too many"),
+    ("mlp", {"return 0.5": "return 0.5 * (1 + t) * (1 + z * (1 - t) * K * (1 + 3 * A * z))"}, "wrong power"),
+    ("mlp", {"return 0.5": "return 0.5 * (1 + t) + 0.5 * (1 - t**2) * K * (1 + 3 * A * z**2)"}, "missing factor"),
+    ("mlp", {"dpre": "dpre = np.maximum(dact * gelu_slope(pre), 0)"}, "wrong mask"),
+    ("mlp", {"act = ": "act = pre"}, "wrong value"),
+    ("layernorm", {
+        "dx": "C = x.shape[1]\ndx = rstd[:, None] * (g - g_mean - xhat * g_xhat_mean * (C / (C - 1)))",
+    }, "constant factor"),
+    ("layernorm", {"g_mean": "g_mean = g.mean(axis=1, keepdims=True) * weight"}, "factor too many"),
+    ("layernorm", {
+        "dx": "dx = (g - g_mean - xhat * g_xhat_mean) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-5) ** 3",
+    }, "wrong power"),
+    ("layernorm", {"dx": "dx = rstd[:, None] * (dy - g_mean - xhat * g_xhat_mean)"}, "wrong value | missing factor"),
+    ("layernorm", {"g_xhat_mean": "g_xhat_mean = (g * xhat).mean(axis=1, keepdims=True) + g_mean"}, "term too many"),
+    ("attention", {"dk": "dk = ds.swapaxes(-1, -2) @ q", "dq": "dq = ds @ k / q.shape[-1]"}, "constant factor"),
+    ("attention", {"dv": "dv = (p * drop).swapaxes(-1, -2) @ dy / math.sqrt(q.shape[-1])"}, "constant factor"),
+    ("attention", {
+        "ds": "ds = p * (dp - (da * p).sum(axis=-1, keepdims=True))",
+    }, "wrong value | missing mask | missing factor | wrong mask"),
+    ("attention", {"dq": "dq = ds @ v / math.sqrt(q.shape[-1])"}, "wrong value"),
+    ("attention", {"da": "da = dy @ k.swapaxes(-1, -2)"}, "wrong value"),
+    ("attention", {
+        "ds": "ds = p * (dp - (dp * p).sum(axis=-1, keepdims=True))\nds = ds * ~np.eye(ds.shape[-1], dtype=bool)",
+    }, "wrong mask"),
+    ("attention", {"drop": "drop = _dropout_scale(p[::-1], dropout)[::-1]"}, "wrong mask"),
 ]  # fmt: skip

@@ -20,7 +20,7 @@ import numpy as np
 
 from npgpt.gradcheck import BOUND, numeric_grad, relative_error
 from npgpt.study.backward import Backward
-from npgpt.study.kinds import RESHAPED, Found, factor_of, is_near, near, places, plain_mistake, shape_mistake
+from npgpt.study.kinds import RESHAPED, Found, factor_of, is_near, near, places, plain_mistake, power_in, shape_mistake
 from npgpt.study.lesson import New
 from npgpt.study.mistakes import CLOSE, USUAL, Mistakes
 from npgpt.tensor import Tensor
@@ -239,12 +239,9 @@ class Case:
         amounts = 1 + rest / contribution
         if np.ptp(amounts, axis=1).max() > CLOSE * np.abs(amounts).max():
             return ""
-        for name, value in self.values.items():  # is it a power of what each row has one of?
-            if isinstance(value, np.ndarray) and value.shape == amounts.shape[:1] and (value > 0).all():
-                logs = np.log(np.abs(amounts.mean(axis=1)))
-                (power, _), residuals, *_ = np.polyfit(np.log(value), logs, 1, full=True)
-                if residuals.size and residuals[0] <= CLOSE * CLOSE and abs(power) > CLOSE:
-                    return f"wrong power: {name} has another one in"
+        name, power = power_in(self, amounts[:, 0])
+        if power:
+            return f"wrong power: {name} has another one in"
         return "a factor that differs from row to row is wrong: that of"
 
     def _amount(self, term, amount):

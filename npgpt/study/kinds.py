@@ -83,8 +83,21 @@ def places(case, name, got):
         quotients = got / right
         for axis, per in ((1, "row"), (0, "column")):
             if (np.ptp(quotients, axis=axis) <= CLOSE * np.abs(quotients).max(axis=axis)).all():
+                name, power = power_in(case, quotients[:, 0]) if axis else ("", 0)
+                if power and not is_near(power, -1):
+                    return Found((f"wrong power: {name} has another one",))
                 return Found((f"missing factor: it is the same in a whole {per}, and differs from {per} to {per}",))
     return None
+
+
+def power_in(case, amounts):
+    """(name, power) if one number for each row is a power of something that each row has one of, else ("", 0)."""
+    for name, value in case.values.items():
+        if isinstance(value, np.ndarray) and value.shape == amounts.shape and (value > 0).all():
+            (power, _), residuals, *_ = np.polyfit(np.log(value), np.log(np.abs(amounts)), 1, full=True)
+            if residuals.size and residuals[0] <= CLOSE * CLOSE and abs(power) > CLOSE:
+                return name, float(power)
+    return "", 0
 
 
 def _wrong_and_zero(got, right):

@@ -132,6 +132,8 @@ class Mistakes:
                 for text in (name, f"1 - {name}", f"{name} * (1 - {name})") if array.dtype.kind == "f" else (name,):
                     words = f"a factor too many: {text}, in {step.target}"
                     yield Mistake(words, i, {value: _binary(value, ast.Mult(), _expression(text))}, None, 3)
+            for words, new in self._with_a_term(value, step.target):
+                yield Mistake(words, i, {value: new}, None, 3)
             yield from self._masked(i, value)
 
     def _masked(self, i, value):
@@ -183,6 +185,10 @@ class Mistakes:
             yield f"wrong mask: it is turned round, in {step.target}", node.operand, 1, ""
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and self._is_array(node):
             yield from self._of_value(node, step)
+        elif isinstance(node, ast.Name) and getattr(self.backward.right.get(node), "dtype", np.dtype("f")).kind == "i":
+            for op in (ast.Add(), ast.Sub()):
+                words = f"wrong index: {node.id} is off by one, in {step.target}"
+                yield words, _binary(node, op, ast.Constant(1)), 1, ""
         elif isinstance(node, ast.Slice) and node.upper is not None and node.lower is None:
             one, end = ast.Constant(1), node.upper
             words = f"wrong index: other rows of {step.target} than those that the forward used"
@@ -196,17 +202,22 @@ class Mistakes:
             if array.shape == right.shape and name != node.id and not np.array_equal(array, right):
                 words = f"wrong value: {name} stands where another value belongs, in {target}"
                 yield words, ast.Name(name, ast.Load()), 2, f"{name} for {node.id}"
-        for name, array in self.backward.values.items():  # those that are made later, too
-            if isinstance(array, np.ndarray) and array.dtype.kind == "f" and 0 < array.ndim <= right.ndim:
-                for op in (ast.Add(), ast.Sub()):
-                    words = f"a term too many: {name}, in {target}"
-                    yield words, _binary(node, op, ast.Constant(array)), 3, f"{node.id} {type(op).__name__} {name}"
+        for words, new in self._with_a_term(node, target):
+            yield words, new, 3, f"{node.id} {type(new.op).__name__} {words.partition(', in ')[0]}"
         for axis in range(right.ndim):
             mean = _expression(f"{node.id}.mean(axis={axis}, keepdims=True)")
             words = f"a term too many: a mean, in {target}"
             yield words, _binary(node, ast.Sub(), mean), 3, f"{node.id} - its mean {axis}"
         square = _binary(node, ast.Pow(), ast.Constant(2))
         yield f"wrong power: {node.id} is squared, in {target}", square, 2, f"{node.id} squared"
+
+    def _with_a_term(self, node, target):
+        """(words, node + a term, or - a term) for all arrays, also for those that are made later."""
+        for name, array in self.backward.values.items():
+            fits = isinstance(array, np.ndarray) and 0 < array.ndim <= self.backward.right[node].ndim
+            if fits and array.dtype.kind == "f":
+                for op in (ast.Add(), ast.Sub()):
+                    yield f"a term too many: {name}, in {target}", _binary(node, op, ast.Constant(array))
 
     def _of_product(self, node, step):
         """Mistakes in a product, quotient or power."""

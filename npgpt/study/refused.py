@@ -22,6 +22,8 @@ def of_exception(error, tree, file):
         if traceback.tb_frame.f_code.co_filename == file:
             frame, line = traceback.tb_frame, traceback.tb_lineno
         traceback = traceback.tb_next
+    if isinstance(error, IndexError):
+        return "wrong index: what does it number, and how many of these are there?"
     if frame is None or not isinstance(error, ValueError):
         return ""
     names = {**vars(builtins), **frame.f_globals, **frame.f_locals}

@@ -42,6 +42,10 @@ MISTAKES = (
     ("dwpe", "dwpe[1:T] += dy.sum(axis=0)[1:]", NOT_ALL, None),
     ("np.add", "dwte[idx] += dy", REPEATED, None),
     (
+        "np.add", "np.add.at(dwte, idx[:, 1:], dy[:, :-1])",
+        "wrong index: a position's gradient goes to the token that stands there, not to the next one", None,
+    ),
+    (
         "np.add", "dwte[idx] = dy",
         "overwritten: add to the gradient so far, and once for each time that a token occurs", None,
     ),

@@ -77,7 +77,7 @@ def backward_by_lines(dy, w, centred, rstd, xhat):
 #     dvar     = -1/2 rstd^3 drstd     = -C/2 rstd^2 <g xhat>
 #     dcentred = g rstd + 2/C dvar centred
 #              = g rstd - rstd^2 <g xhat> centred = rstd (g - xhat <g xhat>)
-#     dx       = dcentred - <dcentred> = rstd (g - xhat <g xhat> - <g>)        (as <xhat> = 0)
+#     dx       = dcentred - <dcentred> = rstd (g - <g> - xhat <g xhat>)        (as <xhat> = 0)
 
 
 def backward(dy, w, rstd, xhat):
@@ -94,10 +94,11 @@ ours = dx, dw, db = backward(dy, w, rstd, xhat)
 measured = [numeric_grad(lambda: forward(x, w, b)[0], Tensor(array), dy) for array in (x, w, b)]
 
 # --------------------------------------------------------------------------------------------------------------------
-# What the two terms are for.  Adding a constant to a row of x, or stretching it, leaves y as it is: the normalisation
-# takes that out again.  So a step in these two directions, along (1, .., 1) and along xhat, must not change the loss.
-# g points there all the same; the first term takes away its part along (1, .., 1), the second that along xhat.  (All
-# but a trace of it: EPS stands beside the variance, and does not stretch with it.)
+# What the two terms are for.  There are two ways to move a row of x that leave y as it is, since the normalisation
+# takes them out again.  One adds a constant: a step along (1, .., 1).  The other stretches the row about its mean, by a
+# factor 1 + h: that adds h (x - mean) = h xhat / rstd, so it is a step along xhat.  Neither may change the loss, so dx
+# must have no part along them.  g has: the term <g> takes away its part along (1, .., 1), and xhat <g xhat> that along
+# xhat.  (All but a trace of it: EPS stands beside the variance, and does not stretch with it.)
 
 moved, *_ = forward(3 * x + 7, w, b)
 g = dy * w

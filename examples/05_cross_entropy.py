@@ -2,9 +2,10 @@
 
 You will understand
 
-- how the gradient of a softmax comes to be p_i (delta_ij - p_j), and what that table looks like,
+- how the gradient of a softmax comes to be p_i ([i = j] - p_j), and what that table looks like,
 - why nearly all of it cancels when a logarithm follows, and p - y remains,
-- why the two are computed together, with the largest score subtracted.
+- why the two are computed together, with the largest score subtracted,
+- how p is made again from one number for each row, lse, and what a row gets that does not count.
 
 Counterpart: npgpt/ops/cross_entropy.py, the last op of a GPT and the first of its backward.
 Next: 06_attention.py, where a softmax stands alone, and nothing cancels.
@@ -46,7 +47,8 @@ print("p, whose rows sum to 1\n", p, f"\nloss {loss:.4f};  with all p equal it w
 # The long way back, for one row.  First -log p_c: only p_c matters, dp_c = -1 / p_c, and the other dp are 0.
 #
 # Then the softmax.  With total = sum_j e^z_j, p_i = e^z_i / total depends on z_j in two ways: through its own e^z_i, if
-# j = i, and through the total.  By the quotient rule
+# j = i, and through the total.  By the quotient rule, and with [i = j] for the number that is 1 if i = j, and 0 if not
+# (many books write delta_ij for it),
 #
 #     d p_i / d z_j = ([i = j] e^z_i total - e^z_i e^z_j) / total^2 = p_i ([i = j] - p_j)
 #
@@ -83,9 +85,15 @@ check("each row of p - y sums to 0", np.abs(dz.sum(axis=1)).max(), 1e-12)
 
 # --------------------------------------------------------------------------------------------------------------------
 # Why the two are one op.  e^z overflows soon, and the logarithm of a p that was rounded to 0 is minus infinity.  But
-# the logarithm can be taken before anything is rounded; and taking the largest score m from all of them changes no p:
+# the logarithm can be taken before anything is rounded, as log(a / b) = log a - log b:
 #
-#     lse = log sum_j e^z_j = m + log sum_j e^(z_j - m)        loss = -log p_c = lse - z_c        p_i = e^(z_i - lse)
+#     log p_i = log(e^z_i / sum_j e^z_j) = z_i - lse           lse = log sum_j e^z_j, the log-sum-exp of the row
+#
+# So the loss is -log p_c = lse - z_c, and p_i = e^(z_i - lse): whoever has the scores and this one number for each row
+# needs no other array to make p again, and a backward does so.  And e^z does not overflow if the largest score m is
+# first taken from all of them.  Each e^z_j is e^m e^(z_j - m), so e^m can stand before the sum, and
+#
+#     lse = m + log sum_j e^(z_j - m)
 
 
 def forward(z, targets):
@@ -106,9 +114,42 @@ check("scores of 1000: loss, and it is finite", difference(far_loss, 1000), 1e-1
 check("scores of 1000: p, and it is finite", difference(far_p, np.eye(N, V)), 1e-12)
 
 # --------------------------------------------------------------------------------------------------------------------
-# What p - y teaches.  One row of scores answers eight times, and the targets differ.  It is broadcast to all rows, so
-# its gradient is the sum over them (02_broadcasting.py): p minus how often each token came, which is 0 only where p is
-# just that.  A language model learns frequencies, and the loss that remains is their entropy.
+# Rows that do not count.  Some places of a batch have no target: the end of a text that is shorter than the others,
+# say.  There the target is a number that is no token, the ignore_index (-1 in npgpt).  The loss is the mean over the
+# other rows, `count` of them, and does not depend on the scores of an ignored row: its gradient is 0.
+#
+#     loss = 1 / count  sum over counted rows of (lse - z_c)       dz_j = (p_j - [c = j]) / count, and 0 in ignored rows
+#
+# Mind that -1 is an index, too: a target of -1 that nobody takes out picks the last token.  (npgpt's backward also has
+# a factor dloss, the gradient of the loss itself.  It is 1 where the loss is the end, as here.)
+
+
+def forward_ignoring(z, targets, ignore_index):
+    counted = targets != ignore_index
+    lse = np.log(np.exp(z).sum(axis=1))  # (N,); without m, to be short
+    return (lse - z[rows, targets])[counted].sum() / counted.sum(), lse
+
+
+def backward_ignoring(z, targets, lse, ignore_index):
+    p = np.exp(z - lse[:, None])  # made again
+    counted = targets != ignore_index
+    y = np.eye(p.shape[1])[targets]
+    return np.where(counted[:, None], p - y, 0) / counted.sum()
+
+
+holed = np.array([2, -1, 3])  # the row in the middle does not count
+holed_loss, lse = forward_ignoring(z, holed, -1)
+dz_holed = backward_ignoring(z, holed, lse, -1)
+print("\ndz where the second row does not count\n", dz_holed, "\n")
+measured = numeric_grad(lambda: forward_ignoring(z, holed, -1)[0], Tensor(z), 1.0)
+check("dz with an ignored row and finite differences", difference(dz_holed, measured), 1e-8)
+check("the loss with an ignored row and npgpt's", difference(holed_loss, cross_entropy(Tensor(z), holed).data), 1e-12)
+
+# --------------------------------------------------------------------------------------------------------------------
+# What p - y teaches.  Let eight rows have the same three scores, but not the same target: the tokens 0, 1, 1, 2, 2, 2,
+# 2 and 2 came.  Shared scores are broadcast, so their gradient is the sum over the rows (02_broadcasting.py).  That is
+# p minus how often each token came, and is 0 only where p is just that.  A language model learns frequencies, and the
+# loss that remains is their entropy.
 
 answers = np.array([0, 1, 1, 2, 2, 2, 2, 2])
 often = np.bincount(answers) / len(answers)

@@ -4,7 +4,8 @@ You will understand
 
 - every array of a multi-head attention, and its shape, there and back,
 - the causal mask: what it does to the scores, and why its gradient needs no extra line,
-- the backward of a softmax that stands alone, without its table.
+- the backward of a softmax that stands alone, without its table,
+- how the backward makes p again from lse, and what dropout of the weights changes in it.
 
 Counterpart: npgpt/ops/attention.py.  Its kernels keep no (T, T) matrix, but the reference in it is what you see here.
 Next: 07_mlp.py, the other half of a transformer's block.
@@ -18,6 +19,8 @@ from checks import check, difference, finish
 
 from npgpt import Tensor
 from npgpt.gradcheck import numeric_grad
+from npgpt.kernels.masks import Dropout
+from npgpt.ops import attention
 from npgpt.ops.attention import causal_attention
 from npgpt.ops.primitives import where
 
@@ -80,10 +83,16 @@ check("each row of p sums to 1", np.abs(p.sum(axis=-1) - 1).max(), 1e-12)
 check("y before position 3 knows nothing of what follows", difference(forward(later)[0][:, :3], y[:, :3]), 1e-12)
 
 # --------------------------------------------------------------------------------------------------------------------
-# Backward, the last line first.  The products are those of 03_linear.py, one for each head:
+# Backward, the last line first.  y = p v is a product, for each head, so ask as in 03_linear.py: in which products is
+# each factor used?  With d for one of the hs numbers of a head, y_td = sum_j p_tj v_jd, so
 #
-#     y = p v          dp = dy v^T          dv = p^T dy
-#     s = q k^T        dq = ds k            dk = ds^T q          each times scale
+#     p_tj  in y_td, for every d:      dp_tj = sum_d dy_td v_jd        (T, hs) (hs, T) -> (T, T)      dp = dy v^T
+#     v_jd  in y_td, for every t:      dv_jd = sum_t p_tj dy_td        (T, T) (T, hs) -> (T, hs)      dv = p^T dy
+#
+# and in the same way for s_tj = scale sum_d q_td k_jd, whose scale stays as a factor:
+#
+#     q_td  in s_tj, for every j:      dq_td = scale sum_j ds_tj k_jd                                 dq = scale ds k
+#     k_jd  in s_tj, for every t:      dk_jd = scale sum_t ds_tj q_td                                 dk = scale ds^T q
 #
 # Between them stands the softmax.  For one row, d p_i / d s_j = p_i ([i = j] - p_j) (05_cross_entropy.py), so
 #
@@ -130,6 +139,57 @@ for name, row in zip(("dq", "dk", "dv"), reach, strict=True):
 print()
 check("nothing reaches what position 2 did not see", np.max([row[3:] for row in reach]), 0)
 check("each row of ds sums to 0", np.abs(ds.sum(axis=-1)).max(), 1e-12)
+
+# --------------------------------------------------------------------------------------------------------------------
+# Two things more, which npgpt's op has, and so the exercise.
+#
+# lse.  The backward needs p, which is T numbers for each query.  The forward keeps one in their place, the log-sum-exp
+# of the query's scores: lse_t = log sum_j e^s_tj.  The backward makes the scores again, and p of both, as in
+# 05_cross_entropy.py: p_tj = e^(s_tj - lse_t).
+#
+# Dropout.  While training, each weight is set to 0 with probability p_drop, at random, and those that are kept are
+# divided by 1 - p_drop, so that their mean stays what it was.  So p is multiplied by `drop`, whose entries are 0 or
+# 1 / (1 - p_drop), and which depends on no input.  The backward uses the same `drop`:
+#
+#     y = a v          da = dy v^T          dv = a^T dy
+#     a = p drop       dp = da drop
+#
+# From dp on nothing changes: the softmax made p, and knows nothing of a.
+
+
+def forward_dropped(qkv, drop):
+    q, k, v = (split_heads(part) for part in np.split(qkv, 3, axis=-1))
+    s = np.where(mask, scale * q @ k.swapaxes(-1, -2), -np.inf)
+    m = s.max(axis=-1)
+    lse = m + np.log(np.exp(s - m[..., None]).sum(axis=-1))  # (B, n_head, T)
+    p = np.exp(s - lse[..., None])
+    a = p * drop
+    return merge_heads(a @ v), lse, p
+
+
+def backward_dropped(dy, qkv, lse, drop):
+    q, k, v = (split_heads(part) for part in np.split(qkv, 3, axis=-1))
+    s = np.where(mask, scale * q @ k.swapaxes(-1, -2), -np.inf)
+    p = np.exp(s - lse[..., None])
+    dy = split_heads(dy)
+    # y = a @ v
+    da = dy @ v.swapaxes(-1, -2)
+    dv = (p * drop).swapaxes(-1, -2) @ dy
+    # a = p * drop
+    dp = da * drop
+    # p = softmax(s), and so on
+    ds = p * (dp - (p * dp).sum(axis=-1, keepdims=True))
+    return np.concatenate([merge_heads(x) for x in (scale * ds @ k, scale * ds.swapaxes(-1, -2) @ q, dv)], axis=-1)
+
+
+p_drop = 0.4
+drop = (rng.random(p.shape) >= p_drop) / (1 - p_drop)
+_, lse, p_again = forward_dropped(qkv, drop)
+check("lse and npgpt's", difference(lse, attention.attention_forward_ref(qkv, n_head, Dropout())[1]), 1e-12)
+check("p made again from lse", difference(p_again, p), 1e-12)
+measured = numeric_grad(lambda: forward_dropped(qkv, drop)[0], Tensor(qkv), dy)
+check("dqkv with dropout and finite differences", difference(backward_dropped(dy, qkv, lse, drop), measured), 1e-8)
+check("split_heads and npgpt's", difference(split_heads(dy), attention.split_heads(dy, n_head)), 0)
 
 # --------------------------------------------------------------------------------------------------------------------
 # The proof

@@ -25,7 +25,12 @@ from npgpt.ops.embedding import embedding
 rng = np.random.default_rng(8)
 
 # --------------------------------------------------------------------------------------------------------------------
-# Looking up:  y_t = wte[idx_t] + wpe[t].  Token 1 is used three times here, token 2 never.
+# Looking up.  GPT-2 has two tables of weights: wte, "word token embedding", has a row for each token, and wpe, "word
+# position embedding", one for each position.  What enters the model at place t is the sum of two rows,
+#
+#     y_t = wte[idx_t] + wpe[t]
+#
+# Token 1 is used three times here, token 2 never.
 
 idx = np.array([1, 0, 1, 3, 1])
 V, T, C = 4, len(idx), 3
@@ -65,7 +70,7 @@ check("dwte and dwpe, npgpt's op", max(difference(dwte, tensors[0].grad), differ
 # Tying.  GPT-2's output layer has no matrix of its own: logits = x wte^T, so a token is likely if its row resembles x.
 # wte is then used twice, and its gradient is the sum over both uses:
 #
-#     dlogits = (p - [target]) / N                 as in 05
+#     dlogits = (p - y) / N                        as in 05, y_nv = [target_n = v]
 #     head    = dlogits^T x                        as in 03: every row v gets one, sum_n (p_nv - [target_n = v]) x_n / N
 #     dx      = dlogits wte                        goes back through the whole model, down to the embedding, where
 #     lookup  = each dy added to its token's row   as above: only tokens of the input get one
@@ -102,8 +107,9 @@ for char in "ez":
     check(f"row {char!r} of head + lookup, finite differences", difference(dwte[v], numeric), 1e-7)
 
 # --------------------------------------------------------------------------------------------------------------------
-# How large are they, on this fresh model?  Of one size, as two effects cancel: dx = dlogits wte is small, as wte is
-# (0.02 N(0, 1)); but the layer norms on the way back divide it by the size of what they normalised, which is as small.
+# How large are the two shares, on this fresh model?  About the same, though dx = dlogits wte is small: a fresh wte has
+# entries of size 0.02.  On the way back dx first passes the last layer norm, which divides by the standard deviation of
+# what it normalised (04).  In a fresh model that is about as small as wte, of which it was made: the two cancel.
 
 read, written = np.isin(np.arange(V), idx), np.isin(np.arange(V), targets)
 absent = ~(read | written)
@@ -114,7 +120,7 @@ for kind, rows in (("characters of the text", ~absent), ("characters it does not
 print(f"{'length of the whole table':<30} {np.linalg.norm(head):8.5f} {np.linalg.norm(lookup):8.5f}")
 check("rows of absent characters get nothing from lookup", np.abs(lookup[absent]).max(), 0)
 
-# What the head's share tells the absent ones: there p - [target] = p > 0 at every place, so a step downhill turns their
+# What the head's share tells the absent ones: there p - y = p > 0 at every place, so a step downhill turns their
 # rows away from what the model's features have in common.
 
 before = p[:, absent].sum(axis=1).mean()

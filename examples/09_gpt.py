@@ -56,6 +56,10 @@ no_dropout = Dropout()
 # --------------------------------------------------------------------------------------------------------------------
 # Forward.  x0 ... x4 is the residual stream (N, C), with a row for each token.  A layer reads it and adds what it makes
 # of it: attention in steps 2 to 6, the MLP in steps 7 to 9, and so again in the second block.
+#
+# Some steps keep a second result for their backward: stats_a0 is the mean and rstd of each row that a0 was made of
+# (04), lse0 the log-sum-exp of each row of scores, from which p is made again (06), and pre0 the MLP's values before
+# GELU (07).  In step 20, -1 is the target that would not count, and N the number of rows that do (05): all of them.
 
 x0 = embedding_forward_ref(idx, wte, wpe).reshape(N, C)                                                   # 1
 
@@ -84,6 +88,10 @@ loss, lse = cross_entropy_forward_ref(logits, targets.reshape(N), -1, N)        
 # --------------------------------------------------------------------------------------------------------------------
 # Backward.  dx3 is the gradient of the loss with respect to x3, and so on; each has the shape of its namesake.  In step
 # 17, x4 = x3 + m1, both terms get all of dx4.  But step 15 has read x3 too: what comes back from there is added.
+#
+# It is added by dx3 = dx3 + d, which makes a new array, and not by dx3 += d, as in 04.  After dx3, dm1 = dx4, dx4 all
+# three names mean one array: += would write into dx4 and dm1 as well.  No gradient of a parameter would be wrong here,
+# as nobody reads dm1 or dx4 again; but dx0 to dx4 would be one array.  (12_engine.py: whose array a gradient is.)
 #
 # The gradients of a linear layer do not depend on its bias, so it takes [0], the weight, alone; the MLP [::2], both.
 
@@ -143,6 +151,9 @@ unlike = [
     for module in parameters
     if not all(map(np.array_equal, g[module], [parameter.grad for parameter in parameters[module]]))
 ]
+stream = [dx0, dx1, dx2, dx3, dx4]
+shared = sum(np.shares_memory(a, b) for i, a in enumerate(stream) for b in stream[:i])
+check("pairs of dx0 to dx4 that are one array", shared, 0)
 check("the loss is the engine's, to the last bit", engine_loss.data != loss, 0)
 check(f"gradients that are not the engine's, to the last bit: {', '.join(unlike) or 'none'}", len(unlike), 0)
 

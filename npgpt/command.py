@@ -6,6 +6,7 @@ import difflib
 import errno
 import re
 import sys
+from pathlib import Path
 
 from npgpt.errors import UsageError, user_path
 
@@ -15,6 +16,9 @@ NANOGPT = {
     "compile": ("False", ""),
     "eval-only": ("False", "python -m npgpt.train --init-from MODEL --max-iters 0 evaluates a model"),
 }
+
+
+PLANTED = "planted.txt"  # in a copy of npgpt that `npgpt.exercise bug` made: which NPGPT_KERNELS its mistake runs with
 
 
 class FileName(str):
@@ -109,6 +113,17 @@ def say(text="", end="\n", file=None):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
+
+
+def say_if_elsewhere(kernels):
+    """In a copy of npgpt with a mistake in it, say so if that may not run with these kernels."""
+    try:
+        meant = Path(__file__).with_name(PLANTED).read_text(encoding="utf-8")
+    except OSError:  # not such a copy
+        return
+    if meant != kernels:
+        how = "with" if meant == "numpy" else "without"
+        print(f"look for the mistake in this folder {how} NPGPT_KERNELS=numpy: otherwise its code may not run")
 
 
 def add_model(parser):

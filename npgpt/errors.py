@@ -1,7 +1,7 @@
 """The errors a user can act on, and the exit code each one ends a command with.
 
     0    ok
-    1    a check found something wrong, and says what (gradcheck, explain, exercise check);
+    1    a check found something wrong, and says what (gradcheck, explain, exercise check and report);
          or a bug in npgpt (an ordinary traceback)
     2-6  an error below
     128  and a signal's number: stopped by it (130: Ctrl-C, 143: SIGTERM, 129: a terminal that closes)

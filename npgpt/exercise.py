@@ -1,11 +1,14 @@
-"""Backwards to write yourself, and mistakes in them to find: python -m npgpt.exercise list|show|check|bug|answer|train
+"""Backwards to write yourself, and mistakes in them to find: python -m npgpt.exercise list|show|check|next|...
 
     python -m npgpt.exercise show layernorm --out layernorm.py      the forward is given, the backward is blank
-    python -m npgpt.exercise check layernorm.py                     finite differences, hints, and a GPT trained with it
+    python -m npgpt.exercise check layernorm.py [--more]            finite differences, hints, and a GPT trained with it
+    python -m npgpt.exercise next                                   what to do next: what was missed first
+    python -m npgpt.exercise report class/                          for teachers: who is stuck where
     python -m npgpt.exercise bug 3                                  a copy of npgpt with a mistake in it: find it
     python -m npgpt.exercise answer 3                               where it was, and why it was wrong
 
-`check` runs the file that it is given, which is your own code.  What is behind this is in study/.
+`check` runs the file that it is given, which is your own code, and `report` runs those of a class, each in a process of
+its own.  What is behind this is in study/.
 """
 
 import difflib
@@ -13,8 +16,8 @@ import os
 import sys
 from pathlib import Path
 
-from npgpt.command import FileName, Parser, showing_all
-from npgpt.errors import UsageError, quoted, run_command
+from npgpt.command import FileName, Parser, say_if_elsewhere, showing_all
+from npgpt.errors import NpgptError, UsageError, quoted, run_command
 from npgpt.study.bugs import BUGS, bug, plant, right_source
 from npgpt.study.lesson import LEVELS, PROG, exercise_text
 from npgpt.study.lessons import LESSONS
@@ -68,16 +71,33 @@ def run_show(args):
 
 
 def run_check(args):
-    from npgpt.study.check import Answer, Wrong, check, imports_beside
+    from npgpt.study import progress
+    from npgpt.study.check import check_file
 
+    outcomes = check_file(args.file, print, args.more)
     try:
-        with imports_beside(args.file):
-            answer = Answer(Path(args.file))
-            right = [check(LESSONS[op], answer, print) for op in answer.functions]
-        return 0 if all(right) else 1
-    except Wrong as error:
-        print(error)
-        return 1
+        progress.record(args.file, [outcome for outcome in outcomes if outcome.op])
+    except NpgptError as error:  # what was checked is said all the same
+        print(f"(not kept: {error})")
+    return 0 if all(outcome.passed for outcome in outcomes) else 1
+
+
+def run_next(args):
+    from npgpt.study.progress import next_step
+
+    if not os.path.isdir(args.folder):
+        raise UsageError(f"there is no folder {args.folder}")
+    print(*next_step(args.folder), sep="\n")
+
+
+def run_report(args):
+    from npgpt.study import report
+
+    if not 0 < args.seconds < 1e6:
+        raise UsageError(f"--seconds must be above 0, got {args.seconds:g}")
+    rows = report.rows_of(args.folder, args.seconds)
+    print(report.as_json(rows) if args.json else "\n".join(report.as_text(rows)))
+    return 0 if all(row.state == "right" for row in rows) else 1
 
 
 def run_bug(args):
@@ -113,11 +133,13 @@ def run_answer(args):
 
 
 def run_train(args):
+    from npgpt.kernels.jit import KERNELS
     from npgpt.study.check import train
 
     losses = train()
     print(f"{PACKAGE}: a small GPT's loss, step by step")
     print(" ".join(f"{loss:.4f}" for loss in losses))
+    say_if_elsewhere(KERNELS)
 
 
 def parse(argv):
@@ -136,6 +158,18 @@ def parse(argv):
     show.add_argument("--out", type=FileName, metavar="FILE", help="write it there; without it, it is printed")
     check = command("check", run_check, "run a filled in exercise against finite differences, and train a GPT with it")
     check.add_argument("file", type=FileName, metavar="FILE", help="your file; its code is run")
+    words = "one more rung of the hints: which line; given twice, which kind of mistake, too"
+    check.add_argument("--more", action="count", default=0, help=words)
+    following = command("next", run_next, "what to do next: what was missed first, then what was not tried")
+    following.add_argument("folder", metavar="FOLDER", nargs="?", type=FileName, default=".", help="yours (default: .)")
+    report = command(
+        "report", run_report,
+        "for teachers: who is stuck where. It RUNS the code of all files FOLDER/NAME.py and FOLDER/NAME/*.py, each in "
+        "a process of its own, with 2 GB of memory where the system can limit that; exit code 1 if one is not right",
+    )  # fmt: skip
+    report.add_argument("folder", metavar="FOLDER", type=FileName, help="your students' files")
+    report.add_argument("--json", action="store_true", help="print it as JSON")
+    report.add_argument("--seconds", type=float, default=60, metavar="N", help="for each file (default: 60)")
     bug = command("bug", run_bug, "plant a mistake in a copy of npgpt, for you to find")
     bug.add_argument("number", metavar="N", nargs="?", type=int, help=f"1, the easiest, to {len(BUGS)}")
     bug.add_argument("--dir", type=FileName, metavar="FOLDER", help="where to put the copy (default: bug-N)")

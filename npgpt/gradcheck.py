@@ -12,10 +12,12 @@ one, has a gradient of 0 with respect to its sum, whatever its backward says.
 """
 
 import contextlib
+import dataclasses
+import sys
 
 import numpy as np
 
-from npgpt.command import Parser, showing_all
+from npgpt.command import Parser, say_if_elsewhere, showing_all
 from npgpt.engine import no_grad, topological_order
 from npgpt.errors import NpgptError, UsageError, run_command
 from npgpt.kernels import buffers
@@ -26,6 +28,7 @@ BOUND = 1e-6  # worst relative error that passes
 STEP = 5e-4  # h, for entries of size 1
 NEAR = 1e-9  # the size below which a step that goes with an entry's size gets no smaller
 POINTS = 1, -1, 2, -2  # where a function is measured, in steps
+MOST_SHOWN = 8  # ops of which a check that failed shows a wrong input
 FLOOR = 1e-3  # entries below this share of the tensor's largest gradient are compared with that instead of themselves
 
 
@@ -281,19 +284,88 @@ def main(argv=None):
         titles = ", ".join(dict.fromkeys(case[0] for case in cases()))
         raise UsageError(f"nothing matches {' '.join(only)!r}; there are: {titles}")
     what = "Numba kernels" if KERNELS == "numba" else "NumPy references (NPGPT_KERNELS=numpy)"
-    print(f"The gradients of the {what} against finite differences:")
-    print(f"{'op':<28} {'input':<42} {'worst relative error':>20}  verdict")
-    wrong, worst = [], 0.0
-    for title, f, inputs, names in chosen:
+    print(f"The gradients of the {what} against finite differences:", flush=True)
+    rows = []
+    for title, *case in chosen:
+        if sys.stdout.isatty():
+            print(f"\r{title:<40}", end="\r", flush=True)
+        rows += _rows(title, *case)
+    wrong, worst = [row for row in rows if not row.ok], max(row.error for row in rows)
+    print(*(_condensed(rows, wrong) if wrong else _table(rows)), sep="\n")
+    if wrong:
+        print(f"FAILED: {where_to_look(rows)}; worst relative error {worst:.1e}, bound {BOUND:.0e}")
+        return 1
+    print(f"passed: worst relative error {worst:.1e}, bound {BOUND:.0e}")
+    say_if_elsewhere(KERNELS)
+    return 0
+
+
+@dataclasses.dataclass
+class Row:
+    """What came of an input of a case."""
+
+    title: str  # of the case
+    name: str  # of the input
+    error: float  # the worst relative one
+    words: str  # its entry, and both gradients there
+
+    @property
+    def ok(self):
+        return self.error <= BOUND  # a NaN is not
+
+
+def _rows(title, f, inputs, names):
+    try:
         for name, error, index, analytic, numeric in _compare(f, inputs, names, seed=0):
-            ok, worst = error <= BOUND, max(worst, error)
-            print(f"{title:<28} {name:<42} {error:>20.1e}  {'ok' if ok else 'WRONG'}")
-            if not ok:
-                wrong.append(f"{title}: {name}{list(index)}: backward gives {analytic:.6g}, differences {numeric:.6g}")
-    for line in wrong:
-        print(line)
-    print(f"{'FAILED' if wrong else 'passed'}: worst relative error {worst:.1e}, bound {BOUND:.0e}")
-    return 1 if wrong else 0
+            words = f"{name}{list(index)}: backward gives {analytic:.6g}, differences {numeric:.6g}"
+            yield Row(title, name, error, words)
+    except GradcheckError as error:  # it changes what others need
+        yield Row(title, "", np.inf, str(error))
+    except Exception:
+        print(f"{title}: its check does not come to an end")
+        raise
+
+
+def _table(rows):
+    yield f"{'op':<28} {'input':<42} {'worst relative error':>20}  verdict"
+    for row in rows:
+        yield f"{row.title:<28} {row.name:<42} {row.error:>20.1e}  {'ok' if row.ok else 'WRONG'}"
+
+
+def _condensed(rows, wrong):
+    """Lines, fewer than 20, that show one wrong input for each op that has one."""
+    first = list({row.title: row for row in reversed(wrong)}.values())[::-1]
+    shown = first[:MOST_SHOWN]
+    yield from _table(shown)
+    for row in shown:
+        yield f"{row.title}: {row.words}"
+    yield f"(and {len(wrong) - len(shown)} more are WRONG; {len(rows) - len(wrong)} of {len(rows)} are ok)"
+
+
+def where_to_look(rows):
+    """Words for the reader of a check that failed: which op is wrong, or where in the GPT gradients begin to be."""
+    gpts = {row.title for row in rows if row.title.startswith("GPT")}
+    wrong = [row for row in rows if not row.ok]
+    if wrong[0].title not in gpts:
+        return f"first wrong: {wrong[0].title}"
+    whole = [row for row in rows if row.title == wrong[0].title]  # in the order of the forward
+    last = max(n for n, row in enumerate(whole) if not row.ok)
+    if last == 0:
+        where = f"in {whole[0].name} alone"
+    else:
+        where = f"below {_place(whole[last].name, whole[last + 1].name)}" if last + 1 < len(whole) else "everywhere"
+    ops = "ops right, " if len(gpts) < len({row.title for row in rows}) else ""
+    if gpts - {row.title for row in wrong} and "dropout" in wrong[0].title:
+        return f"{ops}GPT wrong with dropout only, {where}: see its mask, there and back (npgpt/ops/dropout.py)"
+    return f"{ops}GPT wrong {where}: see where gradients meet (npgpt/engine.py)"
+
+
+def _place(last, above):
+    """The end of the GPT's right part, whose first parameter is `above` and not `last`: block 1, or block 1's ln_2."""
+    last, above = (name.removeprefix("transformer.").split(".") for name in (last, above))
+    if above[0] != "h":
+        return above[0]
+    return f"block {above[1]}" + (f"'s {'.'.join(above[2:-1])}" if last[:2] == above[:2] else "")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,10 @@ ALL = {"train": train, "sample": sample, "explain": explain, "plot": plot, "exer
 LATER = "run.trainer generate.sampling files.hub files.pretrained study.page study.plots study.receipt study.hints"
 CHECKS = {"gradcheck", "explain", "exercise"}  # may end with 1
 CODES = {0, 2, 3, 4, 5, 6}
-WRITES = {"train": {"out"}, "explain": {"explain.html"}, "exercise": {f"bug-{n}" for n in range(100)}}  # by default
+PARTS = ["list", "show", "check", "next", "bug", "answer"]  # of exercise; report runs what is in a folder, even in /
+WRITES = {  # by default
+    "train": {"out"}, "explain": {"explain.html"}, "exercise": {"progress.json", *(f"bug-{n}" for n in range(100))},
+}  # fmt: skip
 TEXT = "to be, or not to be: that is the question.\n" * 40
 TINY = (
     "--data text.txt --n-layer 1 --n-head 2 --n-embd 16 --block-size 8 --batch-size 4 --eval-iters 1 --sample-tokens 2 "
@@ -76,7 +79,8 @@ LONG = {"--max-new-tokens", "--num-samples", "--sample-tokens", "--final-sample-
 ARGUMENTS = {
     "plot": ["run", "hub", "run run", "two\nlines"], "gradcheck": ["neg", "add", "nothing such", "sqrt log"],
     "list": [""], "show": ["mlp", "linear", "mpl", "cross_entropy"], "check": ["linear.py", "blank.py", "text.txt"],
-    "bug": ["1", "22", "23", ""], "answer": ["1", "0"], "train": ["config/train_gpt2.py", "text.txt"],
+    "bug": ["1", "22", "23", ""], "answer": ["1", "0"], "next": [".", "run"],
+    "train": ["config/train_gpt2.py", "text.txt"],
 }  # fmt: skip
 
 
@@ -103,7 +107,7 @@ def a_line(rng, parsers):
     """(command, arguments) at random."""
     name = rng.choice([*ALL, "sample", "train"])
     argv = list(TINY) if name == "train" else []
-    part = rng.choice(["list", "show", "check", "bug", "answer"]) if name == "exercise" else name
+    part = rng.choice(PARTS) if name == "exercise" else name
     actions = [
         action for action in parsers[part]._actions
         if action.option_strings and not NEVER & set(action.option_strings)
@@ -230,7 +234,7 @@ def main():
     for module in LATER.split():
         importlib.import_module(f"npgpt.{module}")
     parsers = {name: parser_of(module, []) for name, module in ALL.items() if name != "exercise"}
-    parsers |= {part: parser_of(exercise, [part]) for part in ("list", "show", "check", "bug", "answer")}
+    parsers |= {part: parser_of(exercise, [part]) for part in PARTS}
     with tempfile.TemporaryDirectory() as work:
         source = Path(work, "source")
         source.mkdir()

@@ -66,6 +66,9 @@ WRONG = {
         ("return (p - y) / len(p)", "return p - y"),
         ("lse = m + np.log", "lse = np.log"),
         ("scores -= backward", "scores += backward"),
+        ("p - y, 0) / counted.sum()", "p - y, 0) / len(z)"),
+        ("np.where(counted[:, None], p - y, 0)", "(p - y)"),
+        ("p = np.exp(z - lse[:, None])", "p = np.exp(z)"),
     ],
     "06_attention.py": [
         ("np.tri(T, dtype=bool)", "np.tri(T, k=1, dtype=bool)"),
@@ -75,6 +78,10 @@ WRONG = {
         ("ds = p * (dp - (dp * p).sum(axis=-1, keepdims=True))", "ds = p * dp"),
         ("dq = scale * ds @ k", "dq = ds @ k"),
         ("dk = scale * ds.swapaxes(-1, -2) @ q", "dk = scale * ds @ q"),
+        ("dp = da * drop", "dp = da"),
+        ("dv = (p * drop).swapaxes", "dv = p.swapaxes"),
+        ("lse = m + np.log(", "lse = np.log("),
+        ("return x.reshape(B, T, n_head, hs)", "return x.reshape(B, T, hs, n_head).swapaxes(2, 3)"),
     ],
     "07_mlp.py": [
         ("k * (1 + 3 * a * z**2)\n", "k * (1 + a * z**2)\n"),
@@ -93,6 +100,8 @@ WRONG = {
     ],
     "09_gpt.py": [
         ("dx3 = dx3 + d\n", ""),
+        ("dx3 = dx3 + d\n", "dx3 += d\n"),
+        ("dx0 = dx0 + d\n", "dx0 += d\n"),
         ("[dwte_head.copy()]", "[np.zeros_like(wte)]"),
         ("layernorm_backward_ref(da1, x2,", "layernorm_backward_ref(da1, x3,"),
         ("linear_backward_ref(dz0, y0.", "linear_backward_ref(dz0, z0."),

@@ -577,6 +577,17 @@ def test_a_token_that_is_chosen_tells_what_was_guessed(browser, page):
 
 
 @in_a_browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_legends_stand_beside_what_they_explain(browser, page, width):
+    browser.open(page, width)
+    assert "The bar in a box: how large" in browser.run("document.getElementById('graph').innerText")
+    browser.click("#button-3")
+    top = "document.querySelector('#panel {}').getBoundingClientRect().top"
+    assert 0 < browser.run(top.format("figure canvas")) - browser.run(top.format(".legend")) < 300
+    assert browser.run("document.querySelectorAll('.legend').length") == 1
+
+
+@in_a_browser
 def test_every_parameter_has_a_bar(browser, page, run):
     browser.open(page, 1280)
     names = [name.removeprefix("transformer.") for name, _ in GPT.from_pretrained(run).named_parameters()]

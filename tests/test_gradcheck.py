@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from npgpt import Tensor, random_stream
-from npgpt.gradcheck import BOUND, GradcheckError, cases, gradcheck, main, numeric_grad, relative_error
+from npgpt.gradcheck import BOUND, GradcheckError, cases, gradcheck, main, numeric_grad, relative_error, where_to_look
 from npgpt.kernels import buffers
 from npgpt.kernels.buffers import NAN_FILL
 from npgpt.ops import layernorm as layernorm_file
 from npgpt.ops.dropout import dropout
 from npgpt.tensor import record
+
+gradchecking = sys.modules["npgpt.gradcheck"]
 
 # --------------------------------------------------------------------------------------------------------------------
 # All of npgpt's gradients
@@ -300,7 +302,61 @@ def test_the_command_fails_for_a_planted_fault(capsys, monkeypatch):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if line.endswith("WRONG")] == ["bias"]
     assert any("layernorm: bias[" in line and "backward gives" in line for line in lines)
-    assert lines[-1].startswith("FAILED: worst relative error")
+    assert lines[-1].startswith("FAILED: first wrong: layernorm; worst relative error") and len(lines) <= 21
+    (after,) = (line for line in lines if line.startswith("(and "))
+    assert after == "(and 0 more are WRONG; 4 of 5 are ok)"
+
+
+def test_a_check_in_which_all_is_wrong_is_short(capsys, monkeypatch):
+    all_wrong = [(f"op {n}", FAULTS["wrong sign"], inputs((2, 3), (2, 3)), ["x", "w"]) for n in range(20)]
+    monkeypatch.setattr(gradchecking, "cases", lambda: all_wrong)
+    assert main([]) == 1
+    *before, verdict = capsys.readouterr().out.splitlines()
+    assert verdict.startswith("FAILED: first wrong: op 0;") and len(before) <= 20
+    assert before[-1] == "(and 12 more are WRONG; 20 of 40 are ok)"
+
+
+def test_a_backward_that_changes_what_others_need_is_a_row(capsys, monkeypatch):
+    def f(a):
+        return record("op", a.data**2, (a,), lambda dy: (np.multiply(dy, 2 * a.data, out=dy),))
+
+    monkeypatch.setattr(gradchecking, "cases", lambda: [("square", f, inputs((3,)), ["a"])])
+    assert main([]) == 1
+    out = capsys.readouterr().out
+    assert "\nsquare: gradcheck: the backward changes dy in place" in out and "\nFAILED: first wrong: square;" in out
+
+
+def test_a_backward_that_raises_says_of_which_op_it_was(capsys, monkeypatch):
+    wrong = product(lambda dy, x, w: 1 / 0)
+    monkeypatch.setattr(gradchecking, "cases", lambda: [("product", wrong, inputs((3,), (3,)), ["x", "w"])])
+    with pytest.raises(ZeroDivisionError):
+        main([])
+    assert capsys.readouterr().out.endswith("\nproduct: its check does not come to an end\n")
+
+
+def verdict_on(right, last_wrong):
+    """where_to_look, for so many right ops, and a GPT whose first parameters in the forward are wrong."""
+    names = ["wte", "wpe", *(f"h.{n}.{part}" for n in (0, 1) for part in ("ln_1", "attn.c_proj", "ln_2")), "ln_f"]
+    rows = [gradchecking.Row("add", "a", 0.0, "")] * right
+    names = [f"transformer.{name}.weight" for name in names]
+    return where_to_look(rows + [gradchecking.Row("GPT", name, n <= last_wrong, "") for n, name in enumerate(names)])
+
+
+@pytest.mark.parametrize(
+    ("right", "last_wrong", "words"),
+    [
+        (1, 0, "ops right, GPT wrong in transformer.wte.weight alone: see"),
+        (1, 1, "ops right, GPT wrong below block 0: see"),
+        (1, 2, "ops right, GPT wrong below block 0's attn.c_proj: see"),
+        (1, 4, "ops right, GPT wrong below block 1: see"),
+        (1, 6, "ops right, GPT wrong below block 1's ln_2: see"),
+        (1, 7, "ops right, GPT wrong below ln_f: see"),
+        (1, 8, "ops right, GPT wrong everywhere: see"),
+        (0, 4, "GPT wrong below block 1: see"),
+    ],
+)
+def test_the_verdict_names_the_border_between_right_and_wrong(right, last_wrong, words):
+    assert verdict_on(right, last_wrong).startswith(words)
 
 
 @pytest.mark.parametrize("words, code", [(["nosuchop"], 2), (["pow"], 0)])

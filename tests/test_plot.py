@@ -15,7 +15,7 @@ from npgpt.engine import no_grad, watched
 from npgpt.errors import CheckpointError, UsageError, one_line, quoted, run_command
 from npgpt.files.folder import RunFolder
 from npgpt.files.log import read_log
-from npgpt.ops.attention import merged_heads, split_heads
+from npgpt.ops.attention import split_heads, split_qkv
 from npgpt.study import plots
 from npgpt.study.plots import Axis, attention_maps, attention_svg, points_of, segments, smoothed
 
@@ -101,6 +101,7 @@ def test_each_run_has_its_lines_and_its_colour(tmp_path):
 def test_names_are_escaped_and_made_visible():
     legend = ['a <b> & "c"', one_line("bell \a, half a character \udc80, é")]
     picture = plots.curves_svg(plots.panels([ROWS, ROWS]), legend)
+    assert b"light: training loss; strong: the same, smoothed; dashed with points: validation" in picture
     words = [text.text for text in ET.fromstring(picture).iter(SVG + "text")]
     assert 'a <b> & "c"' in words and "bell \\x07, half a character \\udc80, é" in words
 
@@ -277,7 +278,7 @@ def test_attention_maps_are_the_weights_that_the_model_uses():
 
     def made(op, out, parents, backward):
         if op == "causal_attention":
-            seen.append((out.data, split_heads(parents[0].data, 3)[2]))
+            seen.append((out.data, split_qkv(parents[0].data, 3)[2]))
 
     with no_grad(), watched(made):
         model(tokens[None])
@@ -286,7 +287,7 @@ def test_attention_maps_are_the_weights_that_the_model_uses():
     for p, (y, v) in zip(maps, seen, strict=True):
         assert p.shape == (3, 5, 5) and not np.triu(p, 1).any()
         np.testing.assert_allclose(p.sum(axis=-1), 1, rtol=1e-5)
-        np.testing.assert_allclose(p @ v[0], merged_heads(y, 3)[0], rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(p @ v[0], split_heads(y, 3)[0], rtol=1e-3, atol=1e-4)
 
 
 def test_squares_are_as_dark_as_the_roots_of_the_weights():

@@ -14,9 +14,9 @@ Backward, undoing one line after the other:
 
     y = a v:         da = dy v^T                    dv = a^T dy
     a = dropout(p):  dp = dropout(da)               (the same mask: see dropout.py)
-    p = softmax(s):  with p_j = e^s_j / sum, d p_i / d s_j = p_i (delta_ij - p_j), so in each row
-                     ds_j = sum_i dp_i p_i (delta_ij - p_j) = p_j (dp_j - sum_i dp_i p_i)
-                     and 0 at masked places, since p is 0 there
+    p = softmax(s):  with p_j = e^s_j / sum, d p_i / d s_j = p_i ([i = j] - p_j), so in each row
+                     ds_j = sum_i dp_i p_i ([i = j] - p_j) = p_j (dp_j - sum_i dp_i p_i)
+                     and 0 at masked places, since p is 0 there  ([i = j] is 1 if i = j, and 0 otherwise)
     s = scale q k^T: dq = scale ds k                dk = scale ds^T q
 
 The forward keeps no (T, T) matrix, only the logarithm of each row's sum, lse_t = log sum_j e^s_tj (Dao et al. 2022):
@@ -43,17 +43,17 @@ from npgpt.tensor import record
 # Reference
 
 
-def split_heads(qkv, n_head):
+def split_qkv(qkv, n_head):
     """(B, T, 3C) -> q, k, v, each (B, n_head, T, hs): views, nothing is copied."""
     B, T, C3 = qkv.shape
     q, k, v = qkv.reshape(B, T, 3, n_head, C3 // 3 // n_head).transpose(2, 0, 3, 1, 4)
     return q, k, v
 
 
-def merged_heads(y, n_head):
+def split_heads(x, n_head):
     """(B, T, C) -> its heads (B, n_head, T, hs): a view, nothing is copied."""
-    B, T, C = y.shape
-    return y.reshape(B, T, n_head, C // n_head).transpose(0, 2, 1, 3)
+    B, T, C = x.shape
+    return x.reshape(B, T, n_head, C // n_head).transpose(0, 2, 1, 3)
 
 
 def _scores_ref(q, k):
@@ -82,7 +82,7 @@ def _dropout_scale_ref(like, dropout):
 
 def attention_forward_ref(qkv, n_head, dropout):
     """qkv (B, T, 3C) -> y (B, T, C), lse (B, n_head, T) in float64."""
-    q, k, v = split_heads(qkv, n_head)
+    q, k, v = split_qkv(qkv, n_head)
     s = _scores_ref(q, k)
     p, lse = _softmax_ref(s)
     a = p * _dropout_scale_ref(p, dropout)
@@ -93,7 +93,7 @@ def attention_forward_ref(qkv, n_head, dropout):
 
 def attention_past_ref(qkv, n_head, past):
     """qkv (B, T, 3C) of the positions that follow those of past -> y (B, T, C); past gets their keys and values."""
-    q, k, v = split_heads(qkv, n_head)
+    q, k, v = split_qkv(qkv, n_head)
     past[:] = [np.concatenate(pair, axis=2) for pair in zip(past or (k[:, :, :0], v[:, :, :0]), (k, v), strict=True)]
     y = _softmax_ref(_scores_ref(q, past[0]))[0] @ past[1]
     return y.transpose(0, 2, 1, 3).reshape(*qkv.shape[:2], qkv.shape[2] // 3)
@@ -101,14 +101,14 @@ def attention_past_ref(qkv, n_head, past):
 
 def attention_weights_ref(qkv, n_head):
     """qkv (B, T, 3C) -> p (B, n_head, T, T): how much each position takes from itself and from those before it."""
-    q, k, _ = split_heads(qkv, n_head)
+    q, k, _ = split_qkv(qkv, n_head)
     return _softmax_ref(_scores_ref(q, k))[0]
 
 
 def attention_backward_ref(dy, qkv, lse, n_head, dropout):
     """dy (B, T, C), and the forward's arrays -> dqkv (B, T, 3C)."""
-    q, k, v = split_heads(qkv, n_head)
-    dy = merged_heads(dy, n_head)  # (B, n_head, T, hs)
+    q, k, v = split_qkv(qkv, n_head)
+    dy = split_heads(dy, n_head)  # (B, n_head, T, hs)
     p = np.exp(_scores_ref(q, k) - lse[..., None]).astype(q.dtype)
     drop = _dropout_scale_ref(p, dropout)
     # y = a @ v
@@ -123,7 +123,7 @@ def attention_backward_ref(dy, qkv, lse, n_head, dropout):
     dk = ds.swapaxes(-1, -2) @ q / math.sqrt(q.shape[-1])
     # qkv = q, k, v side by side
     dqkv = np.empty_like(qkv)
-    for place, grad in zip(split_heads(dqkv, n_head), (dq, dk, dv), strict=True):
+    for place, grad in zip(split_qkv(dqkv, n_head), (dq, dk, dv), strict=True):
         place[...] = grad
     return dqkv
 

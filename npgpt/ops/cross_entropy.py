@@ -10,7 +10,7 @@ target is not ignore_index.
 
 Backward.  d lse / d z_i = e^z_i / sum_j e^z_j = p_i, and z_c is subtracted once, so
 
-    d loss / d z_i = p_i - [i = c]
+    d loss / d z_i = p_i - [i = c]          [i = c] is 1 if i = c, and 0 otherwise
 
 the famous p - y: what the model predicted minus what it should have predicted.  For a mean over `count` rows, and a
 gradient dloss of the loss itself,

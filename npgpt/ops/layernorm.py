@@ -19,10 +19,10 @@ directly (i = j), through the mean, and through rstd.  With
 
 (var changes with x_j only by its own term: the shift of the mean cancels, as sum_i (x_i - mean) = 0), we get
 
-    d xhat_i / d x_j = rstd (delta_ij - 1/C) + (x_i - mean) (-rstd^2 xhat_j / C)
-                     = rstd (delta_ij - 1/C - xhat_i xhat_j / C)
+    d xhat_i / d x_j = rstd ([i = j] - 1/C) + (x_i - mean) (-rstd^2 xhat_j / C)
+                     = rstd ([i = j] - 1/C - xhat_i xhat_j / C)
 
-and, summing g_i d xhat_i / d x_j over i,
+where [i = j] is 1 if i = j, and 0 otherwise; and, summing g_i d xhat_i / d x_j over i,
 
     dx_j = rstd (g_j - mean(g) - xhat_j mean(g xhat))
 

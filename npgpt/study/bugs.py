@@ -2,6 +2,7 @@
 
 import shutil
 
+from npgpt.command import PLANTED
 from npgpt.errors import CheckpointError, UsageError, told_as
 from npgpt.study.lesson import SOURCES, Fault
 from npgpt.study.lessons import LESSONS
@@ -81,6 +82,7 @@ def plant(fault, folder):
     for other in BUGS:
         right_source(other)  # two mistakes at a time are one too many
     sources = dict(_contents(SOURCES, "npgpt"))
+    sources[f"npgpt/{PLANTED}"] = fault.kernels.encode("utf-8")
     sources[fault.file] = right_source(fault).replace(fault.before, fault.after).encode("utf-8")
     try:
         folder.mkdir(parents=True)

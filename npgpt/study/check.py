@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 import traceback
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ from npgpt.gradcheck import replaced
 from npgpt.kernels.masks import random_stream
 from npgpt.model import GPT
 from npgpt.optim import AdamW, FlatParameters
-from npgpt.study.hints import Case, of_exception
+from npgpt.study.hints import Case, ladder
 from npgpt.study.lesson import PROG
 from npgpt.study.lessons import LESSONS
+from npgpt.study.refused import of_exception
 
 
 class Wrong(Exception):
@@ -41,7 +43,7 @@ class Answer:
             raise Wrong(self._at(getattr(error, "lineno", None), getattr(error, "msg", error))) from None
         except (RecursionError, MemoryError):
             raise Wrong(self._at(None, "Python cannot read it: an expression in it is too long or too deep")) from None
-        self.blank = blank_lines(tree)
+        self.tree, self.blank = tree, blank_lines(tree)
         self.line = {node.name: node.lineno for node in tree.body if hasattr(node, "name")}  # of a function, a class
         loader = importlib.machinery.SourceFileLoader("exercise_file", str(self.path))
         loader.get_code = lambda _: code  # not a cached one: Python knows a change by its second only
@@ -49,6 +51,7 @@ class Answer:
         sys.modules[loader.name] = module  # as of any module that is imported: dataclasses look there
         with self.running():
             loader.exec_module(module)
+        self.module = module
         found = {op: getattr(module, lesson.function(), None) for op, lesson in LESSONS.items()}
         self.functions = {op: function for op, function in found.items() if callable(function)}
         if not self.functions:
@@ -69,7 +72,9 @@ class Answer:
                 text = str(error)
             except Exception:  # made by the student's own class
                 text = "(its text cannot be made)"
-            hint = of_exception(error, text)
+            if self.blank and (words := self._needs_a_blank(error, text)):
+                raise Wrong(self._at(places[-1] if places else None, words)) from None
+            hint = of_exception(error, self.tree, str(self.path))
             words = f"{type(error).__name__}: {text}" + (f" (hint: {hint})" if hint else "")
             raise Wrong(self._at(places[-1] if places else None, words) + self.still_blank("; still blank: ")) from None
 
@@ -96,6 +101,50 @@ class Answer:
                         raise Wrong(words) from None
             return arrays
 
+    def helpers(self, case):
+        """{name: array} of the helpers that the file has and that are not blank, at the values where the op is."""
+        made = {}
+        for name, _, at in case.lesson.slopes:
+            function = getattr(self.module, name, None)
+            with contextlib.suppress(Wrong), self.running():
+                result = function(case.values[at].copy()) if callable(function) else None
+                if isinstance(result, np.ndarray):
+                    made[name] = result
+        return made
+
+    def results_so_far(self, case, arguments):
+        """({name: array, or None where it is blank}, what stopped it or "") of a function that is not finished.
+
+        What is not returned may stand in the function's variable of that name: dv does, before there is a dqkv.
+        """
+        lesson, stop = case.lesson, ""
+        with last_variables(self.functions[lesson.op]) as variables:
+            try:
+                results = self.results(lesson, arguments)
+            except Wrong as error:
+                results = dict.fromkeys(lesson.results)
+                stop = str(error).removesuffix(self.still_blank("; still blank: "))
+        if any(array is None for array in results.values()):
+            results = {name: self._variable(case, name, variables) for name in case.parts}
+        for name, before in case.so_far.items():
+            if np.array_equal(results[name], before):
+                results[name] = None
+        return results, stop
+
+    def _variable(self, case, name, variables):
+        """A result as it stands in a variable; None if nothing does, or if it is wrong and a line of it blank."""
+        value = variables.get(name)
+        if not isinstance(value, np.ndarray) or value.dtype.kind not in "fiu":
+            return None
+        return None if self.blanks_of(name, case.lesson) and case.verdict(name, value).wrong else value
+
+    def blanks_of(self, name, lesson):
+        """Numbers of the blank lines that make this result: those that assign to it; if there are none, a return."""
+        body = [node for node in self.tree.body if getattr(node, "name", "") == lesson.function()]
+        blanks = [node for function in body for node in ast.walk(function) if is_blank(node)]
+        own = [node for node in blanks if any(getattr(part, "id", "") == name for part in _targets(node))]
+        return sorted(node.lineno for node in own or blanks if own or isinstance(node, ast.Return))
+
     def check_signature(self, lesson):
         """Raise Wrong if the function cannot be called as the op's own."""
         _, _, parameters = lesson.references()
@@ -111,10 +160,28 @@ class Answer:
 
     def still_blank(self, words):
         """words, with the lines that are blank; nothing if none is."""
-        return f"{words}line{'s' * (len(self.blank) > 1)} {', '.join(map(str, self.blank))}" if self.blank else ""
+        return in_lines(words, self.blank)
+
+    def _needs_a_blank(self, error, text):
+        """Words for an exception that comes from what is still blank; nothing for another one."""
+        walk, file = traceback.walk_tb(error.__traceback__), str(self.path)
+        frame, line = ([step for step in walk if step[0].f_code.co_filename == file] or [(None, None)])[-1]
+        if line in self.blank:
+            return "it stops here, which is blank"
+        here = [node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name) and node.lineno == line]
+        names = [name for name in dict.fromkeys(here) if frame.f_locals.get(name) is ...]
+        if "ellipsis" in text or (names and isinstance(error, (TypeError, ValueError))):
+            needed = " and ".join(names) or "what it needs"
+            return f"it stops here, as {needed} {'are' if names[1:] else 'is'} still blank"
+        return ""
 
     def _at(self, line, words):
         return f"{self.path.name}{'' if line is None else f' line {line}'}: {' '.join(str(words).split())}"
+
+
+def in_lines(words, numbers):
+    """words, with the numbers of lines; nothing if there are none."""
+    return f"{words}line{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}" if numbers else ""
 
 
 def blank_lines(tree):
@@ -122,9 +189,37 @@ def blank_lines(tree):
 
     In dx = dweight = dbias = ... results have got a value for the time being; that line may stay.
     """
-    statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
-    values = [getattr(node, "value", None) for node in statements if len(getattr(node, "targets", ())) < 2]
-    return sorted({value.lineno for value in values if isinstance(value, ast.Constant) and value.value is ...})
+    return sorted({node.value.lineno for node in ast.walk(tree) if is_blank(node)})
+
+
+def is_blank(node):
+    """Whether a node of a file's tree is a statement whose value is `...`, and not for the time being."""
+    value = getattr(node, "value", None)
+    is_statement = isinstance(node, ast.stmt) and len(getattr(node, "targets", ())) < 2
+    return is_statement and isinstance(value, ast.Constant) and value.value is ...
+
+
+def _targets(statement):
+    """All nodes of what a statement assigns to."""
+    targets = getattr(statement, "targets", None) or [getattr(statement, "target", None)]
+    return [part for target in targets if target for part in ast.walk(target)]
+
+
+@contextlib.contextmanager
+def last_variables(function):
+    """Within this context: a dict, which gets what the variables of a function are whenever it ends."""
+    variables, code, before = {}, getattr(function, "__code__", None), sys.getprofile()
+
+    def look(frame, event, _):
+        if event == "return" and frame.f_code is code:  # which comes with an exception, too
+            variables.clear()
+            variables.update(frame.f_locals)
+
+    sys.setprofile(look)
+    try:
+        yield variables
+    finally:
+        sys.setprofile(before)
 
 
 @contextlib.contextmanager
@@ -149,36 +244,95 @@ def imports_beside(path):
 # Comparing: with finite differences, and in a GPT
 
 
-def check(lesson, answer, say):
-    """Say, in lines, what a student's backward is worth; True if all of it is right."""
+@dataclass
+class Outcome:
+    """What came of an exercise."""
+
+    op: str = ""  # none if the file could not be run
+    passed: bool = False
+    parts: dict = field(default_factory=dict)  # result -> "ok", "wrong" or "blank"
+    words: str = ""  # the first thing that is wrong, in a line
+
+
+def check_file(path, say, more=0):
+    """Say, in lines, what each exercise in a student's file is worth, with 1 + more rungs of a hint -> [Outcome].
+
+    Raises UsageError if there is no file, or no exercise in it.
+    """
+    outcomes = []
+    with imports_beside(path):
+        try:
+            answer = Answer(Path(path))
+        except Wrong as error:
+            say(str(error))
+            return [Outcome(words=str(error))]
+        for op in answer.functions:
+            try:
+                outcomes.append(check(LESSONS[op], answer, say, more))
+            except Wrong as error:
+                say(str(error))
+                outcomes.append(Outcome(op, words=str(error)))
+    return outcomes
+
+
+def check(lesson, answer, say, more=0):
+    """Say, in lines, what a student's backward is worth, with 1 + more rungs of a hint -> Outcome."""
     answer.check_signature(lesson)
     say(f"{lesson.op}: {lesson.function()} against finite differences")
-    case = Case(lesson)
+    outcome, case, stop = Outcome(lesson.op), Case(lesson), ""
+
+    def wrong(words):
+        say(f"  WRONG  {words}")
+        outcome.words = words
+        return outcome
+
     arguments = case.arguments()
-    results, right = answer.results(lesson, arguments), True
-    for name, verdict in case.compare(results).items():
+    given = dict(zip(case.values, arguments, strict=True))
+    if answer.blank:
+        results, stop = answer.results_so_far(case, arguments)
+    else:
+        results = answer.results(lesson, arguments)
+    added = {name: given[name] for name in case.so_far}  # what must be added to in place, and returned
+    unreturned = [name for name in added if results[name] is None and not answer.blank]
+    results |= {name: added[name] for name in unreturned}
+    verdicts = case.compare(results)
+    if lesson.slopes and not all(verdict and not verdict.wrong for verdict in verdicts.values()):
+        verdicts = case.compare(answer.helpers(case) | results)
+    width = max(8, *map(len, verdicts))
+    for name, verdict in verdicts.items():
+        outcome.parts[name] = "blank" if verdict is None else "wrong" if verdict.wrong else "ok"
         if verdict is None:
-            say(f"  {name:<8} blank  {answer.still_blank('see ') or 'it is None'}")
+            lines = answer.blanks_of(name, lesson) or answer.blank
+            say(f"  {name:<{width}} blank  {in_lines('see ', lines) or 'it is None'}")
         else:
-            words = f"WRONG  {verdict.wrong}" if verdict.wrong else f"ok     {verdict.error:.0e}"
-            say(f"  {name:<8} {words}" + (f"\n           hint: {verdict.hint}" if verdict.hint else ""))
-        right = right and verdict is not None and not verdict.wrong
-    if not right:
+            say(f"  {name:<{width}} " + (f"WRONG  {verdict.wrong}" if verdict.wrong else f"ok     {verdict.error:.0e}"))
+            if verdict.wrong and not outcome.words:
+                outcome.words = f"{name}: {verdict.kind or verdict.wrong}"
+    for line in ladder(case.hints(verdicts), more):
+        say(line)
+    if stop:
+        say(f"  {stop}")
+        outcome.words = outcome.words or stop
+    if stop or {*outcome.parts.values()} != {"ok"}:
         if answer.blank:
             say(answer.still_blank("  still blank: "))
-        return False
+        return outcome
+    if unreturned:
+        return wrong(f"it adds in place, and must return it, too: return {', '.join(lesson.results)}")
+    copies = [name for name in added if not np.array_equal(results[name], added[name])]
+    if copies:
+        return wrong(f"{' and '.join(copies)}: a copy, and what was given did not get it: add to that, in place")
     changed = case.changed(arguments)
     if changed:
-        say(f"  WRONG  it changes {' and '.join(changed)} in place, which others still need: work on a copy")
-        return False
+        return wrong(f"it changes {' and '.join(changed)} in place, which others still need: work on a copy")
     ours, theirs = train(), train(in_place_of(lesson, answer))
     for whose, losses in (("yours", theirs), ("npgpt's", ours)):
         say(f"  a GPT after {STEPS} steps, with {whose + ':':<8} loss {losses[0]:.6f} -> {losses[-1]:.6f}")
     if not all(abs(a - b) <= 1e-6 * abs(b) for a, b in zip(theirs, ours, strict=True)):
-        say("  WRONG  in a GPT it makes another gradient: does it hold for other shapes, and for other numbers, too?")
-        return False
+        return wrong("in a GPT it makes another gradient: does it hold for other shapes, and for other numbers, too?")
     say(f"passed: {lesson.op}")
-    return True
+    outcome.passed = True
+    return outcome
 
 
 def in_place_of(lesson, answer):

@@ -1,15 +1,17 @@
-"""What kind of mistake is it?  A wrong gradient is compared with what the usual mistakes would have made of it.
+"""What kind of mistake is it?  A wrong gradient is compared with what mistakes would have made of it.
 
-For what is wrong, `Case.compare` finds
+`Case.compare` finds, of what is wrong,
 
 - the kinds of mistakes that can be seen in any array: a shape that is transposed or not summed, a constant factor (and
   which length it is), a sign, right numbers at wrong places, entries that should be 0;
-- the lesson's, which know the op: a term that is missing, a value that was taken for another.  Each is the wrong
-  result itself, computed; who has the same figures has made that mistake.
+- those of mistakes.py: who has the same figures has made that mistake, or those two;
+- how much there is of each term of the right formula.
 
-A hint leads to the line of the forward that was undone wrongly; what to write is left to the reader.
+A Hint is a ladder of three rungs: which results and which entries; which line of the forward is undone wrongly; what
+kind of mistake that is.  What to write is left to the reader.
 """
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -17,10 +19,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from npgpt.gradcheck import BOUND, numeric_grad, relative_error
+from npgpt.study.backward import Backward
+from npgpt.study.kinds import RESHAPED, Found, factor_of, is_near, near, places, plain_mistake, power_in, shape_mistake
 from npgpt.study.lesson import New
+from npgpt.study.mistakes import CLOSE, USUAL, Mistakes
 from npgpt.tensor import Tensor
 
-CLOSE = 1e-6  # two arrays are the same if they differ by less than this share of the larger one's largest entry
+NONE = "none of the usual mistakes: undo the forward line by line, from its last line back to this one"
+FARTHEST = 5  # the cost of the least likely explanation that is given
+AXES = {1: ("entry",), 2: ("row", "column"), 4: ("sequence", "head", "position", "column")}  # what an index is of
 
 
 class Case:
@@ -28,7 +35,7 @@ class Case:
 
     values   what the backward is given, by name
     so_far   result -> what stood in it before, for a backward that adds in place
-    right    result, or part of a result that the lesson looks at in parts -> what it must be
+    right    result, part of a result that the lesson looks at in parts, or slope of a helper -> what it must be
     parts    the same, without a result that is taken apart
     """
 
@@ -39,14 +46,26 @@ class Case:
         self.so_far = {name: self.values[name] for name in lesson.results if name in self.values}
         dy = np.asarray(self.values.get("dy", self.values.get("dloss")))
         self.many = dy.shape[:-1]  # the axes along which a bias, say, is used many times
-        self.right, self.parts = {}, {}
+        self.right, self.parts, self.slopes = {}, {}, {}
+        for helper, forward, at in lesson.slopes:
+            z, function = self.values[at], getattr(lesson.module(), forward)
+            self.slopes[helper] = numeric_grad(lambda z=z, function=function: function(z), Tensor(z), np.ones_like(z))
         for name in lesson.results:
             change = numeric_grad(lambda: lesson.outputs(inputs)[0], Tensor(inputs[name[1:]]), dy)
             self.right[name] = change + self.so_far.get(name, 0)
             self.parts |= self._parts(name, self.right[name])
-        self.right |= self.parts
+        self.right |= self.parts | self.slopes
         self.lengths = {name: lesson.sizes[name] for name in lesson.lengths}
         self.factors = lesson.factors(**self.values)
+        self._inputs = inputs
+
+    @functools.cached_property
+    def backward(self):
+        return Backward(self.lesson, self._inputs, self.values)
+
+    @functools.cached_property
+    def mistakes(self):
+        return Mistakes(self.lesson, self.backward, self.parts | self.slopes, self.so_far)
 
     def arguments(self):
         """Arguments for the backward, copies that it may keep."""
@@ -58,12 +77,12 @@ class Case:
         return [n for n, value in given if n not in self.so_far and not np.array_equal(value, self.values[n])]
 
     def _parts(self, name, array):
-        if self.lesson.parts is None or array.shape != self.right[name].shape:
+        if self.lesson.parts is None or name not in self.lesson.results or array.shape != self.right[name].shape:
             return {name: array}
         return self.lesson.parts(self.values, array)
 
     def compare(self, results):
-        """{part: its Verdict} of what a backward returns, {name: array}; None for what is None."""
+        """{part: its Verdict} of what a backward and its helpers return, {name: array}; None for what is None."""
         verdicts, self.got = {}, {}
         for name, array in results.items():
             if array is None:
@@ -72,185 +91,266 @@ class Case:
                 verdicts[name] = Verdict(math.inf, "it is complex, and a gradient is real")
             else:
                 self.got |= (parts := self._parts(name, array))
-                verdicts |= dict.fromkeys(parts)
-        for part in self.got:
-            verdicts[part] = self._verdict(part)
+                verdicts |= {part: self.verdict(part, array) for part, array in parts.items()}
+        wrong = {part: self.got[part] for part in self.got if verdicts[part].wrong}
+        self.fine = [part for part in self.got if part not in wrong]
+        for part, found in self.found(wrong).items():
+            verdicts[part].found = found
         names, line = self.lesson.shared
-        through = [verdicts.get(part) for part in names]
-        if all(through) and len({(verdict.kind, verdict.line) for verdict in through}) == 1:
-            for verdict in through:
-                verdict.line = verdict.line or line
-        for part in self.got:
-            verdicts[part].line = verdicts[part].line or self.lesson.lines[part]
+        through = [verdicts[part].found for part in names if part in wrong]
+        if len(through) == len(names) and len({(found.kinds, found.line) for found in through}) == 1:
+            for found in through:
+                found.line = found.line or line
+        for part in wrong:
+            found = verdicts[part].found
+            quotes = [step.quote for step in found.steps if step.quote]
+            found.line = found.line or (quotes[0] if quotes else self.lesson.lines.get(part))
         return verdicts
 
-    def _verdict(self, part):
-        got, right = self.got[part], self.right[part]
+    def verdict(self, part, got):
+        """The Verdict on an array, before anything is found of it."""
+        right = self.right[part]
         if got.shape != right.shape:
-            error, wrong = math.inf, f"its shape is {got.shape}, it must be {right.shape}"
-        else:
-            errors = relative_error(got, right)
-            worst = np.unravel_index(errors.argmax(), errors.shape)
-            error, index = float(errors[worst]), list(map(int, worst))
-            if error <= BOUND:
-                return Verdict(error)
-            wrong = f"worst at {index}: yours {got[worst]:.6g}, finite differences {right[worst]:.6g}"
-            wrong += f"; {(errors > BOUND).sum()} of {right.size} entries are wrong"
-        return Verdict(error, wrong, *_mistake(self, part, got, right))
+            return Verdict(math.inf, f"its shape is {got.shape}, it must be {right.shape}")
+        errors = relative_error(got, right)
+        worst = np.unravel_index(errors.argmax(), errors.shape)
+        error, index = float(errors[worst]), list(map(int, worst))
+        if error <= BOUND:
+            return Verdict(error)
+        wrong = f"worst at {index}: yours {got[worst]:.6g}, finite differences {right[worst]:.6g}"
+        wrong += f"; {(errors > BOUND).sum()} of {right.size} entries are wrong"
+        return Verdict(error, wrong)
+
+    # What is found of wrong results: each step takes those that the steps before it have left
+
+    def found(self, wrong):
+        """{part: Found} for {part: wrong array}."""
+        found = {}
+        fits = {part: got for part, got in wrong.items() if got.shape == self.right[part].shape}
+        usual, rare = self._made_by("singles", USUAL + 1), self._made_by("singles", FARTHEST)
+        pairs = self._made_by("pairs", FARTHEST)
+        looks = (self._seen, usual, self._whole, self._of_terms, rare, self._rearranged, pairs)
+        for look in looks:
+            left = {part: got for part, got in fits.items() if part not in found}
+            found |= look(left) if left else {}
+        for part, got in wrong.items():
+            if part not in fits:
+                found[part] = shape_mistake(self, part, got, self.right[part])
+            elif part not in found:
+                found[part] = Found()
+        return found
+
+    def _change(self, part, array):
+        return array - self.so_far.get(part, 0)
+
+    def _whole(self, fits):
+        """Parts of one result that have each other's numbers, which may have been wrong before."""
+        if self.lesson.parts is None or len(fits) < len(self.parts):
+            return {}
+        got = np.sort(np.concatenate([fits[part].ravel() for part in self.parts]))
+        swapped = any(near(fits[part], self.right[other]) for part in fits for other in fits)
+        rows = np.sort(np.concatenate([self.mistakes.singles.rows[part] for part in self.parts], axis=1), axis=1)
+        right = np.sort(np.concatenate([self.right[part].ravel() for part in self.parts]))
+        for kinds, row in ((((),), right), *zip(self.mistakes.singles.mistakes, rows, strict=True)):
+            if near(got, row) and not swapped:
+                words = () if row is right else tuple(mistake.words for mistake in kinds)
+                return dict.fromkeys(fits, Found((RESHAPED, *words)))
+        return {}
+
+    def _seen(self, wrong):
+        """What can be seen in any array."""
+        return {part: found for part in wrong if (found := plain_mistake(self, part, wrong[part])) is not None}
+
+    def _made_by(self, several, most):
+        """A look for mistakes of mistakes.py, "singles" or "pairs", that cost so much at most."""
+
+        def look(wrong):
+            wrong, found = dict(wrong), {}
+            while wrong and (best := self._best(getattr(self.mistakes, several), wrong, most)):
+                found |= best
+                wrong = {part: got for part, got in wrong.items() if part not in best}
+            return found
+
+        return look
+
+    def _best(self, space, wrong, most):
+        """{part: Found} by what explains the most parts of those that are wrong, and is the likeliest."""
+        ratios = {part: space.ratios(part, self._change(part, got)) for part, got in wrong.items()}
+        cost = np.array([sum(mistake.cost for mistake in mistakes) for mistakes in space.mistakes], float)
+        factors = [[0 if np.isnan(one) else self._cost(float(one)) for one in c] for c in ratios.values()]
+        cost += np.max(factors, axis=0)  # a factor besides is one more mistake
+        for part in self.fine:  # it would have made others wrong, too
+            cost += np.where(space.same(part), 0, 1)
+        explained = sum(np.isfinite(c).astype(int) for c in ratios.values()) * (cost <= most)
+        if not explained.any():
+            return {}
+        i = int(np.lexsort((cost, -explained))[0])
+        found = {}
+        for part, c in ratios.items():
+            if np.isfinite(c[i]):
+                mistakes = [one for one in space.mistakes[i] if part in self.backward.reached(one.step, self.right)]
+                kinds = tuple(dict.fromkeys(mistake.words for mistake in mistakes))
+                kinds += () if is_near(c[i], 1) else (factor_of(self, float(c[i]))[0],)
+                line = next((mistake.line for mistake in mistakes if mistake.line), None)
+                found[part] = Found(kinds, line, tuple(self.backward.steps[mistake.step] for mistake in mistakes))
+        return found
+
+    def _cost(self, c):
+        """How unlikely a factor is."""
+        if is_near(c, 1):
+            return 0
+        known = [1.0, *self.lengths.values(), *(value for value, _ in self.factors.values())]
+        if any(is_near(abs(c), power) for value in known for power in (value, 1 / value)):
+            return 1
+        return 1.5 if any(is_near(abs(c), power) for n in (2, 3, 4) for power in (n, 1 / n)) else 3
+
+    def _of_terms(self, wrong):
+        """How much there is of each of the terms of a step."""
+        found = {}
+        for part, got in wrong.items():
+            rest = got - self.right[part]
+            linear = [term for term in self.mistakes.terms if term.contribution and term.contribution[part].any()]
+            for i in dict.fromkeys(term.step for term in linear):
+                terms = [term for term in linear if term.step == i]
+                kinds, line = self._amounts(terms, part, rest)
+                if kinds:
+                    found[part] = Found(kinds, line, (self.backward.steps[i],))
+                    break
+        return found
+
+    def _amounts(self, terms, part, rest):
+        """(kinds of mistakes, a line of the forward) if what is too much of a result is made of terms of it."""
+        for some in (some for n in (1, 2, 3) for some in itertools.combinations(terms, n)):
+            columns = np.array([term.contribution[part].ravel() for term in some]).T
+            amounts, _, rank, _ = np.linalg.lstsq(columns, rest.ravel(), rcond=None)
+            if len(some) == rank < rest.size and near(columns @ amounts, rest.ravel()):
+                kinds = tuple(self._amount(term, 1 + float(amount)) for term, amount in zip(some, amounts, strict=True))
+                return kinds, next((term.line for term in some if term.line), None)
+        for term in terms:
+            kind = self._row_by_row(term.contribution[part], rest)
+            if kind:
+                return (f"{kind} {term.words}",), term.line
+        return (), None
+
+    def _row_by_row(self, contribution, rest):
+        """Words for how much there is of a term, if that is one number for each row; else nothing."""
+        if contribution.ndim != 2 or not contribution.all():
+            return ""
+        amounts = 1 + rest / contribution
+        if np.ptp(amounts, axis=1).max() > CLOSE * np.abs(amounts).max():
+            return ""
+        name, power = power_in(self, amounts[:, 0])
+        if power:
+            return f"wrong power: {name} has another one in"
+        return "a factor that differs from row to row is wrong: that of"
+
+    def _amount(self, term, amount):
+        """What kind of mistake it is that there is so much of a term."""
+        if abs(amount) <= CLOSE:
+            return f"missing term: without {term.words}"
+        words = factor_of(self, amount)[0]
+        return f"{words}: of {term.words}" if words.startswith("sign:") else f"{words} (of {term.words} alone)"
+
+    def _rearranged(self, wrong):
+        return {part: found for part in wrong if (found := places(self, part, wrong[part])) is not None}
+
+    # The ladder
+
+    def hints(self, verdicts):
+        """What is wrong, as Hints: results of which the same is found have one."""
+        groups = {}
+        for part, verdict in verdicts.items():
+            if verdict is not None and verdict.found is not None:
+                groups.setdefault((verdict.found.kinds, verdict.found.steps), []).append(part)
+        return [self._hint(parts, verdicts[parts[0]].found) for parts in groups.values()]
+
+    def _hint(self, parts, found):
+        made = list(dict.fromkeys(step.target for step in found.steps))
+        step = f"where {_listed(made)} {_are(made)} made" if made else ""
+        return Hint(tuple(parts), self._where(parts), found.line, step, found.kinds)
+
+    def _where(self, parts):
+        """Which results are wrong, what they alone come from, and which entries."""
+        words = f"{_listed(parts)} {_are(parts)} wrong"
+        if self.fine:
+            words = f"{_listed(self.fine)} {_are(self.fine)} right, {words}"
+        helpers = [name for name in parts if name in self.slopes]
+        if helpers:
+            return f"{words}: begin with {_listed(helpers)}, which was measured by itself"
+        suspects = {}
+        for i, step in enumerate(self.backward.steps):
+            reached = self.backward.reached(i, self.right) - (self.slopes.keys() - set(self.fine))
+            made = self.backward.values[step.target]
+            if reached >= set(parts) and not reached & set(self.fine) and np.ndim(made) and len(step.writes) == 1:
+                suspects[step.target] = None
+        suspects = [name for name in suspects if name not in parts]
+        if suspects:
+            words += f"; what leads to {'it' if len(parts) == 1 else 'these'} alone is {_listed(suspects)}"
+        entries = {self._entries(part) for part in parts if self.got[part].shape == self.right[part].shape}
+        if len(entries) == 1 and (only := entries.pop()):
+            words += f"; {only}"
+        return words
+
+    def _entries(self, part):
+        """Words for which entries of a result are wrong; nothing where that says nothing."""
+        wrong = relative_error(self.got[part], self.right[part]) > BOUND
+        masks = self.lesson.places(**self.values).get(part, {})
+        for words, mask in masks.items():
+            if np.array_equal(wrong, mask):
+                return f"wrong are {words}, and no others"
+        for axis, per in enumerate(AXES.get(wrong.ndim, ())):
+            others = tuple(other for other in range(wrong.ndim) if other != axis)
+            bad = wrong.any(axis=others)
+            fewer, verdict = (bad, "wrong") if 2 * bad.sum() <= bad.size else (~bad, "right")
+            if fewer.any():
+                places = [str(place) for place in np.flatnonzero(fewer)]
+                return f"only the {per}{'s' * (len(places) > 1)} {_listed(places)} {_are(places)} {verdict}"
+        some = (words for words, mask in masks.items() if not (wrong & ~mask).any())
+        return next((f"wrong are only some of {words}" for words in some), "")
+
+
+def _listed(names):
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _are(things):
+    return "is" if len(things) == 1 else "are"
 
 
 @dataclass
 class Verdict:
     error: float  # the worst relative one
     wrong: str = ""  # what is wrong, if something is
-    kind: str = ""  # what kind of mistake that is
-    line: str | None = None  # the line of the forward that it has to do with
+    found: Found | None = None
 
     @property
-    def hint(self):
-        stop = "" if self.kind.endswith("?") else "."
-        return f"{self.kind}{stop} Look at the forward's line:  {self.line}" if self.kind else ""
+    def kind(self):
+        """What kinds of mistakes that is, in words; nothing if that is not known."""
+        return "; and ".join(self.found.kinds) if self.found else ""
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Kinds of mistakes that show in any array
+@dataclass(frozen=True)
+class Hint:
+    """A ladder."""
+
+    results: tuple
+    where: str  # which results, and which entries
+    line: str | None  # of the forward
+    step: str  # of the backward, in words
+    kinds: tuple  # each a mistake
+
+    def rungs(self):
+        """Three lines."""
+        kinds = "; and ".join(self.kinds or (NONE,))
+        where = f"  ({self.step})" if self.step else ""
+        return f"{self.where}.", f"the forward's  {self.line}{where}", kinds + "." * (kinds[-1] != "?")
 
 
-def ratio(got, wrong):
-    """c with got = c * wrong, or None."""
-    if got.shape != wrong.shape or not np.isfinite(got).all() or not wrong.any():
-        return None
-    c = float((got * wrong).sum() / (wrong * wrong).sum())
-    close = np.abs(got - c * wrong).max() <= CLOSE * abs(c) * np.abs(wrong).max()
-    return c if c and close else None
-
-
-def _mistake(case, name, got, right):
-    """(what kind of mistake it is, the line of the forward that has to do with it, or None)."""
-    if got.shape != right.shape:
-        return _shape_mistake(case, name, got, right)
-    if not np.isfinite(got).all():
-        return "not finite: a division by 0, or a logarithm or exponential out of bounds", None
-    so_far = case.so_far.get(name)
-    if so_far is not None:
-        if _near(got, so_far):
-            return "nothing was added: the gradient is what it was before", None
-        if ratio(got, right - so_far) is not None:
-            return "overwritten: add to the gradient so far; another op, as the tied output layer, left its share", None
-        got, right = got - so_far, right - so_far
-    if not got.any():
-        return "all zeros: nothing has been written into it", None
-    c = ratio(got, right)
-    if c is not None:
-        return _factor(case, c)
-    for other, array in case.parts.items():
-        mine = case.right[name]
-        if other != name and _near(case.got[name], array) and other in case.got and _near(case.got[other], mine):
-            return f"wrong place: this is {other}, and what stands there is {name}", None
-    is_wrong = relative_error(got, right) > BOUND
-    is_zero = np.abs(right) <= CLOSE * CLOSE * np.abs(right).max()  # or should be
-    if not (is_wrong & ~is_zero).any():
-        return f"wrong mask: it must be 0 {case.lesson.zeros}", None
-    for result, words, wrong, line in case.lesson.mistakes(*case.values.values()):
-        c = ratio(got, wrong) if result == name else None
-        if c is not None:
-            return words + ("" if _is(c, 1) else f"; besides, a {_factor(case, c)[0]}"), line
-    for other, array in case.parts.items():
-        if other != name and ratio(got, array - case.so_far.get(other, 0)) is not None:
-            return f"wrong place: this is {other}", None
-    if right.ndim > 1 and ratio(got.reshape(right.shape[::-1]).T, right) is not None:
-        return "transposed, then reshaped: reshape makes the shape right but does not exchange axes", None
-    if _near(np.sort(got, axis=None), np.sort(right, axis=None)):
-        return "right numbers at wrong places: reshape keeps the order in memory, transpose exchanges axes", None
-    return _where(got, right, is_wrong, is_zero)
-
-
-def _shape_mistake(case, name, got, right):
-    for other, array in case.parts.items():
-        if other != name and _near(got, array):
-            return f"wrong place: this is {other}; mind the order of the results", None
-    if got.size == right.size and ratio(got.reshape(right.shape), right) is not None:
-        return "right numbers with another shape: an axis of length 1 too many or too few (keepdims?)", None
-    if got.shape == right.shape[::-1]:
-        sure = "it is what is wanted, transposed" if ratio(got.T, right) is not None else "the shape is the transpose's"
-        return f"transposed: {sure}. Write the product down with indices: which index comes first?", None
-    if got.ndim > right.ndim:
-        for axes in itertools.combinations(range(got.ndim), got.ndim - right.ndim):
-            if tuple(n for axis, n in enumerate(got.shape) if axis not in axes) != right.shape:
-                continue
-            total = got.sum(axis=axes)
-            many = right.ndim == 1 and all(got.shape[axis] in case.many for axis in axes)
-            if ratio(total, right) is not None or many:
-                names = " and ".join(f"{axis} (length {got.shape[axis]})" for axis in axes)
-                words = f"missing sum over the broadcast axis {names}: the forward used one number many times"
-                if not _near(total, right):
-                    words += f"; and summed, it is still wrong: {_mistake(case, name, total, right)[0]}"
-                return words, None
-    if got.ndim < right.ndim:
-        return "a sum too many: fewer axes than what it is the gradient of", None
-    names = [n for n, length in case.lengths.items() if got.shape == (length,)]
-    if names and right.ndim == 1:
-        return f"summed over the wrong axis: what is left is the axis {names[0]}", None
-    return "a gradient has the shape of what it is the gradient of", None
-
-
-def _factor(case, c):
-    """(words for a result that is c times what it must be, line)."""
-    if _is(c, 1):
-        return "rounding: it is nearly right; is something float32 on the way?", None
-    if _is(c, -1):
-        return "sign: every entry has the wrong one", None
-
-    def times(sign, factor):  # in as few digits as tell it from 1
-        figures = next(text for n in (4, 6, 8, 10) if (text := f"{factor:.{n}g}").strip("-") != "1" or n == 10)
-        return f"{sign}constant factor: every entry is {figures} times what it must be"
-
-    ways = ("", c), ("sign, and ", -c)
-    for sign, factor in ways:
-        for name, n in case.lengths.items():
-            if _is(factor, 1 / n):
-                return f"{sign}mean instead of sum: every entry is 1/{n} of what is right, and {name} = {n}", None
-            if _is(factor, n):
-                return f"{sign}sum instead of mean: every entry is {n} times too large, and {name} = {n}", None
-        for name, (value, line) in case.factors.items():
-            for power, called in ((value, name), (1 / value, f"1 / ({name})" if " " in name else f"1 / {name}")):
-                if _is(factor, power):
-                    return f"{times(sign, factor)}, which is {called}", line
-    return times(*ways[c < 0]), None  # the one whose factor is positive
-
-
-def _is(c, value):
-    return math.isclose(c, value, rel_tol=CLOSE)
-
-
-def _near(a, b):
-    return a.shape == b.shape and np.abs(a - b).max(initial=0) <= CLOSE * np.abs(b).max(initial=0)
-
-
-def _where(got, right, is_wrong, is_zero):
-    """Words that tell no more than where the wrong entries are."""
-    if not got[is_wrong].any() or not got[~is_zero].any():
-        return "wrong mask: it is 0 where it must not be", None
-    if right.ndim == 2:
-        if not is_zero.any():
-            quotients = got / right
-            for axis, per in ((1, "row"), (0, "column")):
-                if (np.ptp(quotients, axis=axis) <= CLOSE * np.abs(quotients).max(axis=axis)).all():
-                    return f"missing factor: it is the same in a whole {per}, and differs from {per} to {per}", None
-        for axis, per in ((1, "row"), (0, "column")):
-            places = np.flatnonzero(is_wrong.any(axis=axis))
-            if 2 * len(places) <= right.shape[1 - axis]:
-                return f"wrong in the {per}s {', '.join(map(str, places))} only: what is special there?", None
-    return "none of the usual mistakes: undo the forward line by line, from its last line back to this one", None
-
-
-def of_exception(error, text):
-    """A hint for the usual exceptions of arrays that do not fit, or an empty string.  text: the exception's."""
-    if isinstance(error, ValueError) and "matmul" in text:
-        return "transpose: the inner axes of a matrix product must be the same; write it down with indices"
-    if isinstance(error, ValueError) and "broadcast" in text:
-        return (
-            "missing sum, or missing axis: over what the forward broadcast, the backward sums; and what has one number "
-            "for each row needs an axis of length 1 beside the rows: keepdims=True, or [:, None]"
-        )
-    return ""
+def ladder(hints, more):
+    """The lines of hints, each up to its rung 1 + more."""
+    for hint in hints:
+        for head, rung in zip(("hint: ", "line: ", "kind: ")[: 1 + more], hint.rungs(), strict=False):
+            yield f"  {head}{rung}"
+    if hints and more < 2:
+        next_rung = ("which line it is", "which kind of mistake it is")[more]
+        yield f"  ({next_rung}: the same command with {' '.join(['--more'] * (more + 1))})"

@@ -11,7 +11,7 @@ import importlib
 import importlib.resources
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 PROG = "python -m npgpt.exercise"
@@ -65,7 +65,10 @@ class Lesson:
     shared: tuple = ((), None)  # (results that come through one intermediate gradient, the line that it undoes)
     zeros: str = "there"  # where a gradient must be 0
     parts: Callable | None = None  # parts(values, the only result) -> {name: array}, if it is looked at in parts
-    mistakes: Callable  # mistakes(*the backward's arguments) yields (result, words, what it is then, line or None)
+    places: Callable = lambda **_: {}  # places(**values) -> {result: {words for some entries: a mask of them}}
+    mistakes: tuple  # (how the steps of the backward begin that are replaced, by what, words, line); see mistakes.py
+    terms: dict[str, tuple] = field(default_factory=dict)  # a term of the backward -> (words for it, line or None)
+    slopes: tuple = ()  # (a helper that is blank, the forward's function whose slope it is, the value it is taken at)
 
     bugs: dict[int, Fault]  # for students to find, by number; each fails gradcheck
 
@@ -132,13 +135,6 @@ class New:
         return self.rng.integers(0, high, shape)
 
 
-def one_row(**summed):
-    """Mistakes: a sum over the rows that is only the first row, or the last."""
-    for result, rows in summed.items():
-        for n, row in ((0, "first"), (-1, "last")):
-            yield result, f"one row only: it is that of the {row} row, and all rows used the same number", rows[n], None
-
-
 def exercise_text(lesson, level, name):
     """The file for an op's exercise; level 0 is the solution.
 
@@ -167,8 +163,9 @@ more lines than there are blanks, and others.  Then
 
     {PROG} check {name}
 
-compares what it returns with finite differences, says what kind of mistake a wrong result looks
-like, and trains a small GPT with it.  The solution is npgpt/ops/{lesson.file}.py, with its derivation.
+compares what it returns with finite differences, says where to look (with --more, which line; given
+twice, which kind of mistake), and trains a small GPT with it.  The solution is npgpt/ops/{lesson.file}.py,
+with its derivation.
 """
 
 {imports}

@@ -25,70 +25,91 @@ def factors(qkv, n_head, dropout, **_):
 
 
 def parts(values, dqkv):
-    from npgpt.ops.attention import split_heads
+    from npgpt.ops.attention import split_qkv
 
-    return dict(zip(("dq", "dk", "dv"), split_heads(dqkv, values["n_head"]), strict=True))
+    return dict(zip(("dq", "dk", "dv"), split_qkv(dqkv, values["n_head"]), strict=True))
 
 
-def mistakes(dy, qkv, lse, n_head, dropout):
-    import numpy as np
-
-    from npgpt.ops.attention import _dropout_scale_ref, _scores_ref, merged_heads, split_heads
-
-    q, k, v = split_heads(qkv, n_head)
-    dy = merged_heads(dy, n_head)
-    scale = 1 / math.sqrt(q.shape[-1])
-    p = np.exp(_scores_ref(q, k) - lse[..., None])
-    p_all = np.exp(q @ k.swapaxes(-1, -2) * scale - lse[..., None])  # future positions, too
-    drop = _dropout_scale_ref(p, dropout)
-    a, da = p * drop, dy @ v.swapaxes(-1, -2)
-    dp = da * drop
-
-    def softmax(p, dp, weights=None, axis=-1):
-        return p * (dp - (dp * (p if weights is None else weights)).sum(axis=axis, keepdims=True))
-
-    mask_line = "return np.where(future, -np.inf, s).astype(q.dtype)"
-    for words, ds, line in (
-        ("missing term: the probabilities of a row sum to 1, so one score changes all of them", p * dp, SOFTMAX_LINE),
-        ("missing line: the softmax has not been undone", dp, SOFTMAX_LINE),
-        ("wrong mask: the weights that dropout dropped did not reach the output", softmax(p, da), DROP_LINE),
-        ("wrong value: the softmax made p; a came after it", softmax(a, dp), SOFTMAX_LINE),
-        ("wrong value: the softmax made p; a came after it", softmax(p, dp, a), SOFTMAX_LINE),
-        ("wrong value: the softmax made p; a came after it", softmax(a, dp, p), SOFTMAX_LINE),
-        ("wrong value: the sum in the softmax's gradient has another factor", softmax(p, dp, 1.0), SOFTMAX_LINE),
-        ("wrong axis: a softmax goes over the keys of a query", softmax(p, dp, axis=-2), SOFTMAX_LINE),
-        ("sign of the sum in the softmax's gradient", p * (dp + (dp * p).sum(-1, keepdims=True)), SOFTMAX_LINE),
-        ("wrong mask: a query does not see positions of the future", softmax(p_all, dp), mask_line),
-    ):
-        yield "dq", words, ds @ k * scale, line
-        yield "dk", words, ds.swapaxes(-1, -2) @ q * scale, line
-    ds = softmax(p, dp) * scale
-    turned = "transposed: not a row of the matrix but a column goes into"
-    yield "dq", f"{turned} it, or the other way round", ds.swapaxes(-1, -2) @ k, None
-    yield "dk", f"{turned} a key's gradient: all queries that looked at it", ds @ q, None
-    reshaped = "transposed, then reshaped: reshape makes the shape right but does not exchange axes"
-    yield "dk", reshaped, (q.swapaxes(-1, -2) @ ds).reshape(q.shape), None
-    yield "dq", "wrong value: of a product, each factor's gradient has the other factor", ds @ q, None
-    yield "dk", "wrong value: of a product, each factor's gradient has the other factor", ds.swapaxes(-1, -2) @ k, None
-    yield "dv", f"{turned} a value's gradient: all queries that looked at it", a @ dy, None
-    yield "dv", "wrong value: v was multiplied with the weights after dropout", p.swapaxes(-1, -2) @ dy, DROP_LINE
-    yield "dv", "wrong value: v was multiplied with the weights a, not with ds", ds.swapaxes(-1, -2) @ dy, None
-    future = (p_all * drop).swapaxes(-1, -2) @ dy
-    yield "dv", "wrong mask: a query does not see positions of the future", future, mask_line
-    yield "dv", reshaped, (dy.swapaxes(-1, -2) @ a).reshape(v.shape), None
+MASK_LINE = "return np.where(future, -np.inf, s).astype(q.dtype)"
+FUTURE = "wrong mask: a query does not see positions of the future"
+SELF = "wrong mask: it is off by one, a query sees its own position"
+DROPPED = "wrong mask: the weights that dropout dropped did not reach the output"
+NOT_A = "wrong value: the softmax made p; a came after it"
+OTHER = "wrong value: of a product, each factor's gradient has the other factor"
+RESHAPED = "right numbers at wrong places: reshape keeps the order in memory, transpose exchanges axes"
+SCORES = "q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1]) - lse[..., None]"
+MISTAKES = (
+    (
+        "ds", "ds = p * dp",
+        "missing term: the probabilities of a row sum to 1, so one score changes all of them", SOFTMAX_LINE,
+    ),
+    (
+        "ds", "ds = p * (1 - p) * dp",
+        "missing term: one score changes all probabilities of its row, not its own alone", SOFTMAX_LINE,
+    ),
+    ("ds", "ds = dp", "missing line: the softmax has not been undone", SOFTMAX_LINE),
+    ("dp", "dp = da", DROPPED, DROP_LINE),
+    ("ds", "ds = p * drop * (dp - (dp * p).sum(axis=-1, keepdims=True))", NOT_A, SOFTMAX_LINE),
+    ("ds", "ds = p * (dp - (dp * p * drop).sum(axis=-1, keepdims=True))", NOT_A, SOFTMAX_LINE),
+    ("ds", "ds = p * drop * (dp - (dp * p * drop).sum(axis=-1, keepdims=True))", NOT_A, SOFTMAX_LINE),
+    ("ds", "ds = p * drop * (da - (da * p * drop).sum(axis=-1, keepdims=True))", NOT_A, SOFTMAX_LINE),
+    (
+        "ds", "ds = p * (dp - dp.sum(axis=-1, keepdims=True))",
+        "missing factor: in the sum of the softmax's gradient", SOFTMAX_LINE,
+    ),
+    (
+        "ds", "ds = p * (dp - (dp * p).sum(axis=-2, keepdims=True))",
+        "wrong axis: a softmax goes over the keys of a query", SOFTMAX_LINE,
+    ),
+    (
+        "ds", "ds = p * (dp - (dp * p).mean(axis=-1, keepdims=True))",
+        "mean instead of sum: the probabilities of a row sum to 1, whatever its length", SOFTMAX_LINE,
+    ),
+    ("p =", f"p = np.exp({SCORES})", FUTURE, MASK_LINE),
+    ("p =", f"p = np.tril(np.exp({SCORES}), 1)", FUTURE, MASK_LINE),
+    ("p =", f"p = np.tril(np.exp({SCORES}), -1)", SELF, MASK_LINE),
+    ("p =", "p = np.exp(_scores_ref(q, k))", "wrong value: a probability is exp(s - lse)", SOFTMAX_LINE),
+    (
+        "p =", "p = np.tril(np.exp(q @ k.swapaxes(-1, -2) - lse[..., None]))",
+        "missing factor: the scores were scaled before the softmax", SCORES_LINE,
+    ),
+    (
+        "p =", "p = np.exp(_scores_ref(q, k))\np = p / p.sum(axis=-2, keepdims=True)",
+        "wrong axis: a softmax goes over the keys of a query", SOFTMAX_LINE,
+    ),
+    ("q, k, v", "q, k, v = qkv.reshape(3, qkv.shape[0], n_head, qkv.shape[1], -1)", RESHAPED, None),
+    ("dy =", "dy = dy.reshape(v.shape)", RESHAPED, None),
+    ("dq", "dq = ds @ q / math.sqrt(q.shape[-1])", OTHER, SCORES_LINE),
+    ("dk", "dk = ds.swapaxes(-1, -2) @ k / math.sqrt(q.shape[-1])", OTHER, SCORES_LINE),
+    (
+        "dk", "dk = ds @ q / math.sqrt(q.shape[-1])",
+        "transposed: not a row of the matrix but a column goes into a key's gradient", SCORES_LINE,
+    ),
+    ("dv", "dv = p * drop @ dy", "transposed: not a row of the matrix but a column goes into a value's gradient", None),
+    (
+        "dv", "dv = p.swapaxes(-1, -2) @ dy",
+        "wrong value: v was multiplied with the weights after dropout", DROP_LINE,
+    ),
+    ("dv", "dv = (p * (drop > 0)).swapaxes(-1, -2) @ dy", "missing factor: dropout scales what it keeps", DROP_LINE),
+    (
+        "dv", "dv = (p * (da * drop - (da * drop * p).sum(axis=-1, keepdims=True))).swapaxes(-1, -2) @ dy",
+        "wrong value: v was multiplied with the weights a, not with ds", None,
+    ),
+)  # fmt: skip
+TERMS = {"(dp * p).sum(axis=-1, keepdims=True)": ("the sum in the softmax's gradient", SOFTMAX_LINE)}
 
 
 LESSON = Lesson(
     op="attention", topic="the softmax's gradient, between two products with two factors each",
     forward=("_scores_ref", "_softmax_ref", "_dropout_scale_ref", "attention_forward_ref"),
     backward=("attention_backward_ref",), results=("dqkv",),
-    imports="from npgpt.ops.attention import merged_heads, split_heads\nfrom npgpt.ops.dropout import dropout_mask_ref",
+    imports="from npgpt.ops.attention import split_heads, split_qkv\nfrom npgpt.ops.dropout import dropout_mask_ref",
     arguments=arguments, sizes={"B": 2, "T": 4, "n_head": 3, "hs": 5, "p_drop": 0.3, "batch_offset": 1, "key": 9},
     lines={
         "dq": SCORES_LINE, "dk": SCORES_LINE, "dv": "y = a @ v",
         "dqkv": "return y.transpose(0, 2, 1, 3).reshape(B, T, H * hs), lse",
     },
-    factors=factors, shared=(("dq", "dk"), SOFTMAX_LINE), parts=parts, mistakes=mistakes,
+    factors=factors, shared=(("dq", "dk"), SOFTMAX_LINE), parts=parts, mistakes=MISTAKES, terms=TERMS,
     bugs={
         10: Fault(
             "attention: queries without the scale", "npgpt/ops/attention.py",

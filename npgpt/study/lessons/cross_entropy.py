@@ -20,26 +20,67 @@ def factors(logits, count, dloss, **_):
     return {name: (value, None) for name, value in values.items()}
 
 
-def mistakes(dloss, logits, targets, lse, ignore_index, count):
+def places(logits, targets, ignore_index, **_):
     import numpy as np
 
-    p = np.exp(logits - lse[:, None])
-    valid = (targets != ignore_index)[:, None]
-    y = (targets[:, None] == np.arange(logits.shape[1])).astype(float)
-    scale, z_line = dloss / count, "losses = lse[rows] - logits[rows, targets[rows]]"
-    ignored = "wrong mask: it must be 0 " + ZEROS
-    yield "dlogits", "missing term: the loss has the target's own logit in it, too", valid * p * scale, z_line
-    yield "dlogits", "missing term: the loss has lse in it, too", valid * -y * scale, z_line
-    yield "dlogits", "sign of the target's term", valid * (p + y) * scale, z_line
-    yield "dlogits", "missing factor: both terms are divided by count", valid * (p * scale - y), None
-    yield "dlogits", "wrong value: logits where probabilities belong", valid * (logits - y) * scale, z_line
-    last = y.copy()
-    last[~valid[:, 0], ignore_index] = 1
-    lse_line = "lse = m + np.log(np.exp(logits - m[:, None]).sum(axis=1))"
-    yield "dlogits", "wrong value: a probability is exp(logit - lse)", valid * (np.exp(logits) - y) * scale, lse_line
-    for taken in (y, last):
-        yield "dlogits", ignored, (p - taken) * scale, "rows = np.flatnonzero(valid)"
-    yield "dlogits", f"missing term (the target's), and {ignored}", p * scale, z_line
+    rows = np.broadcast_to((targets != ignore_index)[:, None], logits.shape)
+    hot = targets[:, None] == np.arange(logits.shape[1])
+    return {
+        "dlogits": {
+            "the entries of the targets": hot, "all entries but those of the targets": rows & ~hot,
+            "the rows whose target is ignored": ~rows, "the rows whose target counts": rows,
+        }
+    }  # fmt: skip
+
+
+Z_LINE = "losses = lse[rows] - logits[rows, targets[rows]]"
+LSE_LINE = "lse = m + np.log(np.exp(logits - m[:, None]).sum(axis=1))"
+VALID_LINE = "rows = np.flatnonzero(valid)"
+IGNORED = "wrong mask: it must be 0 " + ZEROS
+HOT = "(targets[:, None] == np.arange(logits.shape[1]))"  # where the targets are
+MISTAKES = (
+    ("dlogits[rows", "", "missing term: the loss has the target's own logit in it, too", Z_LINE),
+    ("dlogits = p", "dlogits = 0 * p", "missing term: the loss has lse in it, too", Z_LINE),
+    (
+        "dlogits = p", f"dlogits = p * {HOT}",
+        "missing term: every logit of a row is in lse, not the target's alone", LSE_LINE,
+    ),
+    ("dlogits[rows", "dlogits[rows, targets[rows]] += 1", "sign: that of the target's term", Z_LINE),
+    (
+        "dlogits", f"dlogits = valid[:, None] * (p * dloss / count - {HOT})",
+        "missing factor: both terms are divided by count", None,
+    ),
+    ("p = np.exp", "p = logits", "wrong value: logits where probabilities belong", Z_LINE),
+    ("p = np.exp", "p = np.exp(logits)", "wrong value: a probability is exp(logit - lse)", LSE_LINE),
+    (
+        "p = np.exp", "p = np.exp(logits) / np.exp(logits).sum(axis=0)",
+        "wrong axis: a softmax goes over the logits of a row", LSE_LINE,
+    ),
+    ("dlogits[~valid]", "", IGNORED, VALID_LINE),
+    ("valid", "valid = targets != -1", IGNORED, VALID_LINE),
+    ("dlogits[", "dlogits[np.arange(len(targets)), targets] -= 1", IGNORED, VALID_LINE),
+    (
+        "dlogits[rows", "dlogits[:, targets[rows]] -= 1",
+        "wrong index: a row has one target, and that is its own, not those of the others", Z_LINE,
+    ),
+    (
+        "dlogits[rows", "dlogits -= targets[:, None]",
+        "wrong value: a target is the place of a logit, not a number", Z_LINE,
+    ),
+    (
+        "dlogits[rows", "dlogits[rows, targets[rows]] -= p[rows, targets[rows]]",
+        "wrong value: it is not p that is subtracted at the target's place", Z_LINE,
+    ),
+    ("dlogits[rows", "dlogits[rows] -= logits[rows]", "wrong value: logits where probabilities belong", Z_LINE),
+    (
+        "dlogits = dlogits", "dlogits = p * (dlogits - (dlogits * p).sum(axis=1, keepdims=True)) * dloss / count",
+        "a line too many: p - y has already come through the softmax", LSE_LINE,
+    ),
+    (
+        "dlogits", f"dlogits = {HOT} / -p * dloss / count",
+        "missing line: the gradient has come to the target's p, and the softmax has not been undone", LSE_LINE,
+    ),
+)  # fmt: skip
 
 
 LESSON = Lesson(
@@ -47,7 +88,7 @@ LESSON = Lesson(
     forward=("cross_entropy_forward_ref",), backward=("cross_entropy_backward_ref",), results=("dlogits",),
     arguments=arguments, sizes={"N": 7, "V": 6, "n_ignored": 2, "ignore_index": -3, "targets": TARGETS},
     lengths=("N", "V"), lines={"dlogits": "return losses.sum() / count, lse"},
-    factors=factors, zeros=ZEROS, mistakes=mistakes,
+    factors=factors, zeros=ZEROS, places=places, mistakes=MISTAKES,
     bugs={
         5: Fault(
             "cross-entropy: ignored rows get a gradient", "npgpt/ops/cross_entropy.py",

@@ -13,19 +13,30 @@ def factors(p, **_):
     return {"1 - p": (1 - p, None), "(1 - p)^2": ((1 - p) ** 2, None), "(1 - p) / p": ((1 - p) / p, None)}
 
 
-def mistakes(dy, key, first_row, p):
+def places(dy, key, first_row, p, **_):
     from npgpt.kernels.masks import dropout_mask_ref
-    from npgpt.ops.dropout import dropout_ref
 
-    mask, scale = dropout_mask_ref(key, first_row, dy.shape, p), 1 / (1 - p)
-    line = "mask = dropout_mask_ref(key, first_row, x.shape, p)"
-    yield "dx", "missing mask, and missing factor: what was dropped did not reach the output", dy, line
-    yield "dx", "wrong mask: it is turned round, what was dropped gets a gradient", dy * ~mask * scale, line
-    for first, words in ((0, "its rows are numbered from first_row on"), (first_row + 1, "its first row is first_row")):
-        yield "dx", f"wrong mask: {words}", dropout_ref(dy, key, first, p), line
-    other = dropout_mask_ref(key, first_row, dy.shape, 1 - p)
-    yield "dx", "wrong mask: that of another probability", dy * other * scale, line
-    yield "dx", "missing factor: the mask alone, where dy belongs too", mask * scale, None
+    mask = dropout_mask_ref(key, first_row, dy.shape, p)
+    return {"dx": {"the entries that the mask kept": mask, "the entries that it dropped": ~mask}}
+
+
+LINE = "mask = dropout_mask_ref(key, first_row, x.shape, p)"
+MISTAKES = (
+    ("dx", "dx = dy", "missing mask, and missing factor: what was dropped did not reach the output", LINE),
+    ("dx", "dx = mask / (1 - p)", "missing factor: the mask alone, where dy belongs too", None),
+    *(
+        ("mask", f"mask = {mask}", f"wrong mask: {words}", LINE)
+        for mask, words in (
+            (
+                "~dropout_mask_ref(key, first_row, dy.shape, p)",
+                "it is turned round, what was dropped gets a gradient",
+            ),
+            ("dropout_mask_ref(key, 0, dy.shape, p)", "its rows are numbered from first_row on"),
+            ("dropout_mask_ref(key, first_row + 1, dy.shape, p)", "its first row is first_row"),
+            ("dropout_mask_ref(key, first_row, dy.shape, 1 - p)", "that of another probability"),
+        )
+    ),
+)
 
 
 LESSON = Lesson(
@@ -35,7 +46,7 @@ LESSON = Lesson(
     replaces="dropout_rows", exchange=(("dropout_ref", "dropout_backward_ref"), ("x", "dy"), ("y", "dx")),
     arguments=arguments, sizes={"N": 4, "C": 7, "p": 0.4, "first_row": 3, "key": 9}, lengths=("N", "C"),
     lines={"dx": "return np.where(mask, x * x.dtype.type(1 / (1 - p)), x.dtype.type(0))"},
-    factors=factors, zeros="where the mask dropped x: y does not depend on it", mistakes=mistakes,
+    factors=factors, places=places, zeros="where the mask dropped x: y does not depend on it", mistakes=MISTAKES,
     bugs={
         19: Fault(
             "dropout: another mask in the backward", "npgpt/ops/dropout.py",

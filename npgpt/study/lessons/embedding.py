@@ -13,19 +13,54 @@ def arguments(new, B, T, C, V, block_size, idx=None):
     return {"idx": idx, "wte": new(V, C), "wpe": new(block_size, C)}
 
 
-def mistakes(dwte, dwpe, dy, idx):
+def places(dwte, dwpe, idx, **_):
     import numpy as np
 
-    T = idx.shape[1]
-    once, first, last = np.zeros_like(dwte), np.zeros_like(dwpe), np.zeros_like(dwpe)
-    once[idx] += dy
-    first[:T], last[:T] = dy[0], dy[-1]
-    yield "dwte", "repeated index: of a token that occurs more than once only one gradient counts", once, None
-    tokens = np.zeros_like(dwte)
-    np.add.at(tokens, idx[0], dy[0])
-    yield "dwte", "one sequence only: the others of the batch looked up rows, too", tokens, None
-    for array in (first, last):
-        yield "dwpe", "one row only: every sequence of the batch used the same positions", array, None
+    def rows(counts, like):
+        return np.broadcast_to(np.asarray(counts)[:, None], like.shape)
+
+    times = np.bincount(idx.reshape(-1), minlength=len(dwte))
+    used = np.arange(len(dwpe)) < idx.shape[1]
+    return {
+        "dwte": {
+            "the rows of tokens that occur more than once": rows(times > 1, dwte),
+            "the rows of tokens that occur": rows(times > 0, dwte),
+            "the rows of tokens that do not occur": rows(times == 0, dwte),
+        },
+        "dwpe": {
+            "the rows of positions that occur": rows(used, dwpe),
+            "the rows of positions that do not occur": rows(~used, dwpe),
+        },
+    }
+
+
+REPEATED = "repeated index: of a token that occurs more than once only one gradient counts"
+NOT_ALL = "wrong index: every position of the batch was looked up, the first and the last, too"
+MISTAKES = (
+    ("np.add", "\n".join(f"dwte[idx[{b}]] += dy[{b}]" for b in range(len(IDX))), REPEATED, None),
+    ("dwpe", "dwpe[: T - 1] += dy.sum(axis=0)[:-1]", NOT_ALL, None),
+    ("dwpe", "dwpe[1:T] += dy.sum(axis=0)[1:]", NOT_ALL, None),
+    ("np.add", "dwte[idx] += dy", REPEATED, None),
+    (
+        "np.add", "np.add.at(dwte, idx[:, 1:], dy[:, :-1])",
+        "wrong index: a position's gradient goes to the token that stands there, not to the next one", None,
+    ),
+    (
+        "np.add", "dwte[idx] = dy",
+        "overwritten: add to the gradient so far, and once for each time that a token occurs", None,
+    ),
+    (
+        "np.add", "np.add.at(dwte, idx[0], dy[0])",
+        "one sequence only: the others of the batch looked up rows, too", None,
+    ),
+    (
+        "np.add", "np.add.at(dwte, idx, dy / (idx[..., None] == idx.reshape(-1)).sum(axis=-1)[..., None])",
+        "mean instead of sum: the gradients of a token that occurs more than once add up", None,
+    ),
+    ("dwpe", "dwpe[:T] += dy[0]", "one row only: every sequence of the batch used the same positions", None),
+    ("dwpe", "dwpe[:T] += dy[-1]", "one row only: every sequence of the batch used the same positions", None),
+    ("dwpe", "dwpe[1 : T + 1] += dy.sum(axis=0)", "wrong index: position t looked up row t", None),
+)  # fmt: skip
 
 
 LESSON = Lesson(
@@ -33,7 +68,7 @@ LESSON = Lesson(
     forward=("embedding_forward_ref",), backward=("embedding_backward_ref",), results=("dwte", "dwpe"),
     arguments=arguments, sizes={"B": 3, "T": 4, "C": 5, "V": 8, "block_size": 6, "idx": IDX},
     lengths=("B", "T", "V", "C"), lines={"dwte": LOOKED_UP, "dwpe": LOOKED_UP},
-    zeros="in the rows of what does not occur in the batch", mistakes=mistakes,
+    zeros="in the rows of what does not occur in the batch", places=places, mistakes=MISTAKES,
     bugs={
         13: Fault(
             "embedding: of a repeated token one gradient counts", "npgpt/ops/embedding.py",

@@ -1,6 +1,6 @@
 """Layer norm: one number reaches the output by three ways."""
 
-from npgpt.study.lesson import Fault, Lesson, one_row
+from npgpt.study.lesson import Fault, Lesson
 
 Y_LINE = "y = xhat * weight + bias"
 
@@ -9,38 +9,42 @@ def arguments(new, N, C):
     return {"x": new(N, C), "weight": new(C), "bias": new(C), "eps": 1e-5}
 
 
-def mistakes(dy, x, weight, mean, rstd):
-    r = rstd[:, None]
-    xhat = (x - mean[:, None]) * r
-    var_line, mean_line = "var = x.var(axis=1)", "mean = x.mean(axis=1)"
-
-    def dx(g, mean_term, xhat_term):
-        return r * (g - mean_term - xhat_term)
-
-    def terms(g, axis=1):
-        return g.mean(axis=axis, keepdims=True), xhat * (g * xhat).mean(axis=axis, keepdims=True)
-
-    g = dy * weight
-    of_mean, of_var = terms(g)
-    through = "missing term: x reaches the output by one more way, through the"
-    yield "dx", f"{through} mean", dx(g, 0, of_var), mean_line
-    yield "dx", f"{through} variance", dx(g, of_mean, 0), var_line
-    yield "dx", "missing terms: mean and rstd depend on x, too", dx(g, 0, 0), mean_line
-    yield "dx", "sign of the term that comes through the mean", dx(g, -of_mean, of_var), None
-    yield "dx", "sign of the term that comes through the variance", dx(g, of_mean, -of_var), None
-    yield "dx", "missing factor: dy is the gradient of y, not of xhat", dx(dy, *terms(dy)), Y_LINE
-    for one, other in ((x, x), (x, xhat), (xhat, x)):
-        wrong = dx(g, of_mean, one * (g * other).mean(axis=1, keepdims=True))
-        yield "dx", "wrong value: x where the normalised xhat belongs", wrong, var_line
-    yield "dx", "wrong axis: a row is normalised by itself, without the other rows", dx(g, *terms(g, axis=0)), mean_line
-    n = x.shape[1]
-    yield "dx", "sum instead of mean, in the terms through mean and variance", dx(g, n * of_mean, n * of_var), mean_line
-    yield "dweight", "wrong value: x where the normalised xhat belongs", (dy * x).sum(axis=0), None
-    yield "dweight", "missing factor: x - mean is not yet what was multiplied", (dy * xhat / r).sum(axis=0), None
-    yield "dweight", "missing factor: the weight was multiplied with something", dy.sum(axis=0), None
-    yield "dbias", "a factor too many: the bias was added, not multiplied", (dy * xhat).sum(axis=0), None
-    yield "dbias", "a factor too many: the weight has no say in it", g.sum(axis=0), None
-    yield from one_row(dweight=dy * xhat, dbias=dy)
+VAR_LINE, MEAN_LINE = "var = x.var(axis=1)", "mean = x.mean(axis=1)"
+THROUGH = "missing term: x reaches the output by one more way, through the"
+NOT_YET = "missing factor: x - mean is not yet what was multiplied"
+DX = "dx = rstd[:, None] * "
+MISTAKES = (
+    ("dx", DX + "(g - xhat * g_xhat_mean)", f"{THROUGH} mean", MEAN_LINE),
+    ("dx", DX + "(g - g_mean)", f"{THROUGH} variance", VAR_LINE),
+    ("dx", DX + "g", "missing terms: mean and rstd depend on x, too", MEAN_LINE),
+    ("g =", "g = dy", "missing factor: dy is the gradient of y, not of xhat", Y_LINE),
+    ("dx", DX + "(g - g_mean - x * g_xhat_mean)", "wrong value: x where the normalised xhat belongs", VAR_LINE),
+    (
+        "g_xhat_mean", "g_xhat_mean = (g * x).mean(axis=1, keepdims=True)",
+        "wrong value: x where the normalised xhat belongs", VAR_LINE,
+    ),
+    ("xhat", "xhat = x", "wrong value: x where the normalised xhat belongs", None),
+    ("xhat", "xhat = x - mean[:, None]", NOT_YET, None),
+    (
+        "dx", "dx = g - g_mean - xhat * g_xhat_mean",
+        "missing factor: it is the same in a whole row, and differs from row to row", None,
+    ),
+    ("dx", DX + "(g - g_mean - g_xhat_mean)", "missing factor: a term comes to x by way of the variance", VAR_LINE),
+    ("dweight", "dweight = (dy * x).sum(axis=0)", "wrong value: x where the normalised xhat belongs", None),
+    ("dweight", "dweight = (dy * (x - mean[:, None])).sum(axis=0)", NOT_YET, None),
+    ("dweight", "dweight = dy.sum(axis=0)", "missing factor: the weight was multiplied with something", None),
+    ("dbias", "dbias = (dy * xhat).sum(axis=0)", "a factor too many: the bias was added, not multiplied", None),
+    ("dbias", "dbias = (dy * weight).sum(axis=0)", "a factor too many: the weight has no say in it", None),
+    (
+        "dweight", "dweight = (dy * weight * xhat).sum(axis=0)",
+        "a factor too many: the weight has no say in its own gradient", None,
+    ),
+)  # fmt: skip
+TERMS = {
+    "g": ("the term that goes straight to xhat", None),
+    "g_mean": ("the term that comes through the mean", MEAN_LINE),
+    "xhat * g_xhat_mean": ("the term that comes through the variance", VAR_LINE),
+}
 
 
 LESSON = Lesson(
@@ -48,7 +52,7 @@ LESSON = Lesson(
     forward=("layernorm_forward_ref",), backward=("layernorm_backward_ref",), results=("dx", "dweight", "dbias"),
     arguments=arguments, sizes={"N": 4, "C": 7}, lengths=("N", "C"),
     lines={"dx": "xhat = (x - mean[:, None]) * rstd[:, None]", "dweight": Y_LINE, "dbias": Y_LINE},
-    mistakes=mistakes,
+    mistakes=MISTAKES, terms=TERMS,
     bugs={
         6: Fault(
             "layernorm: weight's gradient from x instead of xhat", "npgpt/ops/layernorm.py",

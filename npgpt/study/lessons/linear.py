@@ -1,6 +1,6 @@
 """Linear: two products whose shapes leave one way to write them."""
 
-from npgpt.study.lesson import Fault, Lesson, one_row
+from npgpt.study.lesson import Fault, Lesson
 
 Y_LINE = "y = x @ weight.T"
 
@@ -9,15 +9,16 @@ def arguments(new, N, I, O, bias=True):  # noqa: E741  (as ops/linear.py calls t
     return {"x": new(N, I), "weight": new(O, I), "bias": new(O) if bias else None}
 
 
-def mistakes(dy, x, weight):
-    import numpy as np
-
-    yield from one_row(dbias=dy)
-    yield "dbias", "a factor too many: the bias was added, not multiplied", (dy * (x @ weight.T)).sum(axis=0), None
-    yield "dx", "wrong value: y where its gradient belongs", x @ weight.T @ weight, None
-    yield "dweight", "wrong value: y where its gradient belongs", (x @ weight.T).T @ x, None
-    for n, row in ((0, "first"), (-1, "last")):
-        yield "dweight", f"one row only: it is that of the {row} row", np.outer(dy[n], x[n]), None
+MISTAKES = (
+    (
+        "dbias", "dbias = (dy * (x @ weight.T)).sum(axis=0)",
+        "a factor too many: the bias was added, not multiplied", None,
+    ),
+    ("dx", "dx = x @ weight.T @ weight", "wrong value: y where its gradient belongs", None),
+    ("dweight", "dweight = (x @ weight.T).T @ x", "wrong value: y where its gradient belongs", None),
+    ("dweight", "dweight = np.outer(dy[0], x[0])", "one row only: it is that of the first row", None),
+    ("dweight", "dweight = np.outer(dy[-1], x[-1])", "one row only: it is that of the last row", None),
+)  # fmt: skip
 
 
 LESSON = Lesson(
@@ -25,7 +26,7 @@ LESSON = Lesson(
     forward=("linear_forward_ref",), backward=("linear_backward_ref",), results=("dx", "dweight", "dbias"),
     arguments=arguments, sizes={"N": 4, "I": 5, "O": 7}, lengths=("N", "I", "O"),
     lines={"dx": Y_LINE, "dweight": Y_LINE, "dbias": "return y if bias is None else y + bias"},
-    mistakes=mistakes,
+    mistakes=MISTAKES,
     bugs={
         1: Fault(
             "linear: the bias gets the mean", "npgpt/ops/linear.py",

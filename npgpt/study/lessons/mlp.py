@@ -1,6 +1,6 @@
 """The MLP: a chain of two layers, with GELU between them."""
 
-from npgpt.study.lesson import Fault, Lesson, one_row
+from npgpt.study.lesson import Fault, Lesson
 
 GELU_LINE = "return 0.5 * z * (1 + np.tanh(K * (z + A * z**3)))"
 FC_LINE = "pre = linear_forward_ref(x, w_fc, b_fc)"
@@ -14,31 +14,45 @@ def arguments(new, N, C, F, out=None, scale=1):
     return {"x": x, "w_fc": w_fc * scale, "b_fc": b_fc, "w_proj": w_proj * scale, "b_proj": b_proj}
 
 
-def mistakes(dy, x, w_fc, w_proj, pre):
-    import numpy as np
-
-    from npgpt.ops.mlp import A, K, gelu_ref, gelu_slope_ref
-
-    act, t = gelu_ref(pre), np.tanh(K * (pre + A * pre**3))
-    yield "dw_proj", "wrong value: the second layer was given what came out of the GELU", dy.T @ pre, None
-    yield "dw_proj", "wrong value: act is what was multiplied, not its slope", dy.T @ gelu_slope_ref(pre), None
-    first, second = 0.5 * (1 + t), 0.5 * pre * (1 - t**2)
-    inner = K * (1 + 3 * A * pre**2)
-    for words, slope in (
-        ("missing term: by the product rule GELU's slope has two, and the second is missing", first),
-        ("missing term: by the product rule GELU's slope has two, and the first is missing", second * inner),
-        ("missing factor: by the chain rule, the slope of what stands inside of tanh", first + second),
-        ("missing factor: what stands inside of tanh has a cube in it", first + second * K),
-        ("sign of the second term of GELU's slope", first - second * inner),
-        ("wrong value: the slope is taken before the activation, at pre, not at act", gelu_slope_ref(act)),
-        ("wrong value: GELU itself, where its slope belongs", act),
-        ("missing line: the gradient has not passed the GELU", np.ones_like(pre)),
-    ):
-        dpre = dy @ w_proj * slope
-        yield "dx", words, dpre @ w_fc, GELU_LINE
-        yield "dw_fc", words, dpre.T @ x, GELU_LINE
-        yield "db_fc", words, dpre.sum(axis=0), GELU_LINE
-    yield from one_row(db_fc=dy @ w_proj * gelu_slope_ref(pre), db_proj=dy)
+FIRST, SECOND = "0.5 * (1 + t)", "0.5 * pre * (1 - t**2)"
+ERF = "0.5 * (1 + np.vectorize(math.erf)(pre / 2**0.5)) + pre * np.exp(-(pre**2) / 2) / (2 * math.pi) ** 0.5"
+SIGMOID = "(1 + (1 + 1.702 * pre) * np.exp(-1.702 * pre)) / (1 + np.exp(-1.702 * pre)) ** 2"
+AT = "\nt = np.tanh(K * (pre + A * pre**3))"
+MISTAKES = (
+    ("dw_proj", "dw_proj = dy.T @ pre", "wrong value: the second layer was given what came out of the GELU", None),
+    (
+        "dw_proj", "dw_proj = dy.T @ gelu_slope_ref(pre)",
+        "wrong value: act is what was multiplied, not its slope", None,
+    ),
+    *(
+        ("gelu_slope", f"gelu_slope = {slope}", words, GELU_LINE)
+        for words, slope in (
+            ("missing term: by the product rule GELU's slope has two, and the second is missing", FIRST),
+            (
+                "missing term: by the product rule GELU's slope has two, and the first is missing",
+                f"{SECOND} * K * (1 + 3 * A * pre**2)",
+            ),
+            ("missing factor: by the chain rule, the slope of what stands inside of tanh", f"{FIRST} + {SECOND}"),
+            ("missing factor: what stands inside of tanh has a cube in it", f"{FIRST} + {SECOND} * K"),
+            (
+                "missing factor: what stands inside of tanh has a cube in it, whose slope has one more",
+                f"{FIRST} + {SECOND} * K * (1 + A * pre**2)",
+            ),
+            ("sign: that of the second term of GELU's slope", f"{FIRST} - {SECOND} * K * (1 + 3 * A * pre**2)"),
+            (
+                "wrong power: the slope of tanh is made of its square",
+                f"{FIRST} + 0.5 * pre * (1 - t) * K * (1 + 3 * A * pre**2)",
+            ),
+            ("wrong value: GELU itself, where its slope belongs", "act"),
+            ("wrong value: this is the slope of ReLU", "(pre > 0) * 1.0"),
+            ("wrong value: this is the slope of another GELU, that with erf", ERF),
+            ("wrong value: this is the slope of another GELU, that with a sigmoid", SIGMOID),
+        )
+    ),
+    ("t =", "pre = act" + AT, "wrong value: the slope is taken before the activation, at pre, not at act", GELU_LINE),
+    ("t =", "pre = dact" + AT, "wrong value: the slope is taken at pre, not at a gradient", GELU_LINE),
+    ("dpre", "dpre = dact", "missing line: the gradient has not passed the GELU", GELU_LINE),
+)  # fmt: skip
 
 
 LESSON = Lesson(
@@ -48,7 +62,7 @@ LESSON = Lesson(
     imports="from npgpt.ops.linear import linear_backward_ref, linear_forward_ref\nfrom npgpt.ops.mlp import A, K",
     arguments=arguments, sizes={"N": 4, "C": 5, "F": 11, "out": 7}, lengths=("N", "C", "F"),
     lines={"dx": FC_LINE, "dw_fc": FC_LINE, "db_fc": FC_LINE, "dw_proj": PROJ_LINE, "db_proj": PROJ_LINE},
-    shared=(("dx", "dw_fc", "db_fc"), GELU_LINE), mistakes=mistakes,
+    shared=(("dx", "dw_fc", "db_fc"), GELU_LINE), slopes=(("gelu_slope", "gelu_ref", "pre"),), mistakes=MISTAKES,
     bugs={
         8: Fault(
             "mlp: second weight from the value before the activation", "npgpt/ops/mlp.py",

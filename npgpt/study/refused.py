@@ -1,0 +1,81 @@
+"""A hint for what NumPy refuses: which two arrays do not fit, and what is likely to be meant by them."""
+
+import ast
+import builtins
+
+import numpy as np
+
+from npgpt.study.backward import Run
+
+PRODUCT = "transposed: the inner axes of a matrix product must be the same; write it down with indices"
+SUM = "missing sum: over what the forward broadcast, the backward sums"
+AXIS = (
+    "missing axis: what has one number for each row needs an axis of length 1 beside the rows: "
+    "keepdims=True, or [:, None]"
+)
+
+
+def of_exception(error, tree, file):
+    """Words for an exception of arrays that do not fit, or an empty string.  tree: that of the student's file."""
+    frame, traceback = None, error.__traceback__
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == file:
+            frame, line = traceback.tb_frame, traceback.tb_lineno
+        traceback = traceback.tb_next
+    if isinstance(error, IndexError):
+        return "wrong index: what does it number, and how many of these are there?"
+    if frame is None or not isinstance(error, ValueError):
+        return ""
+    names = {**vars(builtins), **frame.f_globals, **frame.f_locals}
+    for node in _at(tree, line):
+        pair = _arrays(node, names)
+        if pair is not None:
+            return _words(node, *pair)
+    return ""
+
+
+def _at(tree, line):
+    """The operations on a line, the innermost first."""
+    nodes = [node for node in ast.walk(tree) if getattr(node, "lineno", line + 1) <= line <= (node.end_lineno or 0)]
+    return [node for node in reversed(nodes) if isinstance(node, (ast.BinOp, ast.AugAssign, ast.Assign))]
+
+
+def _arrays(node, names):
+    """The shapes of what an operation cannot put together, or None."""
+    try:
+        if isinstance(node, ast.BinOp):
+            left, right = node.left, node.right
+        else:
+            left, right = getattr(node, "target", None) or node.targets[0], node.value
+            if isinstance(node, ast.Assign) and not isinstance(left, ast.Subscript):
+                return None
+        left, right = (np.asarray(Run(names, {}).value(part)) for part in (left, right))
+        if isinstance(getattr(node, "op", None), ast.MatMult):
+            left @ right
+        elif isinstance(node, ast.BinOp):
+            left + right
+        elif np.broadcast_shapes(left.shape, right.shape) != left.shape:
+            return left.shape, right.shape
+    except ValueError:
+        return left.shape, right.shape
+    except Exception:  # whatever a student's expression may raise, evaluated out of its place
+        return None
+    return None
+
+
+def _words(node, left, right):
+    shapes = f"{left} and {right} do not fit; "
+    if isinstance(getattr(node, "op", None), ast.MatMult):
+        return shapes + ("wrong product: is @ meant, or *, element by element?" if left == right else PRODUCT)
+    stored = not isinstance(node, ast.BinOp)
+    if len(right) > len(left) and stored:
+        return shapes + SUM
+    if len(right) != len(left):
+        return shapes + AXIS
+    if left == right[::-1]:
+        return shapes + "transposed: which index comes first?"
+    if stored and not isinstance(getattr(node, "target", None) or node.targets[0], ast.Subscript):
+        return shapes + "wrong index: did the forward use all its rows?"
+    if not any(sums in ast.unparse(node) for sums in (".sum(", ".mean(", "np.sum(", "np.mean(")):
+        return shapes + "wrong value: which of the two has no place here?"
+    return shapes + "wrong axis: which one does the sum go over, and which is left?"

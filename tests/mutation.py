@@ -2,11 +2,14 @@
 
     python tests/mutation.py [--jobs 2] [--only WORD]
     python tests/mutation.py --audit       does a training with --gradcheck-every notice, instead of the tests?
+    python tests/mutation.py --prove       does npgpt.prove refuse them, instead of the tests?
 
 Prints a table of which test noticed which fault.  Exit code 1 if one survived, 2 if the tests fail without any fault.
 """
 
 import argparse
+import contextlib
+import importlib
 import os
 import queue
 import re
@@ -15,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +166,26 @@ UNSEEN = {
     "npgpt/tensor.py": "the model uses none of these primitives",
 }
 
+# What npgpt.prove cannot show, and why: how a fault's file, or its name, begins -> the reason.
+NO_GRADIENT = "not on the way of a gradient"
+UNPROVED = {
+    "npgpt/optim.py": UNSEEN["npgpt/optim.py"],
+    "npgpt/muon.py": UNSEEN["npgpt/muon.py"],
+    "npgpt/run/": NO_GRADIENT,
+    "npgpt/generate/": NO_GRADIENT,
+    "npgpt/files/": NO_GRADIENT,
+    "cache: ": NO_GRADIENT,
+    "engine: a leaf keeps the array": "two gradients are one array, and right until somebody changes it",
+    "engine: a place that a failed walk": "no walk fails",
+    "engine: records within no_grad": "memory is lost, and no gradient",
+    "engine: a block is given out": "the numbers are objects, which have no blocks",
+    "engine: one mask for all dropouts": AGREE,
+    "attention: sees one position": AGREE,
+    "cross-entropy: count of all": AGREE,
+    "dropout: the same mask in every worker": AGREE,
+    "model: ": AGREE,
+}
+
 
 def relevant(fault):
     """The tests that have to do with a fault's file, as in RELEVANT."""
@@ -172,6 +197,65 @@ def relevant(fault):
 def unseen(fault):
     """Why an audit cannot show a fault, or None."""
     return next((why for word, why in UNSEEN.items() if fault.file == word or fault.name.startswith(word)), None)
+
+
+def unproved(fault):
+    """Why npgpt.prove cannot show a fault, or None."""
+    if fault.kernel:
+        return "a kernel, which references never run"
+    begins = (why for word, why in UNPROVED.items() if fault.file.startswith(word) or fault.name.startswith(word))
+    return next(begins, None)
+
+
+def functions_of(module):
+    """Name -> function, of those of a module and the methods of its classes."""
+    found = {}
+    for name, value in vars(module).items():
+        if getattr(value, "__module__", None) == module.__name__:
+            members = vars(value) if isinstance(value, type) else {}
+            found |= {f"{name}.{member}": function for member, function in members.items()} | {name: value}
+    return {name: function for name, function in found.items() if isinstance(function, types.FunctionType)}
+
+
+def codes_of(code, prefix=""):
+    """Name -> code of what functions_of finds, in the code of a module."""
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield prefix + inner.co_name, inner
+            yield from codes_of(inner, f"{prefix}{inner.co_name}.")
+
+
+@contextlib.contextmanager
+def planted(fault):
+    """Within this context a fault is in the functions of this process, in what Python runs of them."""
+    source = (ROOT / fault.file).read_text(encoding="utf-8")
+    assert source.count(fault.before) == 1
+    module = importlib.import_module(fault.file.removesuffix(".py").replace("/", "."))
+    codes = dict(codes_of(compile(source.replace(fault.before, fault.after), module.__file__, "exec")))
+    functions = functions_of(module)
+    before = {name: function.__code__ for name, function in functions.items() if name in codes}
+    try:
+        for name in before:
+            functions[name].__code__ = codes[name]
+        yield
+    finally:
+        for name, code in before.items():
+            functions[name].__code__ = code
+
+
+def refused(fault):
+    """Which gradient npgpt.prove refuses first, of that of which op, if a fault is planted; None for none."""
+    from npgpt.study.proof import cases, certificate
+
+    with planted(fault):
+        for title, f, inputs, names in cases():
+            try:
+                wrong = certificate(f, inputs, names).wrong
+            except ValueError as error:  # a gradient of another shape
+                wrong = [str(error)]
+            if wrong:
+                return f"{title}: {wrong[0]}"
+    return None
 
 
 @dataclass
@@ -243,16 +327,32 @@ class Copy:
             shutil.copy2(original, file)
 
 
+def prove(faults, width):
+    """Print which faults npgpt.prove refuses, and why not the others; 1 if one survived."""
+    start, count = time.perf_counter(), Counter()
+    for fault in faults:
+        why = unproved(fault)
+        gradient = None if why else refused(fault)
+        verdict = "not shown" if why else "refused" if gradient else "SURVIVED"
+        count[verdict] += 1
+        print(f"{fault.name:<{width}}  {verdict:<9}  {why or gradient or ''}", flush=True)
+    print(", ".join(f"{n} {verdict}" for verdict, n in count.items()) + f", {time.perf_counter() - start:.0f} s")
+    return 1 if count["SURVIVED"] else 0
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--only", default="", metavar="WORD", help="only faults with this in their name or file")
     parser.add_argument("--audit", action="store_true", help="run an audited training instead of the tests")
+    parser.add_argument("--prove", action="store_true", help="run npgpt.prove instead of the tests")
     args = parser.parse_args(argv)
     faults = [fault for fault in FAULTS if args.only.lower() in (fault.name + " " + fault.file).lower()]
     if not faults:
         parser.error(f"no fault with {args.only!r} in its name or file")
     width = max(len(fault.name) for fault in faults)
+    if args.prove:
+        return prove(faults, width)
     if args.audit:
         for fault in faults:
             if unseen(fault):

@@ -22,7 +22,7 @@ FLOORS = [["leaves"], ["kernels"], ["core"], ["data"], ["files"], ["generate"], 
 TOP = {  # the modules that stand directly in npgpt/; all others belong to the folder in which they stand
     "leaves": ["errors", "config", "context", "machine", "signals", "command"],
     "core": ["engine", "tensor", "ops", "nn", "model", "optim", "muon", "gradcheck"],
-    "commands": ["train", "sample", "exercise", "explain", "plot"],
+    "commands": ["train", "sample", "exercise", "explain", "plot", "prove"],
 }
 # The only imports that go up, each within a function: GPT.from_pretrained, save_pretrained and generate.
 UPWARD = {("model", "files.pretrained"), ("model", "files.hub"), ("model", "generate.generation")}

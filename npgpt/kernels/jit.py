@@ -57,8 +57,6 @@ def replaces(reference, flops=None, nbytes=None, row=None):
 
     row: a function of the fast function's arguments: the name of its row in a Profile; by default the fast function's.
     """
-    n_in = len(inspect.signature(reference).parameters)
-
     def cost(*args):
         arrays = [arg for arg in args if isinstance(arg, np.ndarray)]
         return flops(*args) if flops else 0, nbytes(*args) if nbytes else sum(array.nbytes for array in arrays)
@@ -68,19 +66,26 @@ def replaces(reference, flops=None, nbytes=None, row=None):
         PAIRS[name], COSTS[name] = (fast, reference), cost
         if KERNELS == "numba":
             return measured_kernel(fast, row or name, cost)
-
-        def run_reference(*args):
-            results = reference(*args[len(args) - n_in:])
-            if not isinstance(results, tuple):
-                results = (results,)
-            for out, result in zip(args, results, strict=False):  # the outputs come first
-                if out is not None and out is not result:
-                    out[...] = result
-
+        run_reference = writing(reference)
         run_reference.__name__ = name
         return measured_kernel(run_reference, row or name, cost)
 
     return tie
+
+
+def writing(reference):
+    """A function like the fast one, which writes what the reference returns into the outputs that it is given."""
+    n_in = len(inspect.signature(reference).parameters)
+
+    def run_reference(*args):
+        results = reference(*args[len(args) - n_in :])
+        if not isinstance(results, tuple):
+            results = (results,)
+        for out, result in zip(args, results, strict=False):  # the outputs come first
+            if out is not None and out is not result:
+                out[...] = result
+
+    return run_reference
 
 
 def inside_kernels(function=None, *, float32=None, pairs=None, tiles=None):

@@ -77,7 +77,7 @@ def cross_entropy(logits, targets, ignore_index=-1):
 
     def backward(dy):
         dlogits = logits.new_grad()
-        cross_entropy_backward(dlogits.reshape(rows.shape), float(dy), rows, targets, lse, ignore_index, count)
+        cross_entropy_backward(dlogits.reshape(rows.shape), dy.item(), rows, targets, lse, ignore_index, count)
         return (dlogits,)
 
     return record("cross_entropy", loss, (logits,), backward)

@@ -198,7 +198,8 @@ def test_most_faults_of_what_is_proved_are_refused():
 
 
 SMALL = [  # mistakes that finite differences let pass: (what they are checked with, the fault)
-    ("layernorm", "layernorm.py", "(g - g_mean - xhat * g_xhat_mean)", "(g - g_mean - xhat * g_xhat_mean * (1 + 1e-9))"),
+    ("layernorm", "layernorm.py",
+     "(g - g_mean - xhat * g_xhat_mean)", "(g - g_mean - xhat * g_xhat_mean * (1 + 1e-9))"),
     ("layernorm", "layernorm.py", "    # y = xhat * weight + bias\n    dweight = ",
      "    rstd = 1 / np.sqrt(x.var(axis=1))\n    xhat = (x - mean[:, None]) * rstd[:, None]\n    dweight = "),
     ("linear", "linear.py", "    dbias = dy.sum(axis=0)\n", "    dbias = dy.sum(axis=0) + 1e-9 * dy[0]\n"),

@@ -34,7 +34,7 @@ TESTS = [f"tests/test_{name}.py" for name in NAMES]
 # resumed.  Most of the time is that of compiling, so where there are two types it has float32 alone.
 SHORT = [
     *TESTS, "-k",
-    "test_tiles or (test_bfloat16 and 1000) or whatever_is_lost or any_number_of_workers or with_the_cache or go_on or "
+    "test_tiles or (test_bfloat16 and 1000) or whatever_is_lost or any_number_of_workers or with_the_cache or "
     "float32 and (kernel_agrees or token_by_token or test_torch_parity)",
 ]  # fmt: skip
 

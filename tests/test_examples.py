@@ -166,6 +166,17 @@ WRONG = {
         ("np.frexp(np.abs(w))[1] - 8", "np.frexp(np.abs(w))[1] - 7"),
         ('master weights": train(product, keep=np.copy)', 'master weights": train(product, keep=rounded)'),
     ],
+    "16_proof.py": [
+        ("return p * (dp - (dp * p).sum() * of_sum)", "return p * (dp - (dp * p).sum() * of_sum - 1e-3)"),
+        ("return above * pow(below, -1, P) % P", "return above // below % P"),
+        ("points.T) % small == 0", "points.T) % 2 == 0"),
+        ("self.slope * other.value + self.value * other.slope", "self.slope * other.value"),
+        ("-self.slope * value * value", "-self.slope * value"),
+        ("known.setdefault(self.value, draw.randrange(1, P))", "draw.randrange(1, P)"),
+        ("return Dual(e, e * self.slope)", "return Dual(e, self.slope)"),
+        ("total = add_up(dp_j * p_j for", "total = add_up(p_j for"),
+        ("two_slopes(exactly(1 + 1e-9))", "two_slopes(round(1 + 1e-9))"),
+    ],
 }
 
 

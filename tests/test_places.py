@@ -405,6 +405,11 @@ def test_every_command_that_is_printed_runs(odd, capsys, monkeypatch):
 
     assert exercise.main(["show", "mlp", "--out", "mlp of mine.py"]) == 0
     run_all(1, "exercise")  # which says that it is blank
+    assert exercise.main(["next"]) == 0
+    run_all(1, "exercise")  # it was missed, and is to be checked again
+    (odd / "progress.json").unlink()
+    assert exercise.main(["next"]) == 0
+    run_all(0, "exercise")  # the first one is shown
     capsys.readouterr()
     assert exercise.main(["bug"]) == 0
     run_all(0, "exercise")
@@ -419,7 +424,8 @@ def test_that_test_knows_every_place_where_a_command_is_printed():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 found[path.name] += len(re.findall(r"(\{PROG\}|npgpt\.\w+|\.command\}) \S", ast.unparse(node)))
-    assert +found == {"check.py": 1, "exercise.py": 5, "folder.py": 1, "lesson.py": 1, "saving.py": 1, "train.py": 2}
+    study = {"check.py": 1, "exercise.py": 5, "lesson.py": 1, "progress.py": 3}
+    assert +found == {**study, "folder.py": 1, "saving.py": 1, "train.py": 2}
 
 
 def test_a_picture_of_several_runs_does_not_take_the_place_of_a_runs_own(folder, tmp_path, monkeypatch, capsys):
@@ -509,7 +515,7 @@ def test_all_commands_run_from_a_zip(folder, tmp_path, archive):
     assert (code, err) == (0, "")
     assert (tmp_path / "explain.html").stat().st_size > 50_000
     copied = {path.relative_to(tmp_path / "bug-1") for path in (tmp_path / "bug-1").rglob("*") if path.is_file()}
-    assert copied == {Path(name) for name in zipfile.ZipFile(archive).namelist()}
+    assert copied == {Path(name) for name in zipfile.ZipFile(archive).namelist()} | {Path("npgpt", "planted.txt")}
 
 
 def test_kernels_that_cannot_be_kept_because_of_a_zip_are_a_line(tmp_path, archive):

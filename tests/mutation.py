@@ -3,7 +3,8 @@
     python tests/mutation.py [--jobs 2] [--only WORD]
     python tests/mutation.py --audit       does a training with --gradcheck-every notice, instead of the tests?
     python tests/mutation.py --prove       does npgpt.prove refuse them, instead of the tests?
-    python tests/mutation.py --short       those that tests/test_prove.py does not plant already, as in CI
+    python tests/mutation.py --short       a choice, as in CI: not what that has run before (the tests without a fault,
+                                           faults that tests/test_prove.py plants), and every other fault of kernels
 
 Prints a table of which test noticed which fault.  Exit code 1 if one survived, 2 if the tests fail without any fault.
 """
@@ -347,7 +348,7 @@ def main(argv=None):
     parser.add_argument("--only", default="", metavar="WORD", help="only faults with this in their name or file")
     parser.add_argument("--audit", action="store_true", help="run an audited training instead of the tests")
     parser.add_argument("--prove", action="store_true", help="run npgpt.prove instead of the tests")
-    parser.add_argument("--short", action="store_true", help="leave out what tests/test_prove.py plants")
+    parser.add_argument("--short", action="store_true", help="a choice of faults, as in CI")
     args = parser.parse_args(argv)
     faults = [fault for fault in FAULTS if args.only.lower() in (fault.name + " " + fault.file).lower()]
     if not faults:
@@ -356,7 +357,7 @@ def main(argv=None):
     if args.prove:
         return prove(faults, width)
     if args.short:
-        faults = [fault for fault in faults if unproved(fault)]
+        faults = [fault for n, fault in enumerate(faults) if unproved(fault) and not (fault.kernel and n % 2)]
     if args.audit:
         for fault in faults:
             if unseen(fault):
@@ -382,7 +383,7 @@ def main(argv=None):
 
         with ThreadPoolExecutor(max(1, args.jobs)) as pool:
             tests = {}  # kernels -> files of tests that will be run with them
-            for fault in faults:
+            for fault in () if args.short else faults:
                 tests.setdefault(fault.kernels, set()).update(relevant(fault)[0])
 
             def without_a_fault(copy, kernels):

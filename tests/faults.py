@@ -1190,8 +1190,8 @@ FAULTS = [
     Fault(
         "decode: positions are off by one",
         "npgpt/generate/decode_kernel.py",
-        "_add_row(x[r], ends.wpe, positions[r], out0, out1)",
-        "_add_row(x[r], ends.wpe, max(0, positions[r] - 1), out0, out1)",
+        "_add_row(x[r], moments[0], ends.wpe, positions[r], out0, out1)",
+        "_add_row(x[r], moments[0], ends.wpe, max(0, positions[r] - 1), out0, out1)",
         "The first token stands at position 0, the second at 1.",
         kernel=True,
     ),
@@ -1278,8 +1278,8 @@ FAULTS = [
     Fault(
         "decode: bfloat16 are read as the lower halves",
         "npgpt/generate/decode_kernel.py",
-        "np.uint32(halves[i]) << np.uint32(16)",
-        "np.uint32(halves[i]) << np.uint32(15)",
+        "np.uint32(numbers[i]) << np.uint32(16)",
+        "np.uint32(numbers[i]) << np.uint32(15)",
         "A bfloat16 is the upper half of a float32.",
         kernel=True,
     ),

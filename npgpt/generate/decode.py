@@ -97,7 +97,8 @@ class Decoder:
             np.zeros((AHEAD, n)), np.zeros((AHEAD, n), np.int64), self._counter, self._jobs,
         )  # fmt: skip
         sizes = (n, C), (n, 3 * C), (n, C), n * blocks["c_fc"]["n_out"].max()
-        shared = kernel.Shared(*(np.empty(size, dtype) for size in sizes))
+        like = np.zeros(1, self._weights.lm_head.numbers.dtype)
+        shared = kernel.Shared(*(np.empty(size, dtype) for size in sizes), like)
         self._args = ends, blocks, self.keys, self.values, tuple(self._job), tuple(shared)
         self._own = [
             (np.empty((n, C), dtype), np.empty((2, n), dtype), np.empty((1, self.length), dtype), state)  # an Own

@@ -57,6 +57,7 @@ class Shared(NamedTuple):
     qkv: np.ndarray  # (rows, 3C)
     y: np.ndarray  # (rows, C)
     hidden: np.ndarray  # (rows * the MLP's width,)
+    like: np.ndarray  # (1,) of the dtype that the numbers of all matrices but wpe have; so one kind is compiled
 
 
 class Own(NamedTuple):
@@ -69,35 +70,28 @@ class Own(NamedTuple):
 
 
 _share_of = helper(share_of)  # of the rows of a matrix: those that a thread computes
-_BYTES, _HALVES = np.zeros(1, np.int8), np.zeros(1, np.uint16)
 GROUP = 16  # elements that are never split between threads, nor computed in two ways: bits must not depend on the split
 
 
 @helper
-def _times(out, x, w, first, last, add):
-    """out[:, first:last] = those columns of x w^T + bias, or out += that, for the MATRIX w."""
+def _times(out, x, like, w, first, last, add):
+    """out[:, first:last] = those columns of x w^T + bias, or out += that, for the MATRIX w of numbers like these."""
     scale, bias = array_at(w.scale, w.n_out, x), array_at(w.bias, w.n_out, x)
-    if w.kind == INT8:
-        dots(out, x, matrix_at(w.address, w.n_out, w.n_in, _BYTES), scale, bias, first, last, add)
-    elif w.kind == BFLOAT16:
-        dots(out, x, matrix_at(w.address, w.n_out, w.n_in, _HALVES), scale, bias, first, last, add)
-    else:
-        dots(out, x, matrix_at(w.address, w.n_out, w.n_in, x), scale, bias, first, last, add)
+    dots(out, x, matrix_at(w.address, w.n_out, w.n_in, like), scale, bias, first, last, add)
 
 
 @helper
-def _add_row(x, w, n, first, last):
-    """x[first:last] += those columns of row n of the MATRIX w."""
+def _add_row(x, like, w, n, first, last):
+    """x[first:last] += those columns of row n of the MATRIX w, of numbers like these."""
+    numbers = array_at(w.address + n * w.n_in * like.itemsize, w.n_in, like)
     if w.kind == INT8:
-        numbers, scale = array_at(w.address + n * w.n_in, w.n_in, _BYTES), array_at(w.scale, w.n_out, x)[n]
+        scale = array_at(w.scale, w.n_out, x)[n]
         for i in range(first, last):
             x[i] += x.dtype.type(numbers[i]) * scale
     elif w.kind == BFLOAT16:
-        halves = array_at(w.address + 2 * n * w.n_in, w.n_in, _HALVES)
         for i in range(first, last):
-            x[i] += np.uint32(np.uint32(halves[i]) << np.uint32(16)).view(np.float32)
+            x[i] += np.uint32(np.uint32(numbers[i]) << np.uint32(16)).view(np.float32)
     else:
-        numbers = array_at(w.address + n * w.n_in * x.itemsize, w.n_in, x)
         for i in range(first, last):
             x[i] += numbers[i]
 
@@ -152,21 +146,22 @@ def _activate(z, activation):
 def _decode(ends, blocks, keys, values, job, shared, own, rank, ranks, R, n_logits):
     """What GPT.forward does with a cache, as number `rank` of `ranks` threads that share the rows of all matrices."""
     counter, tokens, streams, positions = job.counter, job.rows[0], job.rows[1], job.rows[2]
-    x, qkv, y, h, moments, p = shared.x[:R], shared.qkv[:R], shared.y[:R], own.h[:R], own.moments, own.p
+    like, moments = shared.like, own.moments
+    x, qkv, y, h, p = shared.x[:R], shared.qkv[:R], shared.y[:R], own.h[:R], own.p
     C, n_head, hs = x.shape[1], keys.shape[2], keys.shape[4]
     head0, head1 = n_head * rank // ranks, n_head * (rank + 1) // ranks
     out0, out1 = _share_of(C, GROUP, rank, ranks)
     for r in range(R):
         x[r, out0:out1] = 0
-        _add_row(x[r], ends.wte, tokens[r], out0, out1)
-        _add_row(x[r], ends.wpe, positions[r], out0, out1)
+        _add_row(x[r], like, ends.wte, tokens[r], out0, out1)
+        _add_row(x[r], moments[0], ends.wpe, positions[r], out0, out1)
     for layer in range(len(keys)):
         block = blocks[layer]
         meet(counter, ranks)
         # q, k, v = c_attn(ln_1(x)), of this thread's heads
         _norm(h, moments, x, block.ln_1)
         for part in range(3):
-            _times(qkv, h, block.c_attn, part * C + head0 * hs, part * C + head1 * hs, False)
+            _times(qkv, h, like, block.c_attn, part * C + head0 * hs, part * C + head1 * hs, False)
         for r in range(R):
             stream, position = streams[r], positions[r]
             for head in range(head0, head1):
@@ -184,24 +179,24 @@ def _decode(ends, blocks, keys, values, job, shared, own, rank, ranks, R, n_logi
                 )  # fmt: skip
         meet(counter, ranks)
         # x += attn_proj(y)
-        _times(x, y, block.attn_proj, out0, out1, True)
+        _times(x, y, like, block.attn_proj, out0, out1, True)
         meet(counter, ranks)
         # hidden = activation(c_fc(ln_2(x)))
         _norm(h, moments, x, block.ln_2)
         F = block.c_fc.n_out
         hidden = shared.hidden[: R * F].reshape(R, F)
         first, last = _share_of(F, GROUP, rank, ranks)
-        _times(hidden, h, block.c_fc, first, last, False)
+        _times(hidden, h, like, block.c_fc, first, last, False)
         for r in range(R):
             _activate(hidden[r, first:last], block.activation)
         meet(counter, ranks)
         # x += mlp_proj(hidden)
-        _times(x, hidden, block.mlp_proj, out0, out1, True)
+        _times(x, hidden, like, block.mlp_proj, out0, out1, True)
     if n_logits:
         meet(counter, ranks)
         _norm(h, moments, x, ends.ln_f)
         first, last = _share_of(ends.lm_head.n_out, GROUP, rank, ranks)
-        _times(job.logits[:n_logits], h[R - n_logits :], ends.lm_head, first, last, False)
+        _times(job.logits[:n_logits], h[R - n_logits :], like, ends.lm_head, first, last, False)
 
 
 @helper
@@ -265,9 +260,9 @@ def decode_kernel(ends, blocks, keys, values, job, shared, own, rank, ranks, see
 
 
 @kernel
-def head_kernel(logits, h, ends, first, last):
+def head_kernel(logits, h, like, ends, first, last):
     """logits[:, first:last] = those columns of h lm_head^T, for ends (1,) ENDS."""
-    _times(logits, h, ends[0].lm_head, first, last, False)
+    _times(logits, h, like, ends[0].lm_head, first, last, False)
 
 
 @kernel

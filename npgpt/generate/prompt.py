@@ -143,7 +143,8 @@ def _attend(y, qkv, keys, values, piece, scale, only_last, threads):
 def _logits(weights, ends, x, threads):
     h, logits = np.empty_like(x), np.empty((len(x), len(weights.lm_head.numbers)), x.dtype)
     _norm(h, x, weights.ln_f, threads)
-    _share(lambda rows: head_kernel(logits, h, ends, rows.start, rows.stop), logits.shape[1], threads, 16)
+    like = np.zeros(1, weights.lm_head.numbers.dtype)
+    _share(lambda rows: head_kernel(logits, h, like, ends, rows.start, rows.stop), logits.shape[1], threads, 16)
     return logits
 
 

@@ -1326,8 +1326,8 @@ FAULTS = [
     Fault(
         "prompt: one thread's heads only",
         "npgpt/generate/prompt.py",
-        "_share(share, n_head, threads)",
-        "_share(share, n_head // threads, threads)",
+        "share_out(share, n_head, threads)",
+        "share_out(share, n_head // threads, threads)",
         "All heads are shared out, also those that the threads do not divide.",
         kernel=True,
     ),
@@ -1358,7 +1358,7 @@ FAULTS = [
     Fault(
         "matrices: what has changed is not rounded again",
         "npgpt/generate/matrices.py",
-        "before[:2] != (kind, sums)",
+        "before[:2] != (kind, state)",
         "before[0] != kind",
         "Weights are changed in place, by an optimizer or by hand.",
         kernel=True,

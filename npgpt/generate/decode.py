@@ -28,9 +28,6 @@ AHEAD = 16  # steps of which the kernel draws the tokens in one call, at most
 FREE = -(2**62)  # the counter of threads that must not wait any more
 
 
-KINDS = {"int8": kernel.INT8, "uint16": kernel.BFLOAT16}  # of matrices, by the dtype of their numbers
-
-
 def _records(weights):
     """ENDS and BLOCKs of Weights, and how many bytes of these are read for each token."""
     arrays = []
@@ -42,8 +39,7 @@ def _records(weights):
         return array.ctypes.data
 
     def matrix(w):
-        numbers = w.numbers
-        return place(numbers), place(w.scale), KINDS.get(numbers.dtype.name, kernel.REAL), place(w.bias), *numbers.shape
+        return place(w.numbers), place(w.scale), place(w.bias), *w.numbers.shape
 
     def norm(layer):
         return place(layer.weight), place(layer.bias), layer.eps
@@ -213,7 +209,7 @@ class Decoder:
         self._counter[0], self._states[:], self._disturbed = 0, SLEEPS, False
 
     def read(self, tokens, stream=0, position=0):
-        """Put n tokens into a stream from a position on -> the logits (V,) after the last, until the next call."""
+        """Put n tokens into a stream from a position on -> the logits (V,) after the last."""
         return self.read_all([tokens], [stream], position)[0]
 
     def read_all(self, prompts, streams, position=0):

@@ -22,11 +22,11 @@ from npgpt.kernels.tiles import share_of
 from npgpt.ops.layernorm import layernorm_forward
 from npgpt.ops.mlp import gelu, gelu_numbers
 
-REAL, INT8, BFLOAT16 = 0, 1, 2  # kinds of numbers in a matrix: the first are of the model's dtype
+INT8, BFLOAT16 = 1, 2  # bytes of a number in a matrix, unless it is of the model's dtype
 GELU = 0  # activations
 
 # What the kernel is told of a model: where its arrays lie, 0 for none
-MATRIX = np.dtype([(name, np.int64) for name in ("address", "scale", "kind", "bias", "n_out", "n_in")])
+MATRIX = np.dtype([(name, np.int64) for name in ("address", "scale", "bias", "n_out", "n_in")])
 NORM = np.dtype([("weight", np.int64), ("bias", np.int64), ("eps", np.float64)])
 BLOCK = np.dtype(
     [
@@ -84,11 +84,11 @@ def _times(out, x, like, w, first, last, add):
 def _add_row(x, like, w, n, first, last):
     """x[first:last] += those columns of row n of the MATRIX w, of numbers like these."""
     numbers = array_at(w.address + n * w.n_in * like.itemsize, w.n_in, like)
-    if w.kind == INT8:
+    if like.itemsize == INT8:
         scale = array_at(w.scale, w.n_out, x)[n]
         for i in range(first, last):
             x[i] += x.dtype.type(numbers[i]) * scale
-    elif w.kind == BFLOAT16:
+    elif like.itemsize == BFLOAT16:
         for i in range(first, last):
             x[i] += np.uint32(np.uint32(numbers[i]) << np.uint32(16)).view(np.float32)
     else:

@@ -20,12 +20,11 @@ import numpy as np
 from npgpt.kernels.bfloat16 import narrowed_ref, widened_ref
 from npgpt.kernels.jit import kernel
 from npgpt.kernels.masks import mix32, mix32_ref
-from npgpt.kernels.matmul import crew
-from npgpt.kernels.tiles import share_of
+from npgpt.kernels.matmul import share_out
 from npgpt.machine import processors
 from npgpt.model import GPT
 
-SPACING = np.uint32(0x9E3779B9)  # odd, so that no two places of a matrix below 2^32 numbers add the same
+SPACING = np.uint32(0x9E3779B9)  # odd, so that no two of 2^32 places add the same
 # a row whose numbers are all smaller counts as zeros, one with a larger number as infinite: 127 w / max |w| would be
 NOTHING, TOO_MUCH = 1e-36, 1e36
 
@@ -141,7 +140,7 @@ def rounded(model, kind):
 # --------------------------------------------------------------------------------------------------------------------
 # Kept
 
-_kept, _lock = weakref.WeakKeyDictionary(), threading.Lock()  # model -> (kind, checksums, its rounded matrices)
+_kept, _lock = weakref.WeakKeyDictionary(), threading.Lock()  # model -> (kind, state, its rounded matrices)
 
 
 def kind_of(int8, dtype, real):
@@ -184,11 +183,11 @@ def _norm(layer):
 
 def _rounded_once(model, kind, matrices):
     """[(numbers, scale or None)] of these matrices of a model, as they were rounded last if nothing has changed."""
-    sums = _checksums(matrices)
+    state = _state_of(matrices)
     with _lock:
         before = _kept.get(model)
-        if before is None or before[:2] != (kind, sums):
-            before = _kept[model] = kind, sums, [_round(w, kind) for w in matrices]
+        if before is None or before[:2] != (kind, state):
+            before = _kept[model] = kind, state, [_round(w, kind) for w in matrices]
         return before[2]
 
 
@@ -196,27 +195,28 @@ def _round(w, kind):
     numbers = np.empty(w.shape, np.int8 if kind == "int8" else np.uint16)
     scale = np.empty(len(w), w.dtype) if kind == "int8" else None
 
-    def share(i):
-        rows = slice(*share_of(len(w), 1, i, processors()))
+    def share(rows):
         if kind == "int8":
             quantize(numbers[rows], scale[rows], w[rows])
         else:
             narrow(numbers[rows], w[rows])
 
-    crew(processors()).each(share, processors())
+    share_out(share, len(w), processors())
     return numbers, scale
 
 
-def _checksums(matrices):
-    """Of each matrix its shape and its checksum."""
-    threads = processors()
-    parts = np.zeros((threads, len(matrices), 1), np.uint64)
+def _state_of(matrices):
+    """What tells whether these are the same numbers as before: the shapes, and a checksum of them all."""
+    words = [w.reshape(-1).view(np.uint32) for w in matrices]
+    ends, sums = np.cumsum([len(some) for some in words]).tolist(), []
 
-    def share(i):
-        for total, w in zip(parts[i], matrices, strict=True):
-            first, last = share_of(w.size * w.itemsize // 4, 1, i, threads)
-            checksum(total, w.reshape(-1).view(np.uint32)[first:last], np.uint32(first % 2**32))
+    def share(part):
+        total = np.zeros(1, np.uint64)
+        for end, some in zip(ends, words, strict=True):
+            begin = end - len(some)
+            first, last = (max(place - begin, 0) for place in (part.start, part.stop))
+            checksum(total, some[first:last], np.uint32((begin + first) % 2**32))
+            sums.append(int(total[0]))
 
-    crew(threads).each(share, threads)
-    totals = parts.sum(axis=(0, 2), dtype=np.uint64).tolist()
-    return [(w.shape, total) for w, total in zip(matrices, totals, strict=True)]
+    share_out(share, ends[-1], processors())
+    return [w.shape for w in matrices], sum(sums) % 2**64

@@ -15,8 +15,7 @@ from npgpt.kernels.attention import ROWS, heads_of_past, scratch
 from npgpt.kernels.bfloat16 import widened_ref
 from npgpt.kernels.blas import blas_threads
 from npgpt.kernels.jit import kernel
-from npgpt.kernels.matmul import PRODUCTS, crew, matmul, products_of, quicker_dtype
-from npgpt.kernels.tiles import share_of
+from npgpt.kernels.matmul import PRODUCTS, matmul, products_of, quicker_dtype, share_out
 from npgpt.ops.layernorm import layernorm_forward
 from npgpt.ops.mlp import gelu, gelu_numbers
 
@@ -64,14 +63,14 @@ def read_prompts(weights, ends, keys, values, prompts, threads):
     with blas_threads(threads), products_of("bfloat16" if is_quick else "float32"):
         for n, together in enumerate(each):
             for piece in pieces_of(together, most):
-                rows = _forward(weights, keys, values, piece, threads)
+                rows = _forward(weights, keys, values, piece, width, threads)
                 for part, row in zip(piece, rows, strict=True):
                     x[n + part.i] = row  # of its last part, in the end
     return _logits(weights, ends, x, threads)
 
 
-def _forward(weights, keys, values, piece, threads):
-    """The last layer's output (parts, C) for the last row of each part of a piece.
+def _forward(weights, keys, values, piece, width, threads):
+    """The last layer's output (parts, C) for the last row of each part of a piece; width: the most of an MLP.
 
     That layer has no use for what the other rows put out: of these it needs the keys and values only.
     """
@@ -79,8 +78,8 @@ def _forward(weights, keys, values, piece, threads):
     positions = np.concatenate([np.arange(part.position, part.position + len(part.tokens)) for part in piece])
     x = _rows_of(weights.wte, tokens, keys.dtype) + weights.wpe[positions]
     (R, C), n_head = x.shape, keys.shape[2]
-    h, part, qkv = np.empty_like(x), np.empty_like(x), np.empty((R, 3, n_head, C // n_head), x.dtype)
-    room = np.empty(R * max(len(layer.c_fc.numbers) for layer in weights.layers), x.dtype)
+    h, added, qkv = np.empty_like(x), np.empty_like(x), np.empty((R, 3, n_head, C // n_head), x.dtype)
+    room = np.empty(R * width, x.dtype)
     last_rows = [part.rows.stop - 1 for part in piece]
     for layer, place in zip(weights.layers, zip(keys, values, strict=True), strict=True):
         is_last = layer is weights.layers[-1]
@@ -90,14 +89,14 @@ def _forward(weights, keys, values, piece, threads):
         _attend(h.reshape(R, 1, n_head, C // n_head), qkv, *place, piece, layer.scale, is_last, threads)
         if is_last:
             x, h = x[last_rows], h[last_rows]
-            part, R = part[: len(x)], len(x)
-        _product(part, h, layer.attn_proj, threads, x)
+            added, R = added[: len(x)], len(x)
+        _product(added, h, layer.attn_proj, threads, x)
         # x += mlp(ln_2(x))
         _norm(h, x, layer.ln_2, threads)
-        width = len(layer.c_fc.numbers)
-        hidden = room[: R * width].reshape(R, width)
+        F = len(layer.c_fc.numbers)
+        hidden = room[: R * F].reshape(R, F)
         _product(hidden, h, layer.c_fc, threads, activate=True)
-        _product(part, hidden, layer.mlp_proj, threads, x)
+        _product(added, hidden, layer.mlp_proj, threads, x)
     return x
 
 
@@ -109,7 +108,7 @@ def _rows_of(table, tokens, dtype):
 
 def _norm(h, x, norm, threads):
     mean, rstd = np.empty((2, len(x)), x.dtype)
-    _share(lambda rows: layernorm_forward(h[rows], mean[rows], rstd[rows], x[rows], *norm), len(x), threads)
+    share_out(lambda rows: layernorm_forward(h[rows], mean[rows], rstd[rows], x[rows], *norm), len(x), threads)
 
 
 def _product(out, x, matrix, threads, total=None, activate=False):
@@ -118,7 +117,7 @@ def _product(out, x, matrix, threads, total=None, activate=False):
     scale, bias = (none if array is None else array for array in (matrix.scale, matrix.bias))
     matmul(out, x, matrix.numbers.T)
     add, total = total is not None, out if total is None else total
-    _share(lambda rows: finish_kernel(total[rows], out[rows], scale, bias, add, activate), len(out), threads)
+    share_out(lambda rows: finish_kernel(total[rows], out[rows], scale, bias, add, activate), len(out), threads)
 
 
 def _attend(y, qkv, keys, values, piece, scale, only_last, threads):
@@ -137,20 +136,15 @@ def _attend(y, qkv, keys, values, piece, scale, only_last, threads):
                 T - 1 if only_last else 0, scale, k_t, s, np.empty(ROWS), heads.start, heads.stop,
             )  # fmt: skip
 
-    _share(share, n_head, threads)
+    share_out(share, n_head, threads)
 
 
 def _logits(weights, ends, x, threads):
     h, logits = np.empty_like(x), np.empty((len(x), len(weights.lm_head.numbers)), x.dtype)
     _norm(h, x, weights.ln_f, threads)
     like = np.zeros(1, weights.lm_head.numbers.dtype)
-    _share(lambda rows: head_kernel(logits, h, like, ends, rows.start, rows.stop), logits.shape[1], threads, 16)
+    share_out(lambda rows: head_kernel(logits, h, like, ends, rows.start, rows.stop), logits.shape[1], threads, 16)
     return logits
-
-
-def _share(work, n, threads, unit=1):
-    """Have each thread do its part of n: work(slice)."""
-    crew(threads).each(lambda i: work(slice(*share_of(n, unit, i, threads))), threads)
 
 
 @kernel

@@ -109,7 +109,7 @@ def _multiply(out, a, b, is_rounded):
         columns = share_of(N, PANEL // out.itemsize, i, threads) if M < N else (0, N)
         multiply(out, left, right, a_turned, b_turned, scratch[i], *rows, *columns)
 
-    crew(threads).each(share, threads)
+    _crew(threads).each(share, threads)
 
 
 @functools.cache
@@ -169,7 +169,12 @@ class _Helpers(threading.local):
 _helpers = _Helpers()
 
 
-def crew(threads):
+def share_out(work, n, threads, unit=1):
+    """Have each of some threads do its part of n, in whole units: work(slice)."""
+    _crew(threads).each(lambda i: work(slice(*share_of(n, unit, i, threads))), threads)
+
+
+def _crew(threads):
     """The threads that help this one: so many with it, if there are as many processors."""
     if _helpers.wanted != threads:
         _helpers.wanted, _helpers.crew = threads, Crew(min(threads, processors()) - 1, "npgpt-product")

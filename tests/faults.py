@@ -1262,8 +1262,8 @@ FAULTS = [
     Fault(
         "decode: attention replaces the residual stream",
         "npgpt/generate/decode_kernel.py",
-        "block.attn_proj, out0, out1, True)",
-        "block.attn_proj, out0, out1, False)",
+        "block.attn_proj, out0, out1, add)",
+        "block.attn_proj, out0, out1, replace)",
         "A block's results are added to what came in.",
         kernel=True,
     ),

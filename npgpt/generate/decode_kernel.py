@@ -109,7 +109,7 @@ def _attend(y, q, keys, values, scale, p):
     n, hs = keys.shape
     real = y.dtype.type
     scale, total = real(scale), real(0)
-    dots(p, q, keys, p[0, :0], p[0, :0], 0, n, False)
+    dots(p, q, keys, p[0, :0], p[0, :0], n - n, n, n < 0)  # (0 and False: constants would be a dots of their own)
     p = p[0]
     m = largest(p, n)
     for t in range(n):
@@ -155,13 +155,14 @@ def _decode(ends, blocks, keys, values, job, shared, own, rank, ranks, R, n_logi
         x[r, out0:out1] = 0
         _add_row(x[r], like, ends.wte, tokens[r], out0, out1)
         _add_row(x[r], moments[0], ends.wpe, positions[r], out0, out1)
+    replace, add = R < 0, R >= 0  # False and True, but no constants: for each Numba would compile a _times of its own
     for layer in range(len(keys)):
         block = blocks[layer]
         meet(counter, ranks)
         # q, k, v = c_attn(ln_1(x)), of this thread's heads
         _norm(h, moments, x, block.ln_1)
         for part in range(3):
-            _times(qkv, h, like, block.c_attn, part * C + head0 * hs, part * C + head1 * hs, False)
+            _times(qkv, h, like, block.c_attn, part * C + head0 * hs, part * C + head1 * hs, replace)
         for r in range(R):
             stream, position = streams[r], positions[r]
             for head in range(head0, head1):
@@ -179,24 +180,24 @@ def _decode(ends, blocks, keys, values, job, shared, own, rank, ranks, R, n_logi
                 )  # fmt: skip
         meet(counter, ranks)
         # x += attn_proj(y)
-        _times(x, y, like, block.attn_proj, out0, out1, True)
+        _times(x, y, like, block.attn_proj, out0, out1, add)
         meet(counter, ranks)
         # hidden = activation(c_fc(ln_2(x)))
         _norm(h, moments, x, block.ln_2)
         F = block.c_fc.n_out
         hidden = shared.hidden[: R * F].reshape(R, F)
         first, last = _share_of(F, GROUP, rank, ranks)
-        _times(hidden, h, like, block.c_fc, first, last, False)
+        _times(hidden, h, like, block.c_fc, first, last, replace)
         for r in range(R):
             _activate(hidden[r, first:last], block.activation)
         meet(counter, ranks)
         # x += mlp_proj(hidden)
-        _times(x, hidden, like, block.mlp_proj, out0, out1, True)
+        _times(x, hidden, like, block.mlp_proj, out0, out1, add)
     if n_logits:
         meet(counter, ranks)
         _norm(h, moments, x, ends.ln_f)
         first, last = _share_of(ends.lm_head.n_out, GROUP, rank, ranks)
-        _times(job.logits[:n_logits], h[R - n_logits :], like, ends.lm_head, first, last, False)
+        _times(job.logits[:n_logits], h[R - n_logits :], like, ends.lm_head, first, last, replace)
 
 
 @helper
@@ -262,7 +263,7 @@ def decode_kernel(ends, blocks, keys, values, job, shared, own, rank, ranks, see
 @kernel
 def head_kernel(logits, h, like, ends, first, last):
     """logits[:, first:last] = those columns of h lm_head^T, for ends (1,) ENDS."""
-    _times(logits, h, like, ends[0].lm_head, first, last, False)
+    _times(logits, h, like, ends[0].lm_head, first, last, first < 0)
 
 
 @kernel

@@ -45,13 +45,9 @@ FLOAT = [name for name in NEEDS if "-" not in name]  # these must choose the sam
 
 def make_folder(folder, config):
     """A GPT-2 with the benchmarks' weights, and a vocabulary of bytes and numbers."""
-    from benchmarks.workloads import initial_weights
-    from npgpt.model import GPT
+    from benchmarks.workloads import initial_model
 
-    model = GPT(config, seed=None)
-    parameters = dict(model.named_parameters())
-    for name, values in initial_weights({name: p.shape for name, p in parameters.items()}):
-        parameters[name].data[...] = values
+    model = initial_model(config)
     model.save_pretrained(folder)
     tokens = names(config.vocab_size)
     texts = {

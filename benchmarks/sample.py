@@ -30,7 +30,7 @@ import numpy as np
 
 from benchmarks import against, engines
 from benchmarks.common import PAUSE, BenchmarkError, Process, machine, machine_line, peak_memory, positive
-from benchmarks.workloads import WORKLOADS, initial_weights
+from benchmarks.workloads import WORKLOADS, initial_model, initial_weights
 from npgpt.errors import UsageError, run_command
 
 PROMPT = 8  # tokens
@@ -53,12 +53,8 @@ def prompts(config, streams):
 def npgpt_side(config, streams, int8):
     from npgpt.config import Controls
     from npgpt.generate.generation import Generation
-    from npgpt.model import GPT
 
-    model = GPT(config, seed=None)
-    parameters = dict(model.named_parameters())
-    for name, values in initial_weights({name: p.shape for name, p in parameters.items()}):
-        parameters[name].data[...] = values
+    model = initial_model(config)
     prompt = prompts(config, streams)[0].tolist()
     generation = Generation(model, prompt, [None] * streams, int8=int8)  # its decoder is used again and again
 

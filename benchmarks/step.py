@@ -38,7 +38,7 @@ import numpy as np
 
 from benchmarks import against
 from benchmarks.common import PAUSE, BenchmarkError, Process, machine, machine_line, peak_memory, positive
-from benchmarks.workloads import WORKLOADS, initial_weights
+from benchmarks.workloads import WORKLOADS, initial_model, initial_weights
 from npgpt.config import DTYPES
 from npgpt.errors import UsageError, run_command
 from npgpt.run.ranks import ALONE, share
@@ -62,16 +62,11 @@ PEERS = ("torch", "torch-compile", "torch-bf16", "torch-compile-bf16")
 @contextlib.contextmanager
 def npgpt_step(workload, workers, blas, world=ALONE, dtype="float32"):
     """(a DataParallel, its step); each rank of a World works on its share of the batch."""
-    from npgpt.model import GPT
     from npgpt.optim import AdamW, clip_scale
     from npgpt.run.parallel import DataParallel
 
     _, mine = share(world.rank, world.size, 1, workload.batch_size)
-    model = GPT(workload.config, seed=None)
-    parameters = dict(model.named_parameters())
-    for name, values in initial_weights({name: p.shape for name, p in parameters.items()}):
-        parameters[name].data[...] = values
-    parallel = DataParallel(model, workers, blas, world, dtype)
+    parallel = DataParallel(initial_model(workload.config), workers, blas, world, dtype)
     optimizer = AdamW(parallel.flat, *BETAS, weight_decay=WEIGHT_DECAY)
 
     def step(idx, targets):

@@ -67,3 +67,14 @@ def initial_weights(shapes, seed=0):
         if ".ln_" in name and name.endswith("weight"):
             values += 1
         yield name, values
+
+
+def initial_model(config):
+    """npgpt's GPT with these weights."""
+    from npgpt.model import GPT
+
+    model = GPT(config, seed=None)
+    parameters = dict(model.named_parameters())
+    for name, values in initial_weights({name: p.shape for name, p in parameters.items()}):
+        parameters[name].data[...] = values
+    return model

@@ -20,9 +20,9 @@ import numpy as np
 
 from npgpt.gradcheck import BOUND, numeric_grad, relative_error
 from npgpt.study.backward import Backward
-from npgpt.study.kinds import RESHAPED, Found, factor_of, is_near, near, places, plain_mistake, power_in, shape_mistake
+from npgpt.study.kinds import RESHAPED, Found, factor_of, is_near, places, plain_mistake, power_in, shape_mistake
 from npgpt.study.lesson import New
-from npgpt.study.mistakes import CLOSE, USUAL, Mistakes
+from npgpt.study.mistakes import CLOSE, USUAL, Mistakes, near
 from npgpt.tensor import Tensor
 
 NONE = "none of the usual mistakes: undo the forward line by line, from its last line back to this one"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from npgpt.gradcheck import BOUND, relative_error
-from npgpt.study.mistakes import CLOSE
+from npgpt.study.mistakes import CLOSE, near
 
 
 @dataclass
@@ -167,7 +167,3 @@ def factor_of(case, c):
 
 def is_near(c, value):
     return math.isclose(c, value, rel_tol=CLOSE)
-
-
-def near(a, b):
-    return a.shape == b.shape and np.abs(a - b).max(initial=0) <= CLOSE * np.abs(b).max(initial=0)

@@ -106,7 +106,7 @@ class Mistakes:
                         self._changes(self.backward.run({term: _times(factor, term)}, i)) for factor in (0.0, 2.0)
                     )
                     contribution = {name: right - without[name] for name, right in self.right.items()}
-                    linear = all(_near(twice[name] - right, contribution[name]) for name, right in self.right.items())
+                    linear = all(near(twice[name] - right, contribution[name]) for name, right in self.right.items())
                     words, line = self.lesson.terms.get(ast.unparse(term), (f"a term of {step.target}", None))
                     yield Term(i, term, words, line, contribution if linear else None)
 
@@ -349,8 +349,8 @@ class Space:
             return np.abs(self.ratios(name, self.right[name]) - 1) <= CLOSE
 
 
-def _near(a, b):
-    return np.abs(a - b).max(initial=0) <= CLOSE * np.abs(b).max(initial=0)
+def near(a, b):
+    return a.shape == b.shape and np.abs(a - b).max(initial=0) <= CLOSE * np.abs(b).max(initial=0)
 
 
 def _all_but_one(mistakes):

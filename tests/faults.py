@@ -657,7 +657,7 @@ FAULTS = [
     Fault(
         "kernel cache: a kernel for AMX is taken where another way is wanted",
         "npgpt/kernels/cache.py",
-        "repr((numba.__version__, llvmlite.__version__, sorted(settings), is_amx))",
+        "repr((numba.__version__, llvmlite.__version__, sorted(settings), may_use_amx))",
         "repr((numba.__version__, llvmlite.__version__, sorted(settings)))",
         "The way decides what a kernel is made of.",
         kernel=True,

@@ -67,10 +67,12 @@ def test_rounding_is_to_the_nearest_of_two_equal_ones_to_the_even():
 
 
 @needs_kernels
-@pytest.mark.parametrize("way", ["avx512_bf16", "amx" if bfloat16.WANTED == "amx" else "plain"])
+@pytest.mark.parametrize("way", ["avx512_bf16", bfloat16.TILES])
 def test_bits_are_those_of_the_reference_in_1000_random_products(way):
     if way == "avx512_bf16" and not bfloat16.has_instruction():
         pytest.skip("this processor has no vdpbf16ps")
+    if way == "amx" and not amx.has_amx():
+        pytest.skip("this process may not use AMX")
     rng = np.random.default_rng(0)
     scratch = np.empty(scratch_size(4), PAIRS[way])
     for n in range(250):
@@ -210,7 +212,8 @@ def test_products_that_lie_anyhow_or_of_nothing():
 
 @needs_kernels
 def test_one_wrong_bit_makes_a_way_wrong(monkeypatch):
-    assert matmul._is_right("plain")
+    way = matmul.way()
+    assert matmul._is_right(way)
 
     def wrong(*args):
         expected = product_ref(*args)
@@ -218,7 +221,7 @@ def test_one_wrong_bit_makes_a_way_wrong(monkeypatch):
         return expected
 
     monkeypatch.setattr(matmul, "product_ref", wrong)
-    assert not matmul._is_right("plain")
+    assert not matmul._is_right(way)
 
 
 @needs_kernels
@@ -235,12 +238,35 @@ def test_kernels_are_kept_for_a_way_and_for_what_they_are_made_of(monkeypatch):
 
 
 @needs_kernels
-def test_a_wrong_instruction_is_not_used(monkeypatch):
-    if not bfloat16.has_instruction() or bfloat16.WANTED:
-        pytest.skip("this processor has no vdpbf16ps, or a way is wanted")
-    monkeypatch.setattr(matmul, "product_ref", lambda *args: product_ref(*args) + np.float32(1e-3))
-    with pytest.warns(RuntimeWarning, match="other bits"):
-        assert matmul.way.__wrapped__() == "plain"
+@pytest.mark.parametrize(
+    "tiles, may_use_amx, right, expected, said",
+    [
+        ("amx", True, {"amx", "avx512_bf16"}, "amx", []),
+        ("amx", False, {"avx512_bf16"}, "avx512_bf16", ["amx is not there, or not for this process"]),
+        ("amx", True, {"avx512_bf16"}, "avx512_bf16", ["amx has other bits here than it should"]),
+        ("plain", False, {"avx512_bf16"}, "avx512_bf16", []),
+        ("plain", False, set(), "plain", ["avx512_bf16 has other bits here than it should"]),
+    ],
+)
+def test_a_wrong_instruction_is_not_used(monkeypatch, tiles, may_use_amx, right, expected, said):
+    monkeypatch.setattr(matmul, "WANTED", "")
+    monkeypatch.setattr(matmul, "TILES", tiles)
+    monkeypatch.setattr(matmul, "has_amx", lambda: may_use_amx)
+    monkeypatch.setattr(matmul, "has_instruction", lambda: True)
+    monkeypatch.setattr(matmul, "_is_right", lambda name: name in right)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert matmul.way.__wrapped__() == expected
+    assert [str(warning.message) for warning in caught] == [f"bfloat16: {line}" for line in said]
+
+
+@needs_kernels
+def test_where_every_instruction_is_wrong_bfloat16_says_how_to_do_without(monkeypatch):
+    monkeypatch.setattr(matmul, "WANTED", "")
+    monkeypatch.setattr(matmul, "TILES", "amx")
+    monkeypatch.setattr(matmul, "_is_right", lambda name: False)
+    with pytest.warns(RuntimeWarning), pytest.raises(UsageError, match="NPGPT_BFLOAT16=plain"):
+        matmul.way.__wrapped__()
 
 
 def test_the_way_is_chosen_by_a_variable():
@@ -252,9 +278,9 @@ def test_the_way_is_chosen_by_a_variable():
 
     done = run("plain")
     assert "bfloat16 needs kernels" in done.stderr if jit.KERNELS == "numpy" else done.stdout.strip() == "plain"
-    assert "must be one of avx512_bf16, amx, plain, got 'amx16'" in run("amx16").stderr
+    assert "must be one of amx, avx512_bf16, plain, got 'amx16'" in run("amx16").stderr
     if not amx.has_amx():
-        assert "this processor has no AMX" in run("amx").stderr or jit.KERNELS == "numpy"
+        assert "NPGPT_BFLOAT16=amx: it is not there" in run("amx").stderr or jit.KERNELS == "numpy"
 
 
 @needs_kernels
@@ -413,7 +439,7 @@ def test_a_checkpoint_that_names_no_dtype_was_float32(config):
 @needs_kernels
 @pytest.mark.parametrize(
     "width, way, expected",
-    [(32, "avx512_bf16", "bfloat16"), (31, "avx512_bf16", "float32"), (512, "plain", "float32")],
+    [(32, "amx", "bfloat16"), (31, "amx", "float32"), (512, "plain", "float32")],
 )
 def test_auto_is_what_is_quicker(monkeypatch, width, way, expected):
     monkeypatch.setattr(matmul, "way", lambda: way)
@@ -429,7 +455,15 @@ def test_the_command_says_what_multiplies(config, capsys):
     said = f"\ndtype   | products of bfloat16, by {matmul.way()}{slow}; all else is float32\n"
     assert said in capsys.readouterr().out
     assert train.main([*flags, "--overwrite", "--dtype", "auto"]) == 0
-    assert ("products of bfloat16" in capsys.readouterr().out) == (matmul.way() != "plain")
+    assert ("products of bfloat16" in capsys.readouterr().out) == (matmul.quicker_dtype(32) == "bfloat16")
+
+
+@needs_kernels
+@pytest.mark.parametrize("is_amd", [True, False])
+def test_auto_leaves_a_slow_instruction_alone(monkeypatch, is_amd):
+    monkeypatch.setattr(matmul, "way", lambda: "avx512_bf16")
+    monkeypatch.setattr(matmul, "IS_AMD", is_amd)
+    assert matmul.quicker_dtype(512) == ("bfloat16" if is_amd else "float32")
 
 
 def test_float16_is_answered_with_bfloat16():

@@ -5,15 +5,17 @@ c (16, 16) the product of a, 16 rows of 16 pairs along k, and of b, 16 pairs alo
 
 Where there are no such registers, memory stands for them, and loops for the instruction: the way "plain".  Both are
 told by the same calls, so that all but five instructions of the way "amx" runs on any processor.
+
+A row of a tile is loaded from one line of the cache, or from two: then a load takes six times as long, longer than the
+products do.  So what is packed begins at a line.
 """
 
 import ctypes
 import functools
-import sys
 
-from npgpt.kernels.bfloat16 import GROUP, WANTED, add_product, flushed, high_half, low_half
+from npgpt.kernels.bfloat16 import GROUP, HAS_AMX, TILES, add_product, flushed, high_half, low_half
 from npgpt.kernels.jit import KERNELS, intrinsic
-from npgpt.kernels.vectors import FEATURES, constant, load_vector, splat
+from npgpt.kernels.vectors import constant, load_vector, splat, store_vector
 
 if KERNELS == "numba":
     from llvmlite import ir
@@ -27,7 +29,7 @@ BYTE, WORD = 8, 32  # bits
 @functools.cache
 def has_amx():
     """Whether this processor has AMX, and Linux lets this process use it: it asks for that, once."""
-    if not (FEATURES.get("amx-tile") and FEATURES.get("amx-bf16") and sys.platform == "linux"):
+    if not HAS_AMX:
         return False
     arch_prctl, request_permission, tiles = 158, 0x1023, 18  # of x86-64
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tiles) == 0
@@ -42,25 +44,55 @@ def _number(tile):
     return ir.Constant(ir.IntType(BYTE), tile)
 
 
+class Spare:
+    """Memory for n tiles that lie in no array."""
+
+    def __init__(self, builder, vector, n):
+        self.builder, self.vector, self.lanes = builder, vector, vector.count
+        self.tiles = [cgutils.alloca_once(builder, ir.ArrayType(vector, GROUP)) for _ in range(n)]
+
+    def row(self, tile, row):
+        """Pointer to a row of a tile."""
+        return self.builder.gep(self.tiles[tile], [constant(0), row])
+
+    def place(self, tile):
+        """Pointer to a tile's first byte, and bytes from row to row."""
+        return self.builder.bitcast(self.tiles[tile], ir.IntType(BYTE).as_pointer()), constant(LINE)
+
+
 class Memory:
     """Memory that stands for the registers 0, 1, ...: those of c, n of them, are kept; a and b stay where they are."""
 
     def __init__(self, builder, vector, n):
-        self.builder, self.vector, self.places = builder, vector, {}
-        self.totals = [cgutils.alloca_once(builder, ir.ArrayType(vector, GROUP)) for _ in range(n)]
+        self.builder, self.vector, self.n, self.places = builder, vector, n, {}
+        self.totals = Spare(builder, vector, n)
         self.even, self.odd = (cgutils.alloca_once(builder, vector) for _ in range(2))
         self.zeros = ir.Constant(vector, [0.0] * vector.count)
 
-    def _row(self, c, row):
-        return self.builder.gep(self.totals[c], [constant(0), row])
+    def _rows(self):
+        return cgutils.for_range(self.builder, constant(GROUP))
 
     def zero(self, c):
-        with cgutils.for_range(self.builder, constant(GROUP)) as rows:
-            self.builder.store(self.zeros, self._row(c, rows.index))
+        with self._rows() as rows:
+            self.builder.store(self.zeros, self.totals.row(c, rows.index))
 
     def load(self, tile, pointer, stride):
         """pointer: to the first byte; stride: bytes from row to row."""
-        self.places[tile] = pointer, stride
+        if tile >= self.n:
+            self.places[tile] = pointer, stride
+            return
+        with self._rows() as rows:
+            place = self._row(pointer, stride, rows.index)
+            self.builder.store(load_vector(self.builder, place, 4), self.totals.row(tile, rows.index))
+
+    def store(self, c, pointer, stride):
+        with self._rows() as rows:
+            numbers = self.builder.load(self.totals.row(c, rows.index))
+            store_vector(self.builder, numbers, self._row(pointer, stride, rows.index), 4)
+
+    def _row(self, pointer, stride, row):
+        offset = self.builder.mul(row, stride)
+        return self.builder.bitcast(self.builder.gep(pointer, [offset]), self.vector.as_pointer())
 
     def _at(self, tile, row, kind, column=0):
         pointer, stride = self.places[tile]
@@ -71,7 +103,7 @@ class Memory:
         """c += a @ b."""
         builder, lanes = self.builder, self.vector.count
         word, words = ir.IntType(WORD), ir.VectorType(ir.IntType(WORD), lanes)
-        with cgutils.for_range(builder, constant(GROUP)) as rows:
+        with self._rows() as rows:
             for place in (self.even, self.odd):
                 builder.store(self.zeros, place)
             with cgutils.for_range(builder, constant(GROUP)) as k:
@@ -81,19 +113,15 @@ class Memory:
                     total = add_product(builder, builder.load(place), half(builder, left), half(builder, right))
                     builder.store(total, place)
             both = flushed(builder, builder.fadd(builder.load(self.even), builder.load(self.odd)))
-            place = self._row(c, rows.index)
+            place = self.totals.row(c, rows.index)
             builder.store(flushed(builder, builder.fadd(builder.load(place), both)), place)
 
-    def store(self):
-        """Have the tiles of c be where `row` finds them."""
 
-    def row(self, c, row):
-        """Pointer to a row of the tile c."""
-        return self._row(c, row)
-
-
-class Registers(Memory):
+class Registers:
     """AMX's registers, between `begin_tiles` and `end_tiles`."""
+
+    def __init__(self, builder):
+        self.builder = builder
 
     def zero(self, c):
         _call(self.builder, "tilezero", _number(c))
@@ -101,42 +129,40 @@ class Registers(Memory):
     def load(self, tile, pointer, stride):
         _call(self.builder, "tileloadd64", _number(tile), pointer, stride)
 
+    def store(self, c, pointer, stride):
+        _call(self.builder, "tilestored64", _number(c), pointer, stride)
+
     def multiply(self, c, a, b):
         _call(self.builder, "tdpbf16ps", *map(_number, (c, a, b)))
-
-    def store(self):
-        for c, place in enumerate(self.totals):
-            pointer = self.builder.bitcast(place, ir.IntType(BYTE).as_pointer())
-            _call(self.builder, "tilestored64", _number(c), pointer, constant(LINE))
 
 
 def tiles_of(builder, vector, n):
     """What stands for the registers: n tiles to add to, and two or more to multiply."""
-    return (Registers if WANTED == "amx" else Memory)(builder, vector, n)
+    return Registers(builder) if TILES == "amx" else Memory(builder, vector, n)
 
 
 @intrinsic
-def begin_tiles(typingctx):
+def begin_tiles(typingctx, scratch):
     """Tell the processor the shape of all tiles, if it has them."""
 
     def codegen(context, builder, signature, args):
-        if WANTED == "amx":
+        if TILES == "amx" and scratch.dtype == types.int32:
             palette, lines, rows = bytes([1] + [0] * 15), LINE.to_bytes(2, "little") * 8 + bytes(16), bytes([GROUP] * 8)
             shapes = cgutils.make_bytearray(palette + lines + rows + bytes(8))
             place = cgutils.global_constant(builder, "npgpt_tiles", shapes)
             _call(builder, "ldtilecfg", builder.bitcast(place, ir.IntType(BYTE).as_pointer()))
         return context.get_dummy_value()
 
-    return types.void(), codegen
+    return types.void(scratch), codegen
 
 
 @intrinsic
-def end_tiles(typingctx):
+def end_tiles(typingctx, scratch):
     """Let the tiles go, which the system would save whenever it stops the thread."""
 
     def codegen(context, builder, signature, args):
-        if WANTED == "amx":
+        if TILES == "amx" and scratch.dtype == types.int32:
             _call(builder, "tilerelease")
         return context.get_dummy_value()
 
-    return types.void(), codegen
+    return types.void(scratch), codegen

@@ -6,10 +6,10 @@ It meets another pair, and both products are added to one float32.  So packed.py
 
 There are several ways to add them up, and each has its own bits:
 
-    avx512_bf16  vdpbf16ps (AMD since Zen 4, Intel since Cooper Lake): the product of the odd numbers is added to the
-                 sum, then the product of the even ones
     amx          tiles of 16 pairs along k (Intel Xeon since 2023; amx.py): the sum of the even products and that of the
                  odd ones, then these two, then the total and that
+    avx512_bf16  vdpbf16ps (AMD since Zen 4, Intel since Cooper Lake): the product of the odd numbers is added to the
+                 sum, then the product of the even ones
     plain        for any processor, with the bits of amx
 
 Each sum is that of an exact product and a float32, rounded once to nearest even.  Numbers below the smallest normal one
@@ -17,6 +17,7 @@ count as zero before, and become zero after; NaN stays NaN.  `product_ref` says 
 """
 
 import os
+import sys
 
 import numpy as np
 
@@ -44,10 +45,14 @@ TINY = np.finfo(np.float32).tiny  # the smallest normal number
 GROUP = 16  # rows of a tile, and pairs along k
 
 # the dtype of the pairs says which way they are multiplied: Numba compiles a kernel for each dtype of its arrays
-PAIRS = {"avx512_bf16": np.dtype(np.uint32), "amx": np.dtype(np.int32), "plain": np.dtype(np.int32)}
+PAIRS = {"amx": np.dtype(np.int32), "avx512_bf16": np.dtype(np.uint32), "plain": np.dtype(np.int32)}
 WANTED = os.environ.get("NPGPT_BFLOAT16", "")
 if WANTED not in ("", *PAIRS):
     raise UsageError(f"NPGPT_BFLOAT16 must be one of {', '.join(PAIRS)}, got {WANTED!r}")
+
+# the way that pairs of int32 are compiled for in this process
+HAS_AMX = bool(FEATURES.get("amx-tile") and FEATURES.get("amx-bf16")) and sys.platform == "linux"
+TILES = "amx" if WANTED == "amx" or (HAS_AMX and not WANTED) else "plain"
 
 
 def has_instruction():
@@ -99,14 +104,16 @@ def _add_product_ref(total, x, y):
 def product_ref(a, b, way, depth):
     """a (M, K), b (K, N), float32 -> the product of their bfloat16, with the bits of a way, in float32.
 
-    depth: how many of K are summed up before what they give is added to the output.
+    depth: how many of K vdpbf16ps sums up before what they give is added to the output.
     """
     a, b = rounded_ref(a), rounded_ref(b)
     out = None
     with np.errstate(all="ignore"):
+        if way != "avx512_bf16":
+            return _sum_in_groups_ref(a, b)
         for start in range(0, a.shape[1], depth):
             stop = min(start + depth, a.shape[1])
-            part = (_sum_ref if way == "avx512_bf16" else _sum_in_groups_ref)(a[:, start:stop], b[start:stop])
+            part = _sum_ref(a[:, start:stop], b[start:stop])
             out = part if out is None else out + part
     return out
 
@@ -171,7 +178,7 @@ def steps_of(packed, n):
 
 def _rounds_by_instruction(kind):
     """Whether vcvtne2ps2bf16 rounds: only `plain` is for processors without it, and shows how."""
-    return kind == types.uint32 or WANTED == "amx"
+    return kind == types.uint32 or TILES == "amx"
 
 
 def _integers(lanes):

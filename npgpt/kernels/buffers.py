@@ -11,6 +11,7 @@ from npgpt.context import ThreadState
 
 # With NPGPT_NAN_FILL=1 every array from `empty` starts as NaN, so that reading what was never written fails loudly.
 NAN_FILL = os.environ.get("NPGPT_NAN_FILL", "0") not in ("", "0")
+SMALL = 2048  # bytes; below this the memory allocator is as fast as a pool
 
 
 class _State(ThreadState):
@@ -28,8 +29,6 @@ class BufferPool:
     the second training step finds every block that the first one needed.  One pool serves one thread at a time.
     """
 
-    SMALL = 2048  # bytes; below this the memory allocator is as fast
-
     def __init__(self):
         self.free = {}  # size in bytes -> blocks not in use
         self._loans = {}  # id of a weak reference -> that reference, with the block it will bring back
@@ -37,8 +36,8 @@ class BufferPool:
 
     def empty(self, shape, dtype):
         nbytes = math.prod(shape) * dtype.itemsize
-        if nbytes < self.SMALL:
-            return np.empty(shape, dtype)
+        if nbytes < SMALL:
+            return _new(shape, dtype)
         blocks = self.free.setdefault(nbytes, [])
         if blocks:
             block = blocks.pop()
@@ -67,15 +66,23 @@ def _aligned_block(nbytes, align=64):
     return (ctypes.c_char * nbytes).from_buffer(memory, -memory.ctypes.data % align)
 
 
+def _new(shape, dtype):
+    nbytes = math.prod(shape) * dtype.itemsize
+    return np.empty(shape, dtype) if nbytes < SMALL else np.ndarray(shape, dtype, _aligned_block(nbytes))
+
+
 def reuse_buffers(pool):
     """Within this context `empty` takes its memory from `pool`, a BufferPool kept from step to step."""
     return _state.within(pool=pool)
 
 
 def empty(shape, dtype):
-    """An uninitialised array, C-contiguous, from the current pool if there is one."""
-    pool = _state.pool
-    array = np.empty(shape, dtype) if pool is None else pool.empty(shape, np.dtype(dtype))
+    """An uninitialised array, C-contiguous, from the current pool if there is one.
+
+    It begins at a line of the cache, unless it is small: a vector that lies in two lines takes twice as long to load.
+    """
+    pool, dtype = _state.pool, np.dtype(dtype)
+    array = _new(shape, dtype) if pool is None else pool.empty(shape, dtype)
     if NAN_FILL and array.dtype.kind == "f":
         array.fill(np.nan)
     return array

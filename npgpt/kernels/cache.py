@@ -56,8 +56,8 @@ def kernel_sources(file):
 def _key(file):
     """A hash of all that a kernel in a file is made of: sources, Numba, and settings but for places and threads."""
     settings = [item for item in vars(numba.config).items() if re.fullmatch("(?!CACHE|NUMBA)[A-Z_]+", item[0])]
-    is_amx = os.environ.get("NPGPT_BFLOAT16") == "amx"  # (the other ways have kernels with arrays of their own)
-    digest = hashlib.sha256(repr((numba.__version__, llvmlite.__version__, sorted(settings), is_amx)).encode())
+    may_use_amx = os.environ.get("NPGPT_BFLOAT16", "") in ("", "amx")  # (else memory stands for its registers)
+    digest = hashlib.sha256(repr((numba.__version__, llvmlite.__version__, sorted(settings), may_use_amx)).encode())
     for _, raw in sorted(kernel_sources(file).items()):
         digest.update(raw)
     return digest.hexdigest()[:16]

@@ -18,17 +18,18 @@ import numpy as np
 from npgpt.context import ThreadState
 from npgpt.errors import UsageError
 from npgpt.kernels.amx import has_amx
-from npgpt.kernels.bfloat16 import PAIRS, WANTED, has_instruction, product_ref, rounded_ref, widened_ref
+from npgpt.kernels.bfloat16 import PAIRS, TILES, WANTED, has_instruction, product_ref, rounded_ref, widened_ref
 from npgpt.kernels.blas import told_threads
 from npgpt.kernels.buffers import empty
 from npgpt.kernels.crew import Crew
 from npgpt.kernels.jit import KERNELS, replaces
 from npgpt.kernels.packed import PACK, PANEL, SPAN, multiply, padded, scratch_size, turn
 from npgpt.kernels.tiles import share_of
-from npgpt.kernels.vectors import VECTOR
+from npgpt.kernels.vectors import FEATURES, VECTOR
 from npgpt.machine import processors
 
-WIDE = 32  # columns from which on products of bfloat16 are quicker, where there is an instruction for them
+WIDE = 32  # columns from which on products of bfloat16 are quicker, where there is a quick instruction for them
+IS_AMD = bool(FEATURES.get("sse4a"))  # whose vdpbf16ps takes as long as one FMA; Intel's takes as long as three
 TINY = 2**20  # multiplications that are not worth sharing out among threads
 
 PRODUCTS = os.environ.get("NPGPT_PRODUCTS", "ours" if VECTOR == 64 else "blas")
@@ -114,32 +115,29 @@ def _multiply(out, a, b, is_rounded):
 
 @functools.cache
 def way():
-    """How products of bfloat16 are made here, a name of PAIRS: by an instruction, if there is one with the right bits.
+    """How products of bfloat16 are made here: the first of PAIRS that can be had here and has the right bits.
 
     It is tried when it is first asked for.  Raises UsageError if there is none, or not the one that is wanted.
     """
     if KERNELS == "numpy":
         raise UsageError("bfloat16 needs kernels: NPGPT_KERNELS=numpy runs the references, which multiply in float32")
-    if WANTED == "amx":  # never taken unasked: it was not run on its processor yet
-        if not has_amx():
-            raise UsageError("NPGPT_BFLOAT16=amx: this processor has no AMX, or the system does not let us use it")
-        if not _is_right("amx"):
-            raise UsageError("NPGPT_BFLOAT16=amx: its products have other bits than they should")
-        return "amx"
-    if WANTED == "avx512_bf16" and not has_instruction():
-        raise UsageError("NPGPT_BFLOAT16=avx512_bf16: this processor has no such instruction")
-    if WANTED == "plain" or not has_instruction():
-        return "plain"
-    if not _is_right("avx512_bf16"):
-        words = "bfloat16: vdpbf16ps has other bits here than it should; the plain way is taken"
-        warnings.warn(words, RuntimeWarning, stacklevel=2)
-        return "plain"
-    return "avx512_bf16"
+    possible = {"amx": TILES == "amx" and has_amx(), "avx512_bf16": has_instruction(), "plain": TILES == "plain"}
+    for name in [WANTED] if WANTED else PAIRS:
+        if possible[name] and (name == "plain" or _is_right(name)):
+            return name
+        why_not = "has other bits here than it should" if possible[name] else "is not there, or not for this process"
+        if WANTED:
+            raise UsageError(f"NPGPT_BFLOAT16={WANTED}: it {why_not}")
+        if possible[name] or name == TILES:
+            warnings.warn(f"bfloat16: {name} {why_not}", RuntimeWarning, stacklevel=2)
+    raise UsageError("bfloat16: this processor multiplies it wrongly; NPGPT_BFLOAT16=plain does it right, slowly")
 
 
 def quicker_dtype(width):
     """ "bfloat16" or "float32": what products of a model so wide are quicker with here (README.md has the figures)."""
-    return "bfloat16" if width >= WIDE and KERNELS == "numba" and way() != "plain" else "float32"
+    if width < WIDE or KERNELS == "numpy":
+        return "float32"
+    return "bfloat16" if way() == "amx" or (way() == "avx512_bf16" and IS_AMD) else "float32"
 
 
 @functools.cache

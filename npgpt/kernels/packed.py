@@ -14,7 +14,9 @@ Scratch of pairs instead of numbers makes it a product of bfloat16 (bfloat16.py)
 takes a pair of k.  Then all rows of a are packed.
 """
 
-from npgpt.kernels.amx import begin_tiles, end_tiles, tiles_of
+import itertools
+
+from npgpt.kernels.amx import Spare, begin_tiles, end_tiles, tiles_of
 from npgpt.kernels.bfloat16 import (
     GROUP,
     Totals,
@@ -72,13 +74,15 @@ def multiply(out, a, b, a_turned, b_turned, scratch, top, bottom, left, right):
     """
     M, K = a.shape[::-1] if a_turned else a.shape
     inner, N = b.shape[::-1] if b_turned else b.shape
-    depth, width = DEPTH // scratch.itemsize, WIDTH // scratch.itemsize  # in steps, and in columns
+    depth = DEPTH // scratch.itemsize
     if not (
         (out.shape == (M, N) and inner == K > 0 and 0 <= top <= bottom <= M and 0 <= left <= right <= N)
-        and (len(scratch) == depth * (PACK + width) and in_line(out) and in_line(a) and in_line(b))
+        and (len(scratch) == depth * (PACK + WIDTH // scratch.itemsize) and in_line(out) and in_line(a) and in_line(b))
     ):
         raise ValueError("multiply: contiguous out (M, N) needs a (M, K) and b (K, N), or their transposes; 0 < K")
-    strip, block, span = scratch[: depth * PACK], scratch[depth * PACK :], span_of(scratch)
+    tall, span, width = _cut(scratch)
+    strip, block = scratch[: depth * PACK], scratch[depth * PACK :]
+    begin_tiles(scratch)
     for k in range(0, K, span):
         after = min(k + span, K)
         for j in range(left, right, width):
@@ -89,21 +93,26 @@ def multiply(out, a, b, a_turned, b_turned, scratch, top, bottom, left, right):
             else:
                 coming = _part(b, b_turned, after, min(after + span, K), left, min(left + width, right))
             share = len(coming) / max(bottom - top, 1)  # for each row of a
-            for i in range(top, bottom, PACK):
-                stop = min(i + PACK, bottom)
+            for i in range(top, bottom, tall):
+                stop = min(i + tall, bottom)
                 fetch(coming[int(share * (i - top)) : int(share * (stop - top))])
                 few_rows = _rows(strip, a, a_turned, i, stop, k, after)
                 _meet_block(block, out[i:stop, j:end], few_rows, k > 0)
+    end_tiles(scratch)
 
 
-def _span_of_pairs(scratch):
-    return SPAN
+def _cut_of_pairs(scratch):
+    return PACK, SPAN, WIDTH // scratch.itemsize
 
 
-@inside_kernels(pairs=_span_of_pairs)
-def span_of(scratch):
-    """How many of k are packed at a time."""
-    return DEPTH // scratch.itemsize
+def _cut_of_tiles(scratch):
+    return 2 * PACK, SPAN // 2, 2 * (WIDTH // scratch.itemsize)
+
+
+@inside_kernels(pairs=_cut_of_pairs, tiles=_cut_of_tiles)
+def _cut(scratch):
+    """How many rows of a a strip has, how many of k are packed at a time, and how many columns a block has."""
+    return PACK, DEPTH // scratch.itemsize, WIDTH // scratch.itemsize
 
 
 @helper
@@ -126,7 +135,7 @@ def _rows_of_pairs(strip, a, turned, i, stop, k, after):
 
 
 def _rows_of_tiles(strip, a, turned, i, stop, k, after):
-    rows, steps = strip.reshape(PACK, len(strip) // PACK), steps_of(strip, after - k)
+    rows, steps = strip.reshape(2 * PACK, len(strip) // (2 * PACK)), steps_of(strip, after - k)
     if turned:
         turn_across(rows[:, :steps], a[k:after, i:stop])
     else:
@@ -164,8 +173,8 @@ def padded(M, N, itemsize):
     return -(-M // ROWS) * ROWS * -(-N // lanes) * lanes
 
 
-@helper
-def _vectors_of_panel(left):
+@inside_kernels(tiles=lambda block, left: min(left, 2))
+def _vectors_of_panel(block, left):
     """Of so many vectors of columns that are left, how many the next panel takes: 4 become 2 and 2, not 3 and 1."""
     return 2 if left in (2, 4) else min(left, 3)
 
@@ -190,7 +199,7 @@ def _pack_block(block, b, turned):
     k, columns = b.shape[::-1] if turned else b.shape
     steps, lanes, j, place = steps_of(block, k), VECTOR // block.itemsize, 0, 0
     while j < columns:
-        width = _vectors_of_panel((columns - j + lanes - 1) // lanes) * lanes
+        width = _vectors_of_panel(block, (columns - j + lanes - 1) // lanes) * lanes
         panel = block[place : place + steps * width].reshape(steps, width)
         _fill(panel, k)
         if turned:
@@ -201,19 +210,19 @@ def _pack_block(block, b, turned):
 
 
 def _meet_tiles(block, out, a, add):
-    columns, steps = out.shape[1], a.shape[1]
+    (M, columns), steps = out.shape, a.shape[1]
     lanes, j, place = VECTOR // out.itemsize, 0, 0
-    begin_tiles()
     while j < columns:
-        n = _vectors_of_panel((columns - j + lanes - 1) // lanes)
-        if n == 3:
-            _amx_3(out, a, block, j, place, add)
+        n = _vectors_of_panel(block, (columns - j + lanes - 1) // lanes)
+        if n == 2 and M > GROUP:
+            _amx_2_2(out, a, block, j, place, add)
         elif n == 2:
-            _amx_2(out, a, block, j, place, add)
+            _amx_1_2(out, a, block, j, place, add)
+        elif M > GROUP:
+            _amx_2_1(out, a, block, j, place, add)
         else:
-            _amx_1(out, a, block, j, place, add)
+            _amx_1_1(out, a, block, j, place, add)
         j, place = j + n * lanes, place + steps * n * lanes
-    end_tiles()
 
 
 @inside_kernels(tiles=_meet_tiles)
@@ -222,7 +231,7 @@ def _meet_block(block, out, a, add):
     (M, columns), k = out.shape, a.shape[1]
     lanes, j, place = VECTOR // out.itemsize, 0, 0
     while j < columns:
-        n = _vectors_of_panel((columns - j + lanes - 1) // lanes)
+        n = _vectors_of_panel(block, (columns - j + lanes - 1) // lanes)
         for i in range(0, M, ROWS):
             if n == 3:
                 _tile_3(out, a, block, i, j, place, add)
@@ -368,14 +377,31 @@ def _make_tile(n):
 _tile_1, _tile_2, _tile_3 = map(_make_tile, (1, 2, 3))
 
 
-def _make_amx(n):
-    """The intrinsic that computes n tiles side by side, all of whose pairs are packed."""
+def _move(builder, out_array, tops, columns, spare, itemsize, is_out):
+    """Move tiles at these rows and columns from the output to spare memory, or back if `is_out`, within its edges."""
+    M, N = cgutils.unpack_tuple(builder, out_array.shape)
+    masks = [below(builder, column, N, spare.lanes) for column in columns]
+    for r, top in enumerate(tops):
+        height = not_beyond(builder, builder.sub(M, constant(top)), constant(GROUP))
+        with cgutils.for_range(builder, height, intp=ir.IntType(64)) as rows:
+            for v, (column, mask) in enumerate(zip(columns, masks, strict=True)):
+                inside = spare.row(r * len(columns) + v, rows.index)
+                row = builder.add(rows.index, constant(top))
+                outside = pointer_to(builder, out_array, row, column, spare.vector)
+                if is_out:
+                    store_vector(builder, builder.load(inside), outside, itemsize, mask)
+                else:
+                    builder.store(load_vector(builder, outside, itemsize, mask), inside)
+
+
+def _make_amx(m, n):
+    """The intrinsic that computes m by n tiles of the output, all of whose pairs are packed."""
 
     @intrinsic
     def tiles(typingctx, out, a, block, j, place, add):
-        """out[:, j:j+n lanes] = a @ a panel, or += where `add` is true; `out` has PACK rows at most.
+        """out[:, j:j+n lanes] = a @ a panel, or += where `add` is true; `out` has m GROUP rows at most.
 
-        a (rows, steps) is a part of a strip of PACK rows.  The panel (steps, n lanes) begins at block[place].
+        a (rows, steps) is a part of a strip.  The panel (steps, n lanes) begins at block[place].
         """
         if not (a.dtype == block.dtype and are_packable(block, out) and out.ndim == a.ndim == 2 and block.ndim == 1):
             return None
@@ -387,26 +413,47 @@ def _make_amx(n):
             )
             M, N = cgutils.unpack_tuple(builder, out_array.shape)
             _, steps = cgutils.unpack_tuple(builder, a_array.shape)
-            line, _ = cgutils.unpack_tuple(builder, a_array.strides)
-            width, byte = constant(n * lanes * itemsize), ir.IntType(8)
+            (out_line, _), (a_line, _) = (cgutils.unpack_tuple(builder, x.strides) for x in (out_array, a_array))
+            line, byte = constant(n * lanes * itemsize), ir.IntType(8)
             panel = builder.bitcast(builder.gep(block_array.data, [place_value]), byte.as_pointer())
-            c = tiles_of(builder, vector, n)
-            for v in range(n):
-                c.zero(v)
+            tops, columns = [GROUP * r for r in range(m)], [builder.add(j_value, constant(v * lanes)) for v in range(n)]
+            c, spare = tiles_of(builder, vector, m * n), Spare(builder, vector, m * n)
+            places = itertools.product(map(constant, tops), columns)
+            corners = [pointer_to(builder, out_array, row, column, byte) for row, column in places]
+            is_whole = builder.and_(
+                builder.icmp_signed("==", M, constant(m * GROUP)),
+                builder.icmp_signed("<=", builder.add(j_value, constant(n * lanes)), N),
+            )
+            with builder.if_else(add_value) as (adding, fresh):
+                with adding, builder.if_else(is_whole, likely=True) as (whole, edge):
+                    with whole:
+                        for i, corner in enumerate(corners):
+                            c.load(i, corner, out_line)
+                    with edge:
+                        _move(builder, out_array, tops, columns, spare, itemsize, is_out=False)
+                        for i in range(m * n):
+                            c.load(i, *spare.place(i))
+                with fresh:
+                    for i in range(m * n):
+                        c.zero(i)
             with cgutils.for_range(builder, builder.udiv(steps, constant(GROUP)), intp=ir.IntType(64)) as loop:
                 step = builder.mul(loop.index, constant(GROUP))
-                c.load(n, pointer_to(builder, a_array, constant(0), step, byte), line)
+                for r in range(m):
+                    c.load(m * n + r, pointer_to(builder, a_array, constant(tops[r]), step, byte), a_line)
                 for v in range(n):
-                    offset = builder.add(builder.mul(step, width), constant(v * lanes * itemsize))
-                    c.load(n + 1 + v, builder.gep(panel, [offset]), width)
-                for v in range(n):
-                    c.multiply(v, n, n + 1 + v)
-            c.store()
-            columns = [builder.add(j_value, constant(v * lanes)) for v in range(n)]
-            masks = [below(builder, column, N, lanes) for column in columns]
-            with cgutils.for_range(builder, M, intp=ir.IntType(64)) as rows:
-                places = [pointer_to(builder, out_array, rows.index, column, vector) for column in columns]
-                _put(builder, places, [c.row(v, rows.index) for v in range(n)], masks, add_value, itemsize)
+                    offset = builder.add(builder.mul(step, line), constant(v * lanes * itemsize))
+                    c.load(m * n + m + v, builder.gep(panel, [offset]), line)
+                for r in range(m):
+                    for v in range(n):
+                        c.multiply(r * n + v, m * n + r, m * n + m + v)
+            with builder.if_else(is_whole, likely=True) as (whole, edge):
+                with whole:
+                    for i, corner in enumerate(corners):
+                        c.store(i, corner, out_line)
+                with edge:
+                    for i in range(m * n):
+                        c.store(i, *spare.place(i))
+                    _move(builder, out_array, tops, columns, spare, itemsize, is_out=True)
             return context.get_dummy_value()
 
         return types.void(out, a, block, *[types.intp] * 2, types.boolean), codegen
@@ -414,4 +461,4 @@ def _make_amx(n):
     return tiles
 
 
-_amx_1, _amx_2, _amx_3 = map(_make_amx, (1, 2, 3))
+_amx_1_1, _amx_1_2, _amx_2_1, _amx_2_2 = (_make_amx(m, n) for m in (1, 2) for n in (1, 2))

@@ -1366,8 +1366,8 @@ FAULTS = [
     Fault(
         "matrices: a checksum does not tell places apart",
         "npgpt/generate/matrices.py",
-        "np.uint32(np.uint32(first + np.uint32(i)) * SPACING)",
-        "np.uint32(0)",
+        "place = np.uint32(place + SPACING)",
+        "place = np.uint32(place)",
         "Two numbers that have changed places are another matrix.",
         kernel=True,
     ),

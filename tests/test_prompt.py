@@ -152,7 +152,7 @@ def test_a_checksum_tells_each_change():
         sums.add(sum_of(changed))
     assert len(sums) == 1004
     parts = sum_of(words[:300]) + sum_of(words[300:], 305)
-    assert parts == sum_of(words)
+    assert parts % 2**64 == sum_of(words)
 
 
 @pytest.mark.parametrize("kind", ["int8", "bfloat16"])

@@ -19,7 +19,6 @@ import numpy as np
 
 from npgpt.kernels.bfloat16 import narrowed_ref, widened_ref
 from npgpt.kernels.jit import kernel
-from npgpt.kernels.masks import mix32, mix32_ref
 from npgpt.kernels.matmul import share_out
 from npgpt.machine import processors
 from npgpt.model import GPT
@@ -107,18 +106,23 @@ def narrow(halves, w):
 
 
 def checksum_ref(words, first):
-    """A number that changes if one of words (n,) uint32 does; their places are numbered from `first` on (uint32)."""
+    """A number that changes if one of words (n,) uint32 does; their places are numbered from `first` on (uint32).
+
+    It is the sum of squares: no two numbers below 2^32 have one, modulo 2^64.  A place is added to tell it by.
+    """
     places = (np.arange(len(words), dtype=np.uint64) + np.uint64(first)).astype(np.uint32) * SPACING
-    return mix32_ref(words + places).sum(dtype=np.uint64)
+    numbers = (words + places).astype(np.uint64)
+    return (numbers * numbers).sum(dtype=np.uint64)
 
 
 @kernel
 def checksum(total, words, first):
     """total[0] = checksum_ref(words, first)."""
-    sums = np.uint64(0)
+    sums, place = np.uint64(0), np.uint32(first * SPACING)
     for i in range(len(words)):
-        place = np.uint32(np.uint32(first + np.uint32(i)) * SPACING)
-        sums += np.uint64(mix32(np.uint32(words[i] + place)))
+        number = np.uint64(np.uint32(words[i] + place))
+        sums += number * number
+        place = np.uint32(place + SPACING)
     total[0] = sums
 
 

@@ -14,6 +14,7 @@ from npgpt.generate.decode_kernel import head_kernel
 from npgpt.kernels.attention import ROWS, heads_of_past, scratch
 from npgpt.kernels.bfloat16 import widened_ref
 from npgpt.kernels.blas import blas_threads
+from npgpt.kernels.buffers import empty
 from npgpt.kernels.jit import kernel
 from npgpt.kernels.matmul import PRODUCTS, matmul, products_of, quicker_dtype, share_out
 from npgpt.ops.layernorm import layernorm_forward
@@ -78,8 +79,8 @@ def _forward(weights, keys, values, piece, width, threads):
     positions = np.concatenate([np.arange(part.position, part.position + len(part.tokens)) for part in piece])
     x = _rows_of(weights.wte, tokens, keys.dtype) + weights.wpe[positions]
     (R, C), n_head = x.shape, keys.shape[2]
-    h, added, qkv = np.empty_like(x), np.empty_like(x), np.empty((R, 3, n_head, C // n_head), x.dtype)
-    room = np.empty(R * width, x.dtype)
+    h, added, qkv, room = (empty(shape, x.dtype) for shape in ((R, C), (R, C), (R, 3 * C), (R * width,)))
+    qkv = qkv.reshape(R, 3, n_head, C // n_head)
     last_rows = [part.rows.stop - 1 for part in piece]
     for layer, place in zip(weights.layers, zip(keys, values, strict=True), strict=True):
         is_last = layer is weights.layers[-1]
@@ -153,10 +154,13 @@ def finish_kernel(total, out, scale, bias, add, activate):
     one, a, minus_2k = gelu_numbers(out)
     R, N = out.shape
     for r in range(R):  # (a row stays in the cache, and each loop over it is one that vectorises)
-        if len(scale):
+        if len(scale) and len(bias):
+            for i in range(N):
+                out[r, i] = out[r, i] * scale[i] + bias[i]
+        elif len(scale):
             for i in range(N):
                 out[r, i] *= scale[i]
-        if len(bias):
+        elif len(bias):
             for i in range(N):
                 out[r, i] += bias[i]
         if activate:

@@ -55,7 +55,7 @@ NEAR = 2048  # bytes between two rows of a transposed a that is read as it lies
 SPAN = 2 * DEPTH // 4  # numbers of bfloat16 along k that are packed at a time
 AHEAD = 8  # rows that copying is ahead of itself in what it has fetched
 PANEL = 3 * VECTOR  # bytes of a panel's row
-WIDTH = max(second_cache() * 5 // 8 // (DEPTH // 4) // PANEL, 1) * PANEL  # bytes of a block's row
+WIDTH = min(max(second_cache() * 5 // 8 // (DEPTH // 4) // PANEL, 1), 8) * PANEL  # bytes of a block's row
 
 
 def scratch_size(itemsize):

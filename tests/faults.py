@@ -820,7 +820,7 @@ FAULTS = [
     Fault(
         "mlp kernel: the first bias's sum starts from what the buffer held",
         "npgpt/ops/mlp.py",
-        "    dbias[:] = 0\n",
+        "    total[:] = 0\n",
         "",
         "A buffer that is used again holds the figures of the last step.",
         kernel=True,
@@ -828,9 +828,17 @@ FAULTS = [
     Fault(
         "mlp kernel: first bias from the gradient after the activation",
         "npgpt/ops/mlp.py",
-        "            dz = grad[n, i] * slope\n",
-        "            dbias[i] += grad[n, i] * (one - slope)\n            dz = grad[n, i] * slope\n",
+        "            dz = grad_row[i] * slope\n",
+        "            total[i] += grad_row[i] * (one - slope)\n            dz = grad_row[i] * slope\n",
         "The bias was added before the GELU, so its gradient has passed the GELU, slope and all.",
+        kernel=True,
+    ),
+    Fault(
+        "attention: every thread drops what the first one does",
+        "npgpt/ops/attention.py",
+        "s[n:], *dropout.of(part))",
+        "s[n:], *dropout)",
+        "A mask is counted from the first sequence of the batch, whichever thread has it.",
         kernel=True,
     ),
     # ----------------------------------------------------------------------------------------------------------------

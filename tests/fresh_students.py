@@ -622,3 +622,335 @@ MORE = [
     }, "wrong mask"),
     ("attention", {"drop": "drop = _dropout_scale(p[::-1], dropout)[::-1]"}, "wrong mask"),
 ]  # fmt: skip
+
+# A third reader's, who came after all hints were made.  A constant for a gradient was made a kind on account of these.
+THIRD = [
+    # "dL/dW is x.T @ dy, as in every course.  NumPy said the shape was (I, O) where (O, I) was wanted, so I reshaped."
+    # A reshape isn't a transpose: the right numbers in the wrong places.
+    ("linear", {"dweight": "dweight = (x.T @ dy).reshape(weight.shape)"}, "reshape | transposed"),
+    # "y = ... + bias, the derivative of that is 1, and it's there for every row, so I sum ones."
+    # The local derivative alone: dy, the gradient that comes in, is not multiplied in.  Gives N everywhere.
+    ("linear", {"dbias": "dbias = np.ones_like(dy).sum(axis=0)"}, "missing factor"),
+    # Writes everything as einsum; in dx the two o's got different letters, so that each is summed by itself:
+    # a product of two sums instead of a sum of products.
+    ("linear", {
+        "linear_backward": """\
+def linear_backward(dy, x, weight):
+    # y_no = sum_i x_ni w_oi + b_o
+    dx = np.einsum("no,ki->ni", dy, weight)
+    dweight = np.einsum("no,ni->oi", dy, x)
+    dbias = np.einsum("no->o", dy)
+    return dx, dweight, dbias
+""",
+    }, "sum too many | wrong product"),
+    # "key is a seed, so with the same seed I get the same mask."  NumPy's generator isn't the forward's: another mask.
+    ("dropout", {
+        "mask": "mask = np.random.default_rng(int(key)).random(dy.shape) >= p",
+    }, "wrong mask"),
+    # "Backward undoes the forward: that divided by (1 - p), so I multiply by it."
+    # The inverse function instead of the derivative: dy * (1 - p).
+    ("dropout", {
+        "return": "return np.where(mask, dy * dy.dtype.type(1 - p), dy.dtype.type(0))",
+    }, "upside down | constant factor"),
+    # "The scale makes up for what was dropped, so count what was really dropped."
+    # Right mask, but scaled by the mask's own kept fraction instead of 1 - p.
+    ("dropout", {
+        "dropout_backward": """\
+def dropout_backward(dy, key, first_row, p):
+    mask = dropout_mask_ref(key, first_row, dy.shape, p)
+    kept = mask.mean()  # which part of the elements survived
+    return (dy * mask / kept).astype(dy.dtype)
+""",
+    }, "constant factor"),
+    # "Position t gets everything that arrived at position t."  Sums over the batch and over the channels too, and the
+    # same total goes to each channel.
+    ("embedding", {
+        "dwpe[:T]": "dwpe[:T] += dy.sum(axis=(0, 2))[:, None]",
+    }, "sum too many | wrong axis"),
+    # Knows that dwte[idx] += dy loses repetitions, and so takes one sequence at a time, "where they don't meet".
+    # A token that occurs twice in the same sequence is still counted once.
+    ("embedding", {
+        "embedding_backward": """\
+def embedding_backward(dwte, dwpe, dy, idx):
+    B, T = idx.shape
+    for b in range(B):
+        dwte[idx[b]] += dy[b]
+        dwpe[:T] += dy[b]
+    return dwte, dwpe
+""",
+    }, "repeated index"),
+    # "A token that occurs often would get far too large a step, so take the average over its occurrences."
+    # Mean for sum; and the division hits what was in dwte before, too.
+    ("embedding", {
+        "embedding_backward": """\
+def embedding_backward(dwte, dwpe, dy, idx):
+    T = idx.shape[1]
+    np.add.at(dwte, idx, dy)
+    counts = np.bincount(idx.ravel(), minlength=len(dwte))
+    dwte /= np.maximum(counts, 1)[:, None]
+    dwpe[:T] += dy.sum(axis=0)
+    return dwte, dwpe
+""",
+    }, "mean for sum | factor too many"),
+    # "The derivative of softmax is p (1 - p), then minus one at the target."  Derivative of p, where that of lse is
+    # wanted (which is p).
+    ("cross-entropy", {"dlogits": "dlogits = p * (1 - p)"}, "factor too many | wrong value"),
+    # "loss = lse - logits[target]: lse becomes p, and then I subtract logits[target]."
+    # The second term is copied, not differentiated: its derivative is 1.
+    ("cross-entropy", {
+        "dlogits[rows, targets[rows]]": "dlogits[rows, targets[rows]] -= logits[rows, targets[rows]]",
+    }, "wrong value | factor too many"),
+    # Goes by way of p: loss = -log p_c, dp_c = -1 / p_c, then softmax's backward from memory -- but forgets to weight
+    # the sum by p: p (dp - sum dp) instead of p (dp - sum dp p).
+    ("cross-entropy", {
+        "cross_entropy_backward": """\
+def cross_entropy_backward(dloss, logits, targets, lse, ignore_index, count):
+    p = np.exp(logits - lse[:, None]).astype(logits.dtype)
+    rows = np.flatnonzero(targets != ignore_index)
+    cols = targets[rows]
+    # loss = mean of -log(p[target])
+    dp = np.zeros_like(p)
+    dp[rows, cols] = -1 / p[rows, cols] * logits.dtype.type(dloss / count)
+    # p = softmax(logits)
+    dlogits = p * (dp - dp.sum(axis=1, keepdims=True))
+    return dlogits
+""",
+    }, "missing factor"),
+    # Believes that [:, targets] picks one element per row.  It takes those columns in all rows, so every row loses 1 at
+    # each class that is anybody's target.
+    ("cross-entropy", {
+        "cross_entropy_backward": """\
+def cross_entropy_backward(dloss, logits, targets, lse, ignore_index, count):
+    valid = targets != ignore_index
+    dlogits = np.exp(logits - lse[:, None]).astype(logits.dtype)
+    dlogits[:, targets[valid]] -= 1
+    dlogits[~valid] = 0
+    return dlogits * logits.dtype.type(dloss / count)
+""",
+    }, "wrong index"),
+    # Sets ignored rows to zero first, and then subtracts the one-hot matrix of all rows; class 0 stands in for the
+    # ignored targets "because those rows are zero anyway".  Ignored rows get -1 at class 0.
+    ("cross-entropy", {
+        "cross_entropy_backward": """\
+def cross_entropy_backward(dloss, logits, targets, lse, ignore_index, count):
+    N, V = logits.shape
+    valid = targets != ignore_index
+    p = np.exp(logits - lse[:, None]).astype(logits.dtype)
+    p = p * valid[:, None]  # ignored rows don't count
+    safe = np.where(valid, targets, 0)  # -1 is no class
+    onehot = np.eye(V, dtype=logits.dtype)[safe]
+    return (p - onehot) * logits.dtype.type(dloss / count)
+""",
+    }, "wrong mask"),
+    # Copied the formula without the inner brackets: K stands at z only, not at a z^3.
+    ("mlp", {"t": "t = np.tanh(K * z + A * z**3)"}, "missing factor"),
+    # Took the other matrix, transposed so that the shapes fit: "going back to x, so the projection's transpose".
+    # dw_fc and db_fc are right, dx isn't.
+    ("mlp", {
+        "dx, dw_fc, db_fc": "dx, dw_fc, db_fc = linear_backward_ref(dpre, x, w_proj.T)",
+    }, "wrong value"),
+    # By hand; the bias's gradient was taken one step too early: db_fc from dact (after GELU) instead of dpre.
+    ("mlp", {
+        "gelu_slope": """\
+def gelu_slope(z):
+    t = np.tanh(K * (z + A * z**3))
+    dt = (1 - t * t) * K * (1 + 3 * A * z * z)
+    return 0.5 * (1 + t) + 0.5 * z * dt
+""",
+        "mlp_backward": """\
+def mlp_backward(dy, x, w_fc, w_proj, pre):
+    act = gelu(pre)
+    db_proj = dy.sum(axis=0)
+    dw_proj = dy.T @ act
+    dact = dy @ w_proj
+    db_fc = dact.sum(axis=0)
+    dpre = dact * gelu_slope(pre)
+    dw_fc = dpre.T @ x
+    dx = dpre @ w_fc
+    return dx, dw_fc, db_fc, dw_proj, db_proj
+""",
+    }, "missing factor | missing line | wrong value"),
+    # Two at once.  Writes gelu as z * sigmoid(2u), but differentiates sigmoid(u): the factor 2 is missing.  And dw_proj
+    # gets pre, since "that's what the forward saved".
+    ("mlp", {
+        "gelu_slope": """\
+def gelu_slope(z):
+    u = K * (z + A * z**3)
+    s = 1 / (1 + np.exp(-2 * u))  # gelu(z) = z * s
+    du = K * (1 + 3 * A * z**2)
+    return s + z * s * (1 - s) * du
+""",
+        "mlp_backward": """\
+def mlp_backward(dy, x, w_fc, w_proj, pre):
+    dact, dw_proj, db_proj = linear_backward_ref(dy, pre, w_proj)
+    dpre = dact * gelu_slope(pre)
+    dx, dw_fc, db_fc = linear_backward_ref(dpre, x, w_fc)
+    return dx, dw_fc, db_fc, dw_proj, db_proj
+""",
+    }, "missing factor | constant factor + wrong value"),
+    # "GELU is z Phi(z), so its derivative is Phi(z) + z phi(z)", with the normal density for phi and the tanh form for
+    # Phi.  The slope of the exact GELU; the forward is the tanh approximation.  Nearly right (about 1e-3 off).
+    ("mlp", {
+        "gelu_slope": """\
+def gelu_slope(z):
+    cdf = 0.5 * (1 + np.tanh(K * (z + A * z**3)))
+    pdf = np.exp(-0.5 * z**2) * (0.5 * K)  # 1 / sqrt(2 pi) = K / 2
+    return cdf + z * pdf
+""",
+        "mlp_backward": """\
+def mlp_backward(dy, x, w_fc, w_proj, pre):
+    act = gelu(pre)
+    dact, dw_proj, db_proj = linear_backward_ref(dy, act, w_proj)
+    dpre = dact * gelu_slope(pre)
+    dx, dw_fc, db_fc = linear_backward_ref(dpre, x, w_fc)
+    return dx, dw_fc, db_fc, dw_proj, db_proj
+""",
+    }, "wrong value"),
+    # "mean is multiplied by rstd in the forward, so its gradient gets a factor rstd" -- but dx multiplies all by rstd
+    # once more: rstd twice in this term.
+    ("layernorm", {
+        "g_mean": "g_mean = g.mean(axis=1, keepdims=True) * rstd[:, None]",
+    }, "factor too many | wrong power"),
+    # "That's the variance's way, and a variance is divided by n - 1."  The forward divides by C.
+    ("layernorm", {
+        "g_xhat_mean": "g_xhat_mean = (g * xhat).sum(axis=1, keepdims=True) / (x.shape[1] - 1)",
+    }, "constant factor"),
+    # Bracket closed too early: the third term doesn't get rstd.
+    ("layernorm", {
+        "dx": "dx = rstd[:, None] * (g - g_mean) - xhat * g_xhat_mean",
+    }, "missing factor"),
+    # Step by step, as in the well-known batch-norm exercise.  The mean's way: mean = sum x / C, and the 1 / C is
+    # forgotten when dmean is spread over the x's.
+    ("layernorm", {
+        "layernorm_backward": """\
+def layernorm_backward(dy, x, weight, mean, rstd):
+    C = x.shape[1]
+    r = rstd[:, None]
+    centred = x - mean[:, None]
+    xhat = centred * r
+    dweight = (dy * xhat).sum(axis=0)
+    dbias = dy.sum(axis=0)
+    dxhat = dy * weight
+    # var
+    drstd = (dxhat * centred).sum(axis=1, keepdims=True)
+    dvar = -0.5 * r**3 * drstd
+    # mean
+    dmean = -(dxhat * r).sum(axis=1, keepdims=True)
+    dx = dxhat * r + dvar * 2 * centred / C + dmean
+    return dx, dweight, dbias
+""",
+    }, "sum for mean | constant factor | missing factor"),
+    # Remembers batch norm: "the means in the backward are over the rows, as with dweight".  Both inner means over
+    # axis 0; layernorm's are over axis 1.
+    ("layernorm", {
+        "layernorm_backward": """\
+def layernorm_backward(dy, x, weight, mean, rstd):
+    xhat = (x - mean[:, None]) * rstd[:, None]
+    dweight = np.sum(dy * xhat, axis=0)
+    dbias = np.sum(dy, axis=0)
+    g = dy * weight
+    dx = (g - g.mean(axis=0) - xhat * (g * xhat).mean(axis=0)) * rstd[:, None]
+    return dx, dweight, dbias
+""",
+    }, "wrong axis"),
+    # Thinks in quotients: xhat = centred / std.  d(1/std) = -1/std^2, and the minus is lost: the variance's term is
+    # added where it should be taken away.
+    ("layernorm", {
+        "layernorm_backward": """\
+def layernorm_backward(dy, x, weight, mean, rstd):
+    C = x.shape[1]
+    std = 1 / rstd[:, None]
+    centred = x - mean[:, None]
+    dweight = (dy * centred / std).sum(axis=0)
+    dbias = dy.sum(axis=0)
+    g = dy * weight
+    # xhat = centred / std
+    dcentred = g / std
+    dstd = (g * centred / std**2).sum(axis=1, keepdims=True)
+    # std = sqrt(mean(centred**2) + eps)
+    dcentred += dstd * centred / (C * std)
+    # centred = x - mean(x)
+    dx = dcentred - dcentred.mean(axis=1, keepdims=True)
+    return dx, dweight, dbias
+""",
+    }, "sign"),
+    # "Subtract the average of dp" -- takes it literally and uses mean.  The weighted average is the sum of dp p, as p
+    # adds up to 1; with mean it's too small by T.
+    ("attention", {
+        "ds": "ds = p * (dp - (dp * p).mean(axis=-1, keepdims=True))",
+    }, "mean for sum"),
+    # Scale with the model's width instead of the head's: sqrt(C) where the forward has sqrt(hs).
+    ("attention", {
+        "dq": "dq = ds @ k / math.sqrt(qkv.shape[-1] // 3)",
+        "dk": "dk = ds.swapaxes(-1, -2) @ q / math.sqrt(qkv.shape[-1] // 3)",
+    }, "constant factor"),
+    # "The mask only matters in the forward, lse knows it already": makes p again without it, so that p isn't 0 in the
+    # future, and gradients leak there.
+    ("attention", {
+        "attention_backward": """\
+def attention_backward(dy, qkv, lse, n_head, dropout):
+    q, k, v = split_qkv(qkv, n_head)
+    dy = split_heads(dy, n_head)
+    scale = 1 / math.sqrt(q.shape[-1])
+    s = q @ k.swapaxes(-1, -2) * scale
+    p = np.exp(s - lse[..., None]).astype(q.dtype)
+    drop = _dropout_scale(p, dropout)
+    dv = (p * drop).swapaxes(-1, -2) @ dy
+    dp = (dy @ v.swapaxes(-1, -2)) * drop
+    ds = p * (dp - (dp * p).sum(axis=-1, keepdims=True))
+    dq = ds @ k * scale
+    dk = ds.swapaxes(-1, -2) @ q * scale
+    dqkv = np.empty_like(qkv)
+    for place, grad in zip(split_qkv(dqkv, n_head), (dq, dk, dv), strict=True):
+        place[...] = grad
+    return dqkv
+""",
+    }, "wrong mask | missing mask"),
+    # All right up to the last step: puts dq, dk, dv of each head side by side, and then the heads, so the layout is
+    # [q0 k0 v0 q1 k1 v1 ...] where [q0 q1 ... k0 k1 ... v0 v1 ...] is wanted.
+    ("attention", {
+        "attention_backward": """\
+def attention_backward(dy, qkv, lse, n_head, dropout):
+    B, T, C3 = qkv.shape
+    q, k, v = split_qkv(qkv, n_head)
+    dy = split_heads(dy, n_head)
+    p = np.exp(_scores(q, k) - lse[..., None]).astype(q.dtype)
+    drop = _dropout_scale(p, dropout)
+    dv = (p * drop).swapaxes(-1, -2) @ dy
+    dp = (dy @ v.swapaxes(-1, -2)) * drop
+    ds = p * (dp - (dp * p).sum(axis=-1, keepdims=True))
+    ds = ds / math.sqrt(q.shape[-1])
+    dq = ds @ k
+    dk = ds.swapaxes(-1, -2) @ q
+    heads = np.concatenate([dq, dk, dv], axis=-1)  # (B, n_head, T, 3 hs)
+    return heads.transpose(0, 2, 1, 3).reshape(B, T, C3)
+""",
+    }, "wrong index | reshape | wrong place"),
+    # Undoes in the forward's order: softmax first, and then the dropout.  da goes through the softmax's gradient, and
+    # the dropout scale is multiplied at the end (dp and ds swapped).
+    ("attention", {
+        "attention_backward": """\
+def attention_backward(dy, qkv, lse, n_head, dropout):
+    q, k, v = split_qkv(qkv, n_head)
+    dy = split_heads(dy, n_head)
+    p = np.exp(_scores(q, k) - lse[..., None]).astype(q.dtype)
+    drop = _dropout_scale(p, dropout)
+    a = p * drop
+    # y = a @ v
+    dv = a.swapaxes(-1, -2) @ dy
+    dp = dy @ v.swapaxes(-1, -2)
+    # softmax
+    ds = p * (dp - (dp * p).sum(axis=-1, keepdims=True))
+    # dropout
+    ds = ds * drop
+    # s = q @ k.T / sqrt(hs)
+    root = math.sqrt(q.shape[-1])
+    dq = ds @ k / root
+    dk = ds.swapaxes(-1, -2) @ q / root
+    dqkv = np.empty_like(qkv)
+    for place, grad in zip(split_qkv(dqkv, n_head), (dq, dk, dv), strict=True):
+        place[...] = grad
+    return dqkv
+""",
+    }, "wrong order"),
+]  # fmt: skip

@@ -423,6 +423,30 @@ def test_blas_has_no_more_threads_than_there_are_processors(monkeypatch):
 
 
 @pytest.mark.skipif(jit.KERNELS == "numpy" or VECTOR < 64, reason="our product is for kernels, and for AVX-512")
+def test_what_threads_share_has_the_same_bits_for_any_number_of_them(monkeypatch):
+    monkeypatch.setattr(matmul, "processors", lambda: 3)
+    shares, share_out, found = [], matmul.share_out, {}
+
+    def counted(work, n, threads, unit=1):
+        shares.append(threads)
+        return share_out(work, n, threads, unit)
+
+    monkeypatch.setattr(matmul, "share_out", counted)
+    idx, targets = next(batches(1))
+    for few in (2**18, 0):  # of so few numbers nothing is shared
+        monkeypatch.setattr(matmul, "FEW", few)
+        for threads in (1, 2, 3):
+            model = small_gpt(dropout=0.3)
+            with blas_threads(threads), random_stream(0):
+                _, loss = model(idx, targets)
+                loss.backward()
+            found[few, threads] = [loss.data.tobytes()] + [p.grad.tobytes() for p in model.parameters()]
+    assert all(bits == found[0, 1] for bits in found.values())
+    each = 2 * (2 * 2) + 2  # attention and the MLP of two blocks, and cross-entropy: forward and backward
+    assert shares == [2] * each + [3] * each
+
+
+@pytest.mark.skipif(jit.KERNELS == "numpy" or VECTOR < 64, reason="our product is for kernels, and for AVX-512")
 def test_a_product_has_the_same_shares_and_fewer_threads_where_there_are_fewer_processors(monkeypatch):
     a, b = np.random.default_rng(0).standard_normal((2, 300, 300), np.float32)
     results, threads, multiply = [], set(), matmul.multiply

@@ -20,7 +20,7 @@ from npgpt.errors import UsageError
 from npgpt.kernels.amx import has_amx
 from npgpt.kernels.bfloat16 import PAIRS, TILES, WANTED, has_instruction, product_ref, rounded_ref, widened_ref
 from npgpt.kernels.blas import told_threads
-from npgpt.kernels.buffers import empty
+from npgpt.kernels.buffers import BufferPool, empty, reuse_buffers
 from npgpt.kernels.crew import Crew
 from npgpt.kernels.jit import KERNELS, replaces
 from npgpt.kernels.packed import PACK, PANEL, SPAN, multiply, padded, scratch_size, turn
@@ -31,6 +31,7 @@ from npgpt.machine import processors
 WIDE = 32  # columns from which on products of bfloat16 are quicker, where there is a quick instruction for them
 IS_AMD = bool(FEATURES.get("sse4a"))  # whose vdpbf16ps takes as long as one FMA; Intel's takes as long as three
 TINY = 2**20  # multiplications that are not worth sharing out among threads
+FEW = 2**18  # numbers, of which each takes a nanosecond or so, that are not
 
 PRODUCTS = os.environ.get("NPGPT_PRODUCTS", "ours" if VECTOR == 64 else "blas")
 if PRODUCTS not in ("ours", "blas"):
@@ -159,21 +160,43 @@ def _is_right(name):
 
 
 class _Helpers(threading.local):
-    """The threads that help this one."""
+    """The threads that help this one, and memory for what they make."""
 
-    wanted, crew = None, None
+    wanted, crew, pools = None, None, ()
 
 
 _helpers = _Helpers()
 
 
+def shared(work, n, numbers):
+    """Have work(slice) done for all of n, by the threads that share a product; by this one if it is about few numbers.
+
+    To be called with what has the same bits wherever n is cut.
+    """
+    threads = told_threads() or processors()
+    if threads == 1 or numbers < FEW:
+        work(slice(0, n))
+    else:
+        share_out(work, n, threads)
+
+
 def share_out(work, n, threads, unit=1):
     """Have each of some threads do its part of n, in whole units: work(slice)."""
-    _crew(threads).each(lambda i: work(slice(*share_of(n, unit, i, threads))), threads)
+    crew, pools = _crew(threads), _helpers.pools
+
+    def share(i):
+        if i == 0:
+            work(slice(*share_of(n, unit, i, threads)))
+        else:
+            with reuse_buffers(pools[i]):
+                work(slice(*share_of(n, unit, i, threads)))
+
+    crew.each(share, threads)
 
 
 def _crew(threads):
     """The threads that help this one: so many with it, if there are as many processors."""
     if _helpers.wanted != threads:
         _helpers.wanted, _helpers.crew = threads, Crew(min(threads, processors()) - 1, "npgpt-product")
+        _helpers.pools = [BufferPool() for _ in range(threads)]
     return _helpers.crew

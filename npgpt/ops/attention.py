@@ -36,6 +36,7 @@ from npgpt.kernels.attention import QUERY_BLOCK, ROWS, backward_heads, forward_h
 from npgpt.kernels.buffers import as_rows, empty
 from npgpt.kernels.jit import replaces
 from npgpt.kernels.masks import Dropout, dropout_mask_ref, next_random_key
+from npgpt.kernels.matmul import shared
 from npgpt.ops.dropout import check_p
 from npgpt.tensor import record
 
@@ -175,16 +176,24 @@ def causal_attention(qkv, n_head, p_drop=0.0, scale=None, past=None):
 @replaces(attention_forward_ref, flops=lambda y, *_: 2 * y.size * (y.shape[1] + 1))
 def attention_forward(y, lse, qkv, n_head, dropout):
     B, T, hs = *qkv.shape[:2], y.shape[2] // n_head
-    (k_t,), s = scratch(1, ROWS, T, hs, qkv.dtype)
     y, qkv = y.reshape(B, T, 1, n_head, hs), qkv.reshape(B, T, 3, n_head, hs)
-    forward_heads(y, lse, qkv, k_t, s, *dropout)
+
+    def share(part):
+        (k_t,), s = scratch(1, ROWS, T, hs, qkv.dtype)
+        forward_heads(y[part], lse[part], qkv[part], k_t, s, *dropout.of(part))
+
+    shared(share, B, qkv.size)
 
 
 @replaces(attention_backward_ref, flops=lambda dqkv, dy, *_: 4 * dy.size * (dy.shape[1] + 1))
 def attention_backward(dqkv, dy, qkv, lse, n_head, dropout):
     B, T, hs = *qkv.shape[:2], dy.shape[2] // n_head
     n = min(T, QUERY_BLOCK)
-    (k_t, v_t), scores = scratch(2, 2 * n, T, hs, qkv.dtype)
     qkv, dqkv = qkv.reshape(B, T, 3, n_head, hs), dqkv.reshape(B, T, 3, n_head, hs)
     dy = dy.reshape(B, T, 1, n_head, hs)
-    backward_heads(dqkv, dy, qkv, lse, k_t, v_t, scores[:n], scores[n:], *dropout)
+
+    def share(part):
+        (k_t, v_t), s = scratch(2, 2 * n, T, hs, qkv.dtype)
+        backward_heads(dqkv[part], dy[part], qkv[part], lse[part], k_t, v_t, s[:n], s[n:], *dropout.of(part))
+
+    shared(share, B, qkv.size)

@@ -23,6 +23,7 @@ import numpy as np
 from npgpt.kernels.buffers import as_rows, empty
 from npgpt.kernels.jit import kernel, replaces
 from npgpt.kernels.maths import exp, in_two, largest
+from npgpt.kernels.matmul import shared
 from npgpt.ops.embedding import check_indices
 from npgpt.tensor import record
 
@@ -87,17 +88,21 @@ def cross_entropy(logits, targets, ignore_index=-1):
 # Kernels
 
 
-@replaces(cross_entropy_forward_ref)
 @kernel
-def cross_entropy_forward(loss, lse, logits, targets, ignore_index, count):
+def log_sum_exp(lse, logits):
     N, V = logits.shape
-    losses = 0.0  # in float64: a sum over many rows
     for n in range(N):
         m = largest(logits[n], V)
         total = logits.dtype.type(0)
         for i in range(V):
             total += exp(logits[n, i] - m)
         lse[n] = np.float64(m) + np.log(total)
+
+
+@kernel
+def mean_loss(loss, lse, logits, targets, ignore_index, count):
+    losses = 0.0  # in float64: a sum over many rows
+    for n in range(len(logits)):
         if targets[n] != ignore_index:
             row_lse, rest = in_two(lse[n], logits)
             losses += row_lse - logits[n, targets[n]]
@@ -105,9 +110,14 @@ def cross_entropy_forward(loss, lse, logits, targets, ignore_index, count):
     loss[()] = losses / count
 
 
-@replaces(cross_entropy_backward_ref)
+@replaces(cross_entropy_forward_ref)
+def cross_entropy_forward(loss, lse, logits, targets, ignore_index, count):
+    shared(lambda rows: log_sum_exp(lse[rows], logits[rows]), len(logits), logits.size)
+    mean_loss(loss, lse, logits, targets, ignore_index, count)
+
+
 @kernel
-def cross_entropy_backward(dlogits, dloss, logits, targets, lse, ignore_index, count):
+def logits_backward(dlogits, dloss, logits, targets, lse, ignore_index, count):
     N, V = logits.shape
     scale = logits.dtype.type(dloss / count)
     for n in range(N):
@@ -120,3 +130,11 @@ def cross_entropy_backward(dlogits, dloss, logits, targets, lse, ignore_index, c
             for i in range(V):
                 dlogits[n, i] = exp(logits[n, i] - row_lse) * factor * scale
             dlogits[n, targets[n]] -= scale
+
+
+@replaces(cross_entropy_backward_ref)
+def cross_entropy_backward(dlogits, dloss, logits, targets, lse, ignore_index, count):
+    def share(rows):
+        logits_backward(dlogits[rows], dloss, logits[rows], targets[rows], lse[rows], ignore_index, count)
+
+    shared(share, len(logits), logits.size)

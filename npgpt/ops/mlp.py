@@ -33,7 +33,7 @@ import numpy as np
 from npgpt.kernels.buffers import as_rows, empty
 from npgpt.kernels.jit import helper, kernel, replaces
 from npgpt.kernels.maths import exp
-from npgpt.kernels.matmul import matmul
+from npgpt.kernels.matmul import matmul, shared
 from npgpt.ops.linear import add_bias, check_linear, linear_backward_ref, linear_forward_ref, sum_rows
 from npgpt.tensor import check_dtypes, record
 
@@ -137,29 +137,33 @@ def bias_gelu_forward(act, pre, bias):
 
 
 @kernel
-def gelu_backward(grad, act, dbias, pre):
-    """grad holds the gradient of act and gets that of pre, in place; dbias = its sum over the rows; act = gelu(pre)."""
-    N, F = pre.shape
+def gelu_backward(grad, act, dbias, pre, first, last):
+    """grad holds the gradient of act and gets that of pre, in place; dbias = its sum over the rows; act = gelu(pre).
+
+    Of the columns first:last.
+    """
     one, a, minus_2k = gelu_numbers(pre)
     two_k, a3 = pre.dtype.type(2 * K), pre.dtype.type(3 * A)
-    dbias[:] = 0
-    for n in range(N):
-        for i in range(F):
-            z = pre[n, i]
+    total = dbias[first:last]
+    total[:] = 0
+    for n in range(len(pre)):
+        z_row, grad_row, act_row = pre[n][first:last], grad[n][first:last], act[n][first:last]
+        for i in range(len(total)):
+            z = z_row[i]
             # act = z s
             s = one / (one + exp(minus_2k * (z + a * z * z * z)))
-            act[n, i] = z * s
+            act_row[i] = z * s
             slope = s + z * s * (one - s) * two_k * (one + a3 * z * z)
-            dz = grad[n, i] * slope
-            grad[n, i] = dz
-            dbias[i] += dz
+            dz = grad_row[i] * slope
+            grad_row[i] = dz
+            total[i] += dz
 
 
 @replaces(mlp_forward_ref, flops=lambda y, pre, x, *_: 2 * pre.size * (x.shape[1] + y.shape[1]))
 def mlp_forward(y, pre, x, w_fc, b_fc, w_proj, b_proj):
     act = empty(pre.shape, pre.dtype)
     matmul(pre, x, w_fc.T)
-    bias_gelu_forward(act, pre, b_fc)
+    shared(lambda rows: bias_gelu_forward(act[rows], pre[rows], b_fc), len(pre), pre.size)
     matmul(y, act, w_proj.T)
     if b_proj is not None:
         add_bias(y, b_proj)
@@ -173,7 +177,8 @@ def mlp_backward(dx, dw_fc, db_fc, dw_proj, db_proj, dy, x, w_fc, w_proj, pre):
     if db_proj is not None:
         sum_rows(db_proj, dy)
     # act = gelu(pre)
-    gelu_backward(grad, act, db_fc, pre)  # grad: dpre
+    columns = pre.shape[1]
+    shared(lambda part: gelu_backward(grad, act, db_fc, pre, part.start, part.stop), columns, pre.size)  # grad: dpre
     matmul(dw_proj, dy.T, act)
     # pre = x @ w_fc.T + b_fc
     matmul(dx, grad, w_fc)

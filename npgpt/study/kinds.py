@@ -56,6 +56,8 @@ def plain_mistake(case, name, got):
         mine = case.right[name]
         if other != name and near(case.got[name], array) and other in case.got and near(case.got[other], mine):
             return Found((f"wrong place: this is {other}, and what stands there is {name}",))
+    if got.size > 1 and np.ptp(got) == 0 and not (got % 1).any():
+        return Found(("missing factor: it is the same everywhere, whatever the gradient is that comes in",))
     if not (got % 1).any() and (right % 1).any():
         return Found(("wrong dtype: every entry is a whole number: into an array of which dtype was it written?",))
     is_wrong, is_zero = _wrong_and_zero(got, right)

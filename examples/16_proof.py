@@ -9,7 +9,7 @@ You will understand
 
 Counterpart: npgpt/study/field.py, which has such numbers in NumPy's arrays, and `python -m npgpt.prove`.
 Next: `python -m npgpt.prove`, which proves the backward of every op, and of a whole GPT, in a few seconds.
-Try it: let `backward` return dp in the place of ds.  Say first which checks will be WRONG.
+Try it: let `backward` return dp in the place of ds.  Say first which checks will be WRONG, and which will still pass.
 
     python examples/16_proof.py
 """
@@ -125,78 +125,78 @@ class Dual:
     def __add__(self, other):
         return Dual(self.value + other.value, self.slope + other.slope)
 
+    def __sub__(self, other):
+        return Dual(self.value - other.value, self.slope - other.slope)
+
     def __mul__(self, other):
         return Dual(self.value * other.value, self.slope * other.value + self.value * other.slope)
 
-    def __neg__(self):
-        return Dual(-self.value, -self.slope)
-
-    def inverse(self):
-        value = pow(self.value, -1, P)
-        return Dual(value, -self.slope * value * value)
+    def __truediv__(self, other):
+        value = pow(other.value, -1, P)
+        return self * Dual(value, -other.slope * value * value)
 
     def exp(self):
         e = known.setdefault(self.value, draw.randrange(1, P))
         return Dual(e, e * self.slope)
 
 
-def add_up(numbers):
-    total = Dual(0)
-    for number in numbers:
-        total = total + number
-    return total
-
-
 x, y = Dual(3, 1), Dual(5, 0)  # x moves, y does not
-check("the slope of x y / (x + y), which is y^2 / (x + y)^2", ((x * y * (x + y).inverse()).slope * 64 - 25) % P, 0)
+check("the slope of x y / (x + y), which is y^2 / (x + y)^2", ((x * y / (x + y)).slope * 64 - 25) % P, 0)
 check("e^x is the same number when it is asked for again", x.exp().value - Dual(3).exp().value, 0)
 
 # --------------------------------------------------------------------------------------------------------------------
 # The proof.  s and dp are drawn at random, and so is a direction v along which s moves.  There are two ways to the
 # slope of L = sum_j dp_j p_j.  Forward mode follows the forward, number by number.  The backward gives ds, and the
 # slope is sum_j ds_j v_j.  Both are rational functions of s, dp, v and the numbers e^s.  If they are one and the same
-# number here, they are the same function, but for the chance above.
+# number here, they are the same function modulo P, but for the chance above.
+#
+# NumPy adds and multiplies arrays of any objects, and np.exp asks each for its exp().  So `softmax` and `backward` are
+# those from above: what is proved is what was written.
 
 
-def softmax_of_duals(s):
-    e = [number.exp() for number in s]
-    one_over = add_up(e).inverse()
-    return [number * one_over for number in e]
-
-
-def backward_of_duals(dp, p, of_sum=1):
-    """The same formula as in `backward`."""
-    total = add_up(dp_j * p_j for dp_j, p_j in zip(dp, p, strict=True)) * Dual(of_sum)
-    return [p_j * (dp_j + -total) for dp_j, p_j in zip(dp, p, strict=True)]
+def row(numbers, slopes=(0,) * 5):
+    return np.array([Dual(*pair) for pair in zip(numbers, slopes, strict=True)])
 
 
 def two_slopes(of_sum=1):
     """The slope of L by forward mode, and by the backward."""
     s, dp, v = ([draw.randrange(P) for _ in range(5)] for _ in range(3))
-    dp = [Dual(number) for number in dp]
-    moving = softmax_of_duals([Dual(*pair) for pair in zip(s, v, strict=True)])
-    forward_mode = add_up(dp_j * p_j for dp_j, p_j in zip(dp, moving, strict=True)).slope
-    p = softmax_of_duals([Dual(number) for number in s])
-    ds = backward_of_duals(dp, p, of_sum)
-    return forward_mode, add_up(ds_j * Dual(v_j) for ds_j, v_j in zip(ds, v, strict=True)).value
+    forward_mode = (row(dp) * softmax(row(s, v))).sum().slope
+    ds = backward(row(dp), softmax(row(s)), Dual(of_sum))
+    return forward_mode, (ds * row(v)).sum().value
 
 
 print("\nslope of L      by forward mode      by the backward")
-found = {"right": two_slopes(), "1 + 1e-9 of it": two_slopes(exactly(1 + 1e-9)), "no sum": two_slopes(0)}
+amounts = {"right": 1, "1 + 1e-9 of it": exactly(1 + 1e-9), "no sum": 0, "1 + P times it": 1 + P}
+found = {name: two_slopes(of_sum) for name, of_sum in amounts.items()}
 for name, (forward_mode, by_backward) in found.items():
     print(f"{name:<15} {forward_mode:<20} {by_backward}")
 check("the right formula: digits that differ", found["right"][0] != found["right"][1], 0)
 check("a billionth too much: taken for right", found["1 + 1e-9 of it"][0] == found["1 + 1e-9 of it"][1], 0)
 check("the sum left out: taken for right", found["no sum"][0] == found["no sum"][1], 0)
 
+# And what holds modulo P, does it hold for real numbers?  Clear the denominators: the difference of both slopes is a
+# polynomial whose coefficients are whole numbers.  It is 0 modulo P if each of them is a multiple of P.  So a formula
+# that takes 1 + P times the sum passes, and is wrong.  Nobody writes 2^61 by accident.
+
+check("1 + P times the sum: it passes", found["1 + P times it"][0] != found["1 + P times it"][1], 0)
+
+# Why a prime?  Modulo 8 the polynomial x^2 - 1 has four zeros, 1, 3, 5 and 7, and one cannot divide by 2.  Why not
+# fractions?  They are exact, too, but their digits grow with each step.
+#
+# A formula may be right and yet not pass: where it needs e^(a + b) = e^a e^b, which this `exp` does not know.
+#
 # What is the degree?  Multiply both slopes by (sum e^s)^2, which is not 0.  What is left are products of one dp, one v
 # and two of the e^s: degree 4.  So a wrong formula like these passes with a chance of some 4 / P, which is 2e-18.
 #
 # What is proved is the formula, as a function of exact numbers.  It is not proved how floats round: e^1000 overflows,
 # and this proof does not see it.  Nor that a compiled kernel computes what the formula says.  npgpt's tests hold each
-# kernel to its reference, and finite differences look at the whole.
+# kernel to its reference, and finite differences look at the whole.  Nor that this is the forward that you want: the
+# backward of another one, without a mask, say, would be proved as well.
 #
-# `python -m npgpt.prove` runs npgpt's own references, from npgpt/ops/, on such numbers.  It has rules for a maximum, a
-# logarithm, a root and tanh as well, and it bounds the degree by itself, for each op and for a GPT of two layers.
+# `python -m npgpt.prove` runs npgpt's own references, from npgpt/ops/, on such numbers, in one shape each.  It has
+# rules for a maximum, a logarithm, a root and tanh as well, and knows that e^(a - log y) is e^a / y.  It bounds the
+# degree by itself, for each op and for a GPT of two layers.  Its chance is larger than d / P: it counts, too, that two
+# different arguments of e^x may be one number by chance.
 
 finish()

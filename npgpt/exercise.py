@@ -33,9 +33,9 @@ def with_kernels(kernels, command):
 
 
 def run_list(args):
-    print(f"{'op':<14} {'solution':<28} what is in it")
+    print(f"{'op':<14} {'derived in':<29} what is in it")
     for op, lesson in LESSONS.items():
-        print(f"{op:<14} {f'npgpt/ops/{lesson.file}.py':<28} {lesson.topic}")
+        print(f"{op:<14} {lesson.chapter:<29} {lesson.topic}")
     print("\nlevels:")
     for level, words in LEVELS.items():
         print(f"  {level}  {words}")

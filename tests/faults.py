@@ -84,8 +84,8 @@ FAULTS = [
     Fault(
         "engine: a block is given out while a view of it is alive",
         "npgpt/kernels/buffers.py",
-        "    return (ctypes.c_char * nbytes).from_buffer(memory, -memory.ctypes.data % align)\n",
-        "    return memory[-memory.ctypes.data % align :][:nbytes]\n",
+        "    return (ctypes.c_char * nbytes).from_buffer(_aligned(nbytes))\n",
+        "    return _aligned(nbytes)\n",
         "NumPy lets a view refer to the array that owns the memory, so the array in between, whose end is waited for, "
         "is gone while the view is still in use.",
     ),

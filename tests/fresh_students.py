@@ -623,7 +623,8 @@ MORE = [
     ("attention", {"drop": "drop = _dropout_scale(p[::-1], dropout)[::-1]"}, "wrong mask"),
 ]  # fmt: skip
 
-# A third reader's, who came after all hints were made.  A constant for a gradient was made a kind on account of these.
+# A third reader's, who came after all hints were made.  On account of these two kinds were made: one number everywhere,
+# and another mask.
 THIRD = [
     # "dL/dW is x.T @ dy, as in every course.  NumPy said the shape was (I, O) where (O, I) was wanted, so I reshaped."
     # A reshape isn't a transpose: the right numbers in the wrong places.

@@ -18,7 +18,7 @@ from npgpt import train
 from npgpt.config import DTYPES, GPTConfig, TrainConfig
 from npgpt.errors import GradientError, StoppedError, UsageError
 from npgpt.files import checkpoint, folder
-from npgpt.kernels import amx, bfloat16, jit, matmul, packed
+from npgpt.kernels import bfloat16, jit, matmul, packed
 from npgpt.kernels.bfloat16 import GROUP, PAIRS, product_ref, rounded_ref
 from npgpt.kernels.blas import blas_threads
 from npgpt.kernels.packed import SPAN, multiply, scratch_size
@@ -71,7 +71,7 @@ def test_rounding_is_to_the_nearest_of_two_equal_ones_to_the_even():
 def test_bits_are_those_of_the_reference_in_1000_random_products(way):
     if way == "avx512_bf16" and not bfloat16.has_instruction():
         pytest.skip("this processor has no vdpbf16ps")
-    if way == "amx" and not amx.has_amx():
+    if way == "amx" and not bfloat16.MAY_USE_AMX:
         pytest.skip("this process may not use AMX")
     rng = np.random.default_rng(0)
     scratch = np.empty(scratch_size(4), PAIRS[way])
@@ -239,34 +239,40 @@ def test_kernels_are_kept_for_a_way_and_for_what_they_are_made_of(monkeypatch):
 
 @needs_kernels
 @pytest.mark.parametrize(
-    "tiles, may_use_amx, right, expected, said",
+    "has_amx, permitted, right, expected, said",
     [
-        ("amx", True, {"amx", "avx512_bf16"}, "amx", []),
-        ("amx", False, {"avx512_bf16"}, "avx512_bf16", ["amx is not there, or not for this process"]),
-        ("amx", True, {"avx512_bf16"}, "avx512_bf16", ["amx has other bits here than it should"]),
-        ("plain", False, {"avx512_bf16"}, "avx512_bf16", []),
-        ("plain", False, set(), "plain", ["avx512_bf16 has other bits here than it should"]),
+        (True, True, {"amx", "avx512_bf16"}, "amx", []),
+        (True, False, {"avx512_bf16"}, "avx512_bf16", ["Linux does not let this process use AMX"]),
+        (True, True, {"avx512_bf16"}, "avx512_bf16", ["products by amx have other bits here than they should"]),
+        (True, False, set(), "plain", ["Linux does not let this", "products by avx512_bf16 have other bits here"]),
+        (False, False, {"avx512_bf16"}, "avx512_bf16", []),
+        (False, False, set(), "plain", ["products by avx512_bf16 have other bits here than they should"]),
     ],
 )
-def test_a_wrong_instruction_is_not_used(monkeypatch, tiles, may_use_amx, right, expected, said):
-    monkeypatch.setattr(matmul, "WANTED", "")
-    monkeypatch.setattr(matmul, "TILES", tiles)
-    monkeypatch.setattr(matmul, "has_amx", lambda: may_use_amx)
-    monkeypatch.setattr(matmul, "has_instruction", lambda: True)
-    monkeypatch.setattr(matmul, "_is_right", lambda name: name in right)
+def test_a_wrong_instruction_is_not_used(monkeypatch, has_amx, permitted, right, expected, said):
+    for name, value in {
+        "WANTED": "", "HAS_AMX": has_amx, "MAY_USE_AMX": permitted, "TILES": "amx" if permitted else "plain",
+        "has_instruction": lambda: True, "_is_right": lambda name: name in right,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(matmul, name, value)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert matmul.way.__wrapped__() == expected
-    assert [str(warning.message) for warning in caught] == [f"bfloat16: {line}" for line in said]
+    assert len(caught) == len(said)
+    assert all(words in str(warning.message) for warning, words in zip(caught, said, strict=True))
 
 
 @needs_kernels
 def test_where_every_instruction_is_wrong_bfloat16_says_how_to_do_without(monkeypatch):
     monkeypatch.setattr(matmul, "WANTED", "")
     monkeypatch.setattr(matmul, "TILES", "amx")
+    monkeypatch.setattr(matmul, "MAY_USE_AMX", True)
     monkeypatch.setattr(matmul, "_is_right", lambda name: False)
+    monkeypatch.setattr(matmul, "way", matmul.way.__wrapped__)
     with pytest.warns(RuntimeWarning), pytest.raises(UsageError, match="NPGPT_BFLOAT16=plain"):
-        matmul.way.__wrapped__()
+        matmul.way()
+    with pytest.warns(RuntimeWarning):
+        assert matmul.quicker_dtype(512) == "float32"  # auto goes on without
 
 
 def test_the_way_is_chosen_by_a_variable():
@@ -279,7 +285,7 @@ def test_the_way_is_chosen_by_a_variable():
     done = run("plain")
     assert "bfloat16 needs kernels" in done.stderr if jit.KERNELS == "numpy" else done.stdout.strip() == "plain"
     assert "must be one of amx, avx512_bf16, plain, got 'amx16'" in run("amx16").stderr
-    if not amx.has_amx():
+    if not bfloat16.MAY_USE_AMX:
         assert "NPGPT_BFLOAT16=amx: it is not there" in run("amx").stderr or jit.KERNELS == "numpy"
 
 

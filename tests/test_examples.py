@@ -171,11 +171,12 @@ WRONG = {
         ("return above * pow(below, -1, P) % P", "return above // below % P"),
         ("points.T) % small == 0", "points.T) % 2 == 0"),
         ("self.slope * other.value + self.value * other.slope", "self.slope * other.value"),
-        ("-self.slope * value * value", "-self.slope * value"),
+        ("-other.slope * value * value", "-other.slope * value"),
         ("known.setdefault(self.value, draw.randrange(1, P))", "draw.randrange(1, P)"),
         ("return Dual(e, e * self.slope)", "return Dual(e, self.slope)"),
-        ("total = add_up(dp_j * p_j for", "total = add_up(p_j for"),
-        ("two_slopes(exactly(1 + 1e-9))", "two_slopes(round(1 + 1e-9))"),
+        ("(ds * row(v)).sum().value", "ds.sum().value"),
+        ("exactly(1 + 1e-9), \"no sum\"", "round(1 + 1e-9), \"no sum\""),
+        ("\"1 + P times it\": 1 + P", "\"1 + P times it\": P"),
     ],
 }
 

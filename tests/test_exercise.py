@@ -239,7 +239,7 @@ def test_a_hint_is_a_ladder_and_no_rung_has_the_answer(check):
     """Which results are wrong, and what leads to them; which line; which kind; a hint of two results once."""
     text = with_mistake("attention", "dp - (dp * p).sum(axis=-1, keepdims=True)", "dp")
     out = [check(text, *["--more"] * n)[1] for n in range(4)]
-    where = "  hint: dv is right, dq and dk are wrong; what leads to these alone is da, dp and ds.\n"
+    where = "  hint: dv is right, dq and dk are wrong; what leads to these alone is da, dp, ds and their own lines.\n"
     line = "  line: the forward's  p = e / total  (where ds is made)\n"
     assert [(where in shown, line in shown, "  kind: missing term" in shown) for shown in out] == [
         (True, False, False), (True, True, False), (True, True, True), (True, True, True),
@@ -253,7 +253,7 @@ def test_a_helper_is_measured_by_itself(check):
     code, out = check(with_mistake("mlp", slope, ""))
     assert code == 1 and "  gelu_slope WRONG " in out and "begin with gelu_slope, which was measured by itself" in out
     code, out = check(with_mistake("mlp", "dact * gelu_slope(pre)", "dact * gelu_slope(act)"))
-    assert code == 1 and "  gelu_slope ok " in out and "what leads to these alone is dact and dpre." in out
+    assert code == 1 and "  gelu_slope ok " in out and "alone is dact, dpre and their own lines." in out
     code, out = check(solution("mlp").replace("gelu_slope(pre)", "right(pre)") + "\n\n" + """\
 right = gelu_slope
 
@@ -730,7 +730,7 @@ def test_list_names_every_exercise(capsys):
     assert main(["list"]) == 0
     out = capsys.readouterr().out
     for op, one in LESSONS.items():
-        assert op in out and f"npgpt/ops/{one.file}.py" in out and (PACKAGE / "ops" / f"{one.file}.py").is_file()
+        assert op in out and one.chapter in out and (PACKAGE.parent / one.chapter).is_file()
 
 
 def test_what_only_reads_lessons_needs_neither_numpy_nor_numba():

@@ -151,6 +151,11 @@ def test_a_checksum_tells_each_change():
         changed[i] ^= np.uint32(1 << i % 32)
         sums.add(sum_of(changed))
     assert len(sums) == 1004
+    for i in range(1, 16):  # rows of an identity matrix change places
+        rows = np.eye(16, dtype=np.float32)
+        before = sum_of(rows.view(np.uint32).reshape(-1))
+        rows[[0, i]] = rows[[i, 0]]
+        assert sum_of(rows.view(np.uint32).reshape(-1)) != before
     parts = sum_of(words[:300]) + sum_of(words[300:], 305)
     assert parts % 2**64 == sum_of(words)
 

@@ -108,10 +108,12 @@ def narrow(halves, w):
 def checksum_ref(words, first):
     """A number that changes if one of words (n,) uint32 does; their places are numbered from `first` on (uint32).
 
-    It is the sum of squares: no two numbers below 2^32 have one, modulo 2^64.  A place is added to tell it by.
+    Each word's place is added to it, and the sum is squared: a number below 2^32 has a square of its own modulo 2^64.
+    Before, its upper bits are mixed into the lower ones, or squares of words that change places could add up alike.
     """
     places = (np.arange(len(words), dtype=np.uint64) + np.uint64(first)).astype(np.uint32) * SPACING
-    numbers = (words + places).astype(np.uint64)
+    numbers = words + places
+    numbers = (numbers ^ (numbers >> np.uint32(15))).astype(np.uint64)
     return (numbers * numbers).sum(dtype=np.uint64)
 
 
@@ -120,7 +122,8 @@ def checksum(total, words, first):
     """total[0] = checksum_ref(words, first)."""
     sums, place = np.uint64(0), np.uint32(first * SPACING)
     for i in range(len(words)):
-        number = np.uint64(np.uint32(words[i] + place))
+        number = np.uint32(words[i] + place)
+        number = np.uint64(np.uint32(number ^ (number >> np.uint32(15))))
         sums += number * number
         place = np.uint32(place + SPACING)
     total[0] = sums

@@ -3,17 +3,14 @@
 A tile has 16 rows of 64 bytes: pairs of bfloat16 (see bfloat16.py), or numbers of float32.  TDPBF16PS adds to a tile
 c (16, 16) the product of a, 16 rows of 16 pairs along k, and of b, 16 pairs along k for each of 16 columns.
 
-Where there are no such registers, memory stands for them, and loops for the instruction: the way "plain".  Both are
-told by the same calls, so that all but five instructions of the way "amx" runs on any processor.
+Where there are no such registers, memory stands for them, and loops for the instructions: the way "plain".  Registers
+and Memory answer the same calls, so that what packs and cuts the matrices is the same, and runs on any processor.
 
-A row of a tile is loaded from one line of the cache, or from two: then a load takes six times as long, longer than the
-products do.  So what is packed begins at a line.
+If the rows of a tile lie across two lines of the cache each, its load takes six times as long, longer than its products
+do.  So what is packed begins at a line.
 """
 
-import ctypes
-import functools
-
-from npgpt.kernels.bfloat16 import GROUP, HAS_AMX, TILES, add_product, flushed, high_half, low_half
+from npgpt.kernels.bfloat16 import GROUP, TILES, add_product, flushed, high_half, low_half
 from npgpt.kernels.jit import KERNELS, intrinsic
 from npgpt.kernels.vectors import constant, load_vector, splat, store_vector
 
@@ -24,15 +21,6 @@ if KERNELS == "numba":
 
 LINE = 64  # bytes of a tile's row
 BYTE, WORD = 8, 32  # bits
-
-
-@functools.cache
-def has_amx():
-    """Whether this processor has AMX, and Linux lets this process use it: it asks for that, once."""
-    if not HAS_AMX:
-        return False
-    arch_prctl, request_permission, tiles = 158, 0x1023, 18  # of x86-64
-    return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tiles) == 0
 
 
 def _call(builder, name, *args):
@@ -57,7 +45,7 @@ class Spare:
 
     def place(self, tile):
         """Pointer to a tile's first byte, and bytes from row to row."""
-        return self.builder.bitcast(self.tiles[tile], ir.IntType(BYTE).as_pointer()), constant(LINE)
+        return self.builder.bitcast(self.tiles[tile], ir.IntType(BYTE).as_pointer()), constant(4 * self.lanes)
 
 
 class Memory:
@@ -82,21 +70,17 @@ class Memory:
             self.places[tile] = pointer, stride
             return
         with self._rows() as rows:
-            place = self._row(pointer, stride, rows.index)
+            place = self._at((pointer, stride), rows.index, self.vector)
             self.builder.store(load_vector(self.builder, place, 4), self.totals.row(tile, rows.index))
 
     def store(self, c, pointer, stride):
         with self._rows() as rows:
             numbers = self.builder.load(self.totals.row(c, rows.index))
-            store_vector(self.builder, numbers, self._row(pointer, stride, rows.index), 4)
+            store_vector(self.builder, numbers, self._at((pointer, stride), rows.index, self.vector), 4)
 
-    def _row(self, pointer, stride, row):
-        offset = self.builder.mul(row, stride)
-        return self.builder.bitcast(self.builder.gep(pointer, [offset]), self.vector.as_pointer())
-
-    def _at(self, tile, row, kind, column=0):
-        pointer, stride = self.places[tile]
-        offset = self.builder.add(self.builder.mul(row, stride), self.builder.mul(constant(4), column))
+    def _at(self, place, row, kind, column=0):
+        pointer, stride = place
+        offset = self.builder.add(self.builder.mul(row, stride), self.builder.mul(constant(4), column or constant(0)))
         return self.builder.bitcast(self.builder.gep(pointer, [offset]), kind.as_pointer())
 
     def multiply(self, c, a, b):
@@ -107,8 +91,8 @@ class Memory:
             for place in (self.even, self.odd):
                 builder.store(self.zeros, place)
             with cgutils.for_range(builder, constant(GROUP)) as k:
-                left = splat(builder, builder.load(self._at(a, rows.index, word, k.index)), lanes)
-                right = load_vector(builder, self._at(b, k.index, words, constant(0)), 4)
+                left = splat(builder, builder.load(self._at(self.places[a], rows.index, word, k.index)), lanes)
+                right = load_vector(builder, self._at(self.places[b], k.index, words), 4)
                 for place, half in ((self.even, low_half), (self.odd, high_half)):
                     total = add_product(builder, builder.load(place), half(builder, left), half(builder, right))
                     builder.store(total, place)

@@ -17,15 +17,16 @@ count as zero before, and become zero after; NaN stays NaN.  `product_ref` says 
 """
 
 import os
-import sys
 
 import numpy as np
 
 from npgpt.errors import UsageError
 from npgpt.kernels.jit import KERNELS, inside_kernels
+from npgpt.kernels.permission import amx_is_permitted
 from npgpt.kernels.vectors import (
     FEATURES,
     NARROW,
+    VECTOR,
     are_fit,
     below,
     constant,
@@ -38,7 +39,7 @@ from npgpt.kernels.vectors import (
 if KERNELS == "numba":
     import llvmlite.binding
     from llvmlite import ir
-    from numba import types
+    from numba import config, types
     from numba.core import cgutils
 
 TINY = np.finfo(np.float32).tiny  # the smallest normal number
@@ -51,8 +52,11 @@ if WANTED not in ("", *PAIRS):
     raise UsageError(f"NPGPT_BFLOAT16 must be one of {', '.join(PAIRS)}, got {WANTED!r}")
 
 # the way that pairs of int32 are compiled for in this process
-HAS_AMX = bool(FEATURES.get("amx-tile") and FEATURES.get("amx-bf16")) and sys.platform == "linux"
-TILES = "amx" if WANTED == "amx" or (HAS_AMX and not WANTED) else "plain"
+HAS_AMX = VECTOR == 64 and all(map(FEATURES.get, ("amx-tile", "amx-bf16", "avx512bf16")))
+if KERNELS == "numba" and config.CPU_FEATURES:  # for which Numba compiles instead
+    HAS_AMX = HAS_AMX and all(f"+{name}" in config.CPU_FEATURES for name in ("amx-tile", "amx-bf16", "avx512bf16"))
+MAY_USE_AMX = HAS_AMX and amx_is_permitted()
+TILES = "amx" if WANTED == "amx" or (MAY_USE_AMX and not WANTED) else "plain"
 
 
 def has_instruction():

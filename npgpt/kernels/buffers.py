@@ -11,6 +11,7 @@ from npgpt.context import ThreadState
 
 # With NPGPT_NAN_FILL=1 every array from `empty` starts as NaN, so that reading what was never written fails loudly.
 NAN_FILL = os.environ.get("NPGPT_NAN_FILL", "0") not in ("", "0")
+LINE = 64  # bytes of a line of the cache
 SMALL = 2048  # bytes; below this the memory allocator is as fast as a pool
 
 
@@ -59,16 +60,21 @@ class _Loan(weakref.ref):
     __slots__ = ("block", "blocks")
 
 
-def _aligned_block(nbytes, align=64):
+def _aligned_block(nbytes):
     # NumPy allocates (it asks for huge pages where they pay), and ctypes holds: an array made on a ctypes object keeps
     # itself, not the memory beneath, as the base of its views, so a view keeps the loan alive.
-    memory = np.empty(nbytes + align, np.uint8)
-    return (ctypes.c_char * nbytes).from_buffer(memory, -memory.ctypes.data % align)
+    return (ctypes.c_char * nbytes).from_buffer(_aligned(nbytes))
+
+
+def _aligned(nbytes):
+    memory = np.empty(nbytes + LINE, np.uint8)
+    start = -memory.ctypes.data % LINE
+    return memory[start : start + nbytes]
 
 
 def _new(shape, dtype):
     nbytes = math.prod(shape) * dtype.itemsize
-    return np.empty(shape, dtype) if nbytes < SMALL else np.ndarray(shape, dtype, _aligned_block(nbytes))
+    return np.empty(shape, dtype) if nbytes < SMALL else _aligned(nbytes).view(dtype).reshape(shape)
 
 
 def reuse_buffers(pool):

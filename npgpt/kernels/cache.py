@@ -18,6 +18,7 @@ import llvmlite
 import numba
 from numba.core import caching
 
+from npgpt.kernels.permission import amx_is_permitted
 from npgpt.kernels.private import NotPrivate, private_folder
 from npgpt.machine import cache_folder
 
@@ -56,7 +57,8 @@ def kernel_sources(file):
 def _key(file):
     """A hash of all that a kernel in a file is made of: sources, Numba, and settings but for places and threads."""
     settings = [item for item in vars(numba.config).items() if re.fullmatch("(?!CACHE|NUMBA)[A-Z_]+", item[0])]
-    may_use_amx = os.environ.get("NPGPT_BFLOAT16", "") in ("", "amx")  # (else memory stands for its registers)
+    wanted = os.environ.get("NPGPT_BFLOAT16", "")
+    may_use_amx = wanted == "amx" or (wanted == "" and amx_is_permitted())  # (else memory stands for its registers)
     digest = hashlib.sha256(repr((numba.__version__, llvmlite.__version__, sorted(settings), may_use_amx)).encode())
     for _, raw in sorted(kernel_sources(file).items()):
         digest.update(raw)

@@ -17,8 +17,17 @@ import numpy as np
 
 from npgpt.context import ThreadState
 from npgpt.errors import UsageError
-from npgpt.kernels.amx import has_amx
-from npgpt.kernels.bfloat16 import PAIRS, TILES, WANTED, has_instruction, product_ref, rounded_ref, widened_ref
+from npgpt.kernels.bfloat16 import (
+    HAS_AMX,
+    MAY_USE_AMX,
+    PAIRS,
+    TILES,
+    WANTED,
+    has_instruction,
+    product_ref,
+    rounded_ref,
+    widened_ref,
+)
 from npgpt.kernels.blas import told_threads
 from npgpt.kernels.buffers import BufferPool, empty, reuse_buffers
 from npgpt.kernels.crew import Crew
@@ -80,13 +89,18 @@ def matmul(out, a, b):
     is_packed = (is_rounded or PRODUCTS == "ours") and a.shape[1] > 0 and _has_rows(a) and _has_rows(b)
     if not is_packed:
         np.matmul(a, widened_ref(b), out=out)
-    elif b.dtype == out.dtype and 1.05 * padded(*out.T.shape, out.itemsize) < padded(*out.shape, out.itemsize):
+    elif b.dtype == out.dtype and not (is_rounded and way() == "amx") and _is_smaller_turned(out):
         # (of 65 columns 80 are computed)
         turned = empty(out.T.shape, out.dtype)
         _multiply(turned, b.T, a.T, is_rounded)
         turn(out, turned)
     else:
         _multiply(out, a, b, is_rounded)
+
+
+def _is_smaller_turned(out):
+    """Whether tiles that cover the transposed output have fewer numbers, enough to turn it in the end."""
+    return 1.05 * padded(*out.T.shape, out.itemsize) < padded(*out.shape, out.itemsize)
 
 
 def _has_rows(x):
@@ -122,15 +136,18 @@ def way():
     """
     if KERNELS == "numpy":
         raise UsageError("bfloat16 needs kernels: NPGPT_KERNELS=numpy runs the references, which multiply in float32")
-    possible = {"amx": TILES == "amx" and has_amx(), "avx512_bf16": has_instruction(), "plain": TILES == "plain"}
+    possible = {"amx": MAY_USE_AMX, "avx512_bf16": has_instruction(), "plain": TILES == "plain"}
+    if HAS_AMX and not MAY_USE_AMX:
+        warnings.warn("bfloat16: Linux does not let this process use AMX", RuntimeWarning, stacklevel=2)
     for name in [WANTED] if WANTED else PAIRS:
         if possible[name] and (name == "plain" or _is_right(name)):
             return name
-        why_not = "has other bits here than it should" if possible[name] else "is not there, or not for this process"
         if WANTED:
-            raise UsageError(f"NPGPT_BFLOAT16={WANTED}: it {why_not}")
-        if possible[name] or name == TILES:
-            warnings.warn(f"bfloat16: {name} {why_not}", RuntimeWarning, stacklevel=2)
+            why_not = "its products have other bits here than they should" if possible[name] else "it is not there"
+            raise UsageError(f"NPGPT_BFLOAT16={WANTED}: {why_not}")
+        if possible[name]:
+            words = f"bfloat16: products by {name} have other bits here than they should"
+            warnings.warn(words, RuntimeWarning, stacklevel=2)
     raise UsageError("bfloat16: this processor multiplies it wrongly; NPGPT_BFLOAT16=plain does it right, slowly")
 
 
@@ -138,7 +155,12 @@ def quicker_dtype(width):
     """ "bfloat16" or "float32": what products of a model so wide are quicker with here (README.md has the figures)."""
     if width < WIDE or KERNELS == "numpy":
         return "float32"
-    return "bfloat16" if way() == "amx" or (way() == "avx512_bf16" and IS_AMD) else "float32"
+    try:
+        return "bfloat16" if way() == "amx" or (way() == "avx512_bf16" and IS_AMD) else "float32"
+    except UsageError:
+        if WANTED:
+            raise
+        return "float32"
 
 
 @functools.cache

@@ -88,32 +88,22 @@ def cross_entropy(logits, targets, ignore_index=-1):
 # Kernels
 
 
+@replaces(cross_entropy_forward_ref)
 @kernel
-def log_sum_exp(lse, logits):
+def cross_entropy_forward(loss, lse, logits, targets, ignore_index, count):
     N, V = logits.shape
+    losses = 0.0  # in float64: a sum over many rows
     for n in range(N):
         m = largest(logits[n], V)
         total = logits.dtype.type(0)
         for i in range(V):
             total += exp(logits[n, i] - m)
         lse[n] = np.float64(m) + np.log(total)
-
-
-@kernel
-def mean_loss(loss, lse, logits, targets, ignore_index, count):
-    losses = 0.0  # in float64: a sum over many rows
-    for n in range(len(logits)):
         if targets[n] != ignore_index:
             row_lse, rest = in_two(lse[n], logits)
             losses += row_lse - logits[n, targets[n]]
             losses += rest
     loss[()] = losses / count
-
-
-@replaces(cross_entropy_forward_ref)
-def cross_entropy_forward(loss, lse, logits, targets, ignore_index, count):
-    shared(lambda rows: log_sum_exp(lse[rows], logits[rows]), len(logits), logits.size)
-    mean_loss(loss, lse, logits, targets, ignore_index, count)
 
 
 @kernel

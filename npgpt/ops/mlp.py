@@ -138,10 +138,7 @@ def bias_gelu_forward(act, pre, bias):
 
 @kernel
 def gelu_backward(grad, act, dbias, pre, first, last):
-    """grad holds the gradient of act and gets that of pre, in place; dbias = its sum over the rows; act = gelu(pre).
-
-    Of the columns first:last.
-    """
+    """In columns first:last grad, that of act, becomes that of pre, in place; dbias = its row sum; act = gelu(pre)."""
     one, a, minus_2k = gelu_numbers(pre)
     two_k, a3 = pre.dtype.type(2 * K), pre.dtype.type(3 * A)
     total = dbias[first:last]

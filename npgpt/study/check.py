@@ -302,8 +302,9 @@ def check(lesson, answer, say, more=0):
     for name, verdict in verdicts.items():
         outcome.parts[name] = "blank" if verdict is None else "wrong" if verdict.wrong else "ok"
         if verdict is None:
-            lines = answer.blanks_of(name, lesson) or answer.blank
-            say(f"  {name:<{width}} blank  {in_lines('see ', lines) or 'it is None'}")
+            lines = answer.blanks_of(name, lesson)
+            where = "not reached: see below" if stop and not lines else in_lines("see ", lines or answer.blank)
+            say(f"  {name:<{width}} blank  {where or 'it is None'}")
         else:
             say(f"  {name:<{width}} " + (f"WRONG  {verdict.wrong}" if verdict.wrong else f"ok     {verdict.error:.0e}"))
             if verdict.wrong and not outcome.words:

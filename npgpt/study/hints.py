@@ -285,7 +285,8 @@ class Case:
                 suspects[step.target] = None
         suspects = [name for name in suspects if name not in parts]
         if suspects:
-            words += f"; what leads to {'it' if len(parts) == 1 else 'these'} alone is {_listed(suspects)}"
+            it, own = ("it", "its own line") if len(parts) == 1 else ("these", "their own lines")
+            words += f"; what leads to {it} alone is {_listed([*suspects, own])}"
         entries = {self._entries(part) for part in parts if self.got[part].shape == self.right[part].shape}
         if len(entries) == 1 and (only := entries.pop()):
             words += f"; {only}"

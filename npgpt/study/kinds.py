@@ -81,6 +81,9 @@ def places(case, name, got):
     is_wrong, is_zero = _wrong_and_zero(got, right)
     if not got[is_wrong].any() or not got[~is_zero].any():
         return Found(("wrong mask: it is 0 where it must not be",))
+    both = (got != 0) & ~is_zero
+    if both.any() and near(got[both], right[both]) and got[is_zero].any() and not got[~is_zero].all():
+        return Found(("wrong mask: another one than the forward's, which can be made again from what is given",))
     if right.ndim == 2 and not is_zero.any():
         quotients = got / right
         for axis, per in ((1, "row"), (0, "column")):

@@ -45,6 +45,7 @@ class Lesson:
 
     op: str  # what it is called on the command line
     topic: str  # what there is to be learnt
+    chapter: str  # of the course, that derives it
 
     # What a student's file holds
     forward: tuple[str, ...]  # given
@@ -164,8 +165,8 @@ more lines than there are blanks, and others.  Then
     {PROG} check {name}
 
 compares what it returns with finite differences, says where to look (with --more, which line; given
-twice, which kind of mistake), and trains a small GPT with it.  The solution is npgpt/ops/{lesson.file}.py,
-with its derivation.
+twice, which kind of mistake), and trains a small GPT with it.  {lesson.chapter} derives it;
+the solution is npgpt/ops/{lesson.file}.py.
 """
 
 {imports}

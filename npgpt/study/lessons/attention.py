@@ -101,6 +101,7 @@ TERMS = {"(dp * p).sum(axis=-1, keepdims=True)": ("the sum in the softmax's grad
 
 LESSON = Lesson(
     op="attention", topic="the softmax's gradient, between two products with two factors each",
+    chapter="examples/06_attention.py",
     forward=("_scores_ref", "_softmax_ref", "_dropout_scale_ref", "attention_forward_ref"),
     backward=("attention_backward_ref",), results=("dqkv",),
     imports="from npgpt.ops.attention import split_heads, split_qkv\nfrom npgpt.ops.dropout import dropout_mask_ref",

@@ -85,6 +85,7 @@ MISTAKES = (
 
 LESSON = Lesson(
     op="cross-entropy", topic="softmax and logarithm in one, and rows that do not count",
+    chapter="examples/05_cross_entropy.py",
     forward=("cross_entropy_forward_ref",), backward=("cross_entropy_backward_ref",), results=("dlogits",),
     arguments=arguments, sizes={"N": 7, "V": 6, "n_ignored": 2, "ignore_index": -3, "targets": TARGETS},
     lengths=("N", "V"), lines={"dlogits": "return losses.sum() / count, lse"},

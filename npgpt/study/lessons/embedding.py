@@ -65,6 +65,7 @@ MISTAKES = (
 
 LESSON = Lesson(
     op="embedding", topic="a row that is looked up several times, and adding in place",
+    chapter="examples/08_embedding.py",
     forward=("embedding_forward_ref",), backward=("embedding_backward_ref",), results=("dwte", "dwpe"),
     arguments=arguments, sizes={"B": 3, "T": 4, "C": 5, "V": 8, "block_size": 6, "idx": IDX},
     lengths=("B", "T", "V", "C"), lines={"dwte": LOOKED_UP, "dwpe": LOOKED_UP},

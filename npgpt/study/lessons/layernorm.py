@@ -49,6 +49,7 @@ TERMS = {
 
 LESSON = Lesson(
     op="layernorm", topic="one number reaches the output by three ways",
+    chapter="examples/04_layernorm.py",
     forward=("layernorm_forward_ref",), backward=("layernorm_backward_ref",), results=("dx", "dweight", "dbias"),
     arguments=arguments, sizes={"N": 4, "C": 7}, lengths=("N", "C"),
     lines={"dx": "xhat = (x - mean[:, None]) * rstd[:, None]", "dweight": Y_LINE, "dbias": Y_LINE},

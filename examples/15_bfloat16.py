@@ -327,8 +327,8 @@ check("v in bfloat16, beside 1", abs(v16[0] - 1), 0)
 
 # --------------------------------------------------------------------------------------------------------------------
 # The proof: npgpt's rounding, which gives the same bits, and its products.  Instructions add up in different orders, of
-# which npgpt knows two.  Here it adds up 32 terms at a time (`depth`).  (Numbers below 1.2e-38, the smallest written as
-# 1.f, npgpt takes for 0, as the instructions do.)
+# which npgpt knows two: `plain` has that of AMX.  vdpbf16ps here adds up 32 terms at a time (`depth`).  (Numbers below
+# 1.2e-38, the smallest written as 1.f, npgpt takes for 0, as the instructions do.)
 
 special = np.concatenate([nans.view(np.float32), np.array([np.inf, -np.inf, 0, -0.0, 3.4e38], np.float32), x32])
 check("bits that npgpt rounds otherwise", (bits_of(rounded(special)) != bits_of(rounded_ref(special))).sum(), 0)

@@ -135,7 +135,7 @@ class TrainConfig:
 
     dtype: str = _setting(
         "auto", "what matrix products round their operands to: float32, bfloat16, or auto: bfloat16 where this "
-        "processor has an instruction for it; weights, sums and all else stay float32", choices=(*DTYPES, "auto"),
+        "processor has a quick instruction for it; weights, sums and all else stay float32", choices=(*DTYPES, "auto"),
     )  # fmt: skip
     seed: int = _setting(1337, "what every random choice is made from", low=0, high=2**32 - 1)
     workers: int | None = _setting(None, "threads that share each batch; by default chosen for this machine", low=1)

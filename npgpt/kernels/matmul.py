@@ -152,7 +152,7 @@ def way():
 
 
 def quicker_dtype(width):
-    """ "bfloat16" or "float32": what products of a model so wide are quicker with here (README.md has the figures)."""
+    """ "bfloat16" or "float32": what products of a model so wide are quicker with here (README.md has figures)."""
     if width < WIDE or KERNELS == "numpy":
         return "float32"
     try:

@@ -11,7 +11,8 @@ PACK rows of a stay in the first cache while they meet all panels of the block. 
 depend on its row of a and its column of b only, not on where the matrices are cut.
 
 Scratch of pairs instead of numbers makes it a product of bfloat16 (bfloat16.py): what is packed is rounded, and a step
-takes a pair of k.  Then all rows of a are packed.
+takes a pair of k.  Then all rows of a are packed.  By tiles (amx.py) a strip has twice the rows and half of k, a block
+half of k and twice the columns, and a panel is two vectors wide.
 """
 
 import itertools
@@ -49,7 +50,7 @@ if KERNELS == "numba":
     from numba import types
     from numba.core import cgutils
 
-PACK = 16  # rows of a strip
+PACK = 16  # rows of a strip; of tiles it has twice as many, and half of k: see _cut
 DEPTH = 1536  # bytes along k that are packed at a time: a strip of float32 takes 24 KiB
 NEAR = 2048  # bytes between two rows of a transposed a that is read as it lies
 SPAN = 2 * DEPTH // 4  # numbers of bfloat16 along k that are packed at a time
@@ -111,7 +112,10 @@ def _cut_of_tiles(scratch):
 
 @inside_kernels(pairs=_cut_of_pairs, tiles=_cut_of_tiles)
 def _cut(scratch):
-    """How many rows of a a strip has, how many of k are packed at a time, and how many columns a block has."""
+    """How many rows of a a strip has, how many of k are packed at a time, and how many columns a block has.
+
+    All ways fill the same scratch: half of k leaves room for twice as many rows, or columns.
+    """
     return PACK, DEPTH // scratch.itemsize, WIDTH // scratch.itemsize
 
 

@@ -95,6 +95,15 @@ def test_bits_are_those_of_the_reference_in_1000_random_products(way):
 
 
 @needs_kernels
+@pytest.mark.skipif(bfloat16.TILES == "plain", reason="here it is what the test above looks at")
+def test_bits_of_plain_are_those_of_the_reference_where_amx_is_taken():
+    """A process has one of the two."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "1000 and plain"]
+    done = subprocess.run(command, env={**os.environ, "NPGPT_BFLOAT16": "plain"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+@needs_kernels
 def test_the_ways_differ():
     rng = np.random.default_rng(0)
     a, b = numbers(rng, (8, 4 * GROUP), 3, 0), numbers(rng, (4 * GROUP, 8), 3, 0)

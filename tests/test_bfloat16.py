@@ -96,11 +96,24 @@ def test_bits_are_those_of_the_reference_in_1000_random_products(way):
 
 @needs_kernels
 @pytest.mark.skipif(bfloat16.TILES == "plain", reason="here it is what the test above looks at")
-def test_bits_of_plain_are_those_of_the_reference_where_amx_is_taken():
+def test_bits_are_those_of_the_reference_by_plain_where_amx_is_taken():
     """A process has one of the two."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "1000 and plain"]
     done = subprocess.run(command, env={**os.environ, "NPGPT_BFLOAT16": "plain"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:]
+
+
+@needs_kernels
+@pytest.mark.skipif(not bfloat16.has_instruction(), reason="tiles are not turned: this processor has no vdpbf16ps")
+def test_a_turned_product_is_rounded_on_both_sides(monkeypatch):
+    monkeypatch.setattr(matmul, "way", lambda: "avx512_bf16")
+    monkeypatch.setattr(matmul, "pairs", lambda: PAIRS["avx512_bf16"])
+    rng = np.random.default_rng(0)
+    a, b, out = numbers(rng, (64, 33), 3, 0), numbers(rng, (33, 65), 3, 0), np.empty((64, 65), np.float32)
+    assert matmul._is_smaller_turned(out)
+    with matmul.products_of("bfloat16"):
+        matmul.matmul(out, a, b)
+    assert same_bits(out, product_ref(a, b, "avx512_bf16", SPAN))
 
 
 @needs_kernels

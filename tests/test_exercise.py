@@ -731,6 +731,8 @@ def test_list_names_every_exercise(capsys):
     out = capsys.readouterr().out
     for op, one in LESSONS.items():
         assert op in out and one.chapter in out and (PACKAGE.parent / one.chapter).is_file()
+        solution = f"npgpt/ops/{one.file}.py"
+        assert solution in exercise_text(one, 1, "one.py") and (PACKAGE / "ops" / f"{one.file}.py").is_file()
 
 
 def test_what_only_reads_lessons_needs_neither_numpy_nor_numba():

@@ -154,13 +154,10 @@ def finish_kernel(total, out, scale, bias, add, activate):
     one, a, minus_2k = gelu_numbers(out)
     R, N = out.shape
     for r in range(R):  # (a row stays in the cache, and each loop over it is one that vectorises)
-        if len(scale) and len(bias):
-            for i in range(N):
-                out[r, i] = out[r, i] * scale[i] + bias[i]
-        elif len(scale):
+        if len(scale):
             for i in range(N):
                 out[r, i] *= scale[i]
-        elif len(bias):
+        if len(bias):
             for i in range(N):
                 out[r, i] += bias[i]
         if activate:

@@ -52,9 +52,10 @@ if WANTED not in ("", *PAIRS):
     raise UsageError(f"NPGPT_BFLOAT16 must be one of {', '.join(PAIRS)}, got {WANTED!r}")
 
 # the way that pairs of int32 are compiled for in this process
-HAS_AMX = VECTOR == 64 and all(map(FEATURES.get, ("amx-tile", "amx-bf16", "avx512bf16")))
+NEEDED = ("amx-tile", "amx-bf16", "avx512bf16")  # the last one rounds
+HAS_AMX = VECTOR == 64 and all(map(FEATURES.get, NEEDED))
 if KERNELS == "numba" and config.CPU_FEATURES:  # for which Numba compiles instead
-    HAS_AMX = HAS_AMX and all(f"+{name}" in config.CPU_FEATURES for name in ("amx-tile", "amx-bf16", "avx512bf16"))
+    HAS_AMX = HAS_AMX and all(f"+{name}" in config.CPU_FEATURES for name in NEEDED)
 MAY_USE_AMX = HAS_AMX and amx_is_permitted()
 TILES = "amx" if WANTED == "amx" or (MAY_USE_AMX and not WANTED) else "plain"
 

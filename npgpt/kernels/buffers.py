@@ -38,7 +38,7 @@ class BufferPool:
     def empty(self, shape, dtype):
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < SMALL:
-            return _new(shape, dtype)
+            return np.empty(shape, dtype)
         blocks = self.free.setdefault(nbytes, [])
         if blocks:
             block = blocks.pop()

@@ -8,6 +8,7 @@ Within `products_of("bfloat16")` operands of float32 are rounded to bfloat16 whe
 float32: mixed precision (Micikevicius et al. 2018).
 """
 
+import contextlib
 import functools
 import os
 import threading
@@ -90,7 +91,6 @@ def matmul(out, a, b):
     if not is_packed:
         np.matmul(a, widened_ref(b), out=out)
     elif b.dtype == out.dtype and not (is_rounded and way() == "amx") and _is_smaller_turned(out):
-        # (of 65 columns 80 are computed)
         turned = empty(out.T.shape, out.dtype)
         _multiply(turned, b.T, a.T, is_rounded)
         turn(out, turned)
@@ -99,7 +99,10 @@ def matmul(out, a, b):
 
 
 def _is_smaller_turned(out):
-    """Whether tiles that cover the transposed output have fewer numbers, enough to turn it in the end."""
+    """Whether tiles that cover the transposed output have fewer numbers, enough to turn it in the end.
+
+    (Of 65 columns 80 are computed.  AMX's tiles are square, and cover both alike.)
+    """
     return 1.05 * padded(*out.T.shape, out.itemsize) < padded(*out.shape, out.itemsize)
 
 
@@ -207,11 +210,8 @@ def share_out(work, n, threads, unit=1):
     crew, pools = _crew(threads), _helpers.pools
 
     def share(i):
-        if i == 0:
+        with reuse_buffers(pools[i]) if i > 0 else contextlib.nullcontext():  # (number 0 runs in this thread)
             work(slice(*share_of(n, unit, i, threads)))
-        else:
-            with reuse_buffers(pools[i]):
-                work(slice(*share_of(n, unit, i, threads)))
 
     crew.each(share, threads)
 

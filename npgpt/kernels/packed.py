@@ -56,7 +56,7 @@ NEAR = 2048  # bytes between two rows of a transposed a that is read as it lies
 SPAN = 2 * DEPTH // 4  # numbers of bfloat16 along k that are packed at a time
 AHEAD = 8  # rows that copying is ahead of itself in what it has fetched
 PANEL = 3 * VECTOR  # bytes of a panel's row
-WIDTH = min(max(second_cache() * 5 // 8 // (DEPTH // 4) // PANEL, 1), 8) * PANEL  # bytes of a block's row
+WIDTH = min(max(second_cache() * 5 // 8 // (DEPTH // 4) // PANEL, 1), 8) * PANEL  # bytes of a block's row: few panels
 
 
 def scratch_size(itemsize):
@@ -428,15 +428,24 @@ def _make_amx(m, n):
                 builder.icmp_signed("==", M, constant(m * GROUP)),
                 builder.icmp_signed("<=", builder.add(j_value, constant(n * lanes)), N),
             )
-            with builder.if_else(add_value) as (adding, fresh):
-                with adding, builder.if_else(is_whole, likely=True) as (whole, edge):
+
+            def transfer(operation, is_out):
+                """Load or store all tiles of the output; at its edges by way of spare memory."""
+                with builder.if_else(is_whole, likely=True) as (whole, edge):
                     with whole:
                         for i, corner in enumerate(corners):
-                            c.load(i, corner, out_line)
+                            operation(i, corner, out_line)
                     with edge:
-                        _move(builder, out_array, tops, columns, spare, itemsize, is_out=False)
+                        if not is_out:
+                            _move(builder, out_array, tops, columns, spare, itemsize, is_out)
                         for i in range(m * n):
-                            c.load(i, *spare.place(i))
+                            operation(i, *spare.place(i))
+                        if is_out:
+                            _move(builder, out_array, tops, columns, spare, itemsize, is_out)
+
+            with builder.if_else(add_value) as (adding, fresh):
+                with adding:
+                    transfer(c.load, is_out=False)
                 with fresh:
                     for i in range(m * n):
                         c.zero(i)
@@ -450,14 +459,7 @@ def _make_amx(m, n):
                 for r in range(m):
                     for v in range(n):
                         c.multiply(r * n + v, m * n + r, m * n + m + v)
-            with builder.if_else(is_whole, likely=True) as (whole, edge):
-                with whole:
-                    for i, corner in enumerate(corners):
-                        c.store(i, corner, out_line)
-                with edge:
-                    for i in range(m * n):
-                        c.store(i, *spare.place(i))
-                    _move(builder, out_array, tops, columns, spare, itemsize, is_out=True)
+            transfer(c.store, is_out=True)
             return context.get_dummy_value()
 
         return types.void(out, a, block, *[types.intp] * 2, types.boolean), codegen

@@ -6,6 +6,7 @@ from types import NoneType
 import numpy as np
 
 from npgpt import engine
+from npgpt.kernels.buffers import zeros
 from npgpt.ops.attention import causal_attention
 from npgpt.ops.dropout import dropout
 from npgpt.ops.layernorm import EPS, layernorm
@@ -166,13 +167,13 @@ class Embedding(Module):
     """A table of n rows: `weight` (n, n_embd)."""
 
     def __init__(self, n, n_embd, dtype):
-        self.weight = Parameter(np.zeros((n, n_embd), dtype))
+        self.weight = Parameter(zeros((n, n_embd), dtype))
 
 
 class Linear(Module):
     def __init__(self, n_in, n_out, bias, dtype):
-        self.weight = Parameter(np.zeros((n_out, n_in), dtype))
-        self.bias = Parameter(np.zeros(n_out, dtype)) if bias else None
+        self.weight = Parameter(zeros((n_out, n_in), dtype))
+        self.bias = Parameter(zeros((n_out,), dtype)) if bias else None
 
     def forward(self, x):
         return linear(x, self.weight, self.bias)
@@ -181,7 +182,7 @@ class Linear(Module):
 class LayerNorm(Module):
     def __init__(self, n_embd, bias, dtype):
         self.weight = Parameter(np.ones(n_embd, dtype))
-        self.bias = Parameter(np.zeros(n_embd, dtype)) if bias else None
+        self.bias = Parameter(zeros((n_embd,), dtype)) if bias else None
         self.eps = EPS
 
     def forward(self, x):

@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from npgpt.kernels.buffers import zeros
 from npgpt.kernels.jit import kernel, replaces
 
 ALIGN = 16  # parameters start at multiples of this many elements (64 bytes in float32)
@@ -49,8 +50,8 @@ class FlatParameters:
             if np.may_share_memory(one.data, other.data):
                 words = f"{name} and {other_name} share memory; use one Parameter in both places"
                 raise ValueError(f"FlatParameters: {words}")
-        self.weights = np.zeros(size, dtype) if share is None else share.weights
-        self.grads = np.zeros(size, dtype)
+        self.weights = zeros((size,), dtype) if share is None else share.weights
+        self.grads = zeros((size,), dtype)
         views = zip(self.parameters, self.views(self.weights), self.views(self.grads), strict=True)
         for parameter, (_, data), (_, grad) in views:
             if share is None:
@@ -188,7 +189,8 @@ class AdamW:
             if not holds:
                 raise ValueError(f"AdamW: {name} = {value} is out of its range")
         self.flat, self.beta1, self.beta2, self.eps, self.weight_decay = flat, beta1, beta2, eps, weight_decay
-        self.m, self.v, self.step = np.zeros_like(flat.weights), np.zeros_like(flat.weights), 0
+        self.m, self.v = (zeros(flat.weights.shape, flat.weights.dtype) for _ in range(2))
+        self.step = 0
 
     def update(self, grads, lr, scale=1.0, part=slice(None)):
         """Update the weights in `part` (a slice of the flat arrays) with grads * scale; the caller has counted `step`.

@@ -14,6 +14,7 @@ import pytest
 
 from npgpt import GPT, GPTConfig, Tensor, engine, no_grad, random_stream
 from npgpt.engine import watched
+from npgpt.generate.matrices import weights_of
 from npgpt.kernels import buffers
 from npgpt.kernels.buffers import BufferPool, as_rows, empty, reuse_buffers, zeros
 from npgpt.kernels.masks import next_random_key
@@ -21,6 +22,7 @@ from npgpt.ops import primitives
 from npgpt.ops.embedding import embedding
 from npgpt.ops.layernorm import layernorm
 from npgpt.ops.linear import linear
+from npgpt.optim import AdamW, FlatParameters
 from npgpt.tensor import record
 
 
@@ -644,6 +646,19 @@ def test_blocks_are_aligned_contiguous_and_writeable(shape):
         array = pool.empty(shape, np.dtype(dtype))
         assert array.shape == shape and array.dtype == dtype
         assert array.ctypes.data % 64 == 0 and array.flags.c_contiguous and array.flags.writeable
+
+
+@pytest.mark.parametrize("kind", [None, "int8", "bfloat16"])
+def test_what_kernels_read_again_and_again_is_aligned(kind):
+    config = GPTConfig(n_layer=2, n_head=3, n_embd=33, vocab_size=35, block_size=20)
+    model = GPT(config)
+    arrays = [p.data for p in model.parameters()]
+    arrays += [matrix.numbers for layer in weights_of(model, kind).layers for matrix in (layer.c_fc, layer.mlp_proj)]
+    flat = FlatParameters(model)
+    optimizer = AdamW(flat)
+    for everything in (flat.weights, flat.grads, optimizer.m, optimizer.v):
+        arrays += [view for _, view in flat.views(everything)]
+    assert all(array.ctypes.data % 64 == 0 for array in arrays if array.nbytes >= 2048)
 
 
 def test_small_arrays_are_not_pooled():

@@ -15,6 +15,7 @@ import numpy as np
 from npgpt.generate import decode_kernel as kernel
 from npgpt.generate.matrices import Matrix, kind_of, weights_of
 from npgpt.generate.prompt import read_prompts
+from npgpt.kernels.buffers import empty, zeros
 from npgpt.kernels.crew import Crew
 from npgpt.kernels.spin import SLEEPS
 from npgpt.machine import cores, processors
@@ -79,7 +80,7 @@ class Decoder:
         L, H, C, V = config.n_layer, config.n_head, config.n_embd, config.vocab_size
         self.length = min(config.block_size, length or config.block_size)
         kind, dtype = kind_of(int8, dtype, model.lm_head.weight.dtype), model.lm_head.weight.dtype
-        self.keys, self.values = np.zeros((2, L, n_streams, H, self.length, C // H), dtype)
+        self.keys, self.values = zeros((2, L, n_streams, H, self.length, C // H), dtype)
         self._weights = weights_of(model, kind)  # (the kernel has but their addresses)
         ends, blocks, self.nbytes = _records(self._weights)
         self.limits = np.array([[V], [n_streams], [self.length]], np.uint64)
@@ -92,12 +93,12 @@ class Decoder:
             np.zeros(4, np.int64), np.empty((3, n), np.int64), np.empty((n, V), dtype), np.zeros(1),
             np.zeros((AHEAD, n)), np.zeros((AHEAD, n), np.int64), self._counter, self._jobs,
         )  # fmt: skip
-        sizes = (n, C), (n, 3 * C), (n, C), n * blocks["c_fc"]["n_out"].max()
+        sizes = (n, C), (n, 3 * C), (n, C), (n * blocks["c_fc"]["n_out"].max(),)
         like = np.zeros(1, self._weights.lm_head.numbers.dtype)
-        shared = kernel.Shared(*(np.empty(size, dtype) for size in sizes), like)
+        shared = kernel.Shared(*(empty(size, dtype) for size in sizes), like)
         self._args = ends, blocks, self.keys, self.values, tuple(self._job), tuple(shared)
         self._own = [
-            (np.empty((n, C), dtype), np.empty((2, n), dtype), np.empty((1, self.length), dtype), state)  # an Own
+            (empty((n, C), dtype), empty((2, n), dtype), empty((1, self.length), dtype), state)  # an Own
             for state in self._states
         ]
         self._start_over()

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from npgpt.kernels.bfloat16 import narrowed_ref, widened_ref
+from npgpt.kernels.buffers import empty
 from npgpt.kernels.jit import kernel
 from npgpt.kernels.matmul import share_out
 from npgpt.machine import processors
@@ -199,7 +200,7 @@ def _rounded_once(model, kind, matrices):
 
 
 def _round(w, kind):
-    numbers = np.empty(w.shape, np.int8 if kind == "int8" else np.uint16)
+    numbers = empty(w.shape, np.int8 if kind == "int8" else np.uint16)
     scale = np.empty(len(w), w.dtype) if kind == "int8" else None
 
     def share(rows):

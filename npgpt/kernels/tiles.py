@@ -21,6 +21,8 @@ LLVM reads and writes where it is told, also beyond an array, and Numba's bounds
 `transpose` and `dots` compare the shapes first, once in a call: ValueError if they do not fit, and nothing is written.
 """
 
+import contextlib
+
 from npgpt.kernels.bfloat16 import are_packable, load_across, load_along, numbers_in, steps_of, vector_for
 from npgpt.kernels.jit import KERNELS, helper, intrinsic
 from npgpt.kernels.vectors import (
@@ -293,6 +295,16 @@ def _dots(out, x, w, scale, bias, first, last, add):
                 _four_rows(out, x, w, scale, bias, i, j, last, add)
 
 
+def _turns(builder, M, i, m, n):
+    """For each of n rows of w: whether the tile of m rows of x from row i on has what follows it fetched.
+
+    All tiles of these n rows share that, so that memory is at work while they compute.
+    """
+    tiles, number = (builder.udiv(builder.add(rows, constant(m - 1)), constant(m)) for rows in (M, i))
+    turns = [builder.udiv(builder.mul(tiles, constant(b)), constant(n)) for b in range(n)]
+    return [builder.icmp_signed("==", number, turn) for turn in turns]
+
+
 def _make_dots(m, n):
     """The intrinsic that computes m rows and n columns of `dots`, from row i and column j on."""
 
@@ -315,6 +327,7 @@ def _make_dots(m, n):
             # what the processor does not foresee: after a short row the next one of these n follows
             tile = builder.mul(K, constant(n * w_itemsize))
             ahead = builder.mul(tile, builder.add(builder.udiv(constant(AHEAD), tile), constant(1)))
+            turns = _turns(builder, M, i_value, m, n)
             totals = [cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * lanes)) for _ in range(m * n)]
 
             def step(k, mask=None):
@@ -323,7 +336,8 @@ def _make_dots(m, n):
                 factors = [load_vector(builder, pointer, itemsize, mask) for pointer in pointers]
                 for b in range(n):
                     pointer = pointer_to(builder, w_array, w_rows[b], k, ir.IntType(8))
-                    prefetch(builder, builder.gep(pointer, [ahead]))
+                    with contextlib.nullcontext() if m == 1 else builder.if_then(turns[b]):
+                        prefetch(builder, builder.gep(pointer, [ahead]), near=False)
                     weights = load_widened(builder, w_array, w_rows[b], k, vector, mask)
                     for a in range(m):
                         product = builder.fmul(factors[a], weights, flags=("contract",))

@@ -59,12 +59,15 @@ def pointer_to(builder, array, row, column, kind):
     return builder.bitcast(builder.gep(start, [offset]), kind.as_pointer())
 
 
-def prefetch(builder, pointer):
-    """Have the line of the cache that a pointer to bytes points into fetched; what it points to need not exist."""
+def prefetch(builder, pointer, near=True):
+    """Have the line of the cache that a pointer to bytes points into fetched; what it points to need not exist.
+
+    near: into the first cache, or else no nearer than the second, since the first one can wait for few lines at a time
+    """
     kinds = [pointer.type] + [ir.IntType(32)] * 3
     name = "llvm.prefetch.p0"
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), kinds), name)
-    how = [ir.Constant(ir.IntType(32), number) for number in (0, 3, 1)]  # to read, to keep near, data
+    how = [ir.Constant(ir.IntType(32), number) for number in (0, 3 if near else 2, 1)]  # to read, data
     builder.call(function, [pointer, *how])
 
 

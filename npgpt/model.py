@@ -155,7 +155,8 @@ class GPT(nn.Module):
         for place in (*theirs, *ours):
             if place and ours.get(place) != theirs.get(place):
                 found, wanted = (there.get(place, "missing") for there in (ours, theirs))
-                names = [getattr(what, "__name__", what) for what in (found, wanted)]
+                pair = ["{} of shape {}".format(*what) if isinstance(what, tuple) else what for what in (found, wanted)]
+                names = [getattr(what, "__name__", what) for what in pair]
                 return f"{place} is {names[0]}" + ("" if wanted == "missing" else f", not {names[1]}")
         return None
 

@@ -134,23 +134,28 @@ class Module:
         return self.train(False)
 
 
-def structure(module, place="", seen=None):
+def structure(module, place="", seen=None, found=None):
     """What a module and those below it compute, apart from their parameters' numbers: a dict, place -> what is there.
 
-    Modules and parameters count, and what the layers of this file were told.  seen: id of a Parameter -> first place.
+    Modules and parameters (dtype, shape) count, and what the layers of this file were told.  seen: id of a Parameter
+    -> first place; found: the dict, if there is one.
     """
-    found, seen = {place: type(module)}, {} if seen is None else seen
+    found, seen = {} if found is None else found, {} if seen is None else seen
+    found[place] = type(module)
     for key, value in vars(module).items():
         at = f"{place}.{key}".lstrip(".")
         if isinstance(value, Parameter):
             first = seen.setdefault(id(value), at)
-            found[at] = f"{value.dtype} of shape {value.shape}" if first == at else first
+            found[at] = (value.dtype, value.shape) if first == at else first
         elif isinstance(value, Module):
-            found |= structure(value, at, seen)
+            structure(value, at, seen, found)
         elif isinstance(value, list):
             found[at] = f"{len(value)} modules"
             for n, item in enumerate(value):
-                found |= structure(item, f"{at}.{n}", seen) if isinstance(item, Module) else {f"{at}.{n}": type(item)}
+                if isinstance(item, Module):
+                    structure(item, f"{at}.{n}", seen, found)
+                else:
+                    found[f"{at}.{n}"] = type(item)
         elif key in ("n_head", "scale", "p", "p_drop", "eps", "forward"):
             found[at] = value
     return found

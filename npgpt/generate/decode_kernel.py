@@ -261,9 +261,9 @@ def decode_kernel(ends, blocks, keys, values, job, shared, own, rank, ranks, see
 
 
 @kernel
-def head_kernel(logits, h, like, ends, first, last):
-    """logits[:, first:last] = those columns of h lm_head^T, for ends (1,) ENDS."""
-    _times(logits, h, like, ends[0].lm_head, first, last, first < 0)
+def times_kernel(out, x, like, matrix, first, last):
+    """out[:, first:last] = those columns of x w^T + bias, for matrix (1,) MATRIX of numbers like these."""
+    _times(out, x, like, matrix[0], first, last, first < 0)
 
 
 @kernel

@@ -10,16 +10,17 @@ not; so where it serves, prompts are read one by one.
 
 import numpy as np
 
-from npgpt.generate.decode_kernel import head_kernel
+from npgpt.generate.decode_kernel import times_kernel
 from npgpt.kernels.attention import ROWS, heads_of_past, scratch
 from npgpt.kernels.bfloat16 import widened_ref
 from npgpt.kernels.blas import blas_threads
 from npgpt.kernels.buffers import empty
 from npgpt.kernels.jit import kernel
-from npgpt.kernels.matmul import PRODUCTS, matmul, products_of, quicker_dtype, share_out
+from npgpt.kernels.matmul import PRODUCTS, matmul, products_of, quicker_dtype, share_out, shared
 from npgpt.ops.layernorm import layernorm_forward
 from npgpt.ops.mlp import gelu, gelu_numbers
 
+QUICK = 4  # numbers of a layer norm or a sum, which take as long as one of GELU
 AT_ONCE = 2**25  # bytes of activations, about, of the rows that are read together
 
 
@@ -47,10 +48,10 @@ def pieces_of(prompts, most):
         yield piece
 
 
-def read_prompts(weights, ends, keys, values, prompts, threads):
+def read_prompts(weights, ends, blocks, keys, values, prompts, threads):
     """Put prompts into the cache -> the logits (P, V) after each one's last token.
 
-    weights, ends   Weights of a model, and the ENDS that name them to the kernel
+    weights         Weights of a model; ends, blocks: the ENDS and BLOCKs that name them to the kernel
     keys, values    (n_layer, streams, n_head, T, hs)
     prompts         (tokens, stream, position) of each of P prompts, which begins there
     """
@@ -64,13 +65,14 @@ def read_prompts(weights, ends, keys, values, prompts, threads):
     with blas_threads(threads), products_of("bfloat16" if is_quick else "float32"):
         for n, together in enumerate(each):
             for piece in pieces_of(together, most):
-                rows = _forward(weights, keys, values, piece, width, threads)
+                rows = _forward(weights, blocks, keys, values, piece, width, threads)
                 for part, row in zip(piece, rows, strict=True):
                     x[n + part.i] = row  # of its last part, in the end
-    return _logits(weights, ends, x, threads)
+        _norm(h := np.empty_like(x), x, weights.ln_f)
+        return _times(h, weights.lm_head, ends["lm_head"], threads)
 
 
-def _forward(weights, keys, values, piece, width, threads):
+def _forward(weights, blocks, keys, values, piece, width, threads):
     """The last layer's output (parts, C) for the last row of each part of a piece; width: the most of an MLP.
 
     That layer has no use for what the other rows put out: of these it needs the keys and values only.
@@ -85,19 +87,24 @@ def _forward(weights, keys, values, piece, width, threads):
     for layer, place in zip(weights.layers, zip(keys, values, strict=True), strict=True):
         is_last = layer is weights.layers[-1]
         # x += attn(ln_1(x))
-        _norm(h, x, layer.ln_1, threads)
-        _product(qkv.reshape(R, 3 * C), h, layer.c_attn, threads)
+        _norm(h, x, layer.ln_1)
+        _product(qkv.reshape(R, 3 * C), h, layer.c_attn)
         _attend(h.reshape(R, 1, n_head, C // n_head), qkv, *place, piece, layer.scale, is_last, threads)
         if is_last:
-            x, h = x[last_rows], h[last_rows]
-            added, R = added[: len(x)], len(x)
-        _product(added, h, layer.attn_proj, threads, x)
+            break
+        _product(added, h, layer.attn_proj, x)
         # x += mlp(ln_2(x))
-        _norm(h, x, layer.ln_2, threads)
+        _norm(h, x, layer.ln_2)
         F = len(layer.c_fc.numbers)
         hidden = room[: R * F].reshape(R, F)
-        _product(hidden, h, layer.c_fc, threads, activate=True)
-        _product(added, hidden, layer.mlp_proj, threads, x)
+        _product(hidden, h, layer.c_fc, activate=True)
+        _product(added, hidden, layer.mlp_proj, x)
+    x, h, block = x[last_rows], h[last_rows], blocks[-1:]
+    x += _times(h, layer.attn_proj, block["attn_proj"], threads)
+    _norm(h, x, layer.ln_2)
+    hidden = _times(h, layer.c_fc, block["c_fc"], threads)
+    _finish(hidden, hidden, activate=True)
+    x += _times(hidden, layer.mlp_proj, block["mlp_proj"], threads)
     return x
 
 
@@ -107,18 +114,28 @@ def _rows_of(table, tokens, dtype):
     return rows if table.scale is None else rows * table.scale[tokens, None]
 
 
-def _norm(h, x, norm, threads):
+def _norm(h, x, norm):
     mean, rstd = np.empty((2, len(x)), x.dtype)
-    share_out(lambda rows: layernorm_forward(h[rows], mean[rows], rstd[rows], x[rows], *norm), len(x), threads)
+    shared(lambda rows: layernorm_forward(h[rows], mean[rows], rstd[rows], x[rows], *norm), len(x), x.size // QUICK)
 
 
-def _product(out, x, matrix, threads, total=None, activate=False):
+def _product(out, x, matrix, total=None, activate=False):
     """out = x w^T + bias for a Matrix, or gelu of it; or else that is added to `total`, and out is used up."""
-    none = np.empty(0, out.dtype)
-    scale, bias = (none if array is None else array for array in (matrix.scale, matrix.bias))
     matmul(out, x, matrix.numbers.T)
-    add, total = total is not None, out if total is None else total
-    share_out(lambda rows: finish_kernel(total[rows], out[rows], scale, bias, add, activate), len(out), threads)
+    _finish(out, out if total is None else total, matrix.scale, matrix.bias, total is not None, activate)
+
+
+def _finish(out, total, scale=None, bias=None, add=False, activate=False):
+    scale, bias = (np.empty(0, out.dtype) if array is None else array for array in (scale, bias))
+    numbers = out.size if activate else out.size // QUICK
+    shared(lambda rows: finish_kernel(total[rows], out[rows], scale, bias, add, activate), len(out), numbers)
+
+
+def _times(x, matrix, record, threads):
+    """x w^T + bias of few rows, for a Matrix and its MATRIX (1,): each weight is fetched once, for all of them."""
+    out, like = empty((len(x), len(matrix.numbers)), x.dtype), np.zeros(1, matrix.numbers.dtype)
+    share_out(lambda part: times_kernel(out, x, like, record, part.start, part.stop), out.shape[1], threads, 16)
+    return out
 
 
 def _attend(y, qkv, keys, values, piece, scale, only_last, threads):
@@ -138,14 +155,6 @@ def _attend(y, qkv, keys, values, piece, scale, only_last, threads):
             )  # fmt: skip
 
     share_out(share, n_head, threads)
-
-
-def _logits(weights, ends, x, threads):
-    h, logits = np.empty_like(x), np.empty((len(x), len(weights.lm_head.numbers)), x.dtype)
-    _norm(h, x, weights.ln_f, threads)
-    like = np.zeros(1, weights.lm_head.numbers.dtype)
-    share_out(lambda rows: head_kernel(logits, h, like, ends, rows.start, rows.stop), logits.shape[1], threads, 16)
-    return logits
 
 
 @kernel

@@ -66,15 +66,15 @@ def _aligned_block(nbytes):
     return (ctypes.c_char * nbytes).from_buffer(_aligned(nbytes))
 
 
-def _aligned(nbytes):
-    memory = np.empty(nbytes + LINE, np.uint8)
+def _aligned(nbytes, make=np.empty):
+    memory = make(nbytes + LINE, np.uint8)
     start = -memory.ctypes.data % LINE
     return memory[start : start + nbytes]
 
 
-def _new(shape, dtype):
+def _new(shape, dtype, make=np.empty):
     nbytes = math.prod(shape) * dtype.itemsize
-    return np.empty(shape, dtype) if nbytes < SMALL else _aligned(nbytes).view(dtype).reshape(shape)
+    return make(shape, dtype) if nbytes < SMALL else _aligned(nbytes, make).view(dtype).reshape(shape)
 
 
 def reuse_buffers(pool):
@@ -95,7 +95,9 @@ def empty(shape, dtype):
 
 
 def zeros(shape, dtype):
-    """Like `empty`, filled with zeros."""
+    """Like `empty`, filled with zeros; memory that is new gets them from the system, where it is first touched."""
+    if _state.pool is None:
+        return _new(shape, np.dtype(dtype), np.zeros)
     array = empty(shape, dtype)
     array.fill(0)
     return array

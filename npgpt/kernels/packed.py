@@ -54,6 +54,7 @@ PACK = 16  # rows of a strip; of tiles it has twice as many, and half of k: see 
 DEPTH = 1536  # bytes along k that are packed at a time: a strip of float32 takes 24 KiB
 NEAR = 2048  # bytes between two rows of a transposed a that is read as it lies
 SPAN = 2 * DEPTH // 4  # numbers of bfloat16 along k that are packed at a time
+FETCHED = 2  # rows of the next block that a tile has fetched: a part of their lines in each step
 AHEAD = 8  # rows that copying is ahead of itself in what it has fetched
 PANEL = 3 * VECTOR  # bytes of a panel's row
 WIDTH = min(max(second_cache() * 5 // 8 // (DEPTH // 4) // PANEL, 1), 8) * PANEL  # bytes of a block's row: few panels
@@ -96,9 +97,9 @@ def multiply(out, a, b, a_turned, b_turned, scratch, top, bottom, left, right):
             share = len(coming) / max(bottom - top, 1)  # for each row of a
             for i in range(top, bottom, tall):
                 stop = min(i + tall, bottom)
-                fetch(coming[int(share * (i - top)) : int(share * (stop - top))])
+                soon = coming[int(share * (i - top)) : int(share * (stop - top))]
                 few_rows = _rows(strip, a, a_turned, i, stop, k, after)
-                _meet_block(block, out[i:stop, j:end], few_rows, k > 0)
+                _meet_block(block, out[i:stop, j:end], few_rows, soon, k > 0)
     end_tiles(scratch)
 
 
@@ -213,8 +214,9 @@ def _pack_block(block, b, turned):
         j, place = j + width, place + steps * width
 
 
-def _meet_tiles(block, out, a, add):
+def _meet_tiles(block, out, a, soon, add):
     (M, columns), steps = out.shape, a.shape[1]
+    fetch(soon)
     lanes, j, place = VECTOR // out.itemsize, 0, 0
     while j < columns:
         n = _vectors_of_panel(block, (columns - j + lanes - 1) // lanes)
@@ -230,19 +232,21 @@ def _meet_tiles(block, out, a, add):
 
 
 @inside_kernels(tiles=_meet_tiles)
-def _meet_block(block, out, a, add):
-    """out (M, columns) = a @ the block, or += where `add` is true, for M up to PACK."""
+def _meet_block(block, out, a, soon, add):
+    """out (M, columns) = a @ the block, or += where `add` is true, for M up to PACK; the rows of `soon` are fetched."""
     (M, columns), k = out.shape, a.shape[1]
     lanes, j, place = VECTOR // out.itemsize, 0, 0
+    share, done = len(soon) * 3.0 * lanes * ROWS / (M * columns), 0  # rows of `soon` for each tile, and tiles
     while j < columns:
         n = _vectors_of_panel(block, (columns - j + lanes - 1) // lanes)
         for i in range(0, M, ROWS):
             if n == 3:
-                _tile_3(out, a, block, i, j, place, add)
+                _tile_3(out, a, block, soon, i, j, place, int(done * share), add)
             elif n == 2:
-                _tile_2(out, a, block, i, j, place, add)
+                _tile_2(out, a, block, soon, i, j, place, int(done * share), add)
             else:
-                _tile_1(out, a, block, i, j, place, add)
+                _tile_1(out, a, block, soon, i, j, place, int(done * share), add)
+            done += 1
         j, place = j + n * lanes, place + k * n * lanes
 
 
@@ -321,19 +325,18 @@ def _make_tile(n):
     """The intrinsic that computes a tile of n vectors of columns."""
 
     @intrinsic
-    def tile(typingctx, out, a, block, i, j, place, add):
+    def tile(typingctx, out, a, block, soon, i, j, place, row, add):
         """out[i:i+ROWS, j:j+n lanes] = a[i:i+ROWS] @ a panel, or += where `add` is true; nothing beyond out's edges.
 
-        The panel (k, n lanes) begins at block[place].
+        The panel (k, n lanes) begins at block[place].  Meanwhile some rows of `soon` are fetched, from `row` on.
         """
         if not (a.dtype == block.dtype and are_packable(block, out) and out.ndim == a.ndim == 2 and block.ndim == 1):
             return None
 
         def codegen(context, builder, signature, args):
             itemsize, lanes, vector = vector_of(context, out)
-            (out_array, a_array, block_array), (i_value, j_value, place_value, add_value) = unpack(
-                context, builder, signature, args
-            )
+            arrays, (i_value, j_value, place_value, row_value, add_value) = unpack(context, builder, signature, args)
+            out_array, a_array, block_array, soon_array = arrays
             M, N = cgutils.unpack_tuple(builder, out_array.shape)
             _, K = cgutils.unpack_tuple(builder, a_array.shape)
             _, step = cgutils.unpack_tuple(builder, a_array.strides)
@@ -342,6 +345,9 @@ def _make_tile(n):
             # rows beyond the last one are the last one again; their sums are not stored
             last, byte = builder.sub(M, constant(1)), ir.IntType(8)
             starts = [pointer_to(builder, a_array, not_beyond(builder, row, last), constant(0), byte) for row in rows]
+            next_rows = [builder.add(row_value, constant(r)) for r in range(FETCHED)]
+            _, width = cgutils.unpack_tuple(builder, soon_array.shape)
+            each = builder.udiv(builder.add(width, builder.sub(K, constant(1))), K)  # numbers of a row for each step
             packed = vector_of(context, block)[2]
             panel = builder.bitcast(builder.gep(block_array.data, [place_value]), packed.as_pointer())
             totals = Totals(builder, block.dtype, vector, ROWS * n)
@@ -349,6 +355,9 @@ def _make_tile(n):
                 offset, first = builder.mul(loop.index, step), builder.mul(loop.index, constant(n))
                 places = [builder.gep(panel, [builder.add(first, constant(v))]) for v in range(n)]
                 factors = [load_vector(builder, place, itemsize) for place in places]
+                column = builder.mul(loop.index, each)
+                for row in next_rows:
+                    prefetch(builder, pointer_to(builder, soon_array, row, column, byte), near=False)
                 for r in range(ROWS):
                     number = builder.bitcast(builder.gep(starts[r], [offset]), packed.element.as_pointer())
                     copies = splat(builder, builder.load(number), lanes)
@@ -373,7 +382,7 @@ def _make_tile(n):
                     finish([builder.and_(row, column) for row in has_row for column in within])
             return context.get_dummy_value()
 
-        return types.void(out, a, block, *[types.intp] * 3, types.boolean), codegen
+        return types.void(out, a, block, soon, *[types.intp] * 4, types.boolean), codegen
 
     return tile
 

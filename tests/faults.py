@@ -431,8 +431,8 @@ FAULTS = [
     Fault(
         "packed: the sums of the first part of k are lost",
         "npgpt/kernels/packed.py",
-        "_meet_block(block, out[i:stop, j:end], few_rows, k > 0)",
-        "_meet_block(block, out[i:stop, j:end], few_rows, False)",
+        "_meet_block(block, out[i:stop, j:end], few_rows, soon, k > 0)",
+        "_meet_block(block, out[i:stop, j:end], few_rows, soon, False)",
         "A sum along k is made in parts, which add up.",
         kernel=True,
     ),
@@ -1329,6 +1329,22 @@ FAULTS = [
         "total[r, i] += out[r, i]",
         "total[r, i] = out[r, i]",
         "A block's results are added to what came in.",
+        kernel=True,
+    ),
+    Fault(
+        "prompt: the last layer forgets what came in",
+        "npgpt/generate/prompt.py",
+        'x += _times(h, layer.attn_proj, block["attn_proj"], threads)',
+        'x = _times(h, layer.attn_proj, block["attn_proj"], threads)',
+        "The residual stream goes on through the last layer's few rows.",
+        kernel=True,
+    ),
+    Fault(
+        "prompt: the last layer's matrices are the first one's",
+        "npgpt/generate/prompt.py",
+        "x[last_rows], h[last_rows], blocks[-1:]",
+        "x[last_rows], h[last_rows], blocks[:1]",
+        "Each layer has weights of its own.",
         kernel=True,
     ),
     Fault(

@@ -154,10 +154,9 @@ class GPT(nn.Module):
         ours, theirs = nn.structure(self), _structure_of(self.config, self.transformer.wte.weight.dtype)
         for place in (*theirs, *ours):
             if place and ours.get(place) != theirs.get(place):
-                found, wanted = (there.get(place, "missing") for there in (ours, theirs))
-                pair = ["{} of shape {}".format(*what) if isinstance(what, tuple) else what for what in (found, wanted)]
-                names = [getattr(what, "__name__", what) for what in pair]
-                return f"{place} is {names[0]}" + ("" if wanted == "missing" else f", not {names[1]}")
+                pair = [there.get(place, "missing") for there in (ours, theirs)]
+                names = ["{} of shape {}".format(*w) if type(w) is tuple else getattr(w, "__name__", w) for w in pair]
+                return f"{place} is {names[0]}" + ("" if pair[1] == "missing" else f", not {names[1]}")
         return None
 
     def num_params(self, non_embedding=True):

@@ -134,28 +134,23 @@ class Module:
         return self.train(False)
 
 
-def structure(module, place="", seen=None, found=None):
+def structure(module, place="", seen=None):
     """What a module and those below it compute, apart from their parameters' numbers: a dict, place -> what is there.
 
-    Modules and parameters (dtype, shape) count, and what the layers of this file were told.  seen: id of a Parameter
-    -> first place; found: the dict, if there is one.
+    Modules and parameters count, and what the layers of this file were told.  seen: id of a Parameter -> first place.
     """
-    found, seen = {} if found is None else found, {} if seen is None else seen
-    found[place] = type(module)
+    found, seen = {place: type(module)}, {} if seen is None else seen
     for key, value in vars(module).items():
         at = f"{place}.{key}".lstrip(".")
         if isinstance(value, Parameter):
             first = seen.setdefault(id(value), at)
             found[at] = (value.dtype, value.shape) if first == at else first
         elif isinstance(value, Module):
-            structure(value, at, seen, found)
+            found |= structure(value, at, seen)
         elif isinstance(value, list):
             found[at] = f"{len(value)} modules"
             for n, item in enumerate(value):
-                if isinstance(item, Module):
-                    structure(item, f"{at}.{n}", seen, found)
-                else:
-                    found[f"{at}.{n}"] = type(item)
+                found |= structure(item, f"{at}.{n}", seen) if isinstance(item, Module) else {f"{at}.{n}": type(item)}
         elif key in ("n_head", "scale", "p", "p_drop", "eps", "forward"):
             found[at] = value
     return found

@@ -230,7 +230,7 @@ class Decoder:
         if long:
             threads = self._threads_for(sum(len(tokens) for tokens, _, _ in long.values()))
             cache, prompts = (self.keys, self.values), list(long.values())
-            logits[list(long)] = read_prompts(self._weights, *self._args[:2], *cache, prompts, threads)
+            logits[list(long)] = read_prompts(self._weights, *cache, prompts, threads)
         return logits
 
     def copy(self, stream, length):

@@ -261,11 +261,5 @@ def decode_kernel(ends, blocks, keys, values, job, shared, own, rank, ranks, see
 
 
 @kernel
-def times_kernel(out, x, like, matrix, first, last):
-    """out[:, first:last] = those columns of x w^T + bias, for matrix (1,) MATRIX of numbers like these."""
-    _times(out, x, like, matrix[0], first, last, first < 0)
-
-
-@kernel
 def claim_kernel(states):
     return claim(states)

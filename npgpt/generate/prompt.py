@@ -10,17 +10,17 @@ not; so where it serves, prompts are read one by one.
 
 import numpy as np
 
-from npgpt.generate.decode_kernel import times_kernel
 from npgpt.kernels.attention import ROWS, heads_of_past, scratch
 from npgpt.kernels.bfloat16 import widened_ref
 from npgpt.kernels.blas import blas_threads
 from npgpt.kernels.buffers import empty
 from npgpt.kernels.jit import kernel
 from npgpt.kernels.matmul import PRODUCTS, matmul, products_of, quicker_dtype, share_out, shared
+from npgpt.kernels.tiles import dots
 from npgpt.ops.layernorm import layernorm_forward
 from npgpt.ops.mlp import gelu, gelu_numbers
 
-QUICK = 4  # numbers of a layer norm or a sum, which take as long as one of GELU
+QUICK = 4  # numbers of a layer norm, a sum, or a matrix read for few rows, which take as long as one of GELU
 AT_ONCE = 2**25  # bytes of activations, about, of the rows that are read together
 
 
@@ -48,10 +48,10 @@ def pieces_of(prompts, most):
         yield piece
 
 
-def read_prompts(weights, ends, blocks, keys, values, prompts, threads):
+def read_prompts(weights, keys, values, prompts, threads):
     """Put prompts into the cache -> the logits (P, V) after each one's last token.
 
-    weights         Weights of a model; ends, blocks: the ENDS and BLOCKs that name them to the kernel
+    weights         Weights of a model
     keys, values    (n_layer, streams, n_head, T, hs)
     prompts         (tokens, stream, position) of each of P prompts, which begins there
     """
@@ -65,14 +65,14 @@ def read_prompts(weights, ends, blocks, keys, values, prompts, threads):
     with blas_threads(threads), products_of("bfloat16" if is_quick else "float32"):
         for n, together in enumerate(each):
             for piece in pieces_of(together, most):
-                rows = _forward(weights, blocks, keys, values, piece, width, threads)
+                rows = _forward(weights, keys, values, piece, width, threads)
                 for part, row in zip(piece, rows, strict=True):
                     x[n + part.i] = row  # of its last part, in the end
         _norm(h := np.empty_like(x), x, weights.ln_f)
-        return _times(h, weights.lm_head, ends["lm_head"], threads)
+        return _times(h, weights.lm_head)
 
 
-def _forward(weights, blocks, keys, values, piece, width, threads):
+def _forward(weights, keys, values, piece, width, threads):
     """The last layer's output (parts, C) for the last row of each part of a piece; width: the most of an MLP.
 
     That layer has no use for what the other rows put out: of these it needs the keys and values only.
@@ -99,12 +99,13 @@ def _forward(weights, blocks, keys, values, piece, width, threads):
         hidden = room[: R * F].reshape(R, F)
         _product(hidden, h, layer.c_fc, activate=True)
         _product(added, hidden, layer.mlp_proj, x)
-    x, h, block = x[last_rows], h[last_rows], blocks[-1:]
-    x += _times(h, layer.attn_proj, block["attn_proj"], threads)
+    x, h = x[last_rows], h[last_rows]
+    x += _times(h, layer.attn_proj)
     _norm(h, x, layer.ln_2)
-    hidden = _times(h, layer.c_fc, block["c_fc"], threads)
-    _finish(hidden, hidden, activate=True)
-    x += _times(hidden, layer.mlp_proj, block["mlp_proj"], threads)
+    hidden = _times(h, layer.c_fc)
+    none = np.empty(0, x.dtype)
+    _finish(hidden, none, none, activate=True)
+    x += _times(hidden, layer.mlp_proj)
     return x
 
 
@@ -122,20 +123,26 @@ def _norm(h, x, norm):
 def _product(out, x, matrix, total=None, activate=False):
     """out = x w^T + bias for a Matrix, or gelu of it; or else that is added to `total`, and out is used up."""
     matmul(out, x, matrix.numbers.T)
-    _finish(out, out if total is None else total, matrix.scale, matrix.bias, total is not None, activate)
+    _finish(out, *_scale_and_bias(matrix, out.dtype), total, activate)
 
 
-def _finish(out, total, scale=None, bias=None, add=False, activate=False):
-    scale, bias = (np.empty(0, out.dtype) if array is None else array for array in (scale, bias))
+def _finish(out, scale, bias, total=None, activate=False):
+    add, total = total is not None, out if total is None else total
     numbers = out.size if activate else out.size // QUICK
     shared(lambda rows: finish_kernel(total[rows], out[rows], scale, bias, add, activate), len(out), numbers)
 
 
-def _times(x, matrix, record, threads):
-    """x w^T + bias of few rows, for a Matrix and its MATRIX (1,): each weight is fetched once, for all of them."""
-    out, like = empty((len(x), len(matrix.numbers)), x.dtype), np.zeros(1, matrix.numbers.dtype)
-    share_out(lambda part: times_kernel(out, x, like, record, part.start, part.stop), out.shape[1], threads, 16)
+def _times(x, matrix):
+    """x w^T + bias of few rows, for a Matrix: each weight is fetched once, for all of them."""
+    out, w = empty((len(x), len(matrix.numbers)), x.dtype), matrix.numbers
+    factors = _scale_and_bias(matrix, x.dtype)
+    shared(lambda part: times_kernel(out, x, w, *factors, part.start, part.stop, False), len(w), w.size // QUICK)
     return out
+
+
+def _scale_and_bias(matrix, dtype):
+    """What kernels are given of a Matrix beside its numbers: arrays, which have no length if there is none."""
+    return [np.empty(0, dtype) if array is None else array for array in (matrix.scale, matrix.bias)]
 
 
 def _attend(y, qkv, keys, values, piece, scale, only_last, threads):
@@ -155,6 +162,12 @@ def _attend(y, qkv, keys, values, piece, scale, only_last, threads):
             )  # fmt: skip
 
     share_out(share, n_head, threads)
+
+
+@kernel
+def times_kernel(out, x, w, scale, bias, first, last, add):
+    """`dots`."""
+    dots(out, x, w, scale, bias, first, last, add)
 
 
 @kernel

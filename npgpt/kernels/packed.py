@@ -240,12 +240,13 @@ def _meet_block(block, out, a, soon, add):
     while j < columns:
         n = _vectors_of_panel(block, (columns - j + lanes - 1) // lanes)
         for i in range(0, M, ROWS):
+            row = int(done * share)
             if n == 3:
-                _tile_3(out, a, block, soon, i, j, place, int(done * share), add)
+                _tile_3(out, a, block, soon, i, j, place, row, add)
             elif n == 2:
-                _tile_2(out, a, block, soon, i, j, place, int(done * share), add)
+                _tile_2(out, a, block, soon, i, j, place, row, add)
             else:
-                _tile_1(out, a, block, soon, i, j, place, int(done * share), add)
+                _tile_1(out, a, block, soon, i, j, place, row, add)
             done += 1
         j, place = j + n * lanes, place + k * n * lanes
 

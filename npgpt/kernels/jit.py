@@ -39,6 +39,7 @@ if KERNELS == "numba":
         KERNELS = "numpy"
 
 FLAGS = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "arcp", "nsz", "afn"}}
+FLAGS["no_cfunc_wrapper"] = True
 
 # fast function's name -> (fast function, its NumPy reference)
 PAIRS = {}
@@ -125,7 +126,7 @@ if KERNELS == "numba":
         """
         if function is None:
             return functools.partial(kernel, counts=counts)
-        compiled = helper(function, counts=counts)
+        compiled = numba.njit(**FLAGS, _nrt=counts)(function)
         cache.keep(compiled)
         return compiled
 
@@ -133,7 +134,7 @@ if KERNELS == "numba":
         """Compile a function into the kernels that call it."""
         if function is None:
             return functools.partial(helper, counts=counts)
-        return numba.njit(**FLAGS, _nrt=counts)(function)
+        return numba.njit(**FLAGS, _nrt=counts, no_cpython_wrapper=True)(function)
 
 else:
 

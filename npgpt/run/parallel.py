@@ -266,7 +266,12 @@ class DataParallel:
         self.flat.check_home()
         self.flat.finish_grads()
         optimizer.step += 1
-        self.each(lambda rank: optimizer.update(self.flat.grads, lr, scale, self.slices[rank]), len(self.slices))
+
+        def work(rank):
+            with products_of(self.dtype):  # Muon's last product, too
+                optimizer.update(self.flat.grads, lr, scale, self.slices[rank])
+
+        self.each(work, len(self.slices))
 
     def loss(self, idx, targets):
         """(sum of the loss over the targets that are not -1, number of these), without gradients."""

@@ -62,7 +62,7 @@ def read_by_overload(out, x, i):
     out[0] = maths.largest(x, i + 1)
 
 
-@jit.kernel
+@jit.kernel(counts=True)
 def read_at_address(out, x, i):
     out[0] = maths.array_at(x.ctypes.data, len(x), x)[i]
 

@@ -448,7 +448,7 @@ def test_what_is_no_counter_is_refused_before_anything_is_written():
 
 
 def test_an_array_at_an_address_is_the_array_itself():
-    @jit.kernel
+    @jit.kernel(counts=True)
     def double(address, n, like):
         values = jit_array_at(address, n, like)
         for i in range(len(values)):

@@ -73,14 +73,14 @@ _share_of = helper(share_of)  # of the rows of a matrix: those that a thread com
 GROUP = 16  # elements that are never split between threads, nor computed in two ways: bits must not depend on the split
 
 
-@helper
+@helper(counts=True)
 def _times(out, x, like, w, first, last, add):
     """out[:, first:last] = those columns of x w^T + bias, or out += that, for the MATRIX w of numbers like these."""
     scale, bias = array_at(w.scale, w.n_out, x), array_at(w.bias, w.n_out, x)
     dots(out, x, matrix_at(w.address, w.n_out, w.n_in, like), scale, bias, first, last, add)
 
 
-@helper
+@helper(counts=True)
 def _add_row(x, like, w, n, first, last):
     """x[first:last] += those columns of row n of the MATRIX w, of numbers like these."""
     numbers = array_at(w.address + n * w.n_in * like.itemsize, w.n_in, like)
@@ -96,7 +96,7 @@ def _add_row(x, like, w, n, first, last):
             x[i] += numbers[i]
 
 
-@helper
+@helper(counts=True)
 def _norm(h, moments, x, norm):
     """h = layer norm of x (R, C)."""
     weight, bias = array_at(norm.weight, x.shape[1], x), array_at(norm.bias, x.shape[1], x)
@@ -142,7 +142,7 @@ def _activate(z, activation):
             z[i] = gelu(z[i], one, a, minus_2k)
 
 
-@helper
+@helper(counts=True)
 def _decode(ends, blocks, keys, values, job, shared, own, rank, ranks, R, n_logits):
     """What GPT.forward does with a cache, as number `rank` of `ranks` threads that share the rows of all matrices."""
     counter, tokens, streams, positions = job.counter, job.rows[0], job.rows[1], job.rows[2]
@@ -231,7 +231,7 @@ def _draw(z, uniform, temperature):
     return token
 
 
-@kernel
+@kernel(counts=True)
 def decode_kernel(ends, blocks, keys, values, job, shared, own, rank, ranks, seen):
     """_decode, once for rank 0; the others do it for each job that rank 0 begins, until there is none for a while.
 

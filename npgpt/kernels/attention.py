@@ -25,7 +25,7 @@ def round_up(n, step):
     return (n + step - 1) // step * step
 
 
-@helper(counts=False)
+@helper
 def scaled_transpose(k_t, k, scale):
     """k_t[:, :T] = scale * k.T, for k (T, hs).
 
@@ -39,7 +39,7 @@ def scaled_transpose(k_t, k, scale):
             k_t[i, t] *= scale
 
 
-@helper(counts=False)
+@helper
 def fetch_head(x, n, t0, t1):
     """Have the rows t0:t1 of head n of x (B, T, parts, n_head, hs) fetched: n runs over all heads of all sequences."""
     b, h = n // x.shape[3], n % x.shape[3]
@@ -48,7 +48,7 @@ def fetch_head(x, n, t0, t1):
             fetch(x[b, t0:t1, part, h])
 
 
-@helper(counts=False)
+@helper
 def drop(row, n, p_drop, key, number):
     """Dropout for the first n weights of a row; `number` is that of the row in the mask."""
     bits = row_key(key, np.uint64(number))
@@ -58,7 +58,7 @@ def drop(row, n, p_drop, key, number):
         row[j] = row[j] * scale if keeps(bits, np.uint32(j), limit) else row.dtype.type(0)
 
 
-@helper(counts=False)
+@helper
 def softmax(s, lse, n):
     """Of row r of s the first n + r numbers become their softmax, those up to a multiple of LANES 0; its lse[r].
 
@@ -81,7 +81,7 @@ def softmax(s, lse, n):
         lse[r] = np.float64(m) + np.log(total)
 
 
-@kernel(counts=False)
+@kernel
 def forward_heads(y, lse, qkv, k_t, s, p_drop, key, batch_offset):
     """y (B, T, 1, n_head, hs), lse (B, n_head, T), qkv (B, T, 3, n_head, hs).
 
@@ -109,7 +109,7 @@ def forward_heads(y, lse, qkv, k_t, s, p_drop, key, batch_offset):
                 product(y_head[t0:t1], s[: t1 - t0, :t1], v[:t1], False)
 
 
-@kernel(counts=False)
+@kernel
 def heads_of_past(y, qkv, keys, values, position, asked, scale, k_t, s, lse, first, last):
     """Heads first:last of T rows, which stand at `position` and after it in a text: their keys and values are cached.
 
@@ -137,7 +137,7 @@ def heads_of_past(y, qkv, keys, values, position, asked, scale, k_t, s, lse, fir
             product(y[t0:t1, 0, h], scores[:, :seen], v[:seen], False)
 
 
-@kernel(counts=False)
+@kernel
 def backward_heads(dqkv, dy, qkv, lse, k_t, v_t, a, grad, p_drop, key, batch_offset):
     """dqkv, qkv (B, T, 3, n_head, hs), dy (B, T, 1, n_head, hs), lse (B, n_head, T).
 

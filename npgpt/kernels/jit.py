@@ -38,8 +38,12 @@ if KERNELS == "numba":
     if numba.config.DISABLE_JIT:  # NUMBA_DISABLE_JIT: there are parts of kernels that only Numba can run
         KERNELS = "numpy"
 
-FLAGS = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "arcp", "nsz", "afn"}}
-FLAGS["no_cfunc_wrapper"] = True
+FLAGS = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"reassoc", "contract", "arcp", "nsz", "afn"},
+    "no_cfunc_wrapper": True,  # nobody calls them from C, and each wrapper has to be compiled
+}
 
 # fast function's name -> (fast function, its NumPy reference)
 PAIRS = {}
@@ -118,11 +122,11 @@ if KERNELS == "numba":
 
     from npgpt.kernels import cache
 
-    def kernel(function=None, *, counts=True):
+    def kernel(function=None, *, counts=False):
         """Compile a function over arrays.  One specialisation is built per dtype, at its first call.
 
-        counts: whether the users of each array are counted.  Without it a function is quicker that cuts arrays into
-        many views, but it can neither make an array nor return a view, and the same holds for what it calls.
+        counts: whether the users of each array are counted, for a function that makes an array or returns a view, or
+        calls one that does.  Each view costs it two atomic additions then, and all that is inlined compiles once more.
         """
         if function is None:
             return functools.partial(kernel, counts=counts)
@@ -130,15 +134,15 @@ if KERNELS == "numba":
         cache.keep(compiled)
         return compiled
 
-    def helper(function=None, *, counts=True):
-        """Compile a function into the kernels that call it."""
+    def helper(function=None, *, counts=False):
+        """Compile a function into the kernels that call it; Python cannot."""
         if function is None:
             return functools.partial(helper, counts=counts)
         return numba.njit(**FLAGS, _nrt=counts, no_cpython_wrapper=True)(function)
 
 else:
 
-    def kernel(function=None, *, counts=True):
+    def kernel(function=None, *, counts=False):
         return function or kernel
 
     helper, intrinsic = kernel, inside_kernels

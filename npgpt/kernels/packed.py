@@ -65,7 +65,7 @@ def scratch_size(itemsize):
     return DEPTH // itemsize * (PACK + WIDTH // itemsize)
 
 
-@kernel
+@kernel(counts=True)
 def multiply(out, a, b, a_turned, b_turned, scratch, top, bottom, left, right):
     """out[top:bottom, left:right] = this part of a @ b.
 
@@ -160,7 +160,7 @@ def _rows(strip, a, turned, i, stop, k, after):
     return strip.T[: stop - i, : after - k]
 
 
-@helper
+@helper(counts=True)
 def _part(b, turned, k, after, j, end):
     """Of b its rows k:after and its columns j:end, or of b.T those where b is turned."""
     return b[j:end, k:after] if turned else b[k:after, j:end]

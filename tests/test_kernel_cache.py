@@ -456,6 +456,29 @@ def test_a_kernel_that_has_changed_or_settings_that_have_get_a_folder_of_their_o
     assert compiled_by(base, NUMBA_NUM_THREADS="1") == (0, [])  # the first one is still there, and threads are nothing
 
 
+LATER = """
+import sys, numba
+said = "all is there to compile" if "numba.np.npyimpl" in sys.modules else "no more than a load needs"
+print(said, file=sys.stderr)
+
+@jit.kernel(counts=True)
+def add(y, x):
+    z = np.ones((len(x), 1))  # memory of Numba's own
+    y += z.reshape(len(x)) + x
+
+add(y, np.ones(3))
+numba.njit(lambda y, x: double(y, x))(y, y + 1)  # compiles, and calls what was loaded
+assert y.tolist() == [6, 10, 14], y
+"""
+
+
+@numba_only
+def test_a_process_that_only_loads_kernels_does_not_wait_for_what_compiling_needs_and_can_still_compile(base):
+    n, said = compiled_by(base, SCRIPT + LATER)
+    assert n >= 3 and said == ["all is there to compile"]
+    assert compiled_by(base, SCRIPT + LATER) == (1, ["no more than a load needs"])
+
+
 @numba_only
 @pytest.mark.parametrize("name", ["OPT", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "LOOP_VECTORIZE", "CPU_NAME"])
 def test_a_setting_of_numbas_changes_the_folders_name(monkeypatch, name):

@@ -10,7 +10,6 @@ import numpy as np
 
 from npgpt.data.bpe_files import BPE_FILES, END, KEPT, SETTINGS, dumped, read_folder, usual_settings
 from npgpt.data.bpe_format import batches_of, bytes_of, checked, one_line, places_of, the_package, tokenizer_of
-from npgpt.data.bpe_learning import learnt
 from npgpt.data.characters import ByteTokenizer, CharTokenizer, Tokenizer, utf8
 from npgpt.errors import CheckpointError, UsageError, told_as
 
@@ -75,6 +74,8 @@ class BPETokenizer(Tokenizer):
         check: is called now and then while they are learnt; what it raises ends that.
         The same text gives the same tokenizer.  Raises UsageError without the package tokenizers.
         """
+        from npgpt.data.bpe_learning import learnt
+
         the_package()
         try:
             return cls(learnt(pieces, vocab_size, check))

@@ -17,28 +17,34 @@ from pathlib import Path
 import llvmlite
 import numba
 from numba.core import caching
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.runtime import rtsys
 
 from npgpt.kernels.permission import amx_is_permitted
 from npgpt.kernels.private import NotPrivate, private_folder
 from npgpt.machine import cache_folder
 
 ROOT = Path(__file__).parents[2]
-_IMPORT = re.compile(r"^(?:from|import) (npgpt[\w.]*)(?: import (\([^)]*\)|.*))?", re.MULTILINE)
+_IMPORT = re.compile(rb"\n(?:from|import) (npgpt[\w.]*)(?: import (\([^)]*\)|.*))?")
+_SETTING = re.compile("(?!CACHE|NUMBA)[A-Z_]+")
 
 
 @functools.cache
 def _read(path):
-    """A file's content, and the files of npgpt that it imports at its top."""
+    """A hash of a file's content, and the files of npgpt that it imports at its top."""
     raw, imported = path.read_bytes(), set()
-    for module, names in _IMPORT.findall(raw.decode("utf-8", "replace")):
-        place = ROOT.joinpath(*module.split("."))
-        files = place.with_suffix(".py"), *(place / f"{name}.py" for name in re.findall(r"\w+", names))
-        imported.update(filter(Path.is_file, files))
-    return raw, imported
+    for module, names in _IMPORT.findall(b"\n" + raw):
+        place = ROOT.joinpath(*module.decode().split("."))
+        if (file := place.with_suffix(".py")).is_file():
+            imported.add(file)
+        else:
+            files = (place / f"{name.decode()}.py" for name in re.findall(rb"\w+", names))
+            imported.update(filter(Path.is_file, files))
+    return hashlib.sha256(raw).digest(), imported
 
 
 def kernel_sources(file):
-    """path -> content of the files whose change may change a kernel that stands in a file, or how it is kept.
+    """path -> hash of the files whose change may change a kernel that stands in a file, or how it is kept.
 
     They are itself, jit.py, this one, and of those that it imports, and so on, the ones that import jit.py: no other
     can hold a helper.  What a kernel is made of comes from nowhere else.
@@ -47,21 +53,21 @@ def kernel_sources(file):
     found, todo = {}, [file, jit, cache]
     while todo:
         path = todo.pop()
-        raw, imported = _read(path)
+        content, imported = _read(path)
         if path not in found and (path in (file, jit, cache) or jit in imported):
-            found[path] = raw
+            found[path] = content
             todo += imported
     return found
 
 
 def _key(file):
     """A hash of all that a kernel in a file is made of: sources, Numba, and settings but for places and threads."""
-    settings = [item for item in vars(numba.config).items() if re.fullmatch("(?!CACHE|NUMBA)[A-Z_]+", item[0])]
+    settings = [item for item in vars(numba.config).items() if _SETTING.fullmatch(item[0])]
     wanted = os.environ.get("NPGPT_BFLOAT16", "")
     may_use_amx = wanted == "amx" or (wanted == "" and amx_is_permitted())  # (else memory stands for its registers)
     digest = hashlib.sha256(repr((numba.__version__, llvmlite.__version__, sorted(settings), may_use_amx)).encode())
-    for _, raw in sorted(kernel_sources(file).items()):
-        digest.update(raw)
+    for _, content in sorted(kernel_sources(file).items()):
+        digest.update(content)
     return digest.hexdigest()[:16]
 
 
@@ -102,20 +108,8 @@ def _kernel_folder(file):
 def keep(kernel):
     """Have what Numba compiles for a kernel kept in the folder for its file; in no other, if there is none."""
     folder = _kernel_folder(Path(kernel.py_func.__code__.co_filename))
-    if folder is None:
-        return
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(folder)  # read when a cache is chosen; a user's own functions keep theirs
-    try:
-        kernel.enable_caching()
-    except RuntimeError:  # Numba has found no folder that it can write to
-        return
-    finally:
-        numba.config.CACHE_DIR = before
-    if os.path.dirname(kernel.stats.cache_path) == str(folder):
-        kernel._cache = _KernelCache(kernel._cache, folder)
-    else:  # Numba took a folder that nobody has checked
-        kernel._cache = caching.NullCache()
+    if folder is not None:
+        kernel._cache = _KernelCache(kernel.py_func, folder)
 
 
 class _KernelFiles(caching.IndexDataCacheFile):
@@ -151,23 +145,48 @@ class _KernelFiles(caching.IndexDataCacheFile):
 class _KernelCache:
     """Numba's cache of one kernel, which no error in it keeps from running: then it compiles anew."""
 
-    def __init__(self, cache, folder):
+    def __init__(self, function, folder):
+        self._function, self._folder, self._made = function, folder, None
+
+    def _cache(self):
+        """Numba's, made when a kernel is first called: Numba tries with a file whether it can write to the folder."""
+        with global_compiler_lock:
+            if self._made is None:
+                self._made = self._make()
+            return self._made
+
+    def _make(self):
+        before = numba.config.CACHE_DIR
+        numba.config.CACHE_DIR = str(self._folder)  # read here; a user's own functions keep theirs
+        try:
+            cache = caching.FunctionCache(self._function)
+        except RuntimeError:  # Numba has found no folder that it can write to
+            return caching.NullCache()
+        finally:
+            numba.config.CACHE_DIR = before
+        if os.path.dirname(cache.cache_path) != str(self._folder):  # Numba took a folder that nobody has checked
+            return caching.NullCache()
         cache._cache_file = _KernelFiles(cache.cache_path, cache._impl.filename_base, None)
-        self._cache, self._base = cache, folder.parent
+        return cache
 
     def __getattr__(self, name):
-        return getattr(self._cache, name)
+        return getattr(self._cache(), name)
 
-    def load_overload(self, *args):
+    def load_overload(self, signature, context):
+        """As Numba's, but without all that compiling needs: that alone would take 70 ms."""
         try:
-            return self._cache.load_overload(*args)
+            cache = self._cache()
+            if isinstance(cache, caching.NullCache):
+                return None
+            rtsys.initialize(context)  # what compiled kernels call
+            return cache._load_overload(signature, context)
         except Exception as error:  # Numba's, of pickle, of LLVM: whatever is wrong with what lies there
-            _say("read", f"compiled kernels in {self._base} cannot be read: {error}; they compile anew")
+            _say("read", f"compiled kernels in {self._folder.parent} cannot be read: {error}; they compile anew")
             return None
 
     def save_overload(self, *args):
         try:
-            self._cache.save_overload(*args)
+            self._cache().save_overload(*args)
         except Exception as error:
             why = getattr(error, "strerror", None) or error
-            _say("kept", f"the kernels cannot be kept in {self._base}: {why}; they compile anew each time")
+            _say("kept", f"the kernels cannot be kept in {self._folder.parent}: {why}; they compile anew each time")

@@ -1396,6 +1396,22 @@ FAULTS = [
         kernel=True,
     ),
     Fault(
+        "matrices: each part of a checksum begins with the first place",
+        "npgpt/generate/matrices.py",
+        "np.uint32((first + begin) * SPACING)",
+        "np.uint32(first * SPACING)",
+        "Numbers of two parts that have changed places are another matrix.",
+        kernel=True,
+    ),
+    Fault(
+        "matrices: a row's largest number is sought among the positive ones",
+        "npgpt/generate/matrices.py",
+        "np.uint32(words[k] & np.uint32(0x7FFFFFFF))",
+        "np.uint32(words[k] if words[k] < np.uint32(0x80000000) else np.uint32(0))",
+        "A negative number that is larger than all others would be cut off at 127.",
+        kernel=True,
+    ),
+    Fault(
         "matrices: bfloat16 are cut off",
         "npgpt/generate/matrices.py",
         "np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))",

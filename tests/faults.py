@@ -1396,7 +1396,7 @@ FAULTS = [
         kernel=True,
     ),
     Fault(
-        "matrices: each part of a checksum begins with the first place",
+        "matrices: a checksum numbers each part from the first place on",
         "npgpt/generate/matrices.py",
         "np.uint32((first + begin) * SPACING)",
         "np.uint32(first * SPACING)",

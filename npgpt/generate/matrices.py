@@ -19,7 +19,7 @@ import numpy as np
 
 from npgpt.kernels.bfloat16 import narrowed_ref, widened_ref
 from npgpt.kernels.buffers import empty
-from npgpt.kernels.jit import inside_kernels, kernel
+from npgpt.kernels.jit import KERNELS, inside_kernels, kernel, writing
 from npgpt.kernels.matmul import share_out
 from npgpt.kernels.tiles import fetch
 from npgpt.machine import processors
@@ -150,6 +150,10 @@ def checksum(total, words, first):
             sums += number * number
             place = np.uint32(place + SPACING)
     total[0] = sums
+
+
+if KERNELS == "numpy":
+    quantize, narrow, checksum = writing(quantize_ref), writing(narrowed_ref), writing(checksum_ref)
 
 
 def rounded(model, kind):

@@ -74,7 +74,7 @@ class BPETokenizer(Tokenizer):
         check: is called now and then while they are learnt; what it raises ends that.
         The same text gives the same tokenizer.  Raises UsageError without the package tokenizers.
         """
-        from npgpt.data.bpe_learning import learnt
+        from npgpt.data.bpe_learning import learnt  # which begins processes: no other start has to wait for that
 
         the_package()
         try:

@@ -19,7 +19,8 @@ import numpy as np
 
 from npgpt.kernels.bfloat16 import narrowed_ref, widened_ref
 from npgpt.kernels.buffers import empty
-from npgpt.kernels.jit import KERNELS, inside_kernels, kernel, writing
+from npgpt.kernels.jit import KERNELS, kernel, writing
+from npgpt.kernels.maths import largest_magnitude
 from npgpt.kernels.matmul import share_out
 from npgpt.kernels.tiles import fetch
 from npgpt.machine import processors
@@ -72,27 +73,6 @@ def quantize_ref(w):
     with np.errstate(invalid="ignore"):
         q = np.rint(w * (real(127) / largest)[:, None])
         return np.where(abs(q) <= 127, q, 0).astype(np.int8), largest * real(1 / 127)
-
-
-def _largest_magnitude32(row):
-    words, largest = row.view(np.uint32), np.uint32(0)
-    for k in range(len(row)):
-        largest = max(largest, np.uint32(words[k] & np.uint32(0x7FFFFFFF)))
-    found = np.uint32(largest)
-    return found.view(np.float32)
-
-
-@inside_kernels(float32=_largest_magnitude32)
-def largest_magnitude(row):
-    """The largest absolute value of a row, or NaN if one is NaN.
-
-    float32: without their signs, numbers have the order of their bits, NaN behind all; so whole vectors are compared.
-    """
-    largest = abs(row[0])
-    for k in range(len(row)):
-        size = abs(row[k])
-        largest = size if size > largest or size != size else largest
-    return largest
 
 
 @kernel
@@ -152,7 +132,7 @@ def checksum(total, words, first):
     total[0] = sums
 
 
-if KERNELS == "numpy":
+if KERNELS == "numpy":  # not by `replaces`: its pairs compute with numbers of one dtype
     quantize, narrow, checksum = writing(quantize_ref), writing(narrowed_ref), writing(checksum_ref)
 
 

@@ -179,7 +179,8 @@ class _KernelCache:
             if isinstance(cache, caching.NullCache):
                 return None
             rtsys.initialize(context)  # what compiled kernels call
-            return cache._load_overload(signature, context)
+            with cache._guard_against_spurious_io_errors():  # Windows refuses a file that others read
+                return cache._load_overload(signature, context)
         except Exception as error:  # Numba's, of pickle, of LLVM: whatever is wrong with what lies there
             _say("read", f"compiled kernels in {self._folder.parent} cannot be read: {error}; they compile anew")
             return None

@@ -60,6 +60,24 @@ def largest(row, n):
     return m
 
 
+def _largest_magnitude32(row):
+    # as in _largest32, but without the sign bits nothing is reversed, and a NaN is above infinity
+    best = np.int32(0)
+    for j in range(len(row)):
+        best = max(best, np.int32(np.float32(row[j]).view(np.int32) & np.int32(0x7FFFFFFF)))
+    return np.int32(best).view(np.float32)
+
+
+@inside_kernels(float32=_largest_magnitude32)
+def largest_magnitude(row):
+    """The largest absolute value in a row, or NaN if there is one, inside a kernel only."""
+    largest = abs(row[0])
+    for j in range(len(row)):
+        size = abs(row[j])
+        largest = size if size > largest or size != size else largest
+    return largest
+
+
 @helper
 def in_two(lse, like):
     """A float64 as the sum of two numbers of the dtype of `like`: the nearest one, and what that leaves over.

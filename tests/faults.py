@@ -655,6 +655,14 @@ FAULTS = [
         kernel=True,
     ),
     Fault(
+        "kernel cache: softmax is not a part of its callers",
+        "npgpt/kernels/attention.py",
+        "@helper(inlined=True)\ndef softmax",
+        "@helper\ndef softmax",
+        "Of several copies each caller runs the one that was loaded first, and their sums differ.",
+        kernel=True,
+    ),
+    Fault(
         "kernel cache: a kernel for AMX is taken where another way is wanted",
         "npgpt/kernels/cache.py",
         "repr((numba.__version__, llvmlite.__version__, sorted(settings), may_use_amx))",

@@ -479,6 +479,50 @@ def test_a_process_that_only_loads_kernels_does_not_wait_for_what_compiling_need
     assert compiled_by(base, SCRIPT + LATER) == (1, ["no more than a load needs"])
 
 
+BITS = """
+import hashlib, sys
+import numpy as np
+from npgpt import GPT, GPTConfig
+from npgpt.config import Controls
+from npgpt.generate.generation import Generation
+
+rng = np.random.default_rng(0)
+model = GPT(GPTConfig(vocab_size=40, block_size=128, n_layer=1, n_head=2, n_embd=90))
+model.tokenizer = None
+idx = rng.integers(0, 40, (2, 100))
+
+def train():
+    for parameter in model.parameters():
+        parameter.grad = None
+    _, loss = model(idx, idx)
+    loss.backward()
+    return loss.data, *(parameter.grad for parameter in model.parameters())
+
+def write(n):
+    generation = Generation(model, idx[0, :n].tolist(), [rng], Controls(temperature=0), n + 9)
+    return generation.decoder.read(idx[0, :n]), generation.decoder.read(idx[1, n : n + 1], position=n)
+
+asked = {"train": train, "write": lambda: write(50), "write after little": lambda: write(20)}
+for name in sorted(asked, reverse="reverse" in sys.argv):
+    digest = hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in asked[name]()))
+    print(name, digest.hexdigest())
+"""
+
+
+@numba_only
+def test_a_process_that_compiles_has_the_bits_of_one_that_loads_in_whatever_order(base):
+    """Of a helper that several kernels have a copy of, each calls the one that the process has loaded first."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(base / "cache")}
+
+    def bits(*args):
+        command = [sys.executable, "-c", BITS, *args]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        return sorted(done.stdout.splitlines())
+
+    compiled = bits()
+    assert len(compiled) == 3 and bits() == compiled and bits("reverse") == compiled
+
+
 @numba_only
 @pytest.mark.parametrize("name", ["OPT", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "LOOP_VECTORIZE", "CPU_NAME"])
 def test_a_setting_of_numbas_changes_the_folders_name(monkeypatch, name):

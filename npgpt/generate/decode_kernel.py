@@ -96,14 +96,14 @@ def _add_row(x, like, w, n, first, last):
             x[i] += numbers[i]
 
 
-@helper(counts=True)
+@helper(counts=True, inlined=True)
 def _norm(h, moments, x, norm):
     """h = layer norm of x (R, C)."""
     weight, bias = array_at(norm.weight, x.shape[1], x), array_at(norm.bias, x.shape[1], x)
     layernorm_forward(h, moments[0], moments[1], x, weight, bias, norm.eps)
 
 
-@helper
+@helper(inlined=True)
 def _attend(y, q, keys, values, scale, p):
     """y (hs,) = softmax(scale q keys^T) values: q (1, hs), keys and values (n, hs), scale > 0, p room for (1, n)."""
     n, hs = keys.shape
@@ -130,7 +130,7 @@ def _attend(y, q, keys, values, scale, p):
             y[i] += p[t] * values[t, i]
 
 
-@helper
+@helper(inlined=True)
 def _activate(z, activation):
     """z = activation(z), in place."""
     if activation == GELU:
@@ -142,7 +142,7 @@ def _activate(z, activation):
             z[i] = gelu(z[i], one, a, minus_2k)
 
 
-@helper(counts=True)
+@helper(counts=True, inlined=True)
 def _decode(ends, blocks, keys, values, job, shared, own, rank, ranks, R, n_logits):
     """What GPT.forward does with a cache, as number `rank` of `ranks` threads that share the rows of all matrices."""
     counter, tokens, streams, positions = job.counter, job.rows[0], job.rows[1], job.rows[2]
@@ -200,7 +200,7 @@ def _decode(ends, blocks, keys, values, job, shared, own, rank, ranks, R, n_logi
         _times(job.logits[:n_logits], h[R - n_logits :], like, ends.lm_head, first, last, replace)
 
 
-@helper
+@helper(inlined=True)
 def _draw(z, uniform, temperature):
     """The token that a number in [0, 1) picks from softmax(z / temperature), the likeliest one for a temperature of 0.
 

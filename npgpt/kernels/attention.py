@@ -58,7 +58,7 @@ def drop(row, n, p_drop, key, number):
         row[j] = row[j] * scale if keeps(bits, np.uint32(j), limit) else row.dtype.type(0)
 
 
-@helper
+@helper(inlined=True)
 def softmax(s, lse, n):
     """Of row r of s the first n + r numbers become their softmax, those up to a multiple of LANES 0; its lse[r].
 

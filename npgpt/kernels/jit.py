@@ -122,27 +122,31 @@ if KERNELS == "numba":
 
     from npgpt.kernels import cache
 
-    def kernel(function=None, *, counts=False):
+    def kernel(function=None, *, counts=False, inlined=False):
         """Compile a function over arrays.  One specialisation is built per dtype, at its first call.
 
         counts: whether the users of each array are counted, for a function that makes an array or returns a view, or
         calls one that does.  Each view costs it two atomic additions then, and all that is inlined compiles once more.
+
+        inlined: whether it becomes a part of each kernel that calls it.  One that adds floats up must: otherwise each
+        caller has a copy, the order of the sums differs from copy to copy, and all callers run whichever copy the
+        process has loaded first.
         """
         if function is None:
-            return functools.partial(kernel, counts=counts)
-        compiled = numba.njit(**FLAGS, _nrt=counts)(function)
+            return functools.partial(kernel, counts=counts, inlined=inlined)
+        compiled = numba.njit(**FLAGS, _nrt=counts, forceinline=inlined)(function)
         cache.keep(compiled)
         return compiled
 
-    def helper(function=None, *, counts=False):
+    def helper(function=None, *, counts=False, inlined=False):
         """Compile a function into the kernels that call it; Python cannot."""
         if function is None:
-            return functools.partial(helper, counts=counts)
-        return numba.njit(**FLAGS, _nrt=counts, no_cpython_wrapper=True)(function)
+            return functools.partial(helper, counts=counts, inlined=inlined)
+        return numba.njit(**FLAGS, _nrt=counts, forceinline=inlined, no_cpython_wrapper=True)(function)
 
 else:
 
-    def kernel(function=None, *, counts=False):
+    def kernel(function=None, **_):
         return function or kernel
 
     helper, intrinsic = kernel, inside_kernels

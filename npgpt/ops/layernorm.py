@@ -106,7 +106,7 @@ def layernorm(x, weight, bias=None, eps=EPS):
 
 
 @replaces(layernorm_forward_ref)
-@kernel
+@kernel(inlined=True)
 def layernorm_forward(y, mean, rstd, x, weight, bias, eps):
     N, C = x.shape
     one, inv_C, eps = x.dtype.type(1), x.dtype.type(1 / C), x.dtype.type(eps)

@@ -121,6 +121,11 @@ class Lesson:
         return list((inputs if reference is forward else self.backward_arguments(inputs, new)).values())
 
 
+def instead(begin, line, written):
+    """Mistakes in the step that begins so, which undoes that line of the forward: {what is written there: words}."""
+    return [(begin, after, words, line) for after, words in written.items()]
+
+
 class New:
     """new(3, 4): normal random numbers, an array of the dtype."""
 

@@ -2,7 +2,7 @@
 
 import math
 
-from npgpt.study.lesson import Fault, Lesson
+from npgpt.study.lesson import Fault, Lesson, instead
 
 SCORES_LINE = "s = q @ k.swapaxes(-1, -2) / math.sqrt(hs)"
 SOFTMAX_LINE = "p = e / total"
@@ -32,42 +32,31 @@ def parts(values, dqkv):
 
 MASK_LINE = "return np.where(future, -np.inf, s).astype(q.dtype)"
 FUTURE = "wrong mask: a query does not see positions of the future"
-SELF = "wrong mask: it is off by one, a query sees its own position"
-DROPPED = "wrong mask: the weights that dropout dropped did not reach the output"
 NOT_A = "wrong value: the softmax made p; a came after it"
 OTHER = "wrong value: of a product, each factor's gradient has the other factor"
 RESHAPED = "right numbers at wrong places: reshape keeps the order in memory, transpose exchanges axes"
 SCORES = "q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1]) - lse[..., None]"
 MISTAKES = (
-    (
-        "ds", "ds = p * dp",
-        "missing term: the probabilities of a row sum to 1, so one score changes all of them", SOFTMAX_LINE,
-    ),
-    (
-        "ds", "ds = p * (1 - p) * dp",
-        "missing term: one score changes all probabilities of its row, not its own alone", SOFTMAX_LINE,
-    ),
-    ("ds", "ds = dp", "missing line: the softmax has not been undone", SOFTMAX_LINE),
-    ("dp", "dp = da", DROPPED, DROP_LINE),
-    ("ds", "ds = p * drop * (dp - (dp * p).sum(axis=-1, keepdims=True))", NOT_A, SOFTMAX_LINE),
-    ("ds", "ds = p * (dp - (dp * p * drop).sum(axis=-1, keepdims=True))", NOT_A, SOFTMAX_LINE),
-    ("ds", "ds = p * drop * (dp - (dp * p * drop).sum(axis=-1, keepdims=True))", NOT_A, SOFTMAX_LINE),
-    ("ds", "ds = p * drop * (da - (da * p * drop).sum(axis=-1, keepdims=True))", NOT_A, SOFTMAX_LINE),
-    (
-        "ds", "ds = p * (dp - dp.sum(axis=-1, keepdims=True))",
-        "missing factor: in the sum of the softmax's gradient", SOFTMAX_LINE,
-    ),
-    (
-        "ds", "ds = p * (dp - (dp * p).sum(axis=-2, keepdims=True))",
-        "wrong axis: a softmax goes over the keys of a query", SOFTMAX_LINE,
-    ),
-    (
-        "ds", "ds = p * (dp - (dp * p).mean(axis=-1, keepdims=True))",
-        "mean instead of sum: the probabilities of a row sum to 1, whatever its length", SOFTMAX_LINE,
-    ),
-    ("p =", f"p = np.exp({SCORES})", FUTURE, MASK_LINE),
-    ("p =", f"p = np.tril(np.exp({SCORES}), 1)", FUTURE, MASK_LINE),
-    ("p =", f"p = np.tril(np.exp({SCORES}), -1)", SELF, MASK_LINE),
+    *instead("ds", SOFTMAX_LINE, {
+        "ds = p * dp": "missing term: the probabilities of a row sum to 1, so one score changes all of them",
+        "ds = p * (1 - p) * dp": "missing term: one score changes all probabilities of its row, not its own alone",
+        "ds = dp": "missing line: the softmax has not been undone",
+    }),
+    ("dp", "dp = da", "wrong mask: the weights that dropout dropped did not reach the output", DROP_LINE),
+    *instead("ds", SOFTMAX_LINE, {
+        "ds = p * drop * (dp - (dp * p).sum(axis=-1, keepdims=True))": NOT_A,
+        "ds = p * (dp - (dp * p * drop).sum(axis=-1, keepdims=True))": NOT_A,
+        "ds = p * drop * (dp - (dp * p * drop).sum(axis=-1, keepdims=True))": NOT_A,
+        "ds = p * drop * (da - (da * p * drop).sum(axis=-1, keepdims=True))": NOT_A,
+        "ds = p * (dp - dp.sum(axis=-1, keepdims=True))": "missing factor: in the sum of the softmax's gradient",
+        "ds = p * (dp - (dp * p).sum(axis=-2, keepdims=True))": "wrong axis: a softmax goes over the keys of a query",
+        "ds = p * (dp - (dp * p).mean(axis=-1, keepdims=True))":
+            "mean instead of sum: the probabilities of a row sum to 1, whatever its length",
+    }),
+    *instead("p =", MASK_LINE, {
+        f"p = np.exp({SCORES})": FUTURE, f"p = np.tril(np.exp({SCORES}), 1)": FUTURE,
+        f"p = np.tril(np.exp({SCORES}), -1)": "wrong mask: it is off by one, a query sees its own position",
+    }),
     ("p =", "p = np.exp(_scores_ref(q, k))", "wrong value: a probability is exp(s - lse)", SOFTMAX_LINE),
     (
         "p =", "p = np.tril(np.exp(q @ k.swapaxes(-1, -2) - lse[..., None]))",
@@ -80,17 +69,16 @@ MISTAKES = (
     ("q, k, v", "q, k, v = qkv.reshape(3, qkv.shape[0], n_head, qkv.shape[1], -1)", RESHAPED, None),
     ("dy =", "dy = dy.reshape(v.shape)", RESHAPED, None),
     ("dq", "dq = ds @ q / math.sqrt(q.shape[-1])", OTHER, SCORES_LINE),
-    ("dk", "dk = ds.swapaxes(-1, -2) @ k / math.sqrt(q.shape[-1])", OTHER, SCORES_LINE),
-    (
-        "dk", "dk = ds @ q / math.sqrt(q.shape[-1])",
-        "transposed: not a row of the matrix but a column goes into a key's gradient", SCORES_LINE,
-    ),
+    *instead("dk", SCORES_LINE, {
+        "dk = ds.swapaxes(-1, -2) @ k / math.sqrt(q.shape[-1])": OTHER,
+        "dk = ds @ q / math.sqrt(q.shape[-1])":
+            "transposed: not a row of the matrix but a column goes into a key's gradient",
+    }),
     ("dv", "dv = p * drop @ dy", "transposed: not a row of the matrix but a column goes into a value's gradient", None),
-    (
-        "dv", "dv = p.swapaxes(-1, -2) @ dy",
-        "wrong value: v was multiplied with the weights after dropout", DROP_LINE,
-    ),
-    ("dv", "dv = (p * (drop > 0)).swapaxes(-1, -2) @ dy", "missing factor: dropout scales what it keeps", DROP_LINE),
+    *instead("dv", DROP_LINE, {
+        "dv = p.swapaxes(-1, -2) @ dy": "wrong value: v was multiplied with the weights after dropout",
+        "dv = (p * (drop > 0)).swapaxes(-1, -2) @ dy": "missing factor: dropout scales what it keeps",
+    }),
     (
         "dv", "dv = (p * (da * drop - (da * drop * p).sum(axis=-1, keepdims=True))).swapaxes(-1, -2) @ dy",
         "wrong value: v was multiplied with the weights a, not with ds", None,

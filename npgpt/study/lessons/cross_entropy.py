@@ -1,6 +1,6 @@
 """Cross-entropy: p - y, and rows that do not count."""
 
-from npgpt.study.lesson import Fault, Lesson
+from npgpt.study.lesson import Fault, Lesson, instead
 
 TARGETS = (1, 0, -3, 3, -3, 4, 3)  # -3 is ignored
 ZEROS = "in the rows whose target is ignored: the loss does not depend on them"
@@ -41,37 +41,30 @@ HOT = "(targets[:, None] == np.arange(logits.shape[1]))"  # where the targets ar
 MISTAKES = (
     ("dlogits[rows", "", "missing term: the loss has the target's own logit in it, too", Z_LINE),
     ("dlogits = p", "dlogits = 0 * p", "missing term: the loss has lse in it, too", Z_LINE),
-    (
-        "dlogits = p", f"dlogits = p * {HOT}",
-        "missing term: every logit of a row is in lse, not the target's alone", LSE_LINE,
-    ),
+    *instead("dlogits = p", LSE_LINE, {
+        f"dlogits = p * {HOT}": "missing term: every logit of a row is in lse, not the target's alone",
+    }),
     ("dlogits[rows", "dlogits[rows, targets[rows]] += 1", "sign: that of the target's term", Z_LINE),
     (
         "dlogits", f"dlogits = valid[:, None] * (p * dloss / count - {HOT})",
         "missing factor: both terms are divided by count", None,
     ),
     ("p = np.exp", "p = logits", "wrong value: logits where probabilities belong", Z_LINE),
-    ("p = np.exp", "p = np.exp(logits)", "wrong value: a probability is exp(logit - lse)", LSE_LINE),
-    (
-        "p = np.exp", "p = np.exp(logits) / np.exp(logits).sum(axis=0)",
-        "wrong axis: a softmax goes over the logits of a row", LSE_LINE,
-    ),
+    *instead("p = np.exp", LSE_LINE, {
+        "p = np.exp(logits)": "wrong value: a probability is exp(logit - lse)",
+        "p = np.exp(logits) / np.exp(logits).sum(axis=0)": "wrong axis: a softmax goes over the logits of a row",
+    }),
     ("dlogits[~valid]", "", IGNORED, VALID_LINE),
     ("valid", "valid = targets != -1", IGNORED, VALID_LINE),
     ("dlogits[", "dlogits[np.arange(len(targets)), targets] -= 1", IGNORED, VALID_LINE),
-    (
-        "dlogits[rows", "dlogits[:, targets[rows]] -= 1",
-        "wrong index: a row has one target, and that is its own, not those of the others", Z_LINE,
-    ),
-    (
-        "dlogits[rows", "dlogits -= targets[:, None]",
-        "wrong value: a target is the place of a logit, not a number", Z_LINE,
-    ),
-    (
-        "dlogits[rows", "dlogits[rows, targets[rows]] -= p[rows, targets[rows]]",
-        "wrong value: it is not p that is subtracted at the target's place", Z_LINE,
-    ),
-    ("dlogits[rows", "dlogits[rows] -= logits[rows]", "wrong value: logits where probabilities belong", Z_LINE),
+    *instead("dlogits[rows", Z_LINE, {
+        "dlogits[:, targets[rows]] -= 1":
+            "wrong index: a row has one target, and that is its own, not those of the others",
+        "dlogits -= targets[:, None]": "wrong value: a target is the place of a logit, not a number",
+        "dlogits[rows, targets[rows]] -= p[rows, targets[rows]]":
+            "wrong value: it is not p that is subtracted at the target's place",
+        "dlogits[rows] -= logits[rows]": "wrong value: logits where probabilities belong",
+    }),
     (
         "dlogits = dlogits", "dlogits = p * (dlogits - (dlogits * p).sum(axis=1, keepdims=True)) * dloss / count",
         "a line too many: p - y has already come through the softmax", LSE_LINE,

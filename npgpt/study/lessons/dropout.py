@@ -1,6 +1,6 @@
 """Dropout: forward and backward are one function."""
 
-from npgpt.study.lesson import Fault, Lesson
+from npgpt.study.lesson import Fault, Lesson, instead
 
 
 def arguments(new, N, C, p, first_row, key=0xC0FFEE):
@@ -24,19 +24,14 @@ LINE = "mask = dropout_mask_ref(key, first_row, x.shape, p)"
 MISTAKES = (
     ("dx", "dx = dy", "missing mask, and missing factor: what was dropped did not reach the output", LINE),
     ("dx", "dx = mask / (1 - p)", "missing factor: the mask alone, where dy belongs too", None),
-    *(
-        ("mask", f"mask = {mask}", f"wrong mask: {words}", LINE)
-        for mask, words in (
-            (
-                "~dropout_mask_ref(key, first_row, dy.shape, p)",
-                "it is turned round, what was dropped gets a gradient",
-            ),
-            ("dropout_mask_ref(key, 0, dy.shape, p)", "its rows are numbered from first_row on"),
-            ("dropout_mask_ref(key, first_row + 1, dy.shape, p)", "its first row is first_row"),
-            ("dropout_mask_ref(key, first_row, dy.shape, 1 - p)", "that of another probability"),
-        )
-    ),
-)
+    *instead("mask", LINE, {
+        "mask = ~dropout_mask_ref(key, first_row, dy.shape, p)":
+            "wrong mask: it is turned round, what was dropped gets a gradient",
+        "mask = dropout_mask_ref(key, 0, dy.shape, p)": "wrong mask: its rows are numbered from first_row on",
+        "mask = dropout_mask_ref(key, first_row + 1, dy.shape, p)": "wrong mask: its first row is first_row",
+        "mask = dropout_mask_ref(key, first_row, dy.shape, 1 - p)": "wrong mask: that of another probability",
+    }),
+)  # fmt: skip
 
 
 LESSON = Lesson(

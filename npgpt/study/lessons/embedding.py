@@ -1,6 +1,6 @@
 """Embedding: what is looked up several times, and a backward that adds in place."""
 
-from npgpt.study.lesson import Fault, Lesson
+from npgpt.study.lesson import Fault, Lesson, instead
 
 IDX = ((1, 0, 1, 6), (3, 1, 4, 4), (6, 3, 1, 0))  # some tokens often, 2, 5 and 7 never
 LOOKED_UP = "return wte[idx] + wpe[:T]"
@@ -35,30 +35,23 @@ def places(dwte, dwpe, idx, **_):
 
 
 REPEATED = "repeated index: of a token that occurs more than once only one gradient counts"
+ONE_ROW = "one row only: every sequence of the batch used the same positions"
 NOT_ALL = "wrong index: every position of the batch was looked up, the first and the last, too"
 MISTAKES = (
     ("np.add", "\n".join(f"dwte[idx[{b}]] += dy[{b}]" for b in range(len(IDX))), REPEATED, None),
     ("dwpe", "dwpe[: T - 1] += dy.sum(axis=0)[:-1]", NOT_ALL, None),
     ("dwpe", "dwpe[1:T] += dy.sum(axis=0)[1:]", NOT_ALL, None),
-    ("np.add", "dwte[idx] += dy", REPEATED, None),
-    (
-        "np.add", "np.add.at(dwte, idx[:, 1:], dy[:, :-1])",
-        "wrong index: a position's gradient goes to the token that stands there, not to the next one", None,
-    ),
-    (
-        "np.add", "dwte[idx] = dy",
-        "overwritten: add to the gradient so far, and once for each time that a token occurs", None,
-    ),
-    (
-        "np.add", "np.add.at(dwte, idx[0], dy[0])",
-        "one sequence only: the others of the batch looked up rows, too", None,
-    ),
-    (
-        "np.add", "np.add.at(dwte, idx, dy / (idx[..., None] == idx.reshape(-1)).sum(axis=-1)[..., None])",
-        "mean instead of sum: the gradients of a token that occurs more than once add up", None,
-    ),
-    ("dwpe", "dwpe[:T] += dy[0]", "one row only: every sequence of the batch used the same positions", None),
-    ("dwpe", "dwpe[:T] += dy[-1]", "one row only: every sequence of the batch used the same positions", None),
+    *instead("np.add", None, {
+        "dwte[idx] += dy": REPEATED,
+        "np.add.at(dwte, idx[:, 1:], dy[:, :-1])":
+            "wrong index: a position's gradient goes to the token that stands there, not to the next one",
+        "dwte[idx] = dy": "overwritten: add to the gradient so far, and once for each time that a token occurs",
+        "np.add.at(dwte, idx[0], dy[0])": "one sequence only: the others of the batch looked up rows, too",
+        "np.add.at(dwte, idx, dy / (idx[..., None] == idx.reshape(-1)).sum(axis=-1)[..., None])":
+            "mean instead of sum: the gradients of a token that occurs more than once add up",
+    }),
+    ("dwpe", "dwpe[:T] += dy[0]", ONE_ROW, None),
+    ("dwpe", "dwpe[:T] += dy[-1]", ONE_ROW, None),
     ("dwpe", "dwpe[1 : T + 1] += dy.sum(axis=0)", "wrong index: position t looked up row t", None),
 )  # fmt: skip
 

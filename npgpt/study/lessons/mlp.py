@@ -1,6 +1,6 @@
 """The MLP: a chain of two layers, with GELU between them."""
 
-from npgpt.study.lesson import Fault, Lesson
+from npgpt.study.lesson import Fault, Lesson, instead
 
 GELU_LINE = "return 0.5 * z * (1 + np.tanh(K * (z + A * z**3)))"
 FC_LINE = "pre = linear_forward_ref(x, w_fc, b_fc)"
@@ -14,41 +14,31 @@ def arguments(new, N, C, F, out=None, scale=1):
     return {"x": x, "w_fc": w_fc * scale, "b_fc": b_fc, "w_proj": w_proj * scale, "b_proj": b_proj}
 
 
-FIRST, SECOND = "0.5 * (1 + t)", "0.5 * pre * (1 - t**2)"
+FIRST, SECOND, INNER = "0.5 * (1 + t)", "0.5 * pre * (1 - t**2)", "K * (1 + 3 * A * pre**2)"
 ERF = "0.5 * (1 + np.vectorize(math.erf)(pre / 2**0.5)) + pre * np.exp(-(pre**2) / 2) / (2 * math.pi) ** 0.5"
 SIGMOID = "(1 + (1 + 1.702 * pre) * np.exp(-1.702 * pre)) / (1 + np.exp(-1.702 * pre)) ** 2"
 AT = "\nt = np.tanh(K * (pre + A * pre**3))"
 MISTAKES = (
     ("dw_proj", "dw_proj = dy.T @ pre", "wrong value: the second layer was given what came out of the GELU", None),
-    (
-        "dw_proj", "dw_proj = dy.T @ gelu_slope_ref(pre)",
-        "wrong value: act is what was multiplied, not its slope", None,
-    ),
-    *(
-        ("gelu_slope", f"gelu_slope = {slope}", words, GELU_LINE)
-        for words, slope in (
-            ("missing term: by the product rule GELU's slope has two, and the second is missing", FIRST),
-            (
-                "missing term: by the product rule GELU's slope has two, and the first is missing",
-                f"{SECOND} * K * (1 + 3 * A * pre**2)",
-            ),
-            ("missing factor: by the chain rule, the slope of what stands inside of tanh", f"{FIRST} + {SECOND}"),
-            ("missing factor: what stands inside of tanh has a cube in it", f"{FIRST} + {SECOND} * K"),
-            (
-                "missing factor: what stands inside of tanh has a cube in it, whose slope has one more",
-                f"{FIRST} + {SECOND} * K * (1 + A * pre**2)",
-            ),
-            ("sign: that of the second term of GELU's slope", f"{FIRST} - {SECOND} * K * (1 + 3 * A * pre**2)"),
-            (
-                "wrong power: the slope of tanh is made of its square",
-                f"{FIRST} + 0.5 * pre * (1 - t) * K * (1 + 3 * A * pre**2)",
-            ),
-            ("wrong value: GELU itself, where its slope belongs", "act"),
-            ("wrong value: this is the slope of ReLU", "(pre > 0) * 1.0"),
-            ("wrong value: this is the slope of another GELU, that with erf", ERF),
-            ("wrong value: this is the slope of another GELU, that with a sigmoid", SIGMOID),
-        )
-    ),
+    ("dw_proj", "dw_proj = dy.T @ gelu_slope_ref(pre)", "wrong value: act is what was multiplied, not its slope", None),
+    *instead("gelu_slope", GELU_LINE, {
+        f"gelu_slope = {FIRST}":
+            "missing term: by the product rule GELU's slope has two, and the second is missing",
+        f"gelu_slope = {SECOND} * {INNER}":
+            "missing term: by the product rule GELU's slope has two, and the first is missing",
+        f"gelu_slope = {FIRST} + {SECOND}":
+            "missing factor: by the chain rule, the slope of what stands inside of tanh",
+        f"gelu_slope = {FIRST} + {SECOND} * K": "missing factor: what stands inside of tanh has a cube in it",
+        f"gelu_slope = {FIRST} + {SECOND} * K * (1 + A * pre**2)":
+            "missing factor: what stands inside of tanh has a cube in it, whose slope has one more",
+        f"gelu_slope = {FIRST} - {SECOND} * {INNER}": "sign: that of the second term of GELU's slope",
+        f"gelu_slope = {FIRST} + 0.5 * pre * (1 - t) * {INNER}":
+            "wrong power: the slope of tanh is made of its square",
+        "gelu_slope = act": "wrong value: GELU itself, where its slope belongs",
+        "gelu_slope = (pre > 0) * 1.0": "wrong value: this is the slope of ReLU",
+        f"gelu_slope = {ERF}": "wrong value: this is the slope of another GELU, that with erf",
+        f"gelu_slope = {SIGMOID}": "wrong value: this is the slope of another GELU, that with a sigmoid",
+    }),
     ("t =", "pre = act" + AT, "wrong value: the slope is taken before the activation, at pre, not at act", GELU_LINE),
     ("t =", "pre = dact" + AT, "wrong value: the slope is taken at pre, not at a gradient", GELU_LINE),
     ("dpre", "dpre = dact", "missing line: the gradient has not passed the GELU", GELU_LINE),

@@ -19,6 +19,7 @@ does not hold shows: a polynomial that is not 0, of degree d, is 0 at a random p
 """
 
 import math
+import operator
 import random
 
 import numpy as np
@@ -97,10 +98,7 @@ class Point:
 
     def variables(self, shape):
         """An array of the Numbers of new variables."""
-        numbers = np.empty(shape, object)
-        for i in np.ndindex(*shape):
-            numbers[i] = self.variable()
-        return numbers
+        return np.array([self.variable() for _ in range(math.prod(shape))], object).reshape(shape)
 
     def value(self, function, x):
         """What a function is at the Number x: a new variable for each new argument."""
@@ -138,6 +136,10 @@ class Point:
 
 # --------------------------------------------------------------------------------------------------------------------
 # Numbers with a derivative
+
+
+def _by_place(compare):
+    return lambda a, b: compare(a._place(), dual(b)._place())
 
 
 class Dual:
@@ -194,9 +196,7 @@ class Dual:
         """a^n for a whole n, or one and a half, ...: then it is a power of the root."""
         if n % 1:
             return a.sqrt() ** (2 * n)
-        power, n = UNIT, int(n)
-        for _ in range(abs(n)):
-            power = power * a
+        power = math.prod([a] * int(abs(n)), start=UNIT)
         return power if n >= 0 else power.inverse()
 
     def __rpow__(a, base):
@@ -237,22 +237,9 @@ class Dual:
             return -P
         return self.value.residue if self.value.residue <= P // 2 else self.value.residue - P
 
-    def __eq__(a, b):
-        return a._place() == dual(b)._place()
-
-    def __lt__(a, b):
-        return a._place() < dual(b)._place()
-
-    def __le__(a, b):
-        return a._place() <= dual(b)._place()
-
-    def __gt__(a, b):
-        return a._place() > dual(b)._place()
-
-    def __ge__(a, b):
-        return a._place() >= dual(b)._place()
-
-    __hash__ = None
+    __eq__, __lt__, __le__, __gt__, __ge__ = map(
+        _by_place, (operator.eq, operator.lt, operator.le, operator.gt, operator.ge)
+    )
 
 
 LOWEST, UNIT = Dual(None), Dual(ONE)  # -inf, and 1
@@ -308,8 +295,7 @@ def dual_array(values):
     """A DualArray of an array, or of a number."""
     if isinstance(values, DualArray):
         return values
-    duals = np.empty(np.shape(values), object)
-    return _to_duals(values, out=duals).view(DualArray)
+    return _to_duals(values, out=np.empty(np.shape(values), object)).view(DualArray)
 
 
 def _plain(x):

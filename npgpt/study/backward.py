@@ -7,7 +7,6 @@ here.
 """
 
 import ast
-import builtins
 import copy
 import operator
 
@@ -31,18 +30,12 @@ class Step:
         names = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
         self.reads = {name.id for name in names if isinstance(name.ctx, ast.Load)}
         self.writes = {name.id for name in names if isinstance(name.ctx, ast.Store)}
-        in_place = isinstance(node, (ast.AugAssign, ast.Expr)) or isinstance(node.targets[0], ast.Subscript)
-        if in_place:
-            written = node.value.args[0] if isinstance(node, ast.Expr) else getattr(node, "target", None)
-            written = written or node.targets[0]
+        written = node.value.args[0] if isinstance(node, ast.Expr) else getattr(node, "target", None) or node.targets[0]
+        self.in_place = not isinstance(node, ast.Assign) or isinstance(written, ast.Subscript)
+        if self.in_place:
             name = next(part.id for part in ast.walk(written) if isinstance(part, ast.Name))
             self.writes, self.reads = {name}, self.reads | {name}
-        self.in_place = in_place
-
-    @property
-    def target(self):
-        """What it makes."""
-        return sorted(self.writes)[0]
+        self.target = min(self.writes)  # what it makes
 
 
 class Backward:
@@ -55,8 +48,7 @@ class Backward:
     def __init__(self, lesson, inputs, values):
         self.steps = []
         module = lesson.module()
-        self.names = {name: value for name, value in vars(builtins).items() if name in ("len", "float", "int", "range")}
-        self.names |= {**vars(module), "np": np, **inputs}
+        self.names = {"len": len, "float": float, "int": int, "range": range, **vars(module), "np": np, **inputs}
         forward = Run(self.names, {})
         for statement in _function(module, lesson.forward[-1]).body:
             if isinstance(statement, (ast.Assign, ast.AugAssign)):
@@ -102,16 +94,11 @@ class Backward:
 # From source to steps
 
 
-def parsed(text):
-    """The statements of a text."""
-    return ast.parse(text).body
-
-
 def _function(module, name):
     """The syntax tree of a function that a module has, or has imported."""
     file = getattr(module, name).__module__.split(".")[1:]
     text = SOURCES.joinpath(*file[:-1], f"{file[-1]}.py").read_text(encoding="utf-8")
-    return next(node for node in parsed(text) if isinstance(node, ast.FunctionDef) and node.name == name)
+    return next(node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef) and node.name == name)
 
 
 def _assignment(name, value):
@@ -123,10 +110,13 @@ def _is_text(statement):
 
 
 class _Renamed(ast.NodeTransformer):
-    """Puts expressions in the place of names."""
+    """Puts expressions in the place of names, and of calls, which are given by their nodes."""
 
     def __init__(self, names):
         self.names = names
+
+    def visit_Call(self, node):
+        return self.names.get(node) or self.generic_visit(node)
 
     def visit_Name(self, node):
         new = copy.deepcopy(self.names.get(node.id, node))
@@ -153,12 +143,7 @@ def _expanded(module, statement, lesson):
         return [_Renamed(names).visit(node) for node in body]
     value = ast.Name(call.func.id.removesuffix("_ref"), ast.Load())
     body.append(_assignment(value.id, last.value))
-
-    class Called(ast.NodeTransformer):
-        def visit_Call(self, node):
-            return value if node is call else self.generic_visit(node)
-
-    return [*(_Renamed(names).visit(node) for node in body), Called().visit(statement)]
+    return [*(_Renamed(names).visit(node) for node in body), _Renamed({call: value}).visit(statement)]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -169,7 +154,7 @@ class Run:
     """Runs statements, in which names stand for values.
 
     changes: {node: another one; of a statement, a list}.  record, if it is given, gets the value of each expression.
-    There is a method for each type of node, of its name.
+    There is a method for each type of statement, of its name.
     """
 
     def __init__(self, names, changes, record=None):
@@ -181,7 +166,7 @@ class Run:
 
     def value(self, node):
         node = self.changes.get(node, node)
-        value = getattr(self, type(node).__name__)(node)
+        value = EXPRESSIONS[type(node)](self, node)
         if self.record is not None:
             self.record[node] = value
         return value
@@ -199,9 +184,7 @@ class Run:
         self._assign(node.targets[0], self.value(node.value))
 
     def AugAssign(self, node):
-        before = copy.copy(node.target)
-        before.ctx = ast.Load()
-        self._assign(node.target, OPERATORS[type(node.op)](self.value(before), self.value(node.value)))
+        self._assign(node.target, OPERATORS[type(node.op)](self.value(node.target), self.value(node.value)))
 
     def Expr(self, node):  # np.add.at(array, ...)
         array = node.value.args[0].id
@@ -218,35 +201,20 @@ class Run:
         else:
             self.names[target.id] = value
 
-    # Expressions
-
-    def Name(self, node):
-        return self.names[node.id]
-
-    def Constant(self, node):
-        return node.value
-
-    def BinOp(self, node):
-        return OPERATORS[type(node.op)](self.value(node.left), self.value(node.right))
-
-    def UnaryOp(self, node):
-        return OPERATORS[type(node.op)](self.value(node.operand))
-
-    def Compare(self, node):
-        return OPERATORS[type(node.ops[0])](self.value(node.left), self.value(node.comparators[0]))
-
-    def Attribute(self, node):
-        return getattr(self.value(node.value), node.attr)
-
-    def Subscript(self, node):
-        return self.value(node.value)[self.value(node.slice)]
-
-    def Slice(self, node):
-        return slice(*(None if part is None else self.value(part) for part in (node.lower, node.upper, node.step)))
-
-    def Tuple(self, node):
-        return tuple(self.values(node.elts))
-
-    def Call(self, node):
+    def called(self, node):
         words = {word.arg: self.value(word.value) for word in node.keywords}
         return self.value(node.func)(*self.values(node.args), **words)
+
+
+EXPRESSIONS = {  # the value of each type of them, in a Run
+    ast.Name: lambda run, node: run.names[node.id],
+    ast.Constant: lambda run, node: node.value,
+    ast.BinOp: lambda run, node: OPERATORS[type(node.op)](run.value(node.left), run.value(node.right)),
+    ast.UnaryOp: lambda run, node: OPERATORS[type(node.op)](run.value(node.operand)),
+    ast.Compare: lambda run, node: OPERATORS[type(node.ops[0])](run.value(node.left), run.value(node.comparators[0])),
+    ast.Attribute: lambda run, node: getattr(run.value(node.value), node.attr),
+    ast.Subscript: lambda run, node: run.value(node.value)[run.value(node.slice)],
+    ast.Slice: lambda run, node: slice(*(part and run.value(part) for part in (node.lower, node.upper, node.step))),
+    ast.Tuple: lambda run, node: tuple(run.values(node.elts)),
+    ast.Call: Run.called,
+}

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from npgpt.study.backward import parsed
-
 CLOSE = 1e-6  # two arrays are the same if they differ by less than this share of the larger one's largest entry
 USUAL = 2  # what two mistakes that are made at once may cost together
 
@@ -40,19 +38,19 @@ class Mistakes:
         self.lesson, self.backward, self.results, self.so_far = lesson, backward, list(results), so_far
         self.right = self._changes(backward.values)
         self.terms = [*self._terms()]
-        own = [*self._own()]
-        every = [*own, *(made for i in range(len(backward.steps)) for made in self._of_step(i))]
+        every = [*self._own(), *(made for i in range(len(backward.steps)) for made in self._of_step(i))]
         groups = {}
         for mistake in every:
             groups.setdefault(mistake.group, []).append(mistake)
-        groups = [members for group, members in groups.items() if group and len(members) > 1]
-        twins = [_united(members) for members in groups]
-        twins += [_united(some) for members in groups if len(members) > 2 for some in _all_but_one(members)]
+        groups.pop("", None)
+        twins = [
+            _united(some) for fewer in (0, 1) for members in groups.values()  # all at once, or all but one
+            for some in itertools.combinations(members, len(members) - fewer) if len(some) > 1
+        ]  # fmt: skip
         self.singles = Space(self.right)
         self.effective = []  # all that change something, in the words of the first that makes the same of it
         for mistake in sorted([*every, *twins], key=lambda mistake: mistake.cost):
-            same = self._add(self.singles, (mistake,))
-            if same:
+            if same := self._add(self.singles, (mistake,)):
                 (first,) = same
                 self.effective.append(dataclasses.replace(mistake, words=first.words, line=first.line))
 
@@ -83,9 +81,10 @@ class Mistakes:
     def _own(self):
         """The lesson's; that a text of it cannot run is a mistake in the lesson."""
         for begin, after, words, line in self.lesson.mistakes:
-            steps = [i for i, step in enumerate(self.backward.steps) if step.text.startswith(begin)]
-            changes = {self.backward.steps[i].node: [] for i in steps}
-            yield Mistake(words, steps[0], {**changes, self.backward.steps[steps[0]].node: parsed(after)}, line, 0)
+            nodes = {i: step.node for i, step in enumerate(self.backward.steps) if step.text.startswith(begin)}
+            first = min(nodes)
+            changes = {node: ast.parse(after).body if i == first else [] for i, node in nodes.items()}
+            yield Mistake(words, first, changes, line, 0)
 
     # What holds for every op
 
@@ -96,29 +95,24 @@ class Mistakes:
     def _terms(self):
         """All Terms."""
         for i, step in enumerate(self.backward.steps):
-            for node in ast.walk(step.node):
-                if not (_is_sum(node) and self._is_array(node)):
-                    continue
-                for term in (node.left, node.right):
-                    if _is_sum(term):
-                        continue
-                    without, twice = (
-                        self._changes(self.backward.run({term: _times(factor, term)}, i)) for factor in (0.0, 2.0)
-                    )
-                    contribution = {name: right - without[name] for name, right in self.right.items()}
-                    linear = all(near(twice[name] - right, contribution[name]) for name, right in self.right.items())
-                    words, line = self.lesson.terms.get(ast.unparse(term), (f"a term of {step.target}", None))
-                    yield Term(i, term, words, line, contribution if linear else None)
+            sums = [node for node in ast.walk(step.node) if _is_sum(node) and self._is_array(node)]
+            for term in (term for node in sums for term in (node.left, node.right) if not _is_sum(term)):
+                changes = ({term: _binary(ast.Constant(factor), ast.Mult(), term)} for factor in (0.0, 2.0))
+                without, twice = (self._changes(self.backward.run(change, i)) for change in changes)
+                contribution = {name: right - without[name] for name, right in self.right.items()}
+                linear = all(near(twice[name] - right, contribution[name]) for name, right in self.right.items())
+                words, line = self.lesson.terms.get(ast.unparse(term), (f"a term of {step.target}", None))
+                yield Term(i, term, words, line, contribution if linear else None)
 
     def _of_step(self, i):
         """Mistakes in a step."""
         step = self.backward.steps[i]
         for term in self.terms:
             if term.step == i:
-                kinds = (("missing term", 0.0, ""), ("sign", -1.0, f"signs of {step.target}"))
+                kinds = (("missing term: without", 0.0, ""), ("sign: of", -1.0, f"signs of {step.target}"))
                 for kind, factor, group in kinds:
-                    words = f"{kind}: {'without' if factor == 0 else 'of'} {term.words}"
-                    yield Mistake(words, i, {term.node: _times(factor, term.node)}, term.line, 1, group)
+                    changes = {term.node: _binary(ast.Constant(factor), ast.Mult(), term.node)}
+                    yield Mistake(f"{kind} {term.words}", i, changes, term.line, 1, group)
         for node in ast.walk(step.node):
             for words, new, cost, group in self._of_node(node, step):
                 yield Mistake(words, i, {node: new}, None, cost, group)
@@ -128,25 +122,24 @@ class Mistakes:
             yield Mistake(words, i, {step.node: after}, None, cost)
         value = getattr(step.node, "value", None)
         if self._is_array(value) and not step.in_place:
-            for name, array in self._arrays(i):
-                for text in (name, f"1 - {name}", f"{name} * (1 - {name})") if array.dtype.kind == "f" else (name,):
-                    words = f"a factor too many: {text}, in {step.target}"
-                    yield Mistake(words, i, {value: _binary(value, ast.Mult(), _expression(text))}, None, 3)
-            for words, new in self._with_a_term(value, step.target):
-                yield Mistake(words, i, {value: new}, None, 3)
-            yield from self._masked(i, value)
+            for words, new, cost in self._of_whole(value, i, step.target):
+                yield Mistake(words, i, {value: new}, None, cost)
 
-    def _masked(self, i, value):
-        """Mistakes in which entries count that must not, or the other way round."""
-        right, target = self.backward.right[value], self.backward.steps[i].target
-        if right.ndim > 1 and right.shape[-1] == right.shape[-2]:
+    def _of_whole(self, value, i, target):
+        """(words, another node, cost) for all that stands on the right of a step's =."""
+        right = self.backward.right[value]
+        for name, array in self._arrays(i):
+            for text in (name, f"1 - {name}", f"{name} * (1 - {name})") if array.dtype.kind == "f" else (name,):
+                yield f"a factor too many: {text}, in {target}", _binary(value, ast.Mult(), _expression(text)), 3
+        yield from self._with_a_term(value, target)
+        if right.ndim > 1 and right.shape[-1] == right.shape[-2]:  # entries count that must not, or the other way round
             for call in ("tril(0, -1)", "triu(0)", "triu(0, 1)"):
-                masked = _with(_expression(f"np.{call}"), 0, copy.copy(value))
-                yield Mistake(f"wrong mask: entries of {target} are 0 that count", i, {value: masked}, None, 1)
+                masked = _with(_expression(f"np.{call}"), copy.copy(value))
+                yield f"wrong mask: entries of {target} are 0 that count", masked, 1
         for name, array in self._arrays(i):
             if array.shape == right.shape and array.dtype.kind == "f":
-                positive = _binary(value, ast.Mult(), _expression(f"({name} > 0)"))
-                yield Mistake(f"wrong mask: that of {name} > 0, in {target}", i, {value: positive}, None, 2)
+                positive = _expression(f"{name} > 0")
+                yield f"wrong mask: that of {name} > 0, in {target}", _binary(value, ast.Mult(), positive), 2
 
     def _too_late(self, i, product):
         """Mistakes in which a factor comes in at a later step."""
@@ -167,31 +160,30 @@ class Mistakes:
 
     def _of_node(self, node, step):
         """(words, another node, cost, group) for a node of a step."""
+        target = step.target
         if isinstance(node, ast.BinOp) and self._is_array(node):
             yield from self._of_product(node, step)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and self._is_array(node.func.value):
             yield from self._of_sum(node, step)
         elif isinstance(node, ast.Call) and len(node.args) == 1 and self._is_array(node.args[0]):
-            yield f"missing line: {ast.unparse(node.func)}, in {step.target}", node.args[0], 1, ""
+            yield f"missing line: {ast.unparse(node.func)}, in {target}", node.args[0], 1, ""
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "np.where":
             mask, kept, _ = node.args
-            yield f"wrong mask: it is turned round, in {step.target}", _with(node, 0, _not(mask)), 1, ""
-            yield f"missing mask: what was masked counts, in {step.target}", kept, 1, ""
+            yield f"wrong mask: it is turned round, in {target}", _with(node, ast.UnaryOp(ast.Invert(), mask)), 1, ""
+            yield f"missing mask: what was masked counts, in {target}", kept, 1, ""
             for name, array in self._arrays(self.backward.steps.index(step)):
                 if array.shape == self.backward.right[mask].shape and array.dtype.kind == "f":
-                    other = _expression(f"{name} > 0")
-                    yield f"wrong mask: that of {name} > 0, in {step.target}", _with(node, 0, other), 2, ""
+                    yield f"wrong mask: that of {name} > 0, in {target}", _with(node, _expression(f"{name} > 0")), 2, ""
         elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Invert):
-            yield f"wrong mask: it is turned round, in {step.target}", node.operand, 1, ""
+            yield f"wrong mask: it is turned round, in {target}", node.operand, 1, ""
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and self._is_array(node):
             yield from self._of_value(node, step)
         elif isinstance(node, ast.Name) and getattr(self.backward.right.get(node), "dtype", np.dtype("f")).kind == "i":
             for op in (ast.Add(), ast.Sub()):
-                words = f"wrong index: {node.id} is off by one, in {step.target}"
-                yield words, _binary(node, op, ast.Constant(1)), 1, ""
+                yield f"wrong index: {node.id} is off by one, in {target}", _binary(node, op, ast.Constant(1)), 1, ""
         elif isinstance(node, ast.Slice) and node.upper is not None and node.lower is None:
             one, end = ast.Constant(1), node.upper
-            words = f"wrong index: other rows of {step.target} than those that the forward used"
+            words = f"wrong index: other rows of {target} than those that the forward used"
             yield words, ast.Slice(one, ast.BinOp(end, ast.Add(), one), None), 1, ""
             yield words, ast.Slice(ast.UnaryOp(ast.USub(), end), None, None), 1, ""
 
@@ -202,8 +194,8 @@ class Mistakes:
             if array.shape == right.shape and name != node.id and not np.array_equal(array, right):
                 words = f"wrong value: {name} stands where another value belongs, in {target}"
                 yield words, ast.Name(name, ast.Load()), 2, f"{name} for {node.id}"
-        for words, new in self._with_a_term(node, target):
-            yield words, new, 3, f"{node.id} {type(new.op).__name__} {words.partition(', in ')[0]}"
+        for words, new, cost in self._with_a_term(node, target):
+            yield words, new, cost, f"{node.id} {type(new.op).__name__} {words.partition(', in ')[0]}"
         for axis in range(right.ndim):
             mean = _expression(f"{node.id}.mean(axis={axis}, keepdims=True)")
             words = f"a term too many: a mean, in {target}"
@@ -212,28 +204,27 @@ class Mistakes:
         yield f"wrong power: {node.id} is squared, in {target}", square, 2, f"{node.id} squared"
 
     def _with_a_term(self, node, target):
-        """(words, node + a term, or - a term) for all arrays, also for those that are made later."""
+        """(words, node + a term, or - a term, cost) for all arrays, also for those that are made later."""
         for name, array in self.backward.values.items():
             fits = isinstance(array, np.ndarray) and 0 < array.ndim <= self.backward.right[node].ndim
             if fits and array.dtype.kind == "f":
                 for op in (ast.Add(), ast.Sub()):
-                    yield f"a term too many: {name}, in {target}", _binary(node, op, ast.Constant(array))
+                    yield f"a term too many: {name}, in {target}", _binary(node, op, ast.Constant(array)), 3
 
     def _of_product(self, node, step):
         """Mistakes in a product, quotient or power."""
         left, right, target = node.left, node.right, step.target
+        lacks = f"missing factor: {target} lacks one of its factors"
         if isinstance(node.op, ast.Mult):
             for factor, rest in ((left, right), (right, left)):
-                words = f"missing factor: {target} lacks one of its factors"
-                yield words, rest, 1, f"no {ast.unparse(factor)}"
+                yield lacks, rest, 1, f"no {ast.unparse(factor)}"
                 words = f"upside down: in {target} is divided by what must be multiplied with"
                 yield words, _binary(rest, ast.Div(), factor), 1, ""
                 if _is_sum(rest):
                     words = f"missing factor: in {target} not every term has it; parentheses?"
                     yield from ((words, new, 1, "") for new in _distributed(factor, rest))
         elif isinstance(node.op, ast.Div):
-            words = f"missing factor: {target} lacks one of its factors"
-            yield words, left, 1, f"no / {ast.unparse(right)}"
+            yield lacks, left, 1, f"no / {ast.unparse(right)}"
             words = f"upside down: in {target} is multiplied with what must be divided by"
             yield words, _binary(left, ast.Mult(), right), 1, f"* {ast.unparse(right)}"
         elif isinstance(node.op, ast.MatMult):
@@ -247,8 +238,7 @@ class Mistakes:
                 yield words, _binary(a, ast.MatMult(), b), 1, ""
             words = f"transposed, then reshaped: reshape makes the shape of {target} right but does not exchange axes"
             shape = ast.Constant(self.backward.right[node].shape)
-            for new in (_binary(turned[1], ast.MatMult(), turned[0]), node):
-                new = _turned(copy.copy(new)) if new is node else new
+            for new in (_binary(turned[1], ast.MatMult(), turned[0]), _turned(node)):
                 yield words, ast.Call(ast.Attribute(new, "reshape", ast.Load()), [shape], []), 1, ""
         elif isinstance(node.op, ast.Pow) and isinstance(right, ast.Constant):
             for power in sorted({1, 2, 3} - {right.value}):
@@ -262,8 +252,11 @@ class Mistakes:
             return
         axis = given["axis"] % array.ndim
         n = array.shape[axis]
-        other = copy.copy(node)
-        other.func = ast.Attribute(node.func.value, {"sum": "mean", "mean": "sum"}[kind], ast.Load())
+
+        def reduced(kind, what, keywords):
+            return ast.Call(ast.Attribute(what, kind, ast.Load()), node.args, keywords)
+
+        other = reduced("mean" if kind == "sum" else "sum", node.func.value, node.keywords)
         called = "mean instead of sum" if kind == "sum" else "sum instead of mean"
         yield f"{called}: in {target}", other, 1, called
         if kind == "mean":
@@ -271,18 +264,15 @@ class Mistakes:
                 called = f"constant factor: the mean in {target} is not divided by how many numbers it is of"
                 yield called, _binary(other, ast.Div(), ast.Constant(length)), 1, f"mean of {length}"
         if isinstance(node.func.value, ast.BinOp) and isinstance(node.func.value.op, ast.Mult):
-            a, b = copy.copy(node), copy.copy(node)
-            a.func = ast.Attribute(node.func.value.left, kind, ast.Load())
-            b.func = ast.Attribute(node.func.value.right, kind, ast.Load())
+            a, b = (reduced(kind, factor, node.keywords) for factor in (node.func.value.left, node.func.value.right))
             words = f"wrong order: in {target}, a {kind} of products is not the product of the {kind}s"
             yield words, _binary(a, ast.Mult(), b), 1, ""
         for axes in (axes for n in range(1, array.ndim + 1) for axes in itertools.combinations(range(array.ndim), n)):
             if axes != (axis,):
                 words = f"{'a sum too many' if axis in axes else 'wrong axis'}: {target} is a {kind} over other axes"
-                other = copy.copy(node)
-                other.keywords = [word for word in node.keywords if word.arg != "axis"]
-                other.keywords += [ast.keyword("axis", ast.Constant(axes))]
-                yield words, other, 1, f"axes {axes}"
+                keywords = [word for word in node.keywords if word.arg != "axis"]
+                keywords.append(ast.keyword("axis", ast.Constant(axes)))
+                yield words, reduced(kind, node.func.value, keywords), 1, f"axes {axes}"
         if not given.get("keepdims"):
             for row, called in ((0, "first"), (-1, "last")):
                 part = _part(node.func.value, (*[slice(None)] * axis, row))
@@ -327,8 +317,7 @@ class Space:
 
     def _key(self, arrays):
         """The same for results that are the same but for rounding."""
-        sums = (float(np.vdot(self.probes[name], array)) for name, array in arrays.items())
-        return tuple(f"{total:.9g}" for total in sums)
+        return tuple(f"{float(np.vdot(self.probes[name], array)):.9g}" for name, array in arrays.items())
 
     @functools.cached_property
     def rows(self):
@@ -351,10 +340,6 @@ class Space:
 
 def near(a, b):
     return a.shape == b.shape and np.abs(a - b).max(initial=0) <= CLOSE * np.abs(b).max(initial=0)
-
-
-def _all_but_one(mistakes):
-    return itertools.combinations(mistakes, len(mistakes) - 1)
 
 
 def _united(mistakes):
@@ -383,22 +368,13 @@ def _binary(left, op, right):
     return ast.BinOp(copy.copy(left), op, copy.copy(right))  # a copy: it may be the node that is replaced
 
 
-def _times(factor, node):
-    return _binary(ast.Constant(factor), ast.Mult(), node)
-
-
 def _part(node, index):
     return ast.Subscript(copy.copy(node), ast.Constant(index), ast.Load())
 
 
-def _not(mask):
-    return ast.UnaryOp(ast.Invert(), mask)
-
-
-def _with(call, i, argument):
-    new = copy.copy(call)
-    new.args = [*call.args[:i], argument, *call.args[i + 1 :]]
-    return new
+def _with(call, first):
+    """A call with another first argument."""
+    return ast.Call(call.func, [first, *call.args[1:]], call.keywords)
 
 
 def _turned(node):
@@ -425,13 +401,7 @@ def _of_statement(step):
     if isinstance(step.node, ast.AugAssign):
         value = step.node.value
         value = ast.UnaryOp(ast.USub(), value) if isinstance(step.node.op, ast.Sub) else value
-        new = ast.Assign([_stored(step.node.target)], value, lineno=0)
+        new = ast.Assign([step.node.target], value, lineno=0)
         yield f"overwritten: {step.target} is replaced, where something must be added to it", [new], 1
     if step.in_place:
         yield f"missing line: nothing is done for {step.text.partition(' ')[0]}", [], 2
-
-
-def _stored(target):
-    target = copy.copy(target)
-    target.ctx = ast.Store()
-    return target

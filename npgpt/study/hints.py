@@ -127,18 +127,17 @@ class Case:
         """{part: Found} for {part: wrong array}."""
         found = {}
         fits = {part: got for part, got in wrong.items() if got.shape == self.right[part].shape}
-        usual, rare = self._made_by("singles", USUAL + 1), self._made_by("singles", FARTHEST)
-        pairs = self._made_by("pairs", FARTHEST)
-        looks = (self._seen, usual, self._whole, self._of_terms, rare, self._rearranged, pairs)
-        for look in looks:
-            left = {part: got for part, got in fits.items() if part not in found}
-            found |= look(left) if left else {}
-        for part, got in wrong.items():
-            if part not in fits:
-                found[part] = shape_mistake(self, part, got, self.right[part])
-            elif part not in found:
-                found[part] = Found()
-        return found
+        looks = (
+            (self._each, plain_mistake), (self._best, "singles", USUAL + 1), (self._whole,), (self._of_terms,),
+            (self._best, "singles", FARTHEST), (self._each, places), (self._best, "pairs", FARTHEST),
+        )  # fmt: skip
+        for look, *how in looks:
+            while (left := {part: fits[part] for part in fits if part not in found}) and (more := look(left, *how)):
+                found |= more
+        return {
+            part: found.get(part) or (Found() if part in fits else shape_mistake(self, part, got, self.right[part]))
+            for part, got in wrong.items()
+        }
 
     def _change(self, part, array):
         return array - self.so_far.get(part, 0)
@@ -151,30 +150,21 @@ class Case:
         swapped = any(near(fits[part], self.right[other]) for part in fits for other in fits)
         rows = np.sort(np.concatenate([self.mistakes.singles.rows[part] for part in self.parts], axis=1), axis=1)
         right = np.sort(np.concatenate([self.right[part].ravel() for part in self.parts]))
-        for kinds, row in ((((),), right), *zip(self.mistakes.singles.mistakes, rows, strict=True)):
+        for mistakes, row in (((), right), *zip(self.mistakes.singles.mistakes, rows, strict=True)):
             if near(got, row) and not swapped:
-                words = () if row is right else tuple(mistake.words for mistake in kinds)
-                return dict.fromkeys(fits, Found((RESHAPED, *words)))
+                return dict.fromkeys(fits, Found((RESHAPED, *(mistake.words for mistake in mistakes))))
         return {}
 
-    def _seen(self, wrong):
-        """What can be seen in any array."""
-        return {part: found for part in wrong if (found := plain_mistake(self, part, wrong[part])) is not None}
+    def _each(self, wrong, of_one):
+        """What a function of kinds.py finds of each part by itself."""
+        return {part: found for part in wrong if (found := of_one(self, part, wrong[part])) is not None}
 
-    def _made_by(self, several, most):
-        """A look for mistakes of mistakes.py, "singles" or "pairs", that cost so much at most."""
+    def _best(self, wrong, several, most):
+        """{part: Found} by what explains the most parts of those that are wrong, and is the likeliest.
 
-        def look(wrong):
-            wrong, found = dict(wrong), {}
-            while wrong and (best := self._best(getattr(self.mistakes, several), wrong, most)):
-                found |= best
-                wrong = {part: got for part, got in wrong.items() if part not in best}
-            return found
-
-        return look
-
-    def _best(self, space, wrong, most):
-        """{part: Found} by what explains the most parts of those that are wrong, and is the likeliest."""
+        several, most: of mistakes.py's mistakes the "singles" or the "pairs", which cost so much at most.
+        """
+        space = getattr(self.mistakes, several)
         ratios = {part: space.ratios(part, self._change(part, got)) for part, got in wrong.items()}
         cost = np.array([sum(mistake.cost for mistake in mistakes) for mistakes in space.mistakes], float)
         factors = [[0 if np.isnan(one) else self._cost(float(one)) for one in c] for c in ratios.values()]
@@ -227,8 +217,7 @@ class Case:
                 kinds = tuple(self._amount(term, 1 + float(amount)) for term, amount in zip(some, amounts, strict=True))
                 return kinds, next((term.line for term in some if term.line), None)
         for term in terms:
-            kind = self._row_by_row(term.contribution[part], rest)
-            if kind:
+            if kind := self._row_by_row(term.contribution[part], rest):
                 return (f"{kind} {term.words}",), term.line
         return (), None
 
@@ -251,9 +240,6 @@ class Case:
         words = factor_of(self, amount)[0]
         return f"{words}: of {term.words}" if words.startswith("sign:") else f"{words} (of {term.words} alone)"
 
-    def _rearranged(self, wrong):
-        return {part: found for part in wrong if (found := places(self, part, wrong[part])) is not None}
-
     # The ladder
 
     def hints(self, verdicts):
@@ -266,16 +252,17 @@ class Case:
 
     def _hint(self, parts, found):
         made = list(dict.fromkeys(step.target for step in found.steps))
-        step = f"where {_listed(made)} {_are(made)} made" if made else ""
-        return Hint(tuple(parts), self._where(parts), found.line, step, found.kinds)
+        where = f"  (where {_listed(made)} {_are(made)} made)" if made else ""
+        kinds = "; and ".join(found.kinds or (NONE,))
+        line, kind = f"the forward's  {found.line}{where}", kinds + "." * (kinds[-1] != "?")
+        return Hint(found.kinds, (f"{self._where(parts)}.", line, kind))
 
     def _where(self, parts):
         """Which results are wrong, what they alone come from, and which entries."""
         words = f"{_listed(parts)} {_are(parts)} wrong"
         if self.fine:
             words = f"{_listed(self.fine)} {_are(self.fine)} right, {words}"
-        helpers = [name for name in parts if name in self.slopes]
-        if helpers:
+        if helpers := [name for name in parts if name in self.slopes]:
             return f"{words}: begin with {_listed(helpers)}, which was measured by itself"
         suspects = {}
         for i, step in enumerate(self.backward.steps):
@@ -283,8 +270,7 @@ class Case:
             made = self.backward.values[step.target]
             if reached >= set(parts) and not reached & set(self.fine) and np.ndim(made) and len(step.writes) == 1:
                 suspects[step.target] = None
-        suspects = [name for name in suspects if name not in parts]
-        if suspects:
+        if suspects := [name for name in suspects if name not in parts]:
             it, own = ("it", "its own line") if len(parts) == 1 else ("these", "their own lines")
             words += f"; what leads to {it} alone is {_listed([*suspects, own])}"
         entries = {self._entries(part) for part in parts if self.got[part].shape == self.right[part].shape}
@@ -332,25 +318,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Hint:
-    """A ladder."""
-
-    results: tuple
-    where: str  # which results, and which entries
-    line: str | None  # of the forward
-    step: str  # of the backward, in words
     kinds: tuple  # each a mistake
-
-    def rungs(self):
-        """Three lines."""
-        kinds = "; and ".join(self.kinds or (NONE,))
-        where = f"  ({self.step})" if self.step else ""
-        return f"{self.where}.", f"the forward's  {self.line}{where}", kinds + "." * (kinds[-1] != "?")
+    rungs: tuple  # of the ladder: three lines
 
 
 def ladder(hints, more):
     """The lines of hints, each up to its rung 1 + more."""
     for hint in hints:
-        for head, rung in zip(("hint: ", "line: ", "kind: ")[: 1 + more], hint.rungs(), strict=False):
+        for head, rung in zip(("hint: ", "line: ", "kind: ")[: 1 + more], hint.rungs, strict=False):
             yield f"  {head}{rung}"
     if hints and more < 2:
         next_rung = ("which line it is", "which kind of mistake it is")[more]

@@ -48,8 +48,7 @@ def plain_mistake(case, name, got):
         got, right = got - so_far, right - so_far
     if not got.any():
         return Found(("all zeros: nothing has been written into it",))
-    c = ratio(got, right)
-    if c is not None:
+    if (c := ratio(got, right)) is not None:
         words, line = factor_of(case, c)
         return Found((words,), line)
     for other, array in case.parts.items():

@@ -24,13 +24,15 @@ from npgpt.study.lesson import PROG
 from npgpt.study.lessons import LESSONS
 from npgpt.study.refused import of_exception
 
+STILL_BLANK = "; still blank: "
+
 
 class Wrong(Exception):
     """What is wrong with a student's file, in a line."""
 
 
 class Answer:
-    """A student's file: its functions by the names of their ops, and the lines that are still blank."""
+    """A student's file: its functions by the names of their ops, and the numbers of the lines that are still blank."""
 
     def __init__(self, path):
         if not path.is_file():
@@ -43,16 +45,15 @@ class Answer:
             raise Wrong(self._at(getattr(error, "lineno", None), getattr(error, "msg", error))) from None
         except (RecursionError, MemoryError):
             raise Wrong(self._at(None, "Python cannot read it: an expression in it is too long or too deep")) from None
-        self.tree, self.blank = tree, blank_lines(tree)
+        self.tree, self.blank = tree, sorted({node.value.lineno for node in ast.walk(tree) if is_blank(node)})
         self.line = {node.name: node.lineno for node in tree.body if hasattr(node, "name")}  # of a function, a class
         loader = importlib.machinery.SourceFileLoader("exercise_file", str(self.path))
         loader.get_code = lambda _: code  # not a cached one: Python knows a change by its second only
-        module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-        sys.modules[loader.name] = module  # as of any module that is imported: dataclasses look there
+        self.module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+        sys.modules[loader.name] = self.module  # as of any module that is imported: dataclasses look there
         with self.running():
-            loader.exec_module(module)
-        self.module = module
-        found = {op: getattr(module, lesson.function(), None) for op, lesson in LESSONS.items()}
+            loader.exec_module(self.module)
+        found = {op: getattr(self.module, lesson.function(), None) for op, lesson in LESSONS.items()}
         self.functions = {op: function for op, function in found.items() if callable(function)}
         if not self.functions:
             names = ", ".join(lesson.function() for lesson in LESSONS.values())
@@ -66,17 +67,17 @@ class Answer:
         except (KeyboardInterrupt, Wrong):
             raise
         except BaseException as error:  # SystemExit, and a student's own
-            frames = traceback.extract_tb(error.__traceback__)
-            places = [frame.lineno for frame in frames if frame.filename == str(self.path)]
+            walk, file = traceback.walk_tb(error.__traceback__), str(self.path)
+            frame, line = ([step for step in walk if step[0].f_code.co_filename == file] or [(None, None)])[-1]
             try:
                 text = str(error)
             except Exception:  # made by the student's own class
                 text = "(its text cannot be made)"
-            if self.blank and (words := self._needs_a_blank(error, text)):
-                raise Wrong(self._at(places[-1] if places else None, words)) from None
-            hint = of_exception(error, self.tree, str(self.path))
+            if self.blank and (words := self._needs_a_blank(error, text, frame, line)):
+                raise Wrong(self._at(line, words)) from None
+            hint = of_exception(error, self.tree, file)
             words = f"{type(error).__name__}: {text}" + (f" (hint: {hint})" if hint else "")
-            raise Wrong(self._at(places[-1] if places else None, words) + self.still_blank("; still blank: ")) from None
+            raise Wrong(self._at(line, words) + in_lines(STILL_BLANK, self.blank)) from None
 
     def results(self, lesson, arguments):
         """{name: array} of what the backward returns; None where a result is blank."""
@@ -86,10 +87,8 @@ class Answer:
                 return dict.fromkeys(lesson.results)
             results = tuple(results) if isinstance(results, (tuple, list)) else (results,)
             if len(results) != len(lesson.results):
-                raise Wrong(
-                    f"{lesson.function()} returns {len(results)} result{'s' * (len(results) != 1)}, "
-                    f"it must return {len(lesson.results)}: {', '.join(lesson.results)}"
-                )
+                words = f"{lesson.function()} returns {len(results)} result{'s' * (len(results) != 1)}"
+                raise Wrong(f"{words}, it must return {len(lesson.results)}: {', '.join(lesson.results)}")
             arrays = dict.fromkeys(lesson.results)
             for name, result in zip(lesson.results, results, strict=True):
                 if result is not None and result is not ...:
@@ -123,7 +122,7 @@ class Answer:
                 results = self.results(lesson, arguments)
             except Wrong as error:
                 results = dict.fromkeys(lesson.results)
-                stop = str(error).removesuffix(self.still_blank("; still blank: "))
+                stop = str(error).removesuffix(in_lines(STILL_BLANK, self.blank))
         if any(array is None for array in results.values()):
             results = {name: self._variable(case, name, variables) for name in case.parts}
         for name, before in case.so_far.items():
@@ -142,7 +141,7 @@ class Answer:
         """Numbers of the blank lines that make this result: those that assign to it; if there are none, a return."""
         body = [node for node in self.tree.body if getattr(node, "name", "") == lesson.function()]
         blanks = [node for function in body for node in ast.walk(function) if is_blank(node)]
-        own = [node for node in blanks if any(getattr(part, "id", "") == name for part in _targets(node))]
+        own = [node for node in blanks if any(getattr(part, "id", "") == name for part in ast.walk(node))]
         return sorted(node.lineno for node in own or blanks if own or isinstance(node, ast.Return))
 
     def check_signature(self, lesson):
@@ -158,14 +157,8 @@ class Answer:
             words = f"{lesson.function()} takes {takes}, it is called with ({', '.join(parameters)})"
             raise Wrong(self._at(self.line.get(lesson.function()), words)) from None
 
-    def still_blank(self, words):
-        """words, with the lines that are blank; nothing if none is."""
-        return in_lines(words, self.blank)
-
-    def _needs_a_blank(self, error, text):
+    def _needs_a_blank(self, error, text, frame, line):
         """Words for an exception that comes from what is still blank; nothing for another one."""
-        walk, file = traceback.walk_tb(error.__traceback__), str(self.path)
-        frame, line = ([step for step in walk if step[0].f_code.co_filename == file] or [(None, None)])[-1]
         if line in self.blank:
             return "it stops here, which is blank"
         here = [node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name) and node.lineno == line]
@@ -184,25 +177,14 @@ def in_lines(words, numbers):
     return f"{words}line{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}" if numbers else ""
 
 
-def blank_lines(tree):
-    """Numbers of the lines of a file in which there is still a `...` where code belongs.
+def is_blank(node):
+    """Whether a node of a file's tree is a statement with a `...` where code belongs.
 
     In dx = dweight = dbias = ... results have got a value for the time being; that line may stay.
     """
-    return sorted({node.value.lineno for node in ast.walk(tree) if is_blank(node)})
-
-
-def is_blank(node):
-    """Whether a node of a file's tree is a statement whose value is `...`, and not for the time being."""
     value = getattr(node, "value", None)
     is_statement = isinstance(node, ast.stmt) and len(getattr(node, "targets", ())) < 2
     return is_statement and isinstance(value, ast.Constant) and value.value is ...
-
-
-def _targets(statement):
-    """All nodes of what a statement assigns to."""
-    targets = getattr(statement, "targets", None) or [getattr(statement, "target", None)]
-    return [part for target in targets if target for part in ast.walk(target)]
 
 
 @contextlib.contextmanager
@@ -275,11 +257,11 @@ def check_file(path, say, more=0):
     return outcomes
 
 
-def check(lesson, answer, say, more=0):
+def check(lesson, answer, say, more):
     """Say, in lines, what a student's backward is worth, with 1 + more rungs of a hint -> Outcome."""
     answer.check_signature(lesson)
     say(f"{lesson.op}: {lesson.function()} against finite differences")
-    outcome, case, stop = Outcome(lesson.op), Case(lesson), ""
+    outcome, case = Outcome(lesson.op), Case(lesson)
 
     def wrong(words):
         say(f"  WRONG  {words}")
@@ -288,10 +270,7 @@ def check(lesson, answer, say, more=0):
 
     arguments = case.arguments()
     given = dict(zip(case.values, arguments, strict=True))
-    if answer.blank:
-        results, stop = answer.results_so_far(case, arguments)
-    else:
-        results = answer.results(lesson, arguments)
+    results, stop = answer.results_so_far(case, arguments) if answer.blank else (answer.results(lesson, arguments), "")
     added = {name: given[name] for name in case.so_far}  # what must be added to in place, and returned
     unreturned = [name for name in added if results[name] is None and not answer.blank]
     results |= {name: added[name] for name in unreturned}
@@ -316,15 +295,13 @@ def check(lesson, answer, say, more=0):
         outcome.words = outcome.words or stop
     if stop or {*outcome.parts.values()} != {"ok"}:
         if answer.blank:
-            say(answer.still_blank("  still blank: "))
+            say(in_lines("  still blank: ", answer.blank))
         return outcome
     if unreturned:
         return wrong(f"it adds in place, and must return it, too: return {', '.join(lesson.results)}")
-    copies = [name for name in added if not np.array_equal(results[name], added[name])]
-    if copies:
+    if copies := [name for name in added if not np.array_equal(results[name], added[name])]:
         return wrong(f"{' and '.join(copies)}: a copy, and what was given did not get it: add to that, in place")
-    changed = case.changed(arguments)
-    if changed:
+    if changed := case.changed(arguments):
         return wrong(f"it changes {' and '.join(changed)} in place, which others still need: work on a copy")
     ours, theirs = train(), train(in_place_of(lesson, answer))
     for whose, losses in (("yours", theirs), ("npgpt's", ours)):

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from npgpt.command import FileName, Parser, say_if_elsewhere, showing_all
-from npgpt.errors import NpgptError, UsageError, quoted, run_command
+from npgpt.errors import NpgptError, UsageError, quoted, run_command, told_as
 from npgpt.study.bugs import BUGS, bug, plant, right_source
 from npgpt.study.lesson import LEVELS, PROG, exercise_text
 from npgpt.study.lessons import LESSONS
@@ -54,12 +54,11 @@ def run_show(args):
     if args.out is None:
         print(text, end="")
         return
-    try:
-        open(args.out, "x").close()  # from now on the name is ours
-    except FileExistsError:
-        raise UsageError(f"--out: {args.out} exists, and may hold your work; choose another name") from None
-    except OSError as error:
-        raise UsageError(f"--out: cannot write {args.out}: {error.strerror}") from None
+    with told_as(UsageError, f"--out: cannot write {args.out}"):
+        try:
+            open(args.out, "x").close()  # from now on the name is ours
+        except FileExistsError:
+            raise UsageError(f"--out: {args.out} exists, and may hold your work; choose another name") from None
     from npgpt.files.checkpoint import replace
 
     try:
@@ -106,10 +105,8 @@ def run_bug(args):
         return
     fault, folder = bug(args.number), Path(args.dir or f"bug-{args.number}")
     plant(fault, folder)
-    command = with_kernels(fault.kernels, "python -m npgpt.gradcheck")
     print(f"{folder / 'npgpt'} is a copy of npgpt with a mistake in how gradients are made.  Find it:\n")
-    print(f"  cd {quoted(folder)}")
-    print(f"  {command}\n")
+    print(f"  cd {quoted(folder)}\n  {with_kernels(fault.kernels, 'python -m npgpt.gradcheck')}\n")
     print("That compares each gradient with finite differences; a word after it, such as linear, checks one op alone.")
     print("Which op is wrong, which of its inputs, which entries?  And what does the mistake do to training?")
     print("Compare the losses in that folder with those in the one you are in; often they are nearly the same.  (And")

@@ -84,12 +84,11 @@ def plant(fault, folder):
     sources = dict(_contents(SOURCES, "npgpt"))
     sources[f"npgpt/{PLANTED}"] = fault.kernels.encode("utf-8")
     sources[fault.file] = right_source(fault).replace(fault.before, fault.after).encode("utf-8")
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        raise UsageError(f"{folder} exists; remove it, or choose another folder with --dir") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot make {folder}: {error.strerror}") from None
+    with told_as(CheckpointError, f"cannot make {folder}"):
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            raise UsageError(f"{folder} exists; remove it, or choose another folder with --dir") from None
     try:
         for name, text in sources.items():
             path = folder / name

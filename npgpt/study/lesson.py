@@ -200,7 +200,6 @@ def _blank(lines, level):
         new = [part.id for part in returned if isinstance(part, ast.Name) and part.id not in arguments]
         return [*head, *(["    " + " = ".join([*new, "..."])] if new else []), *quoted, lines[-1]]
     # Before the first quotation, values of the forward are made again; memory for a result is no secret.
-    lines = list(lines)
     for statement in reversed(body):
         value = getattr(statement, "value", None)
         names_only = isinstance(statement, ast.Return) and isinstance(value, (ast.Name, ast.Tuple))

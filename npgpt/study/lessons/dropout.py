@@ -35,8 +35,7 @@ MISTAKES = (
 
 
 LESSON = Lesson(
-    op="dropout", topic="the same mask once more",
-    chapter="examples/06_attention.py",
+    op="dropout", topic="the same mask once more", chapter="examples/06_attention.py",
     forward=("dropout_ref",), backward=("dropout_ref",), results=("dx",),
     imports="from npgpt.ops.dropout import dropout_mask_ref",
     replaces="dropout_rows", exchange=(("dropout_ref", "dropout_backward_ref"), ("x", "dy"), ("y", "dx")),

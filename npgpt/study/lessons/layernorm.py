@@ -11,6 +11,7 @@ def arguments(new, N, C):
 
 VAR_LINE, MEAN_LINE = "var = x.var(axis=1)", "mean = x.mean(axis=1)"
 THROUGH = "missing term: x reaches the output by one more way, through the"
+NOT_X = "wrong value: x where the normalised xhat belongs"
 NOT_YET = "missing factor: x - mean is not yet what was multiplied"
 DX = "dx = rstd[:, None] * "
 MISTAKES = (
@@ -18,19 +19,16 @@ MISTAKES = (
     ("dx", DX + "(g - g_mean)", f"{THROUGH} variance", VAR_LINE),
     ("dx", DX + "g", "missing terms: mean and rstd depend on x, too", MEAN_LINE),
     ("g =", "g = dy", "missing factor: dy is the gradient of y, not of xhat", Y_LINE),
-    ("dx", DX + "(g - g_mean - x * g_xhat_mean)", "wrong value: x where the normalised xhat belongs", VAR_LINE),
-    (
-        "g_xhat_mean", "g_xhat_mean = (g * x).mean(axis=1, keepdims=True)",
-        "wrong value: x where the normalised xhat belongs", VAR_LINE,
-    ),
-    ("xhat", "xhat = x", "wrong value: x where the normalised xhat belongs", None),
+    ("dx", DX + "(g - g_mean - x * g_xhat_mean)", NOT_X, VAR_LINE),
+    ("g_xhat_mean", "g_xhat_mean = (g * x).mean(axis=1, keepdims=True)", NOT_X, VAR_LINE),
+    ("xhat", "xhat = x", NOT_X, None),
     ("xhat", "xhat = x - mean[:, None]", NOT_YET, None),
     (
         "dx", "dx = g - g_mean - xhat * g_xhat_mean",
         "missing factor: it is the same in a whole row, and differs from row to row", None,
     ),
     ("dx", DX + "(g - g_mean - g_xhat_mean)", "missing factor: a term comes to x by way of the variance", VAR_LINE),
-    ("dweight", "dweight = (dy * x).sum(axis=0)", "wrong value: x where the normalised xhat belongs", None),
+    ("dweight", "dweight = (dy * x).sum(axis=0)", NOT_X, None),
     ("dweight", "dweight = (dy * (x - mean[:, None])).sum(axis=0)", NOT_YET, None),
     ("dweight", "dweight = dy.sum(axis=0)", "missing factor: the weight was multiplied with something", None),
     ("dbias", "dbias = (dy * xhat).sum(axis=0)", "a factor too many: the bias was added, not multiplied", None),
@@ -48,8 +46,7 @@ TERMS = {
 
 
 LESSON = Lesson(
-    op="layernorm", topic="one number reaches the output by three ways",
-    chapter="examples/04_layernorm.py",
+    op="layernorm", topic="one number reaches the output by three ways", chapter="examples/04_layernorm.py",
     forward=("layernorm_forward_ref",), backward=("layernorm_backward_ref",), results=("dx", "dweight", "dbias"),
     arguments=arguments, sizes={"N": 4, "C": 7}, lengths=("N", "C"),
     lines={"dx": "xhat = (x - mean[:, None]) * rstd[:, None]", "dweight": Y_LINE, "dbias": Y_LINE},

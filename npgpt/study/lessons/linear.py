@@ -22,8 +22,7 @@ MISTAKES = (
 
 
 LESSON = Lesson(
-    op="linear", topic="two matrix products, and a sum over a broadcast axis",
-    chapter="examples/03_linear.py",
+    op="linear", topic="two matrix products, and a sum over a broadcast axis", chapter="examples/03_linear.py",
     forward=("linear_forward_ref",), backward=("linear_backward_ref",), results=("dx", "dweight", "dbias"),
     arguments=arguments, sizes={"N": 4, "I": 5, "O": 7}, lengths=("N", "I", "O"),
     lines={"dx": Y_LINE, "dweight": Y_LINE, "dbias": "return y if bias is None else y + bias"},

@@ -46,8 +46,7 @@ MISTAKES = (
 
 
 LESSON = Lesson(
-    op="mlp", topic="the product rule in GELU's slope, and which value goes where",
-    chapter="examples/07_mlp.py",
+    op="mlp", topic="the product rule in GELU's slope, and which value goes where", chapter="examples/07_mlp.py",
     forward=("gelu_ref", "mlp_forward_ref"), backward=("gelu_slope_ref", "mlp_backward_ref"),
     results=("dx", "dw_fc", "db_fc", "dw_proj", "db_proj"),
     imports="from npgpt.ops.linear import linear_backward_ref, linear_forward_ref\nfrom npgpt.ops.mlp import A, K",

@@ -17,7 +17,6 @@ NANOGPT = {
     "eval-only": ("False", "python -m npgpt.train --init-from MODEL --max-iters 0 evaluates a model"),
 }
 
-
 PLANTED = "planted.txt"  # in a copy of npgpt that `npgpt.exercise bug` made: which NPGPT_KERNELS its mistake runs with
 
 
@@ -28,7 +27,7 @@ class FileName(str):
 class Parser(argparse.ArgumentParser):
     """Reads flags, and is the one place where what argparse hands over becomes a value.
 
-    - A wrong flag is answered with one line, which names the flag that may have been meant.
+    - A wrong flag is answered with one line, which names the flag that may have been meant; --a_b=c is --a-b=c.
     - A FileName has the home folder in the place of its ~, and is not empty.  Line ends in a text are \\n.
     - A flag of nanoGPT's that there is not (nanogpt: as NANOGPT) is passed over if its value changes nothing here, and
       otherwise answered with what to write.
@@ -49,7 +48,8 @@ class Parser(argparse.ArgumentParser):
         for arg in args[:end]:
             if re.fullmatch("--[^=]+=--", arg):  # what argparse makes of it depends on Python's version
                 self.error(f"{arg}: a value cannot be --, which ends the flags; of a file's name write ./--")
-        parsed, unknown = self.parse_known_args([*map(_with_dashes, args[:end]), *args[end:]])
+        flags = [re.sub("^--[^=]*", lambda name: name[0].replace("_", "-"), arg) for arg in args[:end]]
+        parsed, unknown = self.parse_known_args([*flags, *args[end:]])
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             close = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
@@ -63,14 +63,6 @@ class Parser(argparse.ArgumentParser):
             if hasattr(parsed, action.dest):
                 setattr(parsed, action.dest, _checked(action, getattr(parsed, action.dest)))
         return parsed
-
-
-def _with_dashes(arg):
-    """--block_size=64 -> --block-size=64; what is not a flag stays as it is."""
-    if not arg.startswith("--"):
-        return arg
-    name, equals, value = arg.partition("=")
-    return name.replace("_", "-") + equals + value
 
 
 def _checked(action, value):
@@ -124,6 +116,14 @@ def say_if_elsewhere(kernels):
     if meant != kernels:
         how = "with" if meant == "numpy" else "without"
         print(f"look for the mistake in this folder {how} NPGPT_KERNELS=numpy: otherwise its code may not run")
+
+
+def encoded(tokenizer, text, what):
+    """The tokens of a text as a list.  Raises UsageError, with `what` the text is."""
+    try:
+        return tokenizer.encode(text).tolist()
+    except UsageError as error:
+        raise UsageError(f"{what}: {error}") from None
 
 
 def add_model(parser):

@@ -8,7 +8,7 @@ npgpt/study/receipt.py.  Exit codes are listed in npgpt/errors.py.
 import sys
 from pathlib import Path
 
-from npgpt.command import FileName, Parser, add_model, showing_all
+from npgpt.command import FileName, Parser, add_model, encoded, showing_all
 from npgpt.config import SAMPLE
 from npgpt.errors import UsageError, run_command
 
@@ -19,15 +19,12 @@ TOKENS = 24  # positions that the model reads at most: as many as can be told ap
 def parse(argv):
     parser = Parser(prog=PROG, description="Show one forward and backward of a GPT as an HTML page.")
     add_model(parser)
-    parser.add_argument(
-        "--text", help=f"text to read, cut after {TOKENS + 1} tokens (default: one that the model writes)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--text", help=f"text to read, cut after {TOKENS + 1} tokens (default: one that the model writes)")
+    add(
         "--out", type=FileName, default="explain.html", metavar="FILE", help="the page to write (default: explain.html)"
     )
-    parser.add_argument(
-        "--param", metavar="NAME[I,J]", help="print where one number's gradient comes from instead: --param wte[17,3]"
-    )
+    add("--param", metavar="NAME[I,J]", help="print where one number's gradient comes from instead: --param wte[17,3]")
     args = parser.parse_args(argv)
     if not args.out.endswith((".html", ".htm")):
         raise UsageError(f"--out must end in .html, got {args.out}")
@@ -46,10 +43,7 @@ def read_tokens(model, text):
         while len(generation.texts[0]) < n:
             generation.step()
         return generation.texts[0]
-    try:
-        tokens = model.tokenizer.encode(text).tolist()
-    except UsageError as error:
-        raise UsageError(f"--text: {error}") from None
+    tokens = encoded(model.tokenizer, text, "--text")
     if len(tokens) < 2:
         raise UsageError(f"--text must have two tokens at least, one to read and one to guess; it has {len(tokens)}")
     if len(tokens) > n:
@@ -59,7 +53,7 @@ def read_tokens(model, text):
 
 @showing_all()
 def main(argv=None):
-    args = parse(sys.argv[1:] if argv is None else argv)
+    args = parse(argv)
 
     import numpy as np
 

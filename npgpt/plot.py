@@ -4,10 +4,9 @@ The pictures are made in npgpt/study/plots.py; exit codes are listed in npgpt/er
 """
 
 import os
-import sys
 from pathlib import Path
 
-from npgpt.command import FileName, Parser, showing_all
+from npgpt.command import FileName, Parser, encoded, showing_all
 from npgpt.errors import CheckpointError, UsageError, quoted, run_command
 
 PROG = "python -m npgpt.plot"
@@ -56,10 +55,7 @@ def draw_attention(run, text):
 
     model = open_model(run)
     tokenizer = model.tokenizer
-    try:
-        tokens = tokenizer.encode(text).tolist()
-    except UsageError as error:
-        raise UsageError(f"--attention: {error}") from None
+    tokens = encoded(tokenizer, text, "--attention")
     if len(tokens) > model.config.block_size:
         raise UsageError(
             f"--attention: the text has {len(tokens)} tokens; the model looks at {model.config.block_size} at most"
@@ -69,7 +65,7 @@ def draw_attention(run, text):
 
 @showing_all()
 def main(argv=None):
-    args = parse(sys.argv[1:] if argv is None else argv)
+    args = parse(argv)
     picture = draw_curves(args.runs) if args.attention is None else draw_attention(args.runs[0], args.attention)
 
     from npgpt.files import checkpoint

@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from npgpt.command import NANOGPT, FileName, Parser, add_model, showing_all, with_newlines
+from npgpt.command import NANOGPT, FileName, Parser, add_model, encoded, showing_all, with_newlines
 from npgpt.config import SAMPLE, Controls
 from npgpt.errors import UsageError, quoted, run_command, user_path
 
@@ -23,22 +23,17 @@ FROM_FILE = "FILE:"  # how a prompt of nanoGPT's begins that is the name of a fi
 def parse(argv):
     parser = Parser(NANOGPT_SAMPLE, prog=PROG, description="Write text with a trained GPT.")
     add_model(parser)
-    parser.add_argument("nanogpt_file", nargs="?", metavar="CONFIG", help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--checkpoint", type=FileName, default="best", help="of a run folder: best, last, or a file (default: best)"
-    )
-    parser.add_argument("--prompt", help="text to continue (default: a line break, if the model knows one)")
-    parser.add_argument("--start", metavar="TEXT", help="the same as nanoGPT has it: FILE:NAME is --prompt-file NAME")
-    parser.add_argument(
-        "--prompt-file", type=FileName, metavar="FILE", help="file with the text to continue; - is standard input"
-    )
-    parser.add_argument("--interactive", action="store_true", help="ask for prompts, one after the other")
-    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="number of texts (default: 1)")
-    parser.add_argument("--max-new-tokens", type=int, default=500, metavar="N", help="length of each (default: 500)")
-    parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this, as <|endoftext|>; may come again"
-    )
-    parser.add_argument("--seed", type=int, default=1337, metavar="N", help="same seed, same text (default: 1337)")
+    add = parser.add_argument
+    add("nanogpt_file", nargs="?", metavar="CONFIG", help=argparse.SUPPRESS)
+    add("--checkpoint", type=FileName, default="best", help="of a run folder: best, last, or a file (default: best)")
+    add("--prompt", help="text to continue (default: a line break, if the model knows one)")
+    add("--start", metavar="TEXT", help="the same as nanoGPT has it: FILE:NAME is --prompt-file NAME")
+    add("--prompt-file", type=FileName, metavar="FILE", help="file with the text to continue; - is standard input")
+    add("--interactive", action="store_true", help="ask for prompts, one after the other")
+    add("--num-samples", type=int, default=1, metavar="N", help="number of texts (default: 1)")
+    add("--max-new-tokens", type=int, default=500, metavar="N", help="length of each (default: 500)")
+    add("--stop", action="append", default=[], metavar="TEXT", help="end before this, as <|endoftext|>; may come again")
+    add("--seed", type=int, default=1337, metavar="N", help="same seed, same text (default: 1337)")
     controls = parser.add_argument_group("how the next token is chosen, in this order")
     for setting in dataclasses.fields(Controls):
         kind, default = (int if setting.name == "top_k" else float), DEFAULTS.get(setting.name, setting.default)
@@ -121,26 +116,21 @@ def _standard_input():
     return sys.stdin.read().encode("utf-8", "surrogatepass") if buffer is None else buffer.read()
 
 
-def encode(tokenizer, prompt):
-    try:
-        return tokenizer.encode(prompt).tolist()
-    except UsageError as error:
-        raise UsageError(f"the prompt: {error}") from None
-
-
 def print_texts(texts, tokenizer, prompt):
-    """Show texts as they grow, with lines between them, and each token's log-probability if there is one."""
+    """Show texts as they grow, lines between them, and log-probabilities if there are some; the last one's Pieces."""
     for n, pieces in enumerate(texts):
         if n:
             print("-" * 60)
         print(prompt, end="", flush=True)
-        rows = []
+        shown = []
         for piece in pieces:
             print(piece.text, end="", flush=True)
-            if piece.logprob is not None:
-                rows.append(f"{piece.logprob:10.4f}  {tokenizer.decode([piece.token])!r}\n")
+            shown.append(piece)
         print()
-        print("".join(rows), end="")
+        for piece in shown:
+            if piece.logprob is not None:
+                print(f"{piece.logprob:10.4f}  {tokenizer.decode([piece.token])!r}")
+    return shown
 
 
 def print_json(texts, seed, prompt):
@@ -186,19 +176,11 @@ def interact(write, tokenizer):
         if not prompt:
             continue
         try:
-            idx = encode(tokenizer, prompt) if line or not tokens else tokens
+            idx = encoded(tokenizer, prompt, "the prompt") if line or not tokens else tokens
         except UsageError as error:
             print(f"{PROG}: {error}", file=sys.stderr)
             continue
-        written = []  # of the last text
-
-        def kept(pieces, written=written):
-            written.clear()
-            for piece in pieces:
-                written.append(piece)
-                yield piece
-
-        print_texts((kept(pieces) for pieces in write(idx)), tokenizer, prompt)
+        written = print_texts(write(idx), tokenizer, prompt)
         if written[-1].finish == "stop":  # the tokens have the stop string, which the text does not
             text, tokens = prompt + "".join(piece.text for piece in written), []
         else:
@@ -208,7 +190,7 @@ def interact(write, tokenizer):
 
 @showing_all()
 def main(argv=None):
-    args = parse(sys.argv[1:] if argv is None else argv)
+    args = parse(argv)
     prompt = None if args.interactive else read_prompt(args)
 
     import numpy as np
@@ -237,7 +219,7 @@ def main(argv=None):
         idx = [generation.first_token(tokenizer)]
         prompt = tokenizer.decode(idx)
     else:
-        idx = encode(tokenizer, prompt)
+        idx = encoded(tokenizer, prompt, "the prompt")
     end, passed = getattr(tokenizer, "end_of_text", None), []
     texts = (noting(pieces, end, passed) for pieces in write(idx))
     if args.json:

@@ -239,8 +239,7 @@ def check_ranges(config):
             continue
         value = _converted(value, kinds[0], f.name)
         if limits["is_path"]:
-            paths = [user_path(path, f.name) for path in ([value] if isinstance(value, str) else value)]
-            value = paths[0] if isinstance(value, str) else tuple(paths)
+            value = user_path(value, f.name) if isinstance(value, str) else tuple(user_path(v, f.name) for v in value)
         object.__setattr__(config, f.name, value)
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"{f.name} must be a finite number, got {value}")

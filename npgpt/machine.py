@@ -34,9 +34,7 @@ def cache_folder():
 
 def _processor_ids():
     """The set of the logical processors' numbers that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return os.sched_getaffinity(0)
-    return set(range(os.cpu_count() or 1))
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def core_ids():
@@ -90,8 +88,7 @@ def in_use():
 
 def available():
     """Bytes that this process may have in all, those that it has among them; None where that cannot be told."""
-    found = [_machine(), *_container()]
-    return min((n for n in found if n is not None), default=None)
+    return min((n for n in (_machine(), *_container()) if n is not None), default=None)
 
 
 def _machine():
@@ -109,7 +106,6 @@ def _machine():
         status = Status(length=ctypes.sizeof(Status))
         if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
             return status.left
-        return None
     with contextlib.suppress(OSError, ValueError, AttributeError):  # macOS: it gives away what it uses as a cache
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
@@ -150,7 +146,4 @@ def _control_groups(controller):
                 continue
             for root in roots:
                 group = root / path.lstrip("/")
-                yield group
-                while group != root:
-                    group = group.parent
-                    yield group
+                yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(root))

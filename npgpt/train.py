@@ -126,27 +126,26 @@ def describe(trainer):
         length = f"{setup.n_bytes:,} bytes of UTF-8, {setup.n_characters:,} characters, "
     kernels = f"numba {jit.numba.__version__}" if jit.KERNELS == "numba" else "NumPy references instead of kernels"
     blas = blas_kernels()
-    rounded = ()
+    lines = [
+        f"npgpt   | version {__version__}, numpy {np.__version__}, {kernels}",
+        f"device  | {machine.cpu_name()}, {machine.cores()} cores: {setup.workers} workers x {setup.blas_threads} BLAS "
+        f"threads, sgemm {setup.sgemm_peak / 1e9:,.0f} GFLOP/s{f' by kernels for {blas}' if blas else ''}",
+    ]
     if setup.dtype == "bfloat16":
         slow = ", which is slow" if way() == "plain" else ""
-        rounded = [f"dtype   | products of bfloat16, by {way()}{slow}; all else is float32"]
-    ranks = [f"ranks   | {world.size}, {world.local_size} of them on this machine; workers and memory are each one's"]
-    return "\n".join(
-        (
-            f"npgpt   | version {__version__}, numpy {np.__version__}, {kernels}",
-            f"device  | {machine.cpu_name()}, {machine.cores()} cores: "
-            f"{setup.workers} workers x {setup.blas_threads} BLAS threads, "
-            f"sgemm {setup.sgemm_peak / 1e9:,.0f} GFLOP/s{f' by kernels for {blas}' if blas else ''}",
-            *rounded,
-            *(ranks if world.size > 1 else ()),
-            f"data    | {' '.join(config.data)}: {length}{setup.tokenizer.vocab_size:,} different tokens",
-            *(f"        | {line}" for line in examine(setup)),
-            f"model   | {setup.model.num_params():,} parameters: n_layer {model.n_layer}, n_head {model.n_head}, "
-            f"n_embd {model.n_embd}, block_size {model.block_size}, dropout {model.dropout}",
-            f"run     | {setup.max_iters:,} iterations of {setup.tokens_per_iter:,} tokens, "
-            f"about {setup.memory_needed / 1e6:,.0f} MB of memory; files go to {setup.out_dir}{os.sep}",
-        )
-    )
+        lines.append(f"dtype   | products of bfloat16, by {way()}{slow}; all else is float32")
+    if world.size > 1:
+        whose = f"{world.local_size} of them on this machine; workers and memory are each one's"
+        lines.append(f"ranks   | {world.size}, {whose}")
+    lines += [
+        f"data    | {' '.join(config.data)}: {length}{setup.tokenizer.vocab_size:,} different tokens",
+        *(f"        | {line}" for line in examine(setup)),
+        f"model   | {setup.model.num_params():,} parameters: n_layer {model.n_layer}, n_head {model.n_head}, "
+        f"n_embd {model.n_embd}, block_size {model.block_size}, dropout {model.dropout}",
+        f"run     | {setup.max_iters:,} iterations of {setup.tokens_per_iter:,} tokens, "
+        f"about {setup.memory_needed / 1e6:,.0f} MB of memory; files go to {setup.out_dir}{os.sep}",
+    ]
+    return "\n".join(lines)
 
 
 def examine(setup):

@@ -74,10 +74,8 @@ def labels(runs, logs):
 
 def segments(points):
     """The stretches of a line between its gaps, each with not too many points."""
-    for is_gap, group in itertools.groupby(points, lambda point: point[1] is None):
-        if is_gap:
-            continue
-        group = list(group)
+    groups = itertools.groupby(points, lambda point: point[1] is None)
+    for group in [list(group) for is_gap, group in groups if not is_gap]:
         if len(group) > MOST_POINTS:
             step = 2 * math.ceil(len(group) / MOST_POINTS)
             parts = [group[start : start + step] for start in range(0, len(group), step)]
@@ -226,7 +224,6 @@ def attention_svg(maps, words):
             squares.pop(0, None)
             for level, those in sorted(squares.items()):
                 parts.append(f'<path fill-opacity="{level / 16}" d="{"".join(those)}"/>')
-            parts.append("</g>")
-            parts.append(f'<rect class="frame" x="{x}" y="{y}" width="{size}" height="{size}"/>')
+            parts += ["</g>", f'<rect class="frame" x="{x}" y="{y}" width="{size}" height="{size}"/>']
     width, height = 12 + len(maps[0]) * (size + room + 16), 66 + len(maps) * (size + room + 34)
     return svg(max(width, 520), height, "Attention", parts)

@@ -71,7 +71,7 @@ def next_step(folder):
     entries = read(folder)
     missed = sorted((op for op in entries if not entries[op]["right"]), key=lambda op: -entries[op]["tries"])
     new = [op for op in LESSONS if op not in entries]
-    passed = [op for op in LESSONS if op in entries and entries[op]["right"]]
+    passed = [op for op in LESSONS if op in entries and op not in missed]
     if missed:
         op, entry = missed[0], entries[missed[0]]
         parts = [f"{name} {state}" for name, state in entry["parts"].items()]
@@ -92,11 +92,8 @@ def next_step(folder):
             yield f"all exercises are done, at every level; now find mistakes:  {PROG} bug 1"
     for words, ops in (("missed", missed), ("right", passed), ("not tried", new)):
         if ops:
-            yield f"{words}: {', '.join(op + _level(entries.get(op)) for op in ops)}"
-
-
-def _level(entry):
-    return f" (level {entry['level']})" if entry else ""
+            levels = {op: f" (level {entry['level']})" for op, entry in entries.items()}
+            yield f"{words}: {', '.join(op + levels.get(op, '') for op in ops)}"
 
 
 def _show(folder, op, level):

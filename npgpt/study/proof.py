@@ -54,9 +54,7 @@ def on_references():
 @contextlib.contextmanager
 def exact(point):
     """Within this context Tensors hold DualArrays, and the constants of GELU are any numbers.  Not for two threads."""
-    with contextlib.ExitStack() as stack:
-        for context in (at(point), reuse_buffers(_Memory()), on_references()):
-            stack.enter_context(context)
+    with at(point), reuse_buffers(_Memory()), on_references(), contextlib.ExitStack() as stack:
         for owner, name, value in (
             (tensor, "FLOATS", (np.dtype(object),)),
             (tensor, "plain", lambda values, words: dual_array(values)),

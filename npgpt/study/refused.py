@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import traceback
 
 import numpy as np
 
@@ -17,19 +18,15 @@ AXIS = (
 
 def of_exception(error, tree, file):
     """Words for an exception of arrays that do not fit, or an empty string.  tree: that of the student's file."""
-    frame, traceback = None, error.__traceback__
-    while traceback is not None:
-        if traceback.tb_frame.f_code.co_filename == file:
-            frame, line = traceback.tb_frame, traceback.tb_lineno
-        traceback = traceback.tb_next
     if isinstance(error, IndexError):
         return "wrong index: what does it number, and how many of these are there?"
-    if frame is None or not isinstance(error, ValueError):
+    places = [place for place in traceback.walk_tb(error.__traceback__) if place[0].f_code.co_filename == file]
+    if not places or not isinstance(error, ValueError):
         return ""
+    frame, line = places[-1]
     names = {**vars(builtins), **frame.f_globals, **frame.f_locals}
     for node in _at(tree, line):
-        pair = _arrays(node, names)
-        if pair is not None:
+        if pair := _arrays(node, names):
             return _words(node, *pair)
     return ""
 

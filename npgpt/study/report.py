@@ -50,10 +50,10 @@ def files_of(folder):
     folder = Path(folder)
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}")
-    found = [path for pattern in ("[!.]*.py", "[!.]*/[!.]*.py") for path in sorted(folder.glob(pattern))]
+    found = sorted(path for pattern in ("[!.]*.py", "[!.]*/[!.]*.py") for path in folder.glob(pattern))
     if not found:
         raise UsageError(f"{folder} has no files NAME.py or NAME/FILE.py")
-    return sorted(found)
+    return found
 
 
 def rows_of(folder, seconds=SECONDS):
@@ -73,12 +73,8 @@ def rows_of(folder, seconds=SECONDS):
 
 def _check(path, seconds, stop):
     """What a process of its own finds in a file: [Row]."""
-
-    def alone(state, words):
-        return [Row(state=state, words=words)]
-
     if stop.is_set():
-        return alone("stopped", "")
+        return [Row(state="stopped")]
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         child = subprocess.Popen(
@@ -88,19 +84,17 @@ def _check(path, seconds, stop):
         )  # fmt: skip
         end = time.monotonic() + seconds
         try:
-            while child.poll() is None and time.monotonic() < end:
-                stop.wait(0.02)
-                if stop.is_set():
-                    break
+            while child.poll() is None and time.monotonic() < end and not stop.wait(0.02):
+                pass
             hangs = child.poll() is None
         finally:
             _kill(child)
         if hangs:
-            return alone("hangs", f"it did not end within {seconds:g} s")
+            return [Row(state="hangs", words=f"it did not end within {seconds:g} s")]
         try:
             return [Row(**row) for row in json.loads(result.read_text(encoding="utf-8"))]
         except (OSError, ValueError, TypeError):
-            return alone("crashes", f"its process ended before the check did ({_end_of(child.returncode)})")
+            return [Row(state="crashes", words=f"its process ended before the check did ({_end_of(child.returncode)})")]
 
 
 def _kill(child):

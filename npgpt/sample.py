@@ -116,43 +116,32 @@ def _standard_input():
     return sys.stdin.read().encode("utf-8", "surrogatepass") if buffer is None else buffer.read()
 
 
-def print_texts(texts, tokenizer, prompt):
-    """Show texts as they grow, lines between them, and log-probabilities if there are some; the last one's Pieces."""
-    for n, pieces in enumerate(texts):
-        if n:
-            print("-" * 60)
-        print(prompt, end="", flush=True)
-        shown = []
-        for piece in pieces:
-            print(piece.text, end="", flush=True)
-            shown.append(piece)
-        print()
-        for piece in shown:
-            if piece.logprob is not None:
-                print(f"{piece.logprob:10.4f}  {tokenizer.decode([piece.token])!r}")
+def print_text(n, pieces, tokenizer, prompt):
+    """Show the n-th text as it grows, and each token's log-probability if there is one.  Returns its Pieces."""
+    if n:
+        print("-" * 60)  # between it and the one before
+    print(prompt, end="", flush=True)
+    shown = []
+    for piece in pieces:
+        print(piece.text, end="", flush=True)
+        shown.append(piece)
+    print()
+    for piece in shown:
+        if piece.logprob is not None:
+            print(f"{piece.logprob:10.4f}  {tokenizer.decode([piece.token])!r}")
     return shown
 
 
-def print_json(texts, seed, prompt):
-    """One JSON object a line for each text."""
-    for n, pieces in enumerate(texts):
-        pieces = list(pieces)
-        row = {"sample": n, "seed": seed, "prompt": prompt, "text": "".join(piece.text for piece in pieces)}
-        row["finish"] = pieces[-1].finish
-        row["tokens"] = [piece.token for piece in pieces[:-1]]
-        if pieces[0].logprob is not None:
-            row["logprobs"] = [piece.logprob for piece in pieces[:-1]]
-        print(json.dumps(row), flush=True)
-
-
-def noting(pieces, end, passed):
-    """The same Pieces; `passed` gets an entry if the text goes on after the token `end`."""
-    ended = False
-    for piece in pieces:
-        if ended and piece.token is not None:
-            passed.append(piece)
-        ended = end is not None and piece.token == end
-        yield piece
+def print_json(n, pieces, seed, prompt):
+    """Show the n-th text as one JSON object in a line.  Returns its Pieces."""
+    pieces = list(pieces)
+    row = {"sample": n, "seed": seed, "prompt": prompt, "text": "".join(piece.text for piece in pieces)}
+    row["finish"] = pieces[-1].finish
+    row["tokens"] = [piece.token for piece in pieces[:-1]]
+    if pieces[0].logprob is not None:
+        row["logprobs"] = [piece.logprob for piece in pieces[:-1]]
+    print(json.dumps(row), flush=True)
+    return pieces
 
 
 def interact(write, tokenizer):
@@ -180,7 +169,8 @@ def interact(write, tokenizer):
         except UsageError as error:
             print(f"{PROG}: {error}", file=sys.stderr)
             continue
-        written = print_texts(write(idx), tokenizer, prompt)
+        for n, pieces in enumerate(write(idx)):
+            written = print_text(n, pieces, tokenizer, prompt)
         if written[-1].finish == "stop":  # the tokens have the stop string, which the text does not
             text, tokens = prompt + "".join(piece.text for piece in written), []
         else:
@@ -192,7 +182,6 @@ def interact(write, tokenizer):
 def main(argv=None):
     args = parse(argv)
     prompt = None if args.interactive else read_prompt(args)
-
     import numpy as np
 
     from npgpt.files.pretrained import open_model
@@ -220,13 +209,12 @@ def main(argv=None):
         prompt = tokenizer.decode(idx)
     else:
         idx = encoded(tokenizer, prompt, "the prompt")
-    end, passed = getattr(tokenizer, "end_of_text", None), []
-    texts = (noting(pieces, end, passed) for pieces in write(idx))
-    if args.json:
-        print_json(texts, args.seed, prompt)
-    else:
-        print_texts(texts, tokenizer, prompt)
-    if passed:
+    end, goes_on = getattr(tokenizer, "end_of_text", None), False
+    for n, pieces in enumerate(write(idx)):
+        shown = print_json(n, pieces, args.seed, prompt) if args.json else print_text(n, pieces, tokenizer, prompt)
+        tokens = [piece.token for piece in shown if piece.token is not None]
+        goes_on |= end is not None and end in tokens[:-1]
+    if goes_on:
         end = quoted(tokenizer.decode([end]))
         print(f"{PROG}: the text goes on after {end}; --stop {end} ends it there", file=sys.stderr)
     return 0

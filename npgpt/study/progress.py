@@ -31,13 +31,10 @@ def read(folder):
             entries = json.loads(path.read_bytes()) if path.exists() else {}
     except (ValueError, RecursionError):
         entries = None
-    if not isinstance(entries, dict) or not all(op in LESSONS and _is_entry(entries[op]) for op in entries):
+    known = isinstance(entries, dict) and all(op in LESSONS and isinstance(entries[op], dict) for op in entries)
+    if not known or any(type(e.get(key)) is not kind for e in entries.values() for key, kind in KINDS.items()):
         raise UsageError(f"{path} is not what `check` writes; mend it, or remove it to begin anew")
     return entries
-
-
-def _is_entry(entry):
-    return isinstance(entry, dict) and all(type(entry.get(key)) is kind for key, kind in KINDS.items())
 
 
 def record(path, outcomes):

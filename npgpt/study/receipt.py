@@ -157,10 +157,9 @@ def _mlp(module, x):
 def _sublayers(model):
     """(words, its two modules' names, f) of all that is added to the residual stream, from the first on."""
     for n, block in enumerate(model.transformer.h):
-        names = (f"transformer.h.{n}.ln_1.", f"transformer.h.{n}.attn.")
-        yield f"block {n}'s attention", names, lambda x, block=block: block.attn(block.ln_1(x))
-        names = (f"transformer.h.{n}.ln_2.", f"transformer.h.{n}.mlp.")
-        yield f"block {n}'s MLP", names, lambda x, block=block: _mlp(block.mlp, block.ln_2(x))
+        ln_1, attn, ln_2, mlp = (f"transformer.h.{n}.{part}." for part in ("ln_1", "attn", "ln_2", "mlp"))
+        yield f"block {n}'s attention", (ln_1, attn), lambda x, block=block: block.attn(block.ln_1(x))
+        yield f"block {n}'s MLP", (ln_2, mlp), lambda x, block=block: _mlp(block.mlp, block.ln_2(x))
 
 
 def _back(f, x, dy, parameter):
@@ -249,11 +248,6 @@ def receipt(model, idx, targets, param):
     loss, grad = gradient(model, idx, targets, parameter)
     grad = float(grad[index])
     entry = f"{_short(name)}[{','.join(map(str, index))}]"
-
-    def token(b, t):
-        text = f"token {idx[b, t]}" if model.tokenizer is None else repr(model.tokenizer.decode([idx[b, t]]))
-        return f"position {t}, {text}" if len(idx) == 1 else f"sequence {b}, position {t}, {text}"
-
     rows, total, uses = [], 0.0, {}
     for way in ways(model, idx, targets, name):
         uses.setdefault(way.use, []).append(way)
@@ -272,7 +266,9 @@ def receipt(model, idx, targets, param):
             shown = len(here) if len(here) == SHOWN + 1 else SHOWN
             for b, t in here[:shown]:
                 numbers = f"{dy[b, t]:.4g}" + (f" * {x[b, t]:.4g}" if x.dtype.kind == "f" else "")
-                rows.append((f"    {token(b, t)}", numbers, "", float(values[b, t])))
+                token = f"token {idx[b, t]}" if model.tokenizer is None else repr(model.tokenizer.decode([idx[b, t]]))
+                place = f"position {t}, {token}" if len(idx) == 1 else f"sequence {b}, position {t}, {token}"
+                rows.append((f"    {place}", numbers, "", float(values[b, t])))
             if here[shown:]:
                 rest = float(sum(values[b, t] for b, t in here[shown:]))
                 rows.append((f"    the other {len(here) - shown} positions", "", "", rest))

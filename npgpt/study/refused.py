@@ -9,7 +9,6 @@ import numpy as np
 from npgpt.study.backward import Run
 
 PRODUCT = "transposed: the inner axes of a matrix product must be the same; write it down with indices"
-SUM = "missing sum: over what the forward broadcast, the backward sums"
 AXIS = (
     "missing axis: what has one number for each row needs an axis of length 1 beside the rows: "
     "keepdims=True, or [:, None]"
@@ -25,16 +24,11 @@ def of_exception(error, tree, file):
         return ""
     frame, line = places[-1]
     names = {**vars(builtins), **frame.f_globals, **frame.f_locals}
-    for node in _at(tree, line):
-        if pair := _arrays(node, names):
+    on_line = [node for node in ast.walk(tree) if getattr(node, "lineno", line + 1) <= line <= (node.end_lineno or 0)]
+    for node in reversed(on_line):  # the innermost first
+        if isinstance(node, (ast.BinOp, ast.AugAssign, ast.Assign)) and (pair := _arrays(node, names)):
             return _words(node, *pair)
     return ""
-
-
-def _at(tree, line):
-    """The operations on a line, the innermost first."""
-    nodes = [node for node in ast.walk(tree) if getattr(node, "lineno", line + 1) <= line <= (node.end_lineno or 0)]
-    return [node for node in reversed(nodes) if isinstance(node, (ast.BinOp, ast.AugAssign, ast.Assign))]
 
 
 def _arrays(node, names):
@@ -66,7 +60,7 @@ def _words(node, left, right):
         return shapes + ("wrong product: is @ meant, or *, element by element?" if left == right else PRODUCT)
     stored = not isinstance(node, ast.BinOp)
     if len(right) > len(left) and stored:
-        return shapes + SUM
+        return shapes + "missing sum: over what the forward broadcast, the backward sums"
     if len(right) != len(left):
         return shapes + AXIS
     if left == right[::-1]:

@@ -25,7 +25,6 @@ try:
 except ImportError:  # Windows has no such limits
     resource = None
 
-SECONDS = 60
 MEMORY = 2 * 2**30  # bytes
 WORDS = 120  # characters of what is wrong that a line shows at most
 _CHECK = (  # what the process runs
@@ -45,20 +44,14 @@ class Row:
     file: str = ""
 
 
-def files_of(folder):
-    """The files FOLDER/NAME.py and FOLDER/NAME/*.py, in order.  Raises UsageError."""
-    folder = Path(folder)
+def rows_of(folder, seconds=60):
+    """A Row for each exercise in the files FOLDER/NAME.py and FOLDER/NAME/*.py, in order.  Raises UsageError."""
+    folder, stop = Path(folder), threading.Event()
     if not folder.is_dir():
         raise UsageError(f"there is no folder {folder}")
-    found = sorted(path for pattern in ("[!.]*.py", "[!.]*/[!.]*.py") for path in folder.glob(pattern))
-    if not found:
+    files = sorted(path for pattern in ("[!.]*.py", "[!.]*/[!.]*.py") for path in folder.glob(pattern))
+    if not files:
         raise UsageError(f"{folder} has no files NAME.py or NAME/FILE.py")
-    return found
-
-
-def rows_of(folder, seconds=SECONDS):
-    """A Row for each exercise in each file, in order."""
-    files, stop = files_of(folder), threading.Event()
     with ThreadPoolExecutor(cores()) as pool:
         try:
             found = [*pool.map(lambda path: _check(path, seconds, stop), files)]
@@ -88,23 +81,18 @@ def _check(path, seconds, stop):
                 pass
             hangs = child.poll() is None
         finally:
-            _kill(child)
+            with contextlib.suppress(OSError):
+                if os.name == "posix":  # with all that it started; other systems have no such groups
+                    os.killpg(child.pid, signal.SIGKILL)
+                else:
+                    child.kill()
+            child.wait()
         if hangs:
             return [Row(state="hangs", words=f"it did not end within {seconds:g} s")]
         try:
             return [Row(**row) for row in json.loads(result.read_text(encoding="utf-8"))]
         except (OSError, ValueError, TypeError):
             return [Row(state="crashes", words=f"its process ended before the check did ({_end_of(child.returncode)})")]
-
-
-def _kill(child):
-    """End a process and, where the system has such groups, all that it started."""
-    with contextlib.suppress(OSError):
-        if os.name == "posix":
-            os.killpg(child.pid, signal.SIGKILL)
-        else:
-            child.kill()
-    child.wait()
 
 
 def _end_of(code):

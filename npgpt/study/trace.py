@@ -44,12 +44,8 @@ class Node:
 def trace(model, idx, targets):
     """The Nodes of one forward and backward, in the order of the forward; the last one's y is the loss."""
     nodes = []
-
-    def made(op, out, parents, backward):
-        nodes.append(Node(op, out.retain_grad(), parents, backward))
-
     model.zero_grad()
-    with watched(made):
+    with watched(lambda op, out, *rest: nodes.append(Node(op, out.retain_grad(), *rest))):
         _, loss = model(idx, targets)
     loss.backward()
     for node in nodes:  # whose backward is called again, with the same dy, where its inputs have no gradient yet

@@ -265,9 +265,8 @@ def check_tokenizer(config):
     if tokenizer not in TOKENIZERS and not os.path.exists(tokenizer):
         close = difflib.get_close_matches(tokenizer, TOKENIZERS, 1)
         hint = f". Did you mean {close[0]}?" if close else ""
-        raise UsageError(
-            f"tokenizer must be one of {', '.join(TOKENIZERS)}, or a file; there is no file {tokenizer!r}{hint}"
-        )
+        names = ", ".join(TOKENIZERS)
+        raise UsageError(f"tokenizer must be one of {names}, or a file; there is no file {tokenizer!r}{hint}")
 
 
 def preset(name):

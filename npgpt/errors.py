@@ -19,9 +19,7 @@ import sys
 import threading
 
 # What a file system answers that cannot do at all what it is asked for: lock, flush or map a file.  That is no "no".
-CANNOT = frozenset(
-    getattr(errno, name) for name in ("ENOSYS", "ENOTSUP", "EOPNOTSUPP", "ENOLCK", "EINVAL", "ENODEV", "ENOTTY")
-)
+CANNOT = frozenset(getattr(errno, name) for name in "ENOSYS ENOTSUP EOPNOTSUPP ENOLCK EINVAL ENODEV ENOTTY".split())
 
 
 class NpgptError(Exception):

@@ -54,7 +54,6 @@ def read_tokens(model, text):
 @showing_all()
 def main(argv=None):
     args = parse(argv)
-
     import numpy as np
 
     from npgpt.files import checkpoint
@@ -70,7 +69,6 @@ def main(argv=None):
 
         print(receipt(model, idx, targets, args.param))
         return 0
-
     from npgpt.study.page import describe, html
 
     def text_of(token):  # a model may know more tokens than its tokenizer

@@ -328,8 +328,7 @@ def _table(rows):
 
 def _condensed(rows, wrong):
     """Lines, fewer than 20, that show one wrong input for each op that has one."""
-    first = list({row.title: row for row in reversed(wrong)}.values())[::-1]
-    shown = first[:MOST_SHOWN]
+    shown = list({row.title: row for row in reversed(wrong)}.values())[::-1][:MOST_SHOWN]
     yield from _table(shown)
     for row in shown:
         yield f"{row.title}: {row.words}"

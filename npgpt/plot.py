@@ -14,14 +14,13 @@ PROG = "python -m npgpt.plot"
 
 def parse(argv):
     parser = Parser(prog=PROG, description="Draw the loss curves of runs, or the attention of a run's model.")
-    parser.add_argument("runs", nargs="+", type=FileName, metavar="RUN", help="run folder of npgpt.train")
-    parser.add_argument(
+    add = parser.add_argument
+    add("runs", nargs="+", type=FileName, metavar="RUN", help="run folder of npgpt.train")
+    add(
         "--out", type=FileName, metavar="FILE",
         help="a .svg (default: loss.svg, loss-RUN-RUN.svg or attention.svg in the first RUN)",
     )  # fmt: skip
-    parser.add_argument(
-        "--attention", metavar="TEXT", help="instead, what each head of the first RUN's model looks at in this text"
-    )
+    add("--attention", metavar="TEXT", help="instead, what each head of the first RUN's model looks at in this text")
     args = parser.parse_args(argv)
     if args.out is None:
         several = [Path(os.path.abspath(run)).name for run in args.runs] if len(args.runs) > 1 else []
@@ -56,20 +55,18 @@ def draw_attention(run, text):
     model = open_model(run)
     tokenizer = model.tokenizer
     tokens = encoded(tokenizer, text, "--attention")
-    if len(tokens) > model.config.block_size:
-        raise UsageError(
-            f"--attention: the text has {len(tokens)} tokens; the model looks at {model.config.block_size} at most"
-        )
+    most = model.config.block_size
+    if len(tokens) > most:
+        raise UsageError(f"--attention: the text has {len(tokens)} tokens; the model looks at {most} at most")
     return attention_svg(attention_maps(model, tokens), [tokenizer.decode([token]) for token in tokens])
 
 
 @showing_all()
 def main(argv=None):
     args = parse(argv)
-    picture = draw_curves(args.runs) if args.attention is None else draw_attention(args.runs[0], args.attention)
-
     from npgpt.files import checkpoint
 
+    picture = draw_curves(args.runs) if args.attention is None else draw_attention(args.runs[0], args.attention)
     checkpoint.replace(args.out, [picture])
     print(f"wrote {args.out}")
     return 0

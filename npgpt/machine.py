@@ -65,8 +65,18 @@ def processors():
 
 @functools.cache  # it is asked for often, and threads that have begun do not follow a change
 def quota():
-    """How many processors' time the container of this process may use: a whole number, or infinity."""
-    return min(_quotas(), default=math.inf)
+    """How many processors' time the container of this process may use: a whole number, or infinity.
+
+    It is the least of what its control groups that have a limit (cgroup v2, then v1) may use.
+    """
+    limits = [math.inf]
+    for group in _control_groups("cpu"):
+        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+            with contextlib.suppress(OSError, ValueError):  # "max" is no limit
+                limit, period = map(int, " ".join((group / name).read_text() for name in names).split())
+                if limit > 0 < period:  # nor is -1
+                    limits.append(-(-limit // period))  # with a thread less, nobody would use a part of a processor
+    return min(limits)
 
 
 def second_cache():
@@ -97,15 +107,9 @@ def _machine():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024 + in_use()
     if sys.platform == "win32":
-
-        class Status(ctypes.Structure):
-            _fields_ = [("length", ctypes.c_ulong), ("load", ctypes.c_ulong)] + [
-                (name, ctypes.c_ulonglong) for name in ("total", "left", "c", "d", "e", "f", "g")
-            ]
-
-        status = Status(length=ctypes.sizeof(Status))
+        status = (ctypes.c_ulonglong * 8)(64)  # its own length and the load share the first number; the third is left
         if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
-            return status.left
+            return status[2]
     with contextlib.suppress(OSError, ValueError, AttributeError):  # macOS: it gives away what it uses as a cache
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
@@ -118,16 +122,6 @@ def _container():
             with contextlib.suppress(OSError, ValueError):  # "max" is no limit
                 left = int((group / f"memory.{limit}").read_text()) - int((group / f"memory.{usage}").read_text())
                 yield left + in_use()
-
-
-def _quotas():
-    """What each control group of this process that has a limit may use of processors' time (cgroup v2, then v1)."""
-    for group in _control_groups("cpu"):
-        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
-            with contextlib.suppress(OSError, ValueError):  # "max" is no limit
-                quota, period = map(int, " ".join((group / name).read_text() for name in names).split())
-                if quota > 0 < period:  # nor is -1
-                    yield -(-quota // period)  # with a thread less, nobody would use a part of a processor
 
 
 def _control_groups(controller):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from npgpt.command import NANOGPT, FileName, Parser, add_model, encoded, showing_all, with_newlines
 from npgpt.config import SAMPLE, Controls
-from npgpt.errors import UsageError, quoted, run_command, user_path
+from npgpt.errors import UsageError, quoted, run_command, told_as, user_path
 
 PROG = "python -m npgpt.sample"
 DEFAULTS = {"temperature": 0.8}  # other than those of Controls
@@ -97,12 +97,11 @@ def read_prompt(args):
     from npgpt.data.text import check_is_text
 
     where = "standard input" if args.prompt_file == "-" else args.prompt_file
-    try:
+    with told_as(UsageError, f"--prompt-file: cannot read {where}"):
         raw = _standard_input() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
-        check_is_text(Path(where), "--prompt-file", raw, True)
+    check_is_text(Path(where), "--prompt-file", raw, True)
+    try:
         text = with_newlines(raw.decode("utf-8-sig"))
-    except OSError as error:
-        raise UsageError(f"--prompt-file: cannot read {where}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"--prompt-file: {where} is not UTF-8 text: byte {error.start} is wrong") from None
     if not text:

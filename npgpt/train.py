@@ -102,9 +102,6 @@ def parse(argv):
     return settings, rest
 
 
-# --------------------------------------------------------------------------------------------------------------------
-
-
 def _duration(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -67,6 +67,6 @@ def _words(node, left, right):
         return shapes + "transposed: which index comes first?"
     if stored and not isinstance(getattr(node, "target", None) or node.targets[0], ast.Subscript):
         return shapes + "wrong index: did the forward use all its rows?"
-    if not any(sums in ast.unparse(node) for sums in (".sum(", ".mean(", "np.sum(", "np.mean(")):
+    if not any(sums in ast.unparse(node) for sums in (".sum(", ".mean(")):
         return shapes + "wrong value: which of the two has no place here?"
     return shapes + "wrong axis: which one does the sum go over, and which is left?"

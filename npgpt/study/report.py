@@ -92,16 +92,10 @@ def _check(path, seconds, stop):
         try:
             return [Row(**row) for row in json.loads(result.read_text(encoding="utf-8"))]
         except (OSError, ValueError, TypeError):
-            return [Row(state="crashes", words=f"its process ended before the check did ({_end_of(child.returncode)})")]
-
-
-def _end_of(code):
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return signal.Signals(-code).name
-    except ValueError:
-        return f"signal {-code}"
+            code = child.returncode
+            how = f"exit code {code}" if code >= 0 else f"signal {-code}"
+            how = next((number.name for number in signal.Signals if number == -code), how)
+            return [Row(state="crashes", words=f"its process ended before the check did ({how})")]
 
 
 def check_alone(path, result):

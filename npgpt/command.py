@@ -128,7 +128,5 @@ def encoded(tokenizer, text, what):
 
 def add_model(parser):
     """The flag --model, by its other name --out-dir as well."""
-    parser.add_argument(
-        "--model", "--out-dir", type=FileName, default="out", metavar="PATH",
-        help="run folder of npgpt.train, checkpoint, or Hugging Face GPT-2 folder (default: out)",
-    )  # fmt: skip
+    words = "run folder of npgpt.train, checkpoint, or Hugging Face GPT-2 folder (default: out)"
+    parser.add_argument("--model", "--out-dir", type=FileName, default="out", metavar="PATH", help=words)

@@ -21,9 +21,8 @@ def parse(argv):
     add_model(parser)
     add = parser.add_argument
     add("--text", help=f"text to read, cut after {TOKENS + 1} tokens (default: one that the model writes)")
-    add(
-        "--out", type=FileName, default="explain.html", metavar="FILE", help="the page to write (default: explain.html)"
-    )
+    words = "the page to write (default: explain.html)"
+    add("--out", type=FileName, default="explain.html", metavar="FILE", help=words)
     add("--param", metavar="NAME[I,J]", help="print where one number's gradient comes from instead: --param wte[17,3]")
     args = parser.parse_args(argv)
     if not args.out.endswith((".html", ".htm")):

@@ -16,10 +16,8 @@ def parse(argv):
     parser = Parser(prog=PROG, description="Draw the loss curves of runs, or the attention of a run's model.")
     add = parser.add_argument
     add("runs", nargs="+", type=FileName, metavar="RUN", help="run folder of npgpt.train")
-    add(
-        "--out", type=FileName, metavar="FILE",
-        help="a .svg (default: loss.svg, loss-RUN-RUN.svg or attention.svg in the first RUN)",
-    )  # fmt: skip
+    words = "a .svg (default: loss.svg, loss-RUN-RUN.svg or attention.svg in the first RUN)"
+    add("--out", type=FileName, metavar="FILE", help=words)
     add("--attention", metavar="TEXT", help="instead, what each head of the first RUN's model looks at in this text")
     args = parser.parse_args(argv)
     if args.out is None:

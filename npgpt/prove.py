@@ -23,11 +23,9 @@ by tests/test_ops.py, in float32 and float64, and to finite differences by pytho
 
 @showing_all()
 def main(argv=None):
-    parser = Parser(
-        prog=PROG,
-        description="Prove the backward of every op, and of a two-layer GPT, with integers modulo 2^61 - 1.",
-        epilog="exit codes: 0 proved, 1 a gradient is not the derivative of its forward, 2 usage",
-    )
+    words = "Prove the backward of every op, and of a two-layer GPT, with integers modulo 2^61 - 1."
+    codes = "exit codes: 0 proved, 1 a gradient is not the derivative of its forward, 2 usage"
+    parser = Parser(prog=PROG, description=words, epilog=codes)
     parser.add_argument("--op", action="append", metavar="NAME", help="only what has this in its name (more: again)")
     parser.add_argument("--seed", type=int, default=0, help="what the numbers are drawn from (default: 0)")
     args = parser.parse_args(argv)

@@ -44,14 +44,10 @@ def parse(argv):
     output.add_argument("--json", action="store_true", help="one JSON object a line for each text")
     output.add_argument("--logprobs", action="store_true", help="show each token with its log-probability, in nats")
     output.add_argument("--int8", action="store_true", help="weights of 8 bits: faster where the model is large")
-    output.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32",
-        help="bfloat16: weights of 16 bits, nearer to the model's own than --int8; faster, too (default: float32)",
-    )  # fmt: skip
-    output.add_argument(
-        "--draft", type=int, default=0, metavar="N",
-        help="up to N tokens are guessed ahead where a text repeats itself: the same text, sooner (default: 0)",
-    )  # fmt: skip
+    words = "bfloat16: weights of 16 bits, nearer to the model's own than --int8; faster, too (default: float32)"
+    output.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help=words)
+    words = "up to N tokens are guessed ahead where a text repeats itself: the same text, sooner (default: 0)"
+    output.add_argument("--draft", type=int, default=0, metavar="N", help=words)
     output.add_argument("--stats", action="store_true", help="say how long the prompt and the tokens have taken")
     output.add_argument("--threads", type=int, metavar="N", help="threads (default: one per core, for a large model)")
     args = parser.parse_args(argv)
@@ -98,7 +94,12 @@ def read_prompt(args):
 
     where = "standard input" if args.prompt_file == "-" else args.prompt_file
     with told_as(UsageError, f"--prompt-file: cannot read {where}"):
-        raw = _standard_input() if args.prompt_file == "-" else Path(args.prompt_file).read_bytes()
+        if args.prompt_file != "-":
+            raw = Path(args.prompt_file).read_bytes()
+        elif getattr(sys.stdin, "buffer", None):
+            raw = sys.stdin.buffer.read()
+        else:  # a notebook's, or a test's, may have none but text
+            raw = sys.stdin.read().encode("utf-8", "surrogatepass")
     check_is_text(Path(where), "--prompt-file", raw, True)
     try:
         text = with_newlines(raw.decode("utf-8-sig"))
@@ -107,12 +108,6 @@ def read_prompt(args):
     if not text:
         raise UsageError(f"--prompt-file: {where} is empty")
     return text
-
-
-def _standard_input():
-    """All bytes of standard input.  A notebook's, or a test's, may have none but text."""
-    buffer = getattr(sys.stdin, "buffer", None)
-    return sys.stdin.read().encode("utf-8", "surrogatepass") if buffer is None else buffer.read()
 
 
 def print_text(n, pieces, tokenizer, prompt):

@@ -150,6 +150,8 @@ def describe(model, idx, targets, text_of):
         check(model, idx, targets, nodes)
         expected, measured = check_whole(model, idx, targets)
     error = float(relative_error(np.array(expected), np.array(measured)))
+    whole = {"gradients": f"{expected:.8g}", "measured": f"{measured:.8g}"}
+    whole["error"], whole["ok"] = f"{error:.1e}", error <= BOUND
     logits, c = nodes[-1].parents[0].data[0], targets[0]
     loss, lse = cross_entropy_forward_ref(logits, c, -1, len(c))
     logp = logits - lse[:, None]  # (T, V)
@@ -160,10 +162,7 @@ def describe(model, idx, targets, text_of):
         "loss": f"{loss:.4f}", "losses": [f"{-row[token]:.3f}" for row, token in zip(logp, c, strict=True)],
         "guesses": [[(text_of(i), f"{np.exp(row[i]):.1%}") for i in few] for row, few in zip(logp, best, strict=True)],
         "bound": f"{BOUND:.0e}",
-        "whole": {
-            "gradients": f"{expected:.8g}", "measured": f"{measured:.8g}",
-            "error": f"{error:.1e}", "ok": error <= BOUND,
-        },
+        "whole": whole,
         "boxes": describe_boxes(model, nodes),
         "ops": {node.op: describe_op(node) for node in nodes},
     }  # fmt: skip

@@ -65,13 +65,10 @@ def processors():
 
 @functools.cache  # it is asked for often, and threads that have begun do not follow a change
 def quota():
-    """How many processors' time the container of this process may use: a whole number, or infinity.
-
-    It is the least of what its control groups that have a limit (cgroup v2, then v1) may use.
-    """
+    """How many processors' time the container of this process may use: a whole number, or infinity."""
     limits = [math.inf]
     for group in _control_groups("cpu"):
-        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):  # cgroup v2, then v1
             with contextlib.suppress(OSError, ValueError):  # "max" is no limit
                 limit, period = map(int, " ".join((group / name).read_text() for name in names).split())
                 if limit > 0 < period:  # nor is -1
@@ -107,7 +104,7 @@ def _machine():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024 + in_use()
     if sys.platform == "win32":
-        status = (ctypes.c_ulonglong * 8)(64)  # its own length and the load share the first number; the third is left
+        status = (ctypes.c_ulonglong * 8)(64)  # its length and the load share the first number; the third one is left
         if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
             return status[2]
     with contextlib.suppress(OSError, ValueError, AttributeError):  # macOS: it gives away what it uses as a cache
@@ -132,12 +129,9 @@ def _control_groups(controller):
     with contextlib.suppress(OSError):
         for line in os.fsdecode((PROC / "self/cgroup").read_bytes()).splitlines():
             kinds, _, path = line.partition(":")[2].partition(":")
-            if kinds == "":  # version 2
-                roots = {SYS / "fs/cgroup"}
-            elif controller in kinds.split(","):  # version 1: "cpu,cpuacct" is mounted by this name, or each by its own
-                roots = {SYS / "fs/cgroup" / controller, SYS / "fs/cgroup" / kinds}
-            else:
+            if kinds and controller not in kinds.split(","):
                 continue
-            for root in roots:
+            # version 2 has no name; version 1's "cpu,cpuacct" is mounted by this name, or each by its own
+            for root in {SYS / "fs/cgroup" / name for name in (kinds, kinds and controller)}:
                 group = root / path.lstrip("/")
                 yield from (folder for folder in (group, *group.parents) if folder.is_relative_to(root))

@@ -46,11 +46,9 @@ def build_parser():
     parser.add_argument("nanogpt_file", nargs="?", metavar="CONFIG", help=argparse.SUPPRESS)
     parser.add_argument("--preset", help="settings to start from; see below (default: default)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out-dir")
-    parser.add_argument(
-        "--resume", nargs="?", const=True, type=FileName, metavar="FILE",
-        help="go on with the run in --out-dir from its newest checkpoint, or from the one named here; "
-        "other flags change the settings that may change",
-    )  # fmt: skip
+    words = "go on with the run in --out-dir from its newest checkpoint, or from the one named here; "
+    words += "other flags change the settings that may change"
+    parser.add_argument("--resume", nargs="?", const=True, type=FileName, metavar="FILE", help=words)
     parser.add_argument("--force", action="store_true", help="begin even if the memory seems too small")
     parser.add_argument("--profile", action="store_true", help="at the end, print where the updates' time went")
     parser.add_argument("--version", action="version", version=f"npgpt {__version__}")

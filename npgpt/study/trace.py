@@ -68,7 +68,7 @@ def check(model, idx, targets, nodes):
         for j, (x, dx) in enumerate(zip(node.parents, node.gradients, strict=True)):
             chosen = [np.abs(dx).argmax(), *rng.integers(0, x.size, ENTRIES - 1)]
             h = STEP * max(rms(x.data), 1e-2)  # STEP is for entries of size 1
-            plan += [(j, int(i), h) for i in dict.fromkeys(map(int, chosen))]
+            plan += [(j, i, h) for i in dict.fromkeys(map(int, chosen))]
         plans.append(plan)
         node.checks = [[] for _ in node.parents]
     for steps in itertools.zip_longest(*plans):

@@ -3,13 +3,11 @@
 This file needs the standard library only, so that `--help` answers before NumPy and Numba are loaded.
 """
 
-import dataclasses
 import difflib
 import math
 import os
 import typing
-from dataclasses import dataclass, field
-from types import NoneType
+from dataclasses import dataclass, field, fields
 
 from npgpt.errors import UsageError, user_path
 
@@ -66,7 +64,7 @@ class GPTConfig:
 
 def _setting_of_gpt(name):
     """A field as GPTConfig has it, with the same default, help text and range."""
-    same = next(f for f in dataclasses.fields(GPTConfig) if f.name == name)
+    same = next(f for f in fields(GPTConfig) if f.name == name)
     return field(default=same.default, metadata=same.metadata)
 
 
@@ -151,7 +149,7 @@ class TrainConfig:
 
     def gpt_config(self, vocab_size):
         """The GPTConfig of this run; vocab_size is that of its tokenizer."""
-        names = {f.name for f in dataclasses.fields(GPTConfig)} - {"vocab_size"}
+        names = {f.name for f in fields(GPTConfig)} - {"vocab_size"}
         return GPTConfig(vocab_size=vocab_size, **{name: getattr(self, name) for name in names})
 
 
@@ -232,10 +230,10 @@ def _converted(value, kind, name):
 def check_ranges(config):
     """Give each field of a config its type; raise UsageError for the first that cannot have it, or is out of range."""
     hints = typing.get_type_hints(type(config))
-    for f in dataclasses.fields(config):
+    for f in fields(config):
         value, limits = getattr(config, f.name), f.metadata
         kinds = typing.get_args(hints[f.name]) or (hints[f.name],)
-        if value is None and NoneType in kinds:
+        if value is None and type(None) in kinds:
             continue
         value = _converted(value, kinds[0], f.name)
         if limits["is_path"]:

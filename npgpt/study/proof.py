@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import time
-from dataclasses import dataclass
+from collections import namedtuple
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,15 +23,8 @@ from npgpt.ops.primitives import stack
 from npgpt.study.field import ZERO, Dual, DualArray, Point, at, dual_array
 from npgpt.tensor import Tensor
 
-
-@dataclass(frozen=True)
-class Certificate:
-    """wrong: names of the gradients that differ; degree, probability: as Point.bound has them."""
-
-    wrong: list
-    degree: int
-    probability: float
-    seconds: float
+# wrong: names of the gradients that differ; degree, probability: as Point.bound has them
+Certificate = namedtuple("Certificate", "wrong degree probability seconds")
 
 
 @contextlib.contextmanager

@@ -130,8 +130,7 @@ def print_json(n, pieces, seed, prompt):
     """Show the n-th text as one JSON object in a line.  Returns its Pieces."""
     pieces = list(pieces)
     row = {"sample": n, "seed": seed, "prompt": prompt, "text": "".join(piece.text for piece in pieces)}
-    row["finish"] = pieces[-1].finish
-    row["tokens"] = [piece.token for piece in pieces[:-1]]
+    row |= {"finish": pieces[-1].finish, "tokens": [piece.token for piece in pieces[:-1]]}
     if pieces[0].logprob is not None:
         row["logprobs"] = [piece.logprob for piece in pieces[:-1]]
     print(json.dumps(row), flush=True)

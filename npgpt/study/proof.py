@@ -11,7 +11,6 @@ import numpy as np
 from npgpt import gradcheck, tensor
 from npgpt.config import GPTConfig
 from npgpt.engine import no_grad
-from npgpt.gradcheck import replaced
 from npgpt.kernels.buffers import reuse_buffers
 from npgpt.kernels.jit import PAIRS, writing
 from npgpt.kernels.masks import random_stream
@@ -34,7 +33,7 @@ def on_references():
         for name, (_, reference) in PAIRS.items():
             if reference.__module__.startswith("npgpt.ops."):
                 module = sys.modules[reference.__module__]
-                stack.enter_context(replaced(module, name, writing(getattr(module, reference.__name__))))
+                stack.enter_context(gradcheck.replaced(module, name, writing(getattr(module, reference.__name__))))
         yield
 
 
@@ -50,7 +49,7 @@ def exact(point):
             (mlp, "K", Dual(point.variable())),
             (mlp, "A", Dual(point.variable())),
         ):
-            stack.enter_context(replaced(owner, name, value))
+            stack.enter_context(gradcheck.replaced(owner, name, value))
         yield
 
 

@@ -8,12 +8,6 @@ import numpy as np
 
 from npgpt.study.backward import Run
 
-PRODUCT = "transposed: the inner axes of a matrix product must be the same; write it down with indices"
-AXIS = (
-    "missing axis: what has one number for each row needs an axis of length 1 beside the rows: "
-    "keepdims=True, or [:, None]"
-)
-
 
 def of_exception(error, tree, file):
     """Words for an exception of arrays that do not fit, or an empty string.  tree: that of the student's file."""
@@ -57,12 +51,15 @@ def _arrays(node, names):
 def _words(node, left, right):
     shapes = f"{left} and {right} do not fit; "
     if isinstance(getattr(node, "op", None), ast.MatMult):
-        return shapes + ("wrong product: is @ meant, or *, element by element?" if left == right else PRODUCT)
+        if left == right:
+            return shapes + "wrong product: is @ meant, or *, element by element?"
+        return shapes + "transposed: the inner axes of a matrix product must be the same; write it down with indices"
     stored = not isinstance(node, ast.BinOp)
     if len(right) > len(left) and stored:
         return shapes + "missing sum: over what the forward broadcast, the backward sums"
     if len(right) != len(left):
-        return shapes + AXIS
+        words = "missing axis: what has one number for each row needs an axis of length 1 beside the rows: "
+        return shapes + words + "keepdims=True, or [:, None]"
     if left == right[::-1]:
         return shapes + "transposed: which index comes first?"
     if stored and not isinstance(getattr(node, "target", None) or node.targets[0], ast.Subscript):

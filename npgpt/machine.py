@@ -104,9 +104,16 @@ def _machine():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024 + in_use()
     if sys.platform == "win32":
-        status = (ctypes.c_ulonglong * 8)(64)  # its length and the load share the first number; the third one is left
+
+        class Status(ctypes.Structure):
+            _fields_ = [("length", ctypes.c_ulong), ("load", ctypes.c_ulong)] + [
+                (name, ctypes.c_ulonglong) for name in ("total", "left", "c", "d", "e", "f", "g")
+            ]
+
+        status = Status(length=ctypes.sizeof(Status))
         if ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
-            return status[2]
+            return status.left
+        return None
     with contextlib.suppress(OSError, ValueError, AttributeError):  # macOS: it gives away what it uses as a cache
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None

@@ -23,9 +23,7 @@ from npgpt.machine import cores, processors
 CHUNK = 32  # tokens of the longest prompt that the kernel reads, in one call
 MOST_THREADS = 16  # more would wait for each other, and for the memory
 ONE_CORE = 4e5  # bytes of weights, each read for four rows, with which one core is done before another has woken up
-
 AHEAD = 16  # steps of which the kernel draws the tokens in one call, at most
-
 FREE = -(2**62)  # the counter of threads that must not wait any more
 
 
@@ -85,7 +83,6 @@ class Decoder:
         ends, blocks, self.nbytes = _records(self._weights)
         self.limits = np.array([[V], [n_streams], [self.length]], np.uint64)
         self.rows = n = max(CHUNK, n_streams)
-        self._disturbed = False  # whether an interrupt may have left another thread at work
         self.threads = max(1, min(threads or cores(), processors(), MOST_THREADS))
         self._counter, self._jobs = np.zeros((2, 8), np.int64)  # (each has a line of memory for itself)
         self._states = np.empty((self.threads, 8), np.int64)
@@ -110,8 +107,7 @@ class Decoder:
                                       be in the cache, or among the rows
         """
         self._place(tokens, streams, positions, n_logits)
-        self._job.size[:] = len(tokens), n_logits, 0, 0
-        self._run_job(len(tokens))
+        self._run_job(len(tokens), n_logits, 0, 0)
         return self._job.logits[:n_logits]
 
     def draw(self, tokens, streams, positions, uniforms, temperature, vocab_size):
@@ -128,9 +124,8 @@ class Decoder:
         if steps > AHEAD or (rows[2] + steps > self.length).any():
             raise ValueError(f"Decoder: {steps} steps are too many from positions {rows[2].tolist()} on")
         job = self._job
-        job.size[:] = R, R, steps, vocab_size
         job.temperature[0], job.uniforms[:steps, :R] = temperature, uniforms
-        self._run_job(R)
+        self._run_job(R, R, steps, vocab_size)
         return job.drawn[:steps, :R]
 
     def _place(self, tokens, streams, positions, n_logits):
@@ -140,10 +135,8 @@ class Decoder:
         R = len(tokens)
         rows = self._job.rows[:, : min(R, self.rows)]
         if R > self.rows or not 0 <= n_logits <= R:
-            raise ValueError(
-                f"Decoder: expected at most {self.rows} rows, and logits of no more than these; got {R} rows and "
-                f"{n_logits} logits"
-            )
+            words = f"expected at most {self.rows} rows, and logits of no more than these"
+            raise ValueError(f"Decoder: {words}; got {R} rows and {n_logits} logits")
         rows[0], rows[1], rows[2] = tokens, streams, positions
         self._check(rows)
         return rows
@@ -154,7 +147,8 @@ class Decoder:
             below = self.limits[:, 0].tolist()
             raise ValueError(f"Decoder: tokens, streams, positions must be from 0 to below {below}; got others")
 
-    def _run_job(self, R):
+    def _run_job(self, R, *others):
+        self._job.size[:] = R, *others
         if self._threads_for(R) > 1:
             self._run_together()
         else:
@@ -176,12 +170,11 @@ class Decoder:
     def _run_together(self):
         if self._process != os.getpid():  # a fork has no threads but the one that made it
             self._start_over()
-        self._disturbed, others = True, []  # until all is done
+        self._disturbed = True  # until all is done
         try:
             seen, asleep = int(self._jobs[0]), kernel.claim_kernel(self._states[1:])
-            for rank in range(1, self.threads):
-                if asleep >> (rank - 1) & 1:
-                    others.append(self._crew.submit(self._help, rank, seen))
+            sleepers = [rank for rank in range(1, self.threads) if asleep >> (rank - 1) & 1]
+            others = [self._crew.submit(self._help, rank, seen) for rank in sleepers]
             self._run(0, self.threads, seen)
             if self._counter[0] < 0:
                 for other in others:
@@ -206,7 +199,7 @@ class Decoder:
         self._all_sleep()
 
     def _all_sleep(self):
-        """All other threads sleep, or there are none yet."""
+        """All other threads sleep, or there are none yet: no interrupt has left one at work, which _disturbed says."""
         self._counter[0], self._states[:], self._disturbed = 0, SLEEPS, False
 
     def read(self, tokens, stream=0, position=0):
@@ -221,16 +214,15 @@ class Decoder:
         logits = np.empty((len(prompts), self._job.logits.shape[1]), self._job.logits.dtype)
         long = {}
         for i, (tokens, stream) in enumerate(zip(prompts, streams, strict=True)):
-            n = len(tokens)
-            if n > CHUNK:
-                self._check([tokens, [stream] * n, range(position, position + n)])
+            rows = tokens, [stream] * len(tokens), range(position, position + len(tokens))
+            if len(tokens) > CHUNK:
+                self._check(rows)
                 long[i] = tokens, stream, position
             else:
-                logits[i] = self(tokens, [stream] * n, range(position, position + n), 1)[0]
+                logits[i] = self(*rows, 1)[0]
         if long:
             threads = self._threads_for(sum(len(tokens) for tokens, _, _ in long.values()))
-            cache, prompts = (self.keys, self.values), list(long.values())
-            logits[list(long)] = read_prompts(self._weights, *cache, prompts, threads)
+            logits[list(long)] = read_prompts(self._weights, self.keys, self.values, list(long.values()), threads)
         return logits
 
     def copy(self, stream, length):

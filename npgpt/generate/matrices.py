@@ -10,6 +10,7 @@ What was rounded is kept for the next text.  A checksum tells whether the model'
 may be changed in place, by an optimizer or by hand.
 """
 
+import itertools
 import math
 import threading
 import weakref
@@ -170,10 +171,11 @@ def weights_of(model, kind=None):
     """The Weights of a GPT, which are read where the model has them, if they are contiguous and not rounded."""
     transformer = model.transformer
     tables = [model.lm_head] if model.lm_head.weight is transformer.wte.weight else [model.lm_head, transformer.wte]
-    linear = [part for block in transformer.h for part in _matrices_of(block)]
-    places = [np.ascontiguousarray(layer.weight.data) for layer in (*tables, *linear)]
+    linear = [(b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj) for b in transformer.h]
+    owners = [*tables, *itertools.chain(*linear)]
+    places = [np.ascontiguousarray(layer.weight.data) for layer in owners]
     found = [(numbers, None) for numbers in places] if kind is None else _rounded_once(model, kind, places)
-    biases = [None if (bias := getattr(layer, "bias", None)) is None else bias.data for layer in (*tables, *linear)]
+    biases = [None if (bias := getattr(layer, "bias", None)) is None else bias.data for layer in owners]
     matrices = [Matrix(*pair, bias) for pair, bias in zip(found, biases, strict=True)]
     head, wte, rest = matrices[0], matrices[len(tables) - 1], iter(matrices[len(tables) :])
     layers = []
@@ -184,10 +186,6 @@ def weights_of(model, kind=None):
         layers.append(Layer(_norm(block.ln_1), c_attn, scale, attn_proj, _norm(block.ln_2), c_fc, mlp_proj))
     wpe = np.ascontiguousarray(transformer.wpe.weight.data)
     return Weights(head, wte, wpe, _norm(transformer.ln_f), layers)
-
-
-def _matrices_of(block):
-    return block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
 
 
 def _norm(layer):
@@ -206,16 +204,12 @@ def _rounded_once(model, kind, matrices):
 
 
 def _round(w, kind):
-    numbers = empty(w.shape, np.int8 if kind == "int8" else np.uint16)
-    scale = np.empty(len(w), w.dtype) if kind == "int8" else None
-
-    def share(rows):
-        if kind == "int8":
-            quantize(numbers[rows], scale[rows], w[rows])
-        else:
-            narrow(numbers[rows], w[rows])
-
-    share_out(share, len(w), processors())
+    if kind == "int8":
+        numbers, scale = empty(w.shape, np.int8), np.empty(len(w), w.dtype)
+        share_out(lambda rows: quantize(numbers[rows], scale[rows], w[rows]), len(w), processors())
+    else:
+        numbers, scale = empty(w.shape, np.uint16), None
+        share_out(lambda rows: narrow(numbers[rows], w[rows]), len(w), processors())
     return numbers, scale
 
 

@@ -60,8 +60,7 @@ def read_prompts(weights, keys, values, prompts, threads):
     most = max(1, AT_ONCE // ((7 * C + width) * dtype.itemsize))
     each = [prompts] if PRODUCTS == "ours" else [[prompt] for prompt in prompts]
     x = np.empty((len(prompts), C), dtype)  # after the last layer, each prompt's last row
-    is_bfloat16 = weights.wte.numbers.dtype == np.uint16
-    is_quick = is_bfloat16 and quicker_dtype(C) == "bfloat16"
+    is_quick = weights.wte.numbers.dtype == np.uint16 and quicker_dtype(C) == "bfloat16"
     with blas_threads(threads), products_of("bfloat16" if is_quick else "float32"):
         for n, together in enumerate(each):
             for piece in pieces_of(together, most):

@@ -1571,7 +1571,7 @@ FAULTS = [
     Fault(
         "sampling: a stop string's beginning is shown",
         "npgpt/generate/writer.py",
-        "n = next(n for n in range(max(0, len(text) - longest), len(text) + 1) if self._may_stop(text[n:]))",
+        "n = next((n for n in places if any(stop.startswith(text[n:]) for stop in self.stops)), len(text))",
         "n = len(text) + 0 * longest",
         "What may be the beginning of a stop string waits until it is clear that it is not.",
     ),

@@ -216,7 +216,7 @@ class Generation:
         newest_only = self.decoder is not None and all(len(context) == 1 for context in contexts)
         if newest_only and self.drafts:
             drafts = self.drafts.propose(self.alive, lambda i: self._room(i) - 1)  # (one more token will be written)
-        if any(drafts):
+        if drafts:
             blocks = self._check(contexts, drafts)
         elif newest_only and self._kernel_draws():
             blocks = self._draw_ahead(contexts)
@@ -229,10 +229,8 @@ class Generation:
         now = time.perf_counter()
         seconds = now - began
         if newest_only and self.drafts:
-            if any(drafts):
-                self.drafts.took(seconds - self.choosing, rows=sum(map(len, contexts + drafts)))
-            else:
-                self.drafts.took(seconds - self.choosing, steps=len(blocks[0]))
+            steps, rows = (1, sum(map(len, contexts + drafts))) if drafts else (len(blocks[0]), 0)
+            self.drafts.took(seconds - self.choosing, steps, rows)
         if self.steps:
             self.stats.wrote(sum(map(len, blocks)), seconds)
         else:

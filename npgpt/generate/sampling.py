@@ -23,11 +23,10 @@ NOT_FINITE = "the model's logits are not finite: its weights, or those of a cont
 def probabilities(logits, texts, controls):
     """What the next tokens are drawn from, (B, V) float64: logits (B, V), the tokens of each text so far, Controls."""
     z = logits.astype(np.float64)
-    if controls.repetition_penalty != 1:
+    if (r := controls.repetition_penalty) != 1:
         for row, text in zip(z, texts, strict=True):
             seen = np.unique(np.asarray(text, np.int64))
             seen = seen[seen < len(row)]
-            r = controls.repetition_penalty
             row[seen] = np.where(row[seen] > 0, row[seen] / r, row[seen] * r)
     best = z.max(axis=1, keepdims=True)
     if not np.isfinite(best).all():

@@ -49,13 +49,11 @@ class Writer:
             n = len(text)
         else:
             longest = max(map(len, self.stops), default=1) - 1
-            n = next(n for n in range(max(0, len(text) - longest), len(text) + 1) if self._may_stop(text[n:]))
+            places = range(max(0, len(text) - longest), len(text))
+            n = next((n for n in places if any(stop.startswith(text[n:]) for stop in self.stops)), len(text))
         self._held = text[n:]
         self.text += text[:n]
         return text[:n]
-
-    def _may_stop(self, text):
-        return text == "" or any(stop.startswith(text) for stop in self.stops)
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,3 @@ def start(save):
         saved = save()
     finally:
         os._exit(not saved)
-
-
-def has_saved(child):
-    """Wait until a process has ended; whether it has saved."""
-    return os.waitpid(child, 0)[1] == 0

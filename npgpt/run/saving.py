@@ -6,6 +6,7 @@ training: a Notice says so, and it is tried again; at the end of the run it is a
 
 import contextlib
 import math
+import os
 
 import numpy as np
 
@@ -54,10 +55,8 @@ class Saving:
         else:
             # before this run had the lock, another may have gone on
             if self.there is not None and not {*folder.checkpoints(out_dir)} <= {*self.there}:
-                raise BusyError(
-                    f"another training has just saved a checkpoint to {out_dir}: nothing was changed; give the "
-                    f"same command again to go on from there"
-                )
+                words = "nothing was changed; give the same command again to go on from there"
+                raise BusyError(f"another training has just saved a checkpoint to {out_dir}: {words}")
             self.there = None
             if not self.was_open:
                 # what was agreed on is on the disk before the first update
@@ -141,7 +140,7 @@ class Saving:
     def wait_for_aside(self):
         """Wait until the process that saves, if there is one, has ended."""
         process, self.aside = self.aside, None
-        if process and aside.has_saved(process[0]):
+        if process and os.waitpid(process[0], 0)[1] == 0:  # it has saved
             self.saved_iter = process[1]
 
     def check_saved(self):
@@ -153,10 +152,9 @@ class Saving:
         """Words for a run that was stopped."""
         if self.saved_iter is None:
             return f"stopped; nothing could be saved: {self.unsaved}"
-        return (
-            f"stopped at iteration {self.standing.iter:,}; the checkpoint is of iteration {self.saved_iter:,}. "
-            f"Go on with: {self.setup.world.command} --resume --out-dir {quoted(self.setup.out_dir)}"
-        )
+        again = f"{self.setup.world.command} --resume --out-dir {quoted(self.setup.out_dir)}"
+        place = f"iteration {self.standing.iter:,}; the checkpoint is of iteration {self.saved_iter:,}"
+        return f"stopped at {place}. Go on with: {again}"
 
     # ---- log
 

@@ -19,7 +19,7 @@ def total(parts):
 def parts(config, vocab_size, n_tokens, workers):
     """What the memory of a training run will be for, from a TrainConfig, its corpus and its workers: words -> bytes."""
     L, C, T, V = config.n_layer, config.n_embd, config.block_size, vocab_size
-    sizes = [12 * C * C * L, (V + T) * C]  # matrices of the blocks, embeddings; vectors are small
+    size = 12 * C * C * L + (V + T) * C  # of the blocks' matrices and the embeddings; vectors are small
     n = -(-config.batch_size // workers) * T  # tokens in a worker's share of a micro-step
     # a block keeps for its backward: two layer norms' outputs (2 C), q, k, v (3 C), attention (C), the MLP before its
     # activation (4 C), and what is added to the residual stream, and its sums (4 C)
@@ -28,30 +28,29 @@ def parts(config, vocab_size, n_tokens, workers):
     activations = n * (L * block + 20 * C + 2 * V) + 9 * C * T
     # Muon: four arrays like the Gram matrices of all its matrices, and one step for each thread
     muon = 4 * 6 * C * C * L + 5 * C * C * workers if config.optimizer == "muon" else 0
-    audit = {}
+    found = {
+        "weights": FLOAT * size,
+        "gradients, for each worker": FLOAT * size * workers,
+        "the optimizer": FLOAT * (2 * size + muon),
+        "activations, for each worker": FLOAT * activations * workers,
+        MAPPED: (2 if V <= 2**16 else 4) * n_tokens,
+        "the order of the text's blocks": 8 * n_tokens / T,
+    }
     if config.gradcheck_every:
         # in float64: weights, one tensor and its changes for each thread, what the blocks put out, and what is there
         # within a block without a graph, most of it the MLP's two wide arrays
         batch, largest = config.batch_size * T, max(4 * C, V) * C
-        looks = sum(sizes) + batch * L * C + workers * (6 * largest + batch * (14 * C + V))
+        looks = size + batch * L * C + workers * (6 * largest + batch * (14 * C + V))
         # a second look: gradient and activations in float64 for each worker; and once for all in float32, where there
         # are weights, three gradients, what the weights are made from in float64, and six arrays like the logits, too
-        again = (2 * workers + 8) * sum(sizes) + 3 * workers * activations + 6 * batch * V
+        again = (2 * workers + 8) * size + 3 * workers * activations + 6 * batch * V
         # of each entry its place, and what was measured there; a block has 12 tensors, 3 of them beside the blocks
         entries = 100 * config.gradcheck_entries * (12 * L + 4)
-        audit[AUDIT] = 8 * looks + FLOAT * again + entries
-    return {
-        "weights": FLOAT * sum(sizes),
-        "gradients, for each worker": FLOAT * sum(sizes) * workers,
-        "the optimizer": FLOAT * (2 * sum(sizes) + muon),
-        "activations, for each worker": FLOAT * activations * workers,
-        MAPPED: (2 if V <= 2**16 else 4) * n_tokens,
-        "the order of the text's blocks": 8 * n_tokens / T,
-        **audit,
-    }
+        found[AUDIT] = 8 * looks + FLOAT * again + entries
+    return found
 
 
-def of_rank(config, world, vocab_size, n_tokens, n_sequences, workers):
+def of_rank(config, world, vocab_size, n_sequences, workers, n_tokens):
     """What one rank will need memory for, as `parts` says it; n_sequences: its share of a micro-step."""
     its_own = dataclasses.replace(config, batch_size=n_sequences, gradcheck_every=0)
     found = parts(its_own, vocab_size, n_tokens, workers)

@@ -172,10 +172,7 @@ def prepare(config, world, stop, overwrite=False, force=False, origin=None):
     tokenizer = world.agree(lambda: from_dict(words) if tokenizer is None else tokenizer)
     n_sequences = sequences.stop - sequences.start
     workers, blas = choose_threads(n_sequences, config.block_size, config.workers, config.blas_threads, world.cores)
-
-    def needed(n_tokens):
-        return memory.of_rank(config, world, vocab_size, n_tokens, n_sequences, workers)
-
+    needed = functools.partial(memory.of_rank, config, world, vocab_size, n_sequences, workers)
     world.agree(lambda: memory.check(needed(most_tokens), world, force))
     tokens = prepare_tokens(config, world, data, tokenizer, fingerprint)
     memory_needed = memory.total(needed(len(tokens)))
@@ -211,10 +208,8 @@ def _refuse(config, overwrite):
     if not overwrite:
         folder.refuse_earlier_run(out_dir)
     if not folder.checkpoints(out_dir) and (out_dir / hub.CONFIG).exists():
-        raise UsageError(
-            f"--out-dir {out_dir} holds a {hub.CONFIG}, as a Hugging Face folder does; name another folder: "
-            f"one model would hide the other"
-        )
+        words = "as a Hugging Face folder does; name another folder: one model would hide the other"
+        raise UsageError(f"--out-dir {out_dir} holds a {hub.CONFIG}, {words}")
     check_tokenizer(config)
 
 
@@ -226,15 +221,13 @@ def _read_data(config, stop, force, numbered, origin):
     texts = [] if isinstance(data, TokenFiles) else [Path(source).resolve() for source in config.data]
     if out_dir.is_dir() and out_dir.resolve() in texts:
         raise UsageError(f"--out-dir {out_dir} is --data as well, but a run is no text; name another")
-    model = None
     if origin is None:
         model, tokenizer = beginning(config, data, stop)
+        vocab_size = tokenizer.vocab_size if model is None else model.config.vocab_size
     else:
         _check_same_text(config, origin.state, data)
-        tokenizer = from_dict(origin.state.get("tokenizer"))
-    vocab_size = tokenizer.vocab_size if model is None else model.config.vocab_size
-    if origin is not None:
-        vocab_size = max(vocab_size, vocab_size_of(origin.state))
+        model, tokenizer = None, from_dict(origin.state.get("tokenizer"))
+        vocab_size = max(tokenizer.vocab_size, vocab_size_of(origin.state))
     most_tokens = len(data.train) + len(data.val) if isinstance(data, TokenFiles) else data.n_bytes
     told = tokenizer.to_dict(), vocab_size, data.n_characters, data.n_bytes, data.fingerprint, most_tokens
     return (data, model, tokenizer), told
@@ -247,10 +240,9 @@ def _check_same_text(config, state, data):
     was, now = state.get("n_characters"), data.n_characters
     both = isinstance(was, int) and isinstance(now, int)  # token files have no characters
     lengths = f"it had {was:,} characters, now there are {now:,} " if both else ""
-    raise UsageError(
-        f"data: {' '.join(config.data)} is not the text that the run in {config.out_dir} was begun with: "
-        f"{lengths}(sha256 {str(state.get('data_sha256'))[:8]}..., now {data.fingerprint[:8]}...)"
-    )
+    hashes = f"(sha256 {str(state.get('data_sha256'))[:8]}..., now {data.fingerprint[:8]}...)"
+    lead = f"data: {' '.join(config.data)} is not the text that the run in {config.out_dir} was begun with"
+    raise UsageError(f"{lead}: {lengths}{hashes}")
 
 
 def _optimizer(config, flat):

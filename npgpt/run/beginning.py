@@ -38,23 +38,19 @@ def beginning(config, data, stop):
         has, asked = getattr(model.config, name), getattr(config, name)
         if has != asked and not (name == "block_size" and asked < has):
             raise UsageError(f"init_from: the model in {config.init_from} has {name} = {has}, not {asked}")
-    tokenizer = model.tokenizer
+    tokenizer, place = model.tokenizer, config.init_from
     if tokenizer is None:
         tokenizer = _make_tokenizer(config, data, stop)
     elif config.tokenizer != tokenizer.kind:
         tokenizer = _same_tokenizer(config, data, stop, tokenizer)
     elif config.vocab_size not in (None, tokenizer.vocab_size):
-        raise UsageError(
-            f"init_from: the tokenizer in {config.init_from} has {tokenizer.vocab_size} tokens, not vocab_size = "
-            f"{config.vocab_size}"
-        )
-    elif isinstance(data, Corpus):
-        _check_characters(tokenizer, data, config.init_from)
+        has, asked = tokenizer.vocab_size, config.vocab_size
+        raise UsageError(f"init_from: the tokenizer in {place} has {has} tokens, not vocab_size = {asked}")
+    else:
+        _check_characters(tokenizer, data, place)
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise UsageError(
-            f"init_from: the model in {config.init_from} knows {model.config.vocab_size} tokens, but the tokenizer "
-            f"{config.tokenizer} has {tokenizer.vocab_size}"
-        )
+        words = f"but the tokenizer {config.tokenizer} has {tokenizer.vocab_size}"
+        raise UsageError(f"init_from: the model in {place} knows {model.config.vocab_size} tokens, {words}")
     model.crop_block_size(config.block_size)
     model.set_dropout(config.dropout)
     return model, tokenizer
@@ -65,10 +61,8 @@ def doubt_of(config, model, loss):
     ignorance = math.log(model.config.vocab_size)
     if config.init_from is None or loss <= ignorance + 0.1:
         return None
-    return (
-        f"the model that this run begins with has the validation loss {loss:.2f}, and one that knows nothing "
-        f"{ignorance:.2f} (ln vocab_size): did it learn other tokens, or another kind of text?"
-    )
+    both = f"the validation loss {loss:.2f}, and one that knows nothing {ignorance:.2f} (ln vocab_size)"
+    return f"the model that this run begins with has {both}: did it learn other tokens, or another kind of text?"
 
 
 def _same_tokenizer(config, data, stop, before):
@@ -90,11 +84,10 @@ def _same_tokenizer(config, data, stop, before):
 
 def _make_tokenizer(config, data, stop):
     """The tokenizer of a new run.  Raises UsageError."""
-    has_text = isinstance(data, Corpus)
-    if config.tokenizer in ("char", "bpe") and not has_text:
-        lead = f"data: {data.path} holds tokens and no text;"
-        if (data.path / "meta.pkl").exists():
-            lead = f"data: {data.path} holds tokens; its meta.pkl is pickle, which can run code, and is not read;"
+    if config.tokenizer in ("char", "bpe") and not isinstance(data, Corpus):
+        has_pickle = (data.path / "meta.pkl").exists()
+        but = "; its meta.pkl is pickle, which can run code, and is not read" if has_pickle else " and no text"
+        lead = f"data: {data.path} holds tokens{but};"
         raise UsageError(
             f"{lead} pass the vocabulary with --tokenizer input.txt (the text whose characters it is) or tokenizer.json"
         )
@@ -108,15 +101,14 @@ def _make_tokenizer(config, data, stop):
     if file is not None:
         return BPETokenizer.load(file)
     tokenizer = CharTokenizer(Corpus([Path(config.tokenizer)], stop, "tokenizer").characters)
-    if has_text:
-        _check_characters(tokenizer, data, config.tokenizer)
+    _check_characters(tokenizer, data, config.tokenizer)
     return tokenizer
 
 
 def _check_characters(tokenizer, data, source):
     """Raise UsageError if a text has characters that a tokenizer of characters does not know."""
-    unknown = sorted(set(data.characters) - set(tokenizer.chars)) if isinstance(tokenizer, CharTokenizer) else []
-    if unknown:
+    knows_some = isinstance(data, Corpus) and isinstance(tokenizer, CharTokenizer)
+    if knows_some and (unknown := sorted(set(data.characters) - set(tokenizer.chars))):
         raise UsageError(
             f"data: the text has {len(unknown)} characters that {source} does not have, such as {name_of(unknown[0])}"
         )

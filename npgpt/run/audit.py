@@ -78,10 +78,8 @@ class Derivative:
     error: float  # their difference, as a share of what is typical for the tensor
 
     def __str__(self):
-        return (
-            f"{self.name} {self.place}: backward gives {self.live:.6g}, finite differences {self.expected:.6g} "
-            f"(error {self.error:.1e}), bound {BOUND:.0e}"
-        )
+        both = f"backward gives {self.live:.6g}, finite differences {self.expected:.6g}"
+        return f"{self.name} {self.place}: {both} (error {self.error:.1e}), bound {BOUND:.0e}"
 
 
 @dataclass(frozen=True)

@@ -82,9 +82,7 @@ class DataParallel:
         if dtype == "bfloat16":
             way()  # it is found out before the threads begin
         self.flat = FlatParameters(model)
-        self.replicas = [Replica(model, self.flat)]
-        for _ in range(1, workers):
-            self.replicas.append(self._twin())
+        self.replicas = [Replica(model, self.flat), *(self._twin() for _ in range(1, workers))]
         self.fingerprint, self.n_unseeded = fingerprint(model), 0
         self.n_sent = 0  # buckets of this update's gradient that are on their way to the other ranks
         # adding gradients and updating weights uses no BLAS: there is a share for each thread that the products use

@@ -114,9 +114,8 @@ class Origin:
     @property
     def changes(self):
         """Of settings, by this command: name -> [old, new]."""
-        names = (f.name for f in dataclasses.fields(TrainConfig) if f.name != "out_dir")
-        both = {name: [getattr(self.before, name), getattr(self.config, name)] for name in names}
-        return {name: [old, new] for name, (old, new) in both.items() if old != new}
+        before, now = dataclasses.asdict(self.before), dataclasses.asdict(self.config)
+        return {name: [old, now[name]] for name, old in before.items() if name != "out_dir" and old != now[name]}
 
 
 @contextlib.contextmanager
@@ -144,10 +143,8 @@ def _find(path, changes, stack):
     found, out_dir = (path, path.parent) if path.is_file() else (folder.newest(path), path)
     asked = user_path(changes.get("out_dir", out_dir))
     if os.path.realpath(asked) != os.path.realpath(out_dir):
-        raise UsageError(
-            f"--resume {path} goes on with the run in {out_dir}, and --out-dir names {asked}; for a run "
-            f"there, copy the checkpoint to it first, or begin one by --init-from"
-        )
+        words = "for a run there, copy the checkpoint to it first, or begin one by --init-from"
+        raise UsageError(f"--resume {path} goes on with the run in {out_dir}, and --out-dir names {asked}; {words}")
     there = folder.checkpoints(out_dir)
     reader, state = stack.enter_context(folder.opened(found))
     _config_of(state, path)
@@ -266,10 +263,8 @@ def _config_of(state, path):
         settings = {"dtype": "float32", **state["train"]}  # earlier versions knew no other
         unknown = sorted({*settings} - {f.name for f in dataclasses.fields(TrainConfig)})
         if unknown:
-            raise CheckpointError(
-                f"{path}: its run has the setting {unknown[0]}, which npgpt {__version__} does not know; "
-                f"{folder.writer_of(state)} wrote it: use that version"
-            )
+            words = f"which npgpt {__version__} does not know; {folder.writer_of(state)} wrote it: use that version"
+            raise CheckpointError(f"{path}: its run has the setting {unknown[0]}, {words}")
         return TrainConfig(**{**settings, "data": tuple(settings["data"])})
     except (KeyError, TypeError, ValueError, UsageError) as error:
         raise CheckpointError(f"{path} was not written by npgpt.train, or is damaged ({error})") from None

@@ -115,8 +115,6 @@ def seen_from_here(config, tokenizer, n, file):
                 break
             time.sleep(1)
     if any(tokens is None for tokens in found) or sum(map(len, found)) != n:
-        raise UsageError(
-            f"{paths[0]} is not here as rank 0 sees it; all ranks must see the same files: let --out-dir and "
-            f"--data name folders that their machines share"
-        )
+        words = "all ranks must see the same files: let --out-dir and --data name folders that their machines share"
+        raise UsageError(f"{paths[0]} is not here as rank 0 sees it; {words}")
     return found

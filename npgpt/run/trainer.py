@@ -4,12 +4,10 @@
     for event in trainer.run():            # Progress after an update, Evaluation, Audited, Notice
         print(event)
 
-The loop computes and writes files; what is shown to a person is the business of npgpt/train.py.  Around it: setup.py
-makes what a run is made of, state.py is where it stands and what a checkpoint says of it, saving.py writes.
+The loop computes and writes files; what is shown to a person is the business of npgpt/train.py.
 """
 
 import contextlib
-import dataclasses
 import math
 from operator import attrgetter
 
@@ -218,18 +216,16 @@ class Trainer:
 
     def _audit(self, stop):
         """Compare the gradient with finite differences, on rank 0.  Raises GradientError if it is wrong."""
-        auditor, iteration = self.setup.auditor, self.iter
+        auditor, n = self.setup.auditor, self.iter
         if auditor is not None and not self.setup.tokens.changed():
-            self.audit = auditor.audit(list(self.setup.micro_batches(iteration)), (self.config.seed, iteration), stop)
+            self.audit = auditor.audit(list(self.setup.micro_batches(n)), (self.config.seed, n), stop)
         (wrong,) = self.setup.world.sum(stop, self.audit is not None and not self.audit.passed)
         if wrong:
             good = folder.newest_until(self.out_dir, self.audited_iter + 1)
             worst = self.audit and self.audit.worst  # there is none where rank 0 has the words
-            raise GradientError(
-                f"the gradient at iteration {iteration} is wrong: {worst}; nothing of it "
-                f"was saved" + (f". The last checkpoint before it that is beyond doubt is {good}" if good else "")
-            )
-        self.audited_iter = iteration
+            hint = f". The last checkpoint before it that is beyond doubt is {good}" if good else ""
+            raise GradientError(f"the gradient at iteration {n} is wrong: {worst}; nothing of it was saved{hint}")
+        self.audited_iter = n
 
     # ---- evaluation
 
@@ -242,10 +238,8 @@ class Trainer:
             raise diverged(f"the validation loss is {loss}", setup.config, at.iter)
         is_best = at.evaluated(loss)
         if setup.brought_together():
-            yield Notice(
-                "the ranks' weights were no longer the same (are their processors, and numbers of threads?); "
-                "now all have those of rank 0"
-            )
+            words = "(are their processors, and numbers of threads?); now all have those of rank 0"
+            yield Notice(f"the ranks' weights were no longer the same {words}")
         yield from saving.save(loss)
         if at.iter == 0 and (words := doubt_of(setup.config, setup.model, loss)):
             yield Notice(words)
@@ -256,10 +250,9 @@ class Trainer:
             self.pace.restart(at.iter)
             return evaluation
         # (the best may have come when the disk was full)
-        at.best_loss, at.best_iter = setup.world.first(
-            lambda: folder.best_there(setup.out_dir, at.iter, at.best_loss, at.best_iter)
-        )
-        evaluation = dataclasses.replace(evaluation, val_loss_whole=self.evaluate(setup.val_blocks, stop))
+        best = at.best_loss, at.best_iter
+        at.best_loss, at.best_iter = setup.world.first(lambda: folder.best_there(setup.out_dir, at.iter, *best))
+        evaluation = Evaluation(at.iter, loss, is_best, self.evaluate(setup.val_blocks, stop))
         yield evaluation
         yield from saving.log(log_row(at.iter, at.seconds(), evaluation=evaluation))
         if out_of_patience:

@@ -47,10 +47,8 @@ class Notice:
 def log_row(iteration, seconds, progress=None, evaluation=None, audit=None):
     """A row of the log; numbers that are not finite are null.  seconds: that the run has taken."""
     row = {"iter": iteration, "train_loss": getattr(progress, "train_loss", None)}
-    if evaluation is not None:
-        row["val_loss"] = evaluation.val_loss
-        if evaluation.val_loss_whole is not None:
-            row["val_loss_whole"] = evaluation.val_loss_whole
+    losses = {name: getattr(evaluation, name, None) for name in ("val_loss", "val_loss_whole")}
+    row |= {name: loss for name, loss in losses.items() if loss is not None}
     row |= {name: getattr(progress, name, None) for name in ("lr", "grad_norm", "tokens_per_second")}
     if audit is not None:
         row["gradcheck"] = audit.errors

@@ -104,17 +104,16 @@ def _encoded(config, corpus, tokenizer):
 def seen_from_here(config, tokenizer, n, file):
     """The two splits of n tokens that rank 0 has found or written.  Raises UsageError if they are not to be seen."""
     if file is None:
-        paths = [Path(config.data[0]) / name for name in SPLITS]
-        found = [map_tokens(path, TokenFiles.dtype) for path in paths]
+        path = Path(config.data[0]) / SPLITS[0]
+        found = [map_tokens(path.with_name(name), TokenFiles.dtype) for name in SPLITS]
     else:
-        paths = [Path(config.out_dir) / file]
+        path, found = Path(config.out_dir) / file, [None]
         for _ in range(SEEN_WITHIN):
-            found = [map_tokens(paths[0], _dtype(tokenizer), n)]
-            if found[0] is not None:
-                found = split(found[0], config.val_fraction)
+            if (tokens := map_tokens(path, _dtype(tokenizer), n)) is not None:
+                found = split(tokens, config.val_fraction)
                 break
             time.sleep(1)
     if any(tokens is None for tokens in found) or sum(map(len, found)) != n:
         words = "all ranks must see the same files: let --out-dir and --data name folders that their machines share"
-        raise UsageError(f"{paths[0]} is not here as rank 0 sees it; {words}")
+        raise UsageError(f"{path} is not here as rank 0 sees it; {words}")
     return found

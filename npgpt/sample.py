@@ -188,8 +188,8 @@ def main(argv=None):
         rngs = (np.random.default_rng([args.seed, SAMPLE, n]) for n in range(args.num_samples))
         stats = Stats()
         yield from writer.write(
-            model, tokenizer, idx, rngs, args.max_new_tokens, args.controls, args.stop, args.logprobs, args.int8,
-            args.threads, args.dtype, args.draft, stats,
+            model, tokenizer, idx, rngs, args.max_new_tokens, args.controls, args.stop, logprobs=args.logprobs,
+            int8=args.int8, threads=args.threads, dtype=args.dtype, draft=args.draft, stats=stats,
         )  # fmt: skip
         if args.stats:
             print(f"{PROG}: {stats}", file=sys.stderr)

@@ -67,7 +67,7 @@ def texts_of(
     generators = rngs(*range(seed, seed + streams))
     pieces = write(
         model, tokenizer or CharTokenizer(ALPHABET), prompt, generators, int(rng.integers(1, 90)), Controls(**controls),
-        stops, logprobs, int8, threads, dtype, draft, stats,
+        stops, logprobs=logprobs, int8=int8, threads=threads, dtype=dtype, draft=draft, stats=stats,
     )  # fmt: skip
     return [list(text) for text in pieces]
 

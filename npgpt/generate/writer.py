@@ -66,23 +66,18 @@ class Piece:
     finish: str | None  # at the end only: "length", or "stop" for a stop string
 
 
-def write(
-    model, tokenizer, idx, rngs, max_new_tokens, controls=None, stops=(), logprobs=False, int8=False, threads=None,
-    dtype=None, draft=0, stats=None,
-):  # fmt: skip
+def write(model, tokenizer, idx, rngs, max_new_tokens, controls=None, stops=(), **options):
     """Texts that continue a list of tokens: yields, for each of rngs, an iterator of Pieces.
 
     rngs       iterable of Generators, which are asked for when their texts begin: of many texts, not all are in memory
+    options    of the Generation: logprobs, int8, threads, dtype, draft, stats
 
     They grow side by side and are given one after the other.  What a text says does not depend on the others.
     """
     rngs = iter(rngs)
     while group := list(itertools.islice(rngs, SIDE_BY_SIDE)):
         length = len(idx) + max_new_tokens
-        generation = Generation(
-            model, idx, group, controls, length, logprobs, tokenizer=tokenizer, int8=int8, threads=threads,
-            dtype=dtype, draft=draft, stats=stats,
-        )  # fmt: skip
+        generation = Generation(model, idx, group, controls, length, tokenizer=tokenizer, **options)
         writers = [Writer(tokenizer, stops, idx) for _ in group]
         waiting = [[] for _ in group]  # what has been written, and not been asked for
         for i in range(len(group)):

@@ -34,14 +34,12 @@ def read_tokens(model, text):
     """The tokens to look at, two at least: those of a text, or, if it is None, of one that the model writes."""
     import numpy as np
 
-    from npgpt.generate.generation import unprompted
+    from npgpt.generate.generation import first_token
 
     n = min(TOKENS, model.config.block_size) + 1
     if text is None:
-        generation = unprompted(model, model.tokenizer, np.random.default_rng([0, SAMPLE]), n)
-        while len(generation.texts[0]) < n:
-            generation.step()
-        return generation.texts[0]
+        start = first_token(model.tokenizer)
+        return [start, *model.generate([start], n - 1, np.random.default_rng([0, SAMPLE]), temperature=0.8)]
     tokens = encoded(model.tokenizer, text, "--text")
     if len(tokens) < 2:
         raise UsageError(f"--text must have two tokens at least, one to read and one to guess; it has {len(tokens)}")

@@ -323,18 +323,17 @@ def test_a_text_without_a_prompt_begins_as_the_trainings_own_samples_do(tmp_path
     assert train.main(["--data", str(tmp_path / "letters.txt"), "--out-dir", str(run), *SMALL]) == 0
     GPT.from_pretrained(run).save_pretrained(tmp_path / "hub")
     capsys.readouterr()
-    from npgpt.generate.generation import unprompted
+    from npgpt.generate.generation import first_token
 
     model = GPT.from_pretrained(run)
-    generation = unprompted(model, model.tokenizer, np.random.default_rng([1337, SAMPLE, 0]), 6)
-    while len(generation.texts[0]) < 6:
-        generation.step()
+    start = first_token(model.tokenizer)
+    text = [start, *model.generate([start], 5, np.random.default_rng([1337, SAMPLE, 0]), temperature=0.8)]
     for path in (run, tmp_path / "hub"):
         assert sample.main(["--model", str(path), "--max-new-tokens", "5", "--json"]) == 0
         row = json.loads(capsys.readouterr().out)
-        assert row["prompt"] == "a" and row["tokens"] == generation.texts[0][1:]
+        assert row["prompt"] == "a" and row["tokens"] == text[1:]
     assert sample.main(["--model", str(run), "--max-new-tokens", "5"]) == 0
-    assert capsys.readouterr().out == model.tokenizer.decode(generation.texts[0]) + "\n"
+    assert capsys.readouterr().out == model.tokenizer.decode(text) + "\n"
 
 
 

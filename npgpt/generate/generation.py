@@ -246,8 +246,3 @@ class Generation:
 def first_token(tokenizer):
     """What a text without a prompt begins with: a line break, or token 0 where the tokenizer has none."""
     return int(tokenizer.encode("\n")[0]) if "\n" in getattr(tokenizer, "chars", "\n") else 0
-
-
-def unprompted(model, tokenizer, rng, length):
-    """The Generation of one text that begins with first_token."""
-    return Generation(model, [first_token(tokenizer)], [rng], Controls(temperature=0.8), length, tokenizer=tokenizer)

@@ -91,9 +91,8 @@ class Decoder:
             np.zeros((AHEAD, n)), np.zeros((AHEAD, n), np.int64), self._counter, self._jobs,
         )  # fmt: skip
         sizes = (n, C), (n, 3 * C), (n, C), (n * blocks["c_fc"]["n_out"].max(),)
-        like = np.zeros(1, self._weights.lm_head.numbers.dtype)
-        shared = kernel.Shared(*(empty(size, dtype) for size in sizes), like)
-        self._args = ends, blocks, self.keys, self.values, tuple(self._job), tuple(shared)
+        shared = *(empty(size, dtype) for size in sizes), np.zeros(1, self._weights.lm_head.numbers.dtype)  # a Shared
+        self._args = ends, blocks, self.keys, self.values, tuple(self._job), shared
         self._own = [
             (empty((n, C), dtype), empty((2, n), dtype), empty((1, self.length), dtype), state)  # an Own
             for state in self._states

@@ -62,10 +62,6 @@ class Weights(NamedTuple):
     layers: list
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Rounding
-
-
 def quantize_ref(w):
     """w (N, K) -> q (N, K) int8 and scale (N,), with w ~ scale[:, None] q.  Of a row that is not finite scale tells."""
     largest, real = np.maximum(w.max(axis=1), -w.min(axis=1)), w.dtype.type
@@ -151,9 +147,6 @@ def rounded(model, kind):
             ours.data[...] = scale[:, None] * q
     return copy.eval()
 
-
-# --------------------------------------------------------------------------------------------------------------------
-# Kept
 
 _kept, _lock = weakref.WeakKeyDictionary(), threading.Lock()  # model -> (kind, state, its rounded matrices)
 

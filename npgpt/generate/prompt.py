@@ -78,7 +78,8 @@ def _forward(weights, keys, values, piece, width, threads):
     """
     tokens = np.concatenate([part.tokens for part in piece])
     positions = np.concatenate([np.arange(part.position, part.position + len(part.tokens)) for part in piece])
-    x = _rows_of(weights.wte, tokens, keys.dtype) + weights.wpe[positions]
+    x, scale = widened_ref(weights.wte.numbers[tokens]).astype(keys.dtype), weights.wte.scale
+    x = (x if scale is None else x * scale[tokens, None]) + weights.wpe[positions]
     (R, C), n_head = x.shape, keys.shape[2]
     h, added, qkv, room = (empty(shape, x.dtype) for shape in ((R, C), (R, C), (R, 3 * C), (R * width,)))
     qkv = qkv.reshape(R, 3, n_head, C // n_head)
@@ -106,12 +107,6 @@ def _forward(weights, keys, values, piece, width, threads):
     _finish(hidden, none, none, activate=True)
     x += _times(hidden, layer.mlp_proj)
     return x
-
-
-def _rows_of(table, tokens, dtype):
-    """Rows of a Matrix, as numbers of the model."""
-    rows = widened_ref(table.numbers[tokens]).astype(dtype)
-    return rows if table.scale is None else rows * table.scale[tokens, None]
 
 
 def _norm(h, x, norm):

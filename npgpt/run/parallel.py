@@ -59,8 +59,8 @@ def choose_threads(batch_size, block_size, workers=None, blas=None, n=None):
 class Replica:
     """What one worker owns: a model over the shared weights, its own gradients, and its own buffers."""
 
-    def __init__(self, model, flat):
-        self.model, self.flat, self.pool = model, flat, BufferPool()
+    def __init__(self, flat):
+        self.model, self.flat, self.pool = flat.model, flat, BufferPool()
 
 
 class DataParallel:
@@ -82,7 +82,7 @@ class DataParallel:
         if dtype == "bfloat16":
             way()  # it is found out before the threads begin
         self.flat = FlatParameters(model)
-        self.replicas = [Replica(model, self.flat), *(self._twin() for _ in range(1, workers))]
+        self.replicas = [Replica(self.flat), *(self._twin() for _ in range(1, workers))]
         self.fingerprint, self.n_unseeded = fingerprint(model), 0
         self.n_sent = 0  # buckets of this update's gradient that are on their way to the other ranks
         # adding gradients and updating weights uses no BLAS: there is a share for each thread that the products use
@@ -106,8 +106,7 @@ class DataParallel:
 
     def _shares(self, n):
         """How n sequences are cut: (start, stop) for each worker; they differ by one at most."""
-        cuts = [n * rank // len(self.replicas) for rank in range(len(self.replicas) + 1)]
-        return list(itertools.pairwise(cuts))
+        return list(itertools.pairwise(n * rank // len(self.replicas) for rank in range(len(self.replicas) + 1)))
 
     def _twin(self):
         """A Replica of the model as it is, over the same weights.  Raises ValueError for what cannot be copied."""
@@ -119,7 +118,7 @@ class DataParallel:
         shared = [getattr(self.model, "tokenizer", None)]
         shared += [array for parameter in self.model.parameters() for array in (parameter.data, parameter.grad)]
         twin = copy.deepcopy(self.model, {id(thing): thing for thing in shared})
-        return Replica(twin, FlatParameters(twin, share=self.flat))
+        return Replica(FlatParameters(twin, share=self.flat))
 
     def _follow(self):
         """Have the other workers' models be what the first one is now."""
@@ -152,8 +151,7 @@ class DataParallel:
         """
         if seed is None:
             seed, self.n_unseeded = self.n_unseeded, self.n_unseeded + 1
-        shares = self._shares(len(idx))
-        count = _count(targets)
+        shares, count = self._shares(len(idx)), _count(targets)
         if count == 0:
             raise ValueError("forward_backward: every target is -1: there is nothing to learn from")
         sending = self._sending() if last and self.world.between_machines else contextlib.nullcontext
@@ -236,10 +234,6 @@ class DataParallel:
                     if id(parent) in bucket_of:
                         uses[bucket_of[id(parent)]] += change
 
-            def made(op, out, parents, backward):
-                if out.requires_grad:
-                    count(parents, 1)
-
             def passed(op, parents, grads):
                 while done[rank] < len(uses) - 1 and uses[done[rank]] == 0:  # by the ops before this one
                     done[rank] += 1
@@ -247,14 +241,13 @@ class DataParallel:
                     self._send(min(done))
                 count(parents, -1)
 
-            return watched(made, passed)
+            return watched(lambda op, out, parents, backward: count(parents, int(out.requires_grad)), passed)
 
         return context
 
     def _send(self, n):
         """Have the first n buckets be on their way to the other ranks."""
-        while self.n_sent < n:
-            bucket = self.buckets[self.n_sent]
+        for bucket in self.buckets[self.n_sent : n]:
             self._add_workers(bucket)
             self.world.start_sum(self.flat.grads[bucket])
             self.n_sent += 1
@@ -280,13 +273,12 @@ class DataParallel:
             (start, stop), replica = shares[rank], self.replicas[rank]
             count = _count(targets[start:stop])
             if count == 0:
-                return 0.0, 0
+                return 0.0
             with np.errstate(all="ignore"), products_of(self.dtype), no_grad(), reuse_buffers(replica.pool):
                 _, loss = replica.model(idx[start:stop], targets[start:stop])
-                return loss.item() * count, count
+                return loss.item() * count
 
-        totals, counts = zip(*self.each(work), strict=True)
-        return sum(totals), sum(counts)
+        return sum(self.each(work)), _count(targets)
 
     def close(self):
         """End the worker threads."""

@@ -21,13 +21,11 @@ from npgpt.signals import SIGNALS
 
 def start(save):
     """The number of a new process that calls save(), which returns whether there is a checkpoint now; None if none."""
-    if not hasattr(os, "fork"):
-        return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Python warns of threads, which are not there in the new process
             child = os.fork()
-    except OSError:  # no memory for it
+    except (AttributeError, OSError):  # Windows knows no forks; or there is no memory for it
         return None
     if child:
         return child

@@ -73,10 +73,7 @@ class World:
 
     rank, size, local_size, between_machines = 0, 1, 1, False
     command = "python -m npgpt.train"
-
-    @property
-    def cores(self):
-        return cores()
+    cores = property(lambda world: cores())
 
     def agree(self, work):
         """work() on every rank; its result.  If it raises an NpgptError on one, all raise an NpgptError."""

@@ -74,7 +74,7 @@ class Saving:
             self.folder.close()
             self.folder = None
 
-    # ---- checkpoints
+    # ---- checkpoints, and the log
 
     def check_model(self):
         """Raise ValueError if the model is not the one that its config says."""
@@ -155,8 +155,6 @@ class Saving:
         again = f"{self.setup.world.command} --resume --out-dir {quoted(self.setup.out_dir)}"
         place = f"iteration {self.standing.iter:,}; the checkpoint is of iteration {self.saved_iter:,}"
         return f"stopped at {place}. Go on with: {again}"
-
-    # ---- log
 
     def log(self, row):
         """Add a row to the log.  Returns a list: a Notice if that fails."""

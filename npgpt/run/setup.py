@@ -162,9 +162,8 @@ def prepare(config, world, stop, overwrite=False, force=False, origin=None):
     if origin is None:
         world.first(lambda: _refuse(config, overwrite))
     world.check_same(versions())
-    micro_steps, sequences = world.agree(
-        lambda: share(world.rank, world.size, config.gradient_accumulation_steps, config.batch_size)
-    )
+    n_micro = config.gradient_accumulation_steps
+    micro_steps, sequences = world.agree(lambda: share(world.rank, world.size, n_micro, config.batch_size))
     numbered = origin is None or bool(origin.state.get("numbered"))  # see Corpus; earlier versions do not say it
     mine, told = world.first_keeps(lambda: _read_data(config, stop, force, numbered, origin))
     data, model, tokenizer = mine or (None, None, None)
@@ -178,9 +177,8 @@ def prepare(config, world, stop, overwrite=False, force=False, origin=None):
     memory_needed = memory.total(needed(len(tokens)))
     blocks, val_blocks = blocks_of(config, tokens.train, tokens.val)
     val_sample = EvaluationBlocks(tokens.val, config.block_size, config.eval_iters * config.batch_size)
-    iters_per_epoch = blocks.per_epoch / (config.batch_size * config.gradient_accumulation_steps)
+    iters_per_epoch = blocks.per_epoch / (config.batch_size * n_micro)
     max_iters = config.max_iters if config.epochs is None else math.ceil(config.epochs * iters_per_epoch)
-
     model = model or GPT(config.gpt_config(vocab_size), seed=config.seed)
     model.tokenizer = tokenizer
     dtype = world.first(lambda: quicker_dtype(config.n_embd) if config.dtype == "auto" else config.dtype)

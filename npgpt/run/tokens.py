@@ -69,9 +69,7 @@ def prepare_tokens(config, world, data, tokenizer, fingerprint):
         return tokens, (len(tokens), tokens.file)
 
     mine, (n, file) = world.first_keeps(read)
-    return world.agree(
-        lambda: Tokens(config, fingerprint, seen_from_here(config, tokenizer, n, file), file) if mine is None else mine
-    )
+    return world.agree(lambda: mine or Tokens(config, fingerprint, seen_from_here(config, tokenizer, n, file), file))
 
 
 def blocks_of(config, train, val):

@@ -4,7 +4,8 @@
     for event in trainer.run():            # Progress after an update, Evaluation, Audited, Notice
         print(event)
 
-The loop computes and writes files; what is shown to a person is the business of npgpt/train.py.
+The loop computes and writes files; what is shown to a person is the business of npgpt/train.py.  Around it: setup.py
+makes what a run is made of, state.py is where it stands and what a checkpoint says of it, saving.py writes.
 """
 
 import contextlib

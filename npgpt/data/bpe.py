@@ -56,7 +56,7 @@ class BPETokenizer(Tokenizer):
         if limit is not None:
             self.fit(limit)
         with one_line():
-            if self.decode(self._encode(PROBE)) != PROBE:
+            if self.decode(self.encode(PROBE)) != PROBE:
                 raise ValueError("what it decodes is not what it encoded")
         self._places = places_of(state)
 
@@ -108,9 +108,6 @@ class BPETokenizer(Tokenizer):
     def encode(self, text):
         """str -> (n,) int64.  Raises UsageError as `utf8` does, and for a token that the model does not know."""
         utf8(text)
-        return self._encode(text)
-
-    def _encode(self, text):
         return self._known(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_pieces(self, pieces):

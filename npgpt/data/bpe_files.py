@@ -43,7 +43,7 @@ def find_bpe(path):
 
 def _read_state(path):
     """(content of a tokenizer.json, False), or (what it would be, True) of a vocab.json with a merges.txt."""
-    state = _read_json(path)
+    state = read_json(path, UsageError, "tokenizer: ")
     if isinstance(state.get("model"), dict):
         return state, False
     merges = path.with_name("merges.txt")  # for these are words and their numbers
@@ -52,10 +52,6 @@ def _read_state(path):
             f"tokenizer: {path} is no tokenizer.json (it has no model), nor is there a merges.txt beside it"
         )
     return _gpt2_state(state, _read_merges(merges)), True
-
-
-def _read_json(path):
-    return read_json(path, UsageError, "tokenizer: ")
 
 
 def read_folder(path):
@@ -70,7 +66,7 @@ def read_folder(path):
         _add_tokens(state, {}, [], {})
         return json.dumps(state), {}
     settings, config, more, numbers = (
-        _read_json(folder / name) if (folder / name).is_file() else {}
+        read_json(folder / name, UsageError, "tokenizer: ") if (folder / name).is_file() else {}
         for name in (SETTINGS, "config.json", "special_tokens_map.json", "added_tokens.json")
     )
     kind = settings.get("tokenizer_class") or config.get("tokenizer_class")
@@ -230,10 +226,9 @@ def _read_merges(path):
     merges = []
     for n, line in enumerate(_read_text(path).splitlines(), 1):
         if line and not (n == 1 and line.startswith("#version")):
-            pair = line.split(" ")
-            if len(pair) != 2:
-                raise UsageError(f"tokenizer: {path} is not a list of pairs: line {n} has {len(pair)} words")
-            merges.append(pair)
+            if line.count(" ") != 1:
+                raise UsageError(f"tokenizer: {path} is not a list of pairs: line {n} has {line.count(' ') + 1} words")
+            merges.append(line)
     return merges
 
 
@@ -248,5 +243,5 @@ def _gpt2_state(vocab, merges):
         "pre_tokenizer": byte_level,
         "post_processor": None,
         "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocab, "merges": [" ".join(pair) for pair in merges]},
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
     }

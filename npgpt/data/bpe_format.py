@@ -85,11 +85,9 @@ def checked(text):
     if model.get("continuing_subword_prefix") or "Precompiled" in json.dumps(state.get("normalizer")):
         raise ValueError("a byte-level BPE has neither continuing_subword_prefix nor a Precompiled normalizer")
     vocab, added = model.get("vocab"), state.setdefault("added_tokens", [])
-    numbers = list(vocab.values()) if isinstance(vocab, dict) else [None]
-    if isinstance(added, list) and all(isinstance(one, dict) and isinstance(one.get("content"), str) for one in added):
-        numbers += [one.get("id") for one in added]
-    else:
-        numbers.append(None)
+    is_sound = isinstance(vocab, dict) and isinstance(added, list)
+    is_sound = is_sound and all(isinstance(one, dict) and isinstance(one.get("content"), str) for one in added)
+    numbers = [*vocab.values(), *(one.get("id") for one in added)] if is_sound else [None]
     if not all(type(number) is int and 0 <= number < 2**24 for number in numbers):
         raise ValueError("its tokens are not numbered")
     missing = [byte for letter, byte in _LETTERS.items() if letter not in vocab and byte not in _NEVER]
@@ -105,7 +103,6 @@ def checked(text):
 # break between two characters that are not space.
 _AT_LINES = r"(?<=\S\n)(?=\S)"
 _AT_SPACES = r"(?<=\S)(?= \S)"  # where each piece that does not begin with a space would get one
-_CUT = re.compile(_AT_LINES)
 # the patterns by which GPT-2, and GPT-4, Llama 3 and Qwen 2, cut a text into words
 _GPT4 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -118,7 +115,7 @@ LONGEST = 2**21  # and at most: one that has no such place is cut all the same, 
 BATCH = 2**20  # characters that are encoded at a time
 
 
-def cut_at_lines(pieces, size=SIZE, longest=LONGEST, places=_CUT, ahead=1):
+def cut_at_lines(pieces, size=SIZE, longest=LONGEST, places=re.compile(_AT_LINES), ahead=1):
     """The same text in other pieces, of `size` characters and more, that end where a tokenizer may be interrupted.
 
     places: a pattern that finds where that is, and which looks at so many characters ahead.

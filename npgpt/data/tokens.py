@@ -122,8 +122,7 @@ class Watch:
     """
 
     def __init__(self, files, same):
-        mappings = {path: _mapping_of(tokens) for path, tokens in files.items()}
-        self._files = {path: mapping for path, mapping in mappings.items() if mapping is not None}
+        self._files = {path: found for path, tokens in files.items() if (found := _mapping_of(tokens)) is not None}
         self._seen = {path: _seen(path) for path in self._files}
         self._same = same
 

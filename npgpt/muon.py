@@ -136,8 +136,10 @@ class Muon(AdamW):
         for name, place in self.flat.names.items():
             is_here = place.start < self.flat.n_hidden and start <= (place.start + place.stop) // 2 < stop
             if is_here and name not in frozen:
-                for matrices in self._matrices(name, place, grads):
-                    groups.setdefault(min(matrices[0].shape), []).append(matrices)
+                rows, columns = self.flat.shapes[name]
+                n = 3 if name.endswith("c_attn.weight") else 1
+                views = [array[place].reshape(n, rows // n, columns) for array in (self.flat.weights, self.m, grads)]
+                groups.setdefault(min(rows // n, columns), []).extend(zip(*views, strict=True))
         with reuse_buffers(self.pools.setdefault(start, BufferPool())):
             for m, members in groups.items():
                 with measuring("muon", _muon_cost, self, m, members):
@@ -158,10 +160,3 @@ class Muon(AdamW):
             if self.weight_decay:
                 weights *= 1 - lr * self.weight_decay
             weights -= step
-
-    def _matrices(self, name, place, grads):
-        """The (weights, momentum, gradient) of a parameter's matrices."""
-        rows, columns = self.flat.shapes[name]
-        n = 3 if name.endswith("c_attn.weight") else 1
-        views = [array[place].reshape(n, rows // n, columns) for array in (self.flat.weights, self.m, grads)]
-        return zip(*views, strict=True)

@@ -49,8 +49,7 @@ class Blocks:
 
     def batch(self, n, batch_size):
         """Batch number n -> x, y, each (batch_size, block_size) int64."""
-        examples = range(n * batch_size, (n + 1) * batch_size)
-        starts = np.array([self._start(i) for i in examples])
+        starts = np.array([self._start(i) for i in range(n * batch_size, (n + 1) * batch_size)])
         window = starts[:, None] + np.arange(self.block_size + 1)
         block = self.tokens[window].astype(np.int64)
         return np.ascontiguousarray(block[:, :-1]), np.ascontiguousarray(block[:, 1:])

@@ -90,8 +90,7 @@ def checked(text):
     numbers = [*vocab.values(), *(one.get("id") for one in added)] if is_sound else [None]
     if not all(type(number) is int and 0 <= number < 2**24 for number in numbers):
         raise ValueError("its tokens are not numbered")
-    missing = [byte for letter, byte in _LETTERS.items() if letter not in vocab and byte not in _NEVER]
-    if missing:
+    if missing := [byte for letter, byte in _LETTERS.items() if letter not in vocab and byte not in _NEVER]:
         raise ValueError(f"it has no token for the byte 0x{min(missing):02x}, so it cannot write every text")
     return state
 

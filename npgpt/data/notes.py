@@ -40,8 +40,7 @@ def repeated_lines(pieces, n_characters, val_fraction, most=2000):
     n = training_length(n_characters, val_fraction)
     count = sum(1 for _ in _held_back(pieces(), n))
     step = -(-count // most) or 1
-    chosen = {line for i, line in enumerate(_held_back(pieces(), n)) if i % step == 0}
-    if not chosen:
+    if not (chosen := {line for i, line in enumerate(_held_back(pieces(), n)) if i % step == 0}):
         return None
     seen = {line for line in map(str.strip, _lines(between(pieces(), 0, n))) if line in chosen}
     return len(seen) / len(chosen)

@@ -167,13 +167,11 @@ def _files(path, what, numbered, notes):
         if numbered:
             files.sort(key=lambda file: [_numbers_in(part) for part in file.parts])
         runs = {p.parent for p in files if p.name == LOCK and is_run(p.parent)}
-        texts = [p for p in files if runs.isdisjoint(p.parents)]
-        if not texts:
+        if not (texts := [p for p in files if runs.isdisjoint(p.parents)]):
             where = " outside of run folders, whose files are left out; name the text itself" * bool(runs)
             raise UsageError(f"{what}: the folder {path} has no files{where}")
         its_own = {p for p in files if p.parent in runs and (p.name == LOCK or is_made(p.name))}
-        beside = [p for p in files if p not in its_own and not runs.isdisjoint(p.parents)]
-        if beside:
+        if beside := [p for p in files if p not in its_own and not runs.isdisjoint(p.parents)]:
             notes.append(
                 f"{counted(beside)} in run folders: left out, as all that is there; name the text itself to learn it"
             )
@@ -216,8 +214,7 @@ def check_is_text(path, what, raw, is_first):
     """Raise UsageError for a piece of a file that is UTF-8 by chance, as numbers and UTF-16 may be."""
     if is_first and raw.startswith(LFS):
         raise UsageError(f"{what}: {path} is {kind_of(raw)}")
-    n = raw.count(0)
-    if n > max(1, len(raw) / 100):  # (a stray one may stay)
+    if (n := raw.count(0)) > max(1, len(raw) / 100):  # (a stray one may stay)
         hint = _format_hint(raw) if is_first else ""
         if path.name in SPLITS:
             hint = "It holds tokens: name its folder"

@@ -82,8 +82,7 @@ class TokenFiles:
         for name, largest in self._largest.items():
             at = 0
             for part in self._parts(name) if largest >= vocab_size else ():
-                wrong = np.flatnonzero(part >= vocab_size)
-                if len(wrong):
+                if len(wrong := np.flatnonzero(part >= vocab_size)):
                     raise UsageError(
                         f"data: {self.path / name} has token {part[wrong[0]]} at position {at + wrong[0]:,}, but the "
                         f"vocabulary has {vocab_size:,} tokens; was it made with another --tokenizer?"

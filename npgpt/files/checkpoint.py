@@ -226,8 +226,7 @@ def _reading(path):
 
 def _read(file, offset, n):
     file.seek(offset)
-    raw = file.read(n)
-    if len(raw) < n:
+    if len(raw := file.read(n)) < n:
         raise ValueError("it ended while it was read")
     return raw
 
@@ -239,8 +238,7 @@ def _check(file, needs_hash=True):
         if needs_hash:
             raise ValueError("it has no sha256")
         return entries, metadata, start
-    found = re.search(rb'"sha256": "([0-9a-f]{64})"', text)
-    if found is None:
+    if (found := re.search(rb'"sha256": "([0-9a-f]{64})"', text)) is None:
         raise ValueError("its sha256 is damaged")
     digest = hashlib.sha256(text[: found.start(1)] + _ZEROS + text[found.end(1) :])
     file.seek(start)
@@ -253,8 +251,7 @@ def _check(file, needs_hash=True):
 
 def _parse(file):
     """(entries, metadata, offset of the arrays, header's text): entries are name -> Entry, in the header's order."""
-    size = os.fstat(file.fileno()).st_size
-    if size < 8:
+    if (size := os.fstat(file.fileno()).st_size) < 8:
         raise ValueError(f"it has {size} bytes only")
     first = _read(file, 0, min(size, LENGTH))
     (length,) = struct.unpack("<Q", first[:8])
@@ -301,7 +298,6 @@ def _parse(file):
 
 def _unique(pairs):
     """A JSON object as a dict; the same key twice is an error."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
+    if len(result := dict(pairs)) != len(pairs):
         raise ValueError("a key stands there twice")
     return result

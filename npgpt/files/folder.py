@@ -76,16 +76,14 @@ def newest_until(path, iteration):
 
 def newest(path):
     """The newest checkpoint of a folder.  Raises CheckpointError if there is none."""
-    found = checkpoints(path)
-    if not found:
+    if not (found := checkpoints(path)):
         raise CheckpointError(f"there is no checkpoint in {path}{_instead_of(Path(path))}")
     return found[0]
 
 
 def _instead_of(path):
     """Words for what helps whoever looked for a checkpoint in a folder that has none."""
-    inside = sorted(path.glob("*"))
-    if not inside:
+    if not (inside := sorted(path.glob("*"))):
         return f"; python -m npgpt.train --out-dir {quoted(path)} makes one"
     below = (p for near in inside if near.is_dir() for p in (near, *sorted(near.glob("*"))))
     for near in itertools.islice(below, MOST_NEAR):
@@ -104,16 +102,14 @@ def best(path):
     Raises CheckpointError if there is none.
     """
     states = _states(path)
-    found = _best_of(states)
-    if found is None:
+    if (found := _best_of(states)) is None:
         return newest(path)
     return next(iter(states)) if found == next(iter(_losses(states))) else found
 
 
 def choice(path):
     """Words on the checkpoint that `best` takes, if it is not the newest or has learnt nothing; None otherwise."""
-    found = checkpoints(path)
-    if not found:
+    if not (found := checkpoints(path)):
         return None
     taken, last = _number_of(best(path)), _number_of(found[0])
     if taken == last != 0:

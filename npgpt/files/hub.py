@@ -73,22 +73,19 @@ def open_folder(path, stack):
     """The Found of a Hugging Face folder."""
     settings = read_json(path / CONFIG, CheckpointError)
     config = _config_of(settings, path / CONFIG)
-    tokenizer = open_tokenizer(path, settings)
-    if tokenizer is not None:
+    if (tokenizer := open_tokenizer(path, settings)) is not None:
         fit(path / CONFIG, config, tokenizer)
     weights = path / WEIGHTS if (path / WEIGHTS).exists() else path / INDEX
     stored = {}  # name without prefix -> (Reader, name)
     for reader in _readers(path, stack):
         for name in reader.entries:
-            short = _AROUND.sub("", name)
-            if short in stored:
+            if (short := _AROUND.sub("", name)) in stored:
                 raise CheckpointError(
                     f"{reader.path}: {name!r} stands there twice, the other time as {stored[short][1]!r}"
                 )
             if not _MASK.fullmatch(short):
                 stored[short] = reader, name
-    head = stored.pop(HEAD, None)
-    if head is not None:
+    if (head := stored.pop(HEAD, None)) is not None:
         stored.setdefault("wte.weight", head)  # they are one: of tied weights a file may hold either
     places = {}
     for name, shape in at_most(len(stored), config, weights):
@@ -141,8 +138,7 @@ def _config_of(settings, path):
         raise CheckpointError(f"{path}: model_type is {reprlib.repr(kind)}; only 'gpt2' is read")
     for other, name in ALIASES.items():
         if other in settings:
-            value = reprlib.repr(settings[other])
-            if name in settings and reprlib.repr(settings[name]) != value:
+            if name in settings and reprlib.repr(settings[name]) != (value := reprlib.repr(settings[other])):
                 values = f"{name} is {reprlib.repr(settings[name])} and {other} {value}"
                 raise CheckpointError(f"{path}: {values}, which are two names of one setting")
             settings = {**settings, name: settings[other]}
@@ -153,8 +149,7 @@ def _config_of(settings, path):
         names = ", ".join(f"{theirs} {reprlib.repr(values[name])}" for name, (theirs, _) in SHAPE.items())
         raise CheckpointError(f"{path}: {error} (it says {names})") from None
     for key, good in {**DOES, "n_inner": (None, 4 * config.n_embd)}.items():
-        value = settings.get(key, good[0])
-        if value not in good:
+        if (value := settings.get(key, good[0])) not in good:
             raise CheckpointError(
                 f"{path}: {key} is {reprlib.repr(value)}, which npgpt's GPT cannot be; "
                 f"it has {' or '.join(map(repr, good))}"
@@ -188,8 +183,7 @@ def _readers(path, stack):
         if not (path / part).is_file():
             raise CheckpointError(f"{path / INDEX} names {part}, which is not there; was it downloaded as a whole?")
         readers.append(stack.enter_context(checkpoint.Reader(path / part, needs_hash=False)))
-        different = sorted(expected ^ readers[-1].entries.keys())
-        if different:
+        if different := sorted(expected ^ readers[-1].entries.keys()):
             words = "is missing in it" if different[0] in expected else "is not expected there"
             raise CheckpointError(f"{path / part} does not fit {INDEX}: {different[0]!r} {words}")
     return readers

@@ -19,8 +19,7 @@ def read_log(path):
     Raises CheckpointError if there is no log, or none that can be read.
     """
     path = Path(path) / LOG
-    missing = f"{path.parent} is not a run folder: it has no {LOG}"
-    with told_as(CheckpointError, f"cannot read {path}", missing):
+    with told_as(CheckpointError, f"cannot read {path}", f"{path.parent} is not a run folder: it has no {LOG}"):
         rows = [_row(line) for line in path.read_bytes().split(b"\n")[:-1]]
     if None in rows:
         raise CheckpointError(f"{path} is damaged: line {rows.index(None) + 1} is not a row of a log")

@@ -140,8 +140,7 @@ class GPT(nn.Module):
         Raises ValueError for T > block_size, those in the cache included, and for tokens outside 0 .. V - 1.
         """
         logits = self.lm_head(self.features(idx, cache=cache))
-        loss = None if targets is None else cross_entropy(logits, targets)
-        return logits, loss
+        return logits, None if targets is None else cross_entropy(logits, targets)
 
     def difference(self):
         """Words for what makes this model another one than GPT(config), or None if nothing does.

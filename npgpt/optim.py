@@ -85,8 +85,7 @@ class FlatParameters:
     @property
     def frozen(self):
         """Names of the parameters that stay as they are: those with requires_grad = False."""
-        pairs = zip(self.names, self.parameters, strict=True)
-        return [name for name, parameter in pairs if not parameter.requires_grad]
+        return [name for name, one in zip(self.names, self.parameters, strict=True) if not one.requires_grad]
 
     def trained(self, start, stop):
         """(start, stop) of each part of an interval of the flat arrays that holds no frozen parameter."""

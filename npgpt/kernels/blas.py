@@ -69,8 +69,7 @@ def blas_kernels():
     It picks them when NumPy is loaded, unless the user names some in OPENBLAS_CORETYPE.  Those of "Haswell" use AVX2,
     those of "SkylakeX" AVX-512, which can be twice as fast.
     """
-    functions = _blas_functions()
-    if functions is None or functions[2] is None:
+    if (functions := _blas_functions()) is None or functions[2] is None:
         return None
     return functions[2]().decode("ascii", "replace")
 

@@ -107,8 +107,7 @@ def _kernel_folder(file):
 
 def keep(kernel):
     """Have what Numba compiles for a kernel kept in the folder for its file; in no other, if there is none."""
-    folder = _kernel_folder(Path(kernel.py_func.__code__.co_filename))
-    if folder is not None:
+    if (folder := _kernel_folder(Path(kernel.py_func.__code__.co_filename))) is not None:
         kernel._cache = _KernelCache(kernel.py_func, folder)
 
 
@@ -126,8 +125,7 @@ class _KernelFiles(caching.IndexDataCacheFile):
         self._save_data(self._name(key), data)
 
     def load(self, key):
-        path = Path(self._data_path(self._name(key)))
-        if not path.exists():
+        if not (path := Path(self._data_path(self._name(key)))).exists():
             return None
         raw = path.read_bytes()
         if hashlib.sha256(raw[:-32]).digest() != raw[-32:]:
@@ -175,8 +173,7 @@ class _KernelCache:
     def load_overload(self, signature, context):
         """As Numba's, but without all that compiling needs: that alone would take 70 ms."""
         try:
-            cache = self._cache()
-            if isinstance(cache, caching.NullCache):
+            if isinstance(cache := self._cache(), caching.NullCache):
                 return None
             rtsys.initialize(context)  # what compiled kernels call
             with cache._guard_against_spurious_io_errors():  # Windows refuses a file that others read

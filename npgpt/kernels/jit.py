@@ -69,11 +69,10 @@ def replaces(reference, flops=None, nbytes=None, row=None):
     def tie(fast):
         name = getattr(fast, "__name__", reference.__name__)
         PAIRS[name], COSTS[name] = (fast, reference), cost
-        if KERNELS == "numba":
-            return measured_kernel(fast, row or name, cost)
-        run_reference = writing(reference)
-        run_reference.__name__ = name
-        return measured_kernel(run_reference, row or name, cost)
+        if KERNELS == "numpy":
+            fast = writing(reference)
+            fast.__name__ = name
+        return measured_kernel(fast, row or name, cost)
 
     return tie
 
@@ -109,8 +108,7 @@ def inside_kernels(function=None, *, float32=None, pairs=None, tiles=None):
     def choose(first, *others):
         """Numba tells the types of the arguments, and compiles what this returns for them."""
         dtype = getattr(first, "dtype", first)
-        instead = {numba.float32: float32, numba.uint32: pairs, numba.int32: tiles}
-        return instead.get(dtype) or function
+        return {numba.float32: float32, numba.uint32: pairs, numba.int32: tiles}.get(dtype) or function
 
     if KERNELS == "numba":
         overload(call, jit_options=FLAGS, strict=False)(choose)

@@ -69,7 +69,7 @@ def test_rounding_is_to_the_nearest_of_two_equal_ones_to_the_even():
 @needs_kernels
 @pytest.mark.parametrize("way", ["avx512_bf16", bfloat16.TILES])
 def test_bits_are_those_of_the_reference_in_1000_random_products(way):
-    if way == "avx512_bf16" and not bfloat16.has_instruction():
+    if way == "avx512_bf16" and not matmul.HAS_INSTRUCTION:
         pytest.skip("this processor has no vdpbf16ps")
     if way == "amx" and not bfloat16.MAY_USE_AMX:
         pytest.skip("this process may not use AMX")
@@ -104,10 +104,9 @@ def test_bits_are_those_of_the_reference_by_plain_where_amx_is_taken():
 
 
 @needs_kernels
-@pytest.mark.skipif(not bfloat16.has_instruction(), reason="tiles are not turned: this processor has no vdpbf16ps")
+@pytest.mark.skipif(not matmul.HAS_INSTRUCTION, reason="tiles are not turned: this processor has no vdpbf16ps")
 def test_a_turned_product_is_rounded_on_both_sides(monkeypatch):
     monkeypatch.setattr(matmul, "way", lambda: "avx512_bf16")
-    monkeypatch.setattr(matmul, "pairs", lambda: PAIRS["avx512_bf16"])
     rng = np.random.default_rng(0)
     a, b, out = numbers(rng, (64, 33), 3, 0), numbers(rng, (33, 65), 3, 0), np.empty((64, 65), np.float32)
     assert matmul._is_smaller_turned(out)
@@ -274,7 +273,7 @@ def test_kernels_are_kept_for_a_way_and_for_what_they_are_made_of(monkeypatch):
 def test_a_wrong_instruction_is_not_used(monkeypatch, has_amx, permitted, right, expected, said):
     for name, value in {
         "WANTED": "", "HAS_AMX": has_amx, "MAY_USE_AMX": permitted, "TILES": "amx" if permitted else "plain",
-        "has_instruction": lambda: True, "_is_right": lambda name: name in right,
+        "HAS_INSTRUCTION": True, "_is_right": lambda name: name in right,
     }.items():  # fmt: skip
         monkeypatch.setattr(matmul, name, value)
     with warnings.catch_warnings(record=True) as caught:
@@ -433,7 +432,6 @@ def test_a_run_by_the_plain_way_is_near_that_of_the_instruction(config, monkeypa
         return run(one)[0], metrics(one)[0]["train_loss"]
 
     _, expected = first_loss("by instruction")
-    monkeypatch.setattr(matmul, "pairs", lambda: PAIRS["plain"])
     monkeypatch.setattr(setup, "way", lambda: "plain")
     trainer, loss = first_loss("plain")
     assert abs(loss - expected) < 1e-3

@@ -10,9 +10,9 @@ If the rows of a tile lie across two lines of the cache each, its load takes six
 do.  So what is packed begins at a line.
 """
 
-from npgpt.kernels.bfloat16 import GROUP, TILES, add_product, flushed, high_half, low_half
+from npgpt.kernels.bfloat16 import GROUP, TILES, add_product, flushed, halves
 from npgpt.kernels.jit import KERNELS, intrinsic
-from npgpt.kernels.vectors import constant, load_vector, splat, store_vector
+from npgpt.kernels.vectors import constant, load_vector, splat, store_vector, written
 
 if KERNELS == "numba":
     from llvmlite import ir
@@ -24,12 +24,10 @@ BYTE, WORD = 8, 32  # bits
 
 
 def _call(builder, name, *args):
+    """Call what LLVM names so; numbers of Python's are those of tiles."""
+    args = [ir.Constant(ir.IntType(BYTE), arg) if isinstance(arg, int) else arg for arg in args]
     kind = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
     builder.call(cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.{name}"), args)
-
-
-def _number(tile):
-    return ir.Constant(ir.IntType(BYTE), tile)
 
 
 class Spare:
@@ -54,7 +52,7 @@ class Memory:
     def __init__(self, builder, vector, n):
         self.builder, self.vector, self.n, self.places = builder, vector, n, {}
         self.totals = Spare(builder, vector, n)
-        self.even, self.odd = (cgutils.alloca_once(builder, vector) for _ in range(2))
+        self.sums = [cgutils.alloca_once(builder, vector) for _ in range(2)]  # of the even products, and the odd ones
         self.zeros = ir.Constant(vector, [0.0] * vector.count)
 
     def _rows(self):
@@ -88,15 +86,14 @@ class Memory:
         builder, lanes = self.builder, self.vector.count
         word, words = ir.IntType(WORD), ir.VectorType(ir.IntType(WORD), lanes)
         with self._rows() as rows:
-            for place in (self.even, self.odd):
+            for place in self.sums:
                 builder.store(self.zeros, place)
             with cgutils.for_range(builder, constant(GROUP)) as k:
                 left = splat(builder, builder.load(self._at(self.places[a], rows.index, word, k.index)), lanes)
                 right = load_vector(builder, self._at(self.places[b], k.index, words), 4)
-                for place, half in ((self.even, low_half), (self.odd, high_half)):
-                    total = add_product(builder, builder.load(place), half(builder, left), half(builder, right))
-                    builder.store(total, place)
-            both = flushed(builder, builder.fadd(builder.load(self.even), builder.load(self.odd)))
+                for place, x, y in zip(self.sums, halves(builder, left), halves(builder, right), strict=True):
+                    builder.store(add_product(builder, builder.load(place), x, y), place)
+            both = flushed(builder, builder.fadd(*map(builder.load, self.sums)))
             place = self.totals.row(c, rows.index)
             builder.store(flushed(builder, builder.fadd(builder.load(place), both)), place)
 
@@ -108,16 +105,16 @@ class Registers:
         self.builder = builder
 
     def zero(self, c):
-        _call(self.builder, "tilezero", _number(c))
+        _call(self.builder, "tilezero", c)
 
     def load(self, tile, pointer, stride):
-        _call(self.builder, "tileloadd64", _number(tile), pointer, stride)
+        _call(self.builder, "tileloadd64", tile, pointer, stride)
 
     def store(self, c, pointer, stride):
-        _call(self.builder, "tilestored64", _number(c), pointer, stride)
+        _call(self.builder, "tilestored64", c, pointer, stride)
 
     def multiply(self, c, a, b):
-        _call(self.builder, "tdpbf16ps", *map(_number, (c, a, b)))
+        _call(self.builder, "tdpbf16ps", c, a, b)
 
 
 def tiles_of(builder, vector, n):
@@ -129,24 +126,22 @@ def tiles_of(builder, vector, n):
 def begin_tiles(typingctx, scratch):
     """Tell the processor the shape of all tiles, if it has them."""
 
-    def codegen(context, builder, signature, args):
+    def write(context, builder, arrays, others):
         if TILES == "amx" and scratch.dtype == types.int32:
             palette, lines, rows = bytes([1] + [0] * 15), LINE.to_bytes(2, "little") * 8 + bytes(16), bytes([GROUP] * 8)
             shapes = cgutils.make_bytearray(palette + lines + rows + bytes(8))
             place = cgutils.global_constant(builder, "npgpt_tiles", shapes)
             _call(builder, "ldtilecfg", builder.bitcast(place, ir.IntType(BYTE).as_pointer()))
-        return context.get_dummy_value()
 
-    return types.void(scratch), codegen
+    return written(types.void(scratch), write)
 
 
 @intrinsic
 def end_tiles(typingctx, scratch):
     """Let the tiles go, which the system would save whenever it stops the thread."""
 
-    def codegen(context, builder, signature, args):
+    def write(context, builder, arrays, others):
         if TILES == "amx" and scratch.dtype == types.int32:
             _call(builder, "tilerelease")
-        return context.get_dummy_value()
 
-    return types.void(scratch), codegen
+    return written(types.void(scratch), write)

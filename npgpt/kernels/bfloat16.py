@@ -16,6 +16,7 @@ Each sum is that of an exact product and a float32, rounded once to nearest even
 count as zero before, and become zero after; NaN stays NaN.  `product_ref` says all that in NumPy; tests compare bits.
 """
 
+import functools
 import os
 
 import numpy as np
@@ -23,18 +24,7 @@ import numpy as np
 from npgpt.errors import UsageError
 from npgpt.kernels.jit import KERNELS, inside_kernels
 from npgpt.kernels.permission import amx_is_permitted
-from npgpt.kernels.vectors import (
-    FEATURES,
-    NARROW,
-    VECTOR,
-    are_fit,
-    below,
-    constant,
-    load_widened,
-    pick,
-    splat,
-    vector_of,
-)
+from npgpt.kernels.vectors import FEATURES, NARROW, VECTOR, are_fit, below, constant, load_wide, pick, splat, vector_of
 
 if KERNELS == "numba":
     import llvmlite.binding
@@ -58,11 +48,6 @@ if KERNELS == "numba" and config.CPU_FEATURES:  # for which Numba compiles inste
     HAS_AMX = HAS_AMX and all(f"+{name}" in config.CPU_FEATURES for name in NEEDED)
 MAY_USE_AMX = HAS_AMX and amx_is_permitted()
 TILES = "amx" if WANTED == "amx" or (MAY_USE_AMX and not WANTED) else "plain"
-
-
-def has_instruction():
-    """Whether this processor has vdpbf16ps."""
-    return bool(FEATURES.get("avx512bf16"))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -112,15 +97,11 @@ def product_ref(a, b, way, depth):
     depth: how many of K vdpbf16ps sums up before what they give is added to the output.
     """
     a, b = rounded_ref(a), rounded_ref(b)
-    out = None
     with np.errstate(all="ignore"):
         if way != "avx512_bf16":
             return _sum_in_groups_ref(a, b)
-        for start in range(0, a.shape[1], depth):
-            stop = min(start + depth, a.shape[1])
-            part = _sum_ref(a[:, start:stop], b[start:stop])
-            out = part if out is None else out + part
-    return out
+        parts = (slice(k, k + depth) for k in range(0, len(b), depth))
+        return functools.reduce(np.add, (_sum_ref(a[:, part], b[part]) for part in parts))
 
 
 def _sum_ref(a, b):
@@ -153,7 +134,7 @@ def numbers_in(kind):
     return 2 if isinstance(kind, types.Integer) else 1
 
 
-def are_packable(panel, x):
+def can_pack(panel, x):
     """Whether x's numbers, or their pairs, can be packed into a panel, for arrays of these kinds."""
     if numbers_in(panel.dtype) == 1:
         return are_fit(panel) if x.dtype in NARROW else are_fit(panel, x)
@@ -167,15 +148,10 @@ def vector_for(context, panel, x):
     return itemsize, lanes, ir.VectorType(ir.FloatType(), lanes) if numbers_in(panel.dtype) == 2 else vector
 
 
-def _steps_of_pairs(packed, n):
-    return (n + 1) // 2
-
-
-def _steps_of_tiles(packed, n):
-    return (n + 2 * GROUP - 1) // (2 * GROUP) * GROUP
-
-
-@inside_kernels(pairs=_steps_of_pairs, tiles=_steps_of_tiles)
+@inside_kernels(
+    pairs=lambda packed, n: (n + 1) // 2,
+    tiles=lambda packed, n: (n + 2 * GROUP - 1) // (2 * GROUP) * GROUP,
+)
 def steps_of(packed, n):
     """How many elements of a packed array n numbers along k take, with the zeros that fill the last tile."""
     return n
@@ -186,12 +162,13 @@ def _rounds_by_instruction(kind):
     return kind == types.uint32 or TILES == "amx"
 
 
-def _integers(lanes):
-    return ir.VectorType(ir.IntType(32), lanes)
+def _integers(like):
+    """The kind of a vector of as many integers."""
+    return ir.VectorType(ir.IntType(32), like.type.count)
 
 
-def _all(lanes, number):
-    return ir.Constant(_integers(lanes), [number] * lanes)
+def _all(like, number):
+    return ir.Constant(_integers(like), [number] * like.type.count)
 
 
 def _assembly(builder, result, words, *args, reads_result=False):
@@ -209,26 +186,22 @@ def _assembly(builder, result, words, *args, reads_result=False):
 
 def _rounded(builder, x):
     """A vector of float32 -> integers whose upper halves are its bfloat16."""
-    lanes = x.type.count
-    bits = builder.bitcast(flushed(builder, x), _integers(lanes))
-    is_odd = builder.and_(builder.lshr(bits, _all(lanes, 16)), _all(lanes, 1))
-    up = builder.add(builder.add(bits, _all(lanes, 0x7FFF)), is_odd)
+    bits = builder.bitcast(flushed(builder, x), _integers(x))
+    is_odd = builder.and_(builder.lshr(bits, _all(x, 16)), _all(x, 1))
+    up = builder.add(builder.add(bits, _all(x, 0x7FFF)), is_odd)
     is_nan = builder.fcmp_unordered("uno", x, x)
-    return builder.select(is_nan, builder.or_(bits, _all(lanes, 0x400000)), up)
+    return builder.select(is_nan, builder.or_(bits, _all(x, 0x400000)), up)
 
 
 def _paired(builder, first, second):
     """Pairs of what _rounded has made."""
-    lanes = first.type.count
-    low = builder.lshr(first, _all(lanes, 16))
-    return builder.or_(low, builder.and_(second, _all(lanes, 0xFFFF0000)))
+    return builder.or_(builder.lshr(first, _all(first, 16)), builder.and_(second, _all(second, 0xFFFF0000)))
 
 
 def _pairs_along(builder, kind, numbers, more):
     """Two vectors that follow each other in a row -> a vector of its pairs."""
-    lanes = numbers.type.count
     if _rounds_by_instruction(kind):
-        return _assembly(builder, _integers(lanes), "vcvtne2ps2bf16 $2, $1, $0", more, numbers)
+        return _assembly(builder, _integers(numbers), "vcvtne2ps2bf16 $2, $1, $0", more, numbers)
     numbers, more = _rounded(builder, numbers), _rounded(builder, more)
     even, odd = (pick(builder, numbers, more, lambda lane, odd=odd: 2 * lane + odd) for odd in (0, 1))
     return _paired(builder, even, odd)
@@ -236,13 +209,12 @@ def _pairs_along(builder, kind, numbers, more):
 
 def _pairs_across(builder, kind, numbers, others):
     """The same columns of two rows, one below the other -> a vector of their pairs."""
-    lanes = numbers.type.count
     if not _rounds_by_instruction(kind):
         return _paired(builder, _rounded(builder, numbers), _rounded(builder, others))
-    halves = _assembly(builder, _integers(lanes), "vcvtne2ps2bf16 $2, $1, $0", others, numbers)
-    halves = builder.bitcast(halves, ir.VectorType(ir.IntType(16), 2 * lanes))
-    mixed = pick(builder, halves, halves, lambda lane: lane // 2 + lanes * (lane % 2))
-    return builder.bitcast(mixed, _integers(lanes))
+    lanes, pairs = numbers.type.count, _integers(numbers)
+    rounded = _assembly(builder, pairs, "vcvtne2ps2bf16 $2, $1, $0", others, numbers)
+    rounded = builder.bitcast(rounded, ir.VectorType(ir.IntType(16), 2 * lanes))
+    return builder.bitcast(pick(builder, rounded, rounded, lambda lane: lane // 2 + lanes * (lane % 2)), pairs)
 
 
 def load_along(builder, kind, array, row, column, vector, width=None):
@@ -251,7 +223,7 @@ def load_along(builder, kind, array, row, column, vector, width=None):
     for v in range(numbers_in(kind)):
         start = builder.add(column, constant(v * vector.count))
         mask = None if width is None else below(builder, start, width, vector.count)
-        found.append(load_widened(builder, array, row, start, vector, mask))
+        found.append(load_wide(builder, array, row, start, vector, mask))
     return found[0] if len(found) == 1 else _pairs_along(builder, kind, *found)
 
 
@@ -268,7 +240,7 @@ def load_across(builder, kind, array, step, column, vector, mask=None):
         if n > 1:
             is_row = splat(builder, builder.icmp_signed("<", row, rows), vector.count)
             mask = is_row if mask is None else builder.and_(mask, is_row)
-        found.append(load_widened(builder, array, row, column, vector, mask))
+        found.append(load_wide(builder, array, row, column, vector, mask))
     return found[0] if n == 1 else _pairs_across(builder, kind, *found)
 
 
@@ -277,8 +249,7 @@ class Totals:
 
     def __init__(self, builder, kind, vector, n):
         self.builder, self.kind, self.vector = builder, kind, vector
-        zeros = ir.Constant(vector, [0.0] * vector.count)
-        self.places = [cgutils.alloca_once_value(builder, zeros) for _ in range(n)]
+        self.places = [cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * vector.count)) for _ in range(n)]
 
     def add(self, i, x, y):
         """total i += x y."""
@@ -290,16 +261,10 @@ class Totals:
         builder.store(total, self.places[i])
 
 
-def low_half(builder, pairs):
-    """The first number of each pair, as float32."""
-    lanes = pairs.type.count
-    return builder.bitcast(builder.shl(pairs, _all(lanes, 16)), ir.VectorType(ir.FloatType(), lanes))
-
-
-def high_half(builder, pairs):
-    """The second number of each pair, as float32."""
-    lanes = pairs.type.count
-    return builder.bitcast(builder.and_(pairs, _all(lanes, 0xFFFF0000)), ir.VectorType(ir.FloatType(), lanes))
+def halves(builder, pairs):
+    """The first number of each pair, and the second one of each, as float32."""
+    low, high = builder.shl(pairs, _all(pairs, 16)), builder.and_(pairs, _all(pairs, 0xFFFF0000))
+    return [builder.bitcast(bits, ir.VectorType(ir.FloatType(), pairs.type.count)) for bits in (low, high)]
 
 
 def add_product(builder, total, x, y):
@@ -311,9 +276,7 @@ def add_product(builder, total, x, y):
 
 def flushed(builder, x):
     """x, with zeros for numbers below the smallest normal one."""
-    lanes = x.type.count
-    bits = builder.bitcast(x, _integers(lanes))
-    size = builder.and_(bits, _all(lanes, 0x7FFFFFFF))
-    is_small = builder.icmp_unsigned("<", size, _all(lanes, 0x00800000))
-    zero = builder.bitcast(builder.and_(bits, _all(lanes, 0x80000000)), x.type)
+    bits = builder.bitcast(x, _integers(x))
+    is_small = builder.icmp_unsigned("<", builder.and_(bits, _all(x, 0x7FFFFFFF)), _all(x, 0x00800000))
+    zero = builder.bitcast(builder.and_(bits, _all(x, 0x80000000)), x.type)
     return builder.select(is_small, zero, x)

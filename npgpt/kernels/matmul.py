@@ -18,17 +18,7 @@ import numpy as np
 
 from npgpt.context import ThreadState
 from npgpt.errors import UsageError
-from npgpt.kernels.bfloat16 import (
-    HAS_AMX,
-    MAY_USE_AMX,
-    PAIRS,
-    TILES,
-    WANTED,
-    has_instruction,
-    product_ref,
-    rounded_ref,
-    widened_ref,
-)
+from npgpt.kernels.bfloat16 import HAS_AMX, MAY_USE_AMX, PAIRS, TILES, WANTED, product_ref, rounded_ref, widened_ref
 from npgpt.kernels.blas import told_threads
 from npgpt.kernels.buffers import BufferPool, empty, reuse_buffers
 from npgpt.kernels.crew import Crew
@@ -39,6 +29,7 @@ from npgpt.kernels.vectors import FEATURES, VECTOR
 from npgpt.machine import processors
 
 WIDE = 32  # columns from which on products of bfloat16 are quicker, where there is a quick instruction for them
+HAS_INSTRUCTION = bool(FEATURES.get("avx512bf16"))  # vdpbf16ps
 IS_AMD = bool(FEATURES.get("sse4a"))  # whose vdpbf16ps takes as long as one FMA; Intel's takes as long as three
 TINY = 2**20  # multiplications that are not worth sharing out among threads
 FEW = 2**18  # numbers, of which each takes a nanosecond or so, that are not
@@ -117,7 +108,7 @@ def _multiply(out, a, b, is_rounded):
     (M, N), threads = out.shape, told_threads() or processors()
     if out.size * a.shape[1] <= TINY:
         threads = 1
-    scratch = empty((threads, scratch_size(out.itemsize)), pairs() if is_rounded else out.dtype)
+    scratch = empty((threads, scratch_size(out.itemsize)), PAIRS[way()] if is_rounded else out.dtype)
     if threads == 1:
         multiply(out, left, right, a_turned, b_turned, scratch[0], 0, M, 0, N)
         return
@@ -139,7 +130,7 @@ def way():
     """
     if KERNELS == "numpy":
         raise UsageError("bfloat16 needs kernels: NPGPT_KERNELS=numpy runs the references, which multiply in float32")
-    possible = {"amx": MAY_USE_AMX, "avx512_bf16": has_instruction(), "plain": TILES == "plain"}
+    possible = {"amx": MAY_USE_AMX, "avx512_bf16": HAS_INSTRUCTION, "plain": TILES == "plain"}
     if HAS_AMX and not MAY_USE_AMX:
         warnings.warn("bfloat16: Linux does not let this process use AMX", RuntimeWarning, stacklevel=2)
     for name in [WANTED] if WANTED else PAIRS:
@@ -164,12 +155,6 @@ def quicker_dtype(width):
         if WANTED:
             raise
         return "float32"
-
-
-@functools.cache
-def pairs():
-    """The dtype of the scratch of products of bfloat16."""
-    return PAIRS[way()]
 
 
 def _is_right(name):

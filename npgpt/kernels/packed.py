@@ -18,18 +18,9 @@ half of k and twice the columns, and a panel is two vectors wide.
 import itertools
 
 from npgpt.kernels.amx import Spare, begin_tiles, end_tiles, tiles_of
-from npgpt.kernels.bfloat16 import (
-    GROUP,
-    Totals,
-    are_packable,
-    load_across,
-    load_along,
-    numbers_in,
-    steps_of,
-    vector_for,
-)
+from npgpt.kernels.bfloat16 import GROUP, Totals, can_pack, load_across, load_along, numbers_in, steps_of, vector_for
 from npgpt.kernels.jit import KERNELS, helper, inside_kernels, intrinsic, kernel
-from npgpt.kernels.tiles import ROWS, fetch, in_line, transpose, turn_across
+from npgpt.kernels.tiles import ROWS, fetch, in_line, put, transpose, turn_across
 from npgpt.kernels.vectors import (
     VECTOR,
     below,
@@ -40,8 +31,8 @@ from npgpt.kernels.vectors import (
     prefetch,
     splat,
     store_vector,
-    unpack,
     vector_of,
+    written,
 )
 from npgpt.machine import second_cache
 
@@ -103,15 +94,10 @@ def multiply(out, a, b, a_turned, b_turned, scratch, top, bottom, left, right):
     end_tiles(scratch)
 
 
-def _cut_of_pairs(scratch):
-    return PACK, SPAN, WIDTH // scratch.itemsize
-
-
-def _cut_of_tiles(scratch):
-    return 2 * PACK, SPAN // 2, 2 * (WIDTH // scratch.itemsize)
-
-
-@inside_kernels(pairs=_cut_of_pairs, tiles=_cut_of_tiles)
+@inside_kernels(
+    pairs=lambda scratch: (PACK, SPAN, WIDTH // scratch.itemsize),
+    tiles=lambda scratch: (2 * PACK, SPAN // 2, 2 * (WIDTH // scratch.itemsize)),
+)
 def _cut(scratch):
     """How many rows of a a strip has, how many of k are packed at a time, and how many columns a block has.
 
@@ -257,13 +243,13 @@ def _copy(typingctx, panel, x):
 
     A panel of pairs gets the pairs of rows, half as many.
     """
-    if not (are_packable(panel, x) and panel.ndim == x.ndim == 2):
+    if not (can_pack(panel, x) and panel.ndim == x.ndim == 2):
         return None
 
-    def codegen(context, builder, signature, args):
+    def write(context, builder, arrays, others):
         itemsize, lanes, vector = vector_for(context, panel, x)
         panel_vector, n = vector_of(context, panel)[2], numbers_in(panel.dtype)
-        (panel_array, x_array), _ = unpack(context, builder, signature, args)
+        panel_array, x_array = arrays
         K, N = cgutils.unpack_tuple(builder, x_array.shape)
         steps = builder.sdiv(builder.add(K, constant(n - 1)), constant(n))
 
@@ -284,20 +270,19 @@ def _copy(typingctx, panel, x):
             is_edge = builder.and_(builder.icmp_signed("<", columns[-1], N), builder.icmp_signed("<", N, end))
             with builder.if_then(is_edge, likely=False):
                 copy(columns, [None] * (many - 1) + [below(builder, columns[-1], N, lanes)])
-        return context.get_dummy_value()
 
-    return types.void(panel, x), codegen
+    return written(types.void(panel, x), write)
 
 
 @intrinsic
 def _round(typingctx, pairs, x, row, step):
     """pairs[row, step:step + lanes] = those of a row of x, with zeros beyond its end."""
-    if not (are_packable(pairs, x) and pairs.ndim == x.ndim == 2):
+    if not (can_pack(pairs, x) and pairs.ndim == x.ndim == 2):
         return None
 
-    def codegen(context, builder, signature, args):
+    def write(context, builder, arrays, others):
         itemsize, lanes, vector = vector_for(context, pairs, x)
-        (pairs_array, x_array), (row_value, step_value) = unpack(context, builder, signature, args)
+        (pairs_array, x_array), (row_value, step_value) = arrays, others
         _, K = cgutils.unpack_tuple(builder, x_array.shape)
         column = builder.mul(step_value, constant(2))
         place = pointer_to(builder, pairs_array, row_value, step_value, vector_of(context, pairs)[2])
@@ -307,19 +292,8 @@ def _round(typingctx, pairs, x, row, step):
                 with branch:
                     found = load_along(builder, pairs.dtype, x_array, row_value, column, vector, width)
                     store_vector(builder, found, place, itemsize)
-        return context.get_dummy_value()
 
-    return types.void(pairs, x, types.intp, types.intp), codegen
-
-
-def _put(builder, places, sums, masks, add, itemsize):
-    """Store, or add where `add` is true, what stands in `sums` to `places` in the output."""
-    with builder.if_then(add):
-        for place, total, mask in zip(places, sums, masks, strict=True):
-            old = load_vector(builder, place, itemsize, mask)
-            builder.store(builder.fadd(old, builder.load(total)), total)
-    for place, total, mask in zip(places, sums, masks, strict=True):
-        store_vector(builder, builder.load(total), place, itemsize, mask)
+    return written(types.void(pairs, x, types.intp, types.intp), write)
 
 
 def _make_tile(n):
@@ -331,13 +305,13 @@ def _make_tile(n):
 
         The panel (k, n lanes) begins at block[place].  Meanwhile some rows of `soon` are fetched, from `row` on.
         """
-        if not (a.dtype == block.dtype and are_packable(block, out) and out.ndim == a.ndim == 2 and block.ndim == 1):
+        if not (a.dtype == block.dtype and can_pack(block, out) and out.ndim == a.ndim == 2 and block.ndim == 1):
             return None
 
-        def codegen(context, builder, signature, args):
+        def write(context, builder, arrays, others):
             itemsize, lanes, vector = vector_of(context, out)
-            arrays, (i_value, j_value, place_value, row_value, add_value) = unpack(context, builder, signature, args)
             out_array, a_array, block_array, soon_array = arrays
+            i_value, j_value, place_value, row_value, add_value = others
             M, N = cgutils.unpack_tuple(builder, out_array.shape)
             _, K = cgutils.unpack_tuple(builder, a_array.shape)
             _, step = cgutils.unpack_tuple(builder, a_array.strides)
@@ -364,26 +338,21 @@ def _make_tile(n):
                     copies = splat(builder, builder.load(number), lanes)
                     for v in range(n):
                         totals.add(r * n + v, copies, factors[v])
-            sums = totals.places
             places = [pointer_to(builder, out_array, row, column, vector) for row in rows for column in columns]
-
-            def finish(masks):
-                _put(builder, places, sums, masks, add_value, itemsize)
-
             is_whole = builder.and_(
                 builder.icmp_signed("<=", builder.add(i_value, constant(ROWS)), M),
                 builder.icmp_signed("<=", builder.add(j_value, constant(n * lanes)), N),
             )
             with builder.if_else(is_whole, likely=True) as (whole, edge):
                 with whole:
-                    finish([None] * len(sums))
+                    put(builder, places, totals.places, [None] * len(places), add_value, itemsize)
                 with edge:
                     within = [below(builder, column, N, lanes) for column in columns]
                     has_row = [splat(builder, builder.icmp_signed("<", row, M), lanes) for row in rows]
-                    finish([builder.and_(row, column) for row in has_row for column in within])
-            return context.get_dummy_value()
+                    masks = [builder.and_(row, column) for row in has_row for column in within]
+                    put(builder, places, totals.places, masks, add_value, itemsize)
 
-        return types.void(out, a, block, soon, *[types.intp] * 4, types.boolean), codegen
+        return written(types.void(out, a, block, soon, *[types.intp] * 4, types.boolean), write)
 
     return tile
 
@@ -417,14 +386,12 @@ def _make_amx(m, n):
 
         a (rows, steps) is a part of a strip.  The panel (steps, n lanes) begins at block[place].
         """
-        if not (a.dtype == block.dtype and are_packable(block, out) and out.ndim == a.ndim == 2 and block.ndim == 1):
+        if not (a.dtype == block.dtype and can_pack(block, out) and out.ndim == a.ndim == 2 and block.ndim == 1):
             return None
 
-        def codegen(context, builder, signature, args):
+        def write(context, builder, arrays, others):
             itemsize, lanes, vector = vector_of(context, out)
-            (out_array, a_array, block_array), (j_value, place_value, add_value) = unpack(
-                context, builder, signature, args
-            )
+            (out_array, a_array, block_array), (j_value, place_value, add_value) = arrays, others
             M, N = cgutils.unpack_tuple(builder, out_array.shape)
             _, steps = cgutils.unpack_tuple(builder, a_array.shape)
             (out_line, _), (a_line, _) = (cgutils.unpack_tuple(builder, x.strides) for x in (out_array, a_array))
@@ -470,9 +437,8 @@ def _make_amx(m, n):
                     for v in range(n):
                         c.multiply(r * n + v, m * n + r, m * n + m + v)
             transfer(c.store, is_out=True)
-            return context.get_dummy_value()
 
-        return types.void(out, a, block, *[types.intp] * 2, types.boolean), codegen
+        return written(types.void(out, a, block, *[types.intp] * 2, types.boolean), write)
 
     return tiles
 

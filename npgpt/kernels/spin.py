@@ -7,7 +7,7 @@ threads that share a token (npgpt/generate/decode.py) spin, and sleep only if a 
 import os
 
 from npgpt.kernels.jit import KERNELS, helper, inside_kernels, intrinsic
-from npgpt.kernels.vectors import unpack
+from npgpt.kernels.vectors import written
 
 if KERNELS == "numba":
     from llvmlite import ir
@@ -33,12 +33,7 @@ def _at_counter(signature, write):
     kind = signature.args[0]
     if not (isinstance(kind, types.Array) and kind.dtype == types.int64 and kind.ndim == 1 and kind.mutable):
         return None
-
-    def codegen(context, builder, signature, args):
-        (array,), numbers = unpack(context, builder, signature, args)
-        return write(builder, array.data, *numbers)
-
-    return signature, codegen
+    return written(signature, lambda _, builder, arrays, numbers: write(builder, arrays[0].data, *numbers))
 
 
 @intrinsic
@@ -75,13 +70,12 @@ def _change_atomically(typingctx, counter, old, new):
 def _let_others_run(typingctx):
     """Tell the system that this thread has nothing to do; where it knows of no such call, nothing happens."""
 
-    def codegen(context, builder, signature, args):
+    def write(context, builder, arrays, others):
         if os.name == "posix":
             call = ir.FunctionType(ir.IntType(32), [])
             builder.call(cgutils.get_or_insert_function(builder.module, call, "sched_yield"), [])
-        return context.get_dummy_value()
 
-    return types.void(), codegen
+    return written(types.void(), write)
 
 
 @inside_kernels

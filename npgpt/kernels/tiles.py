@@ -23,7 +23,7 @@ LLVM reads and writes where it is told, also beyond an array, and Numba's bounds
 
 import contextlib
 
-from npgpt.kernels.bfloat16 import are_packable, load_across, load_along, numbers_in, steps_of, vector_for
+from npgpt.kernels.bfloat16 import Totals, can_pack, load_across, load_along, numbers_in, steps_of, vector_for
 from npgpt.kernels.jit import KERNELS, helper, intrinsic
 from npgpt.kernels.vectors import (
     NARROW,
@@ -32,7 +32,7 @@ from npgpt.kernels.vectors import (
     below,
     constant,
     load_vector,
-    load_widened,
+    load_wide,
     not_beyond,
     pick,
     pointer_to,
@@ -40,8 +40,8 @@ from npgpt.kernels.vectors import (
     splat,
     store_vector,
     sum_each,
-    unpack,
     vector_of,
+    written,
 )
 
 if KERNELS == "numba":
@@ -77,8 +77,7 @@ def product(out, a, b, add):
     (M, N), K = out.shape, b.shape[0]
     if not (a.shape[0] == M and a.shape[1] == K and b.shape[1] >= N and in_line(out) and in_line(b)):
         raise ValueError("product: out (M, N) needs a (M, K) and b (K, N or more), and last axes contiguous but a's")
-    width = 2 * VECTOR // out.itemsize
-    for j in range(0, N, width):
+    for j in range(0, N, 2 * VECTOR // out.itemsize):
         for i in range(0, M, ROWS):
             _tile(out, a, b, i, j, add)
 
@@ -92,9 +91,9 @@ def _tile(typingctx, out, a, b, i, j, add):
     if not (are_fit(out, a, b) and out.ndim == a.ndim == b.ndim == 2):
         return None
 
-    def codegen(context, builder, signature, args):
+    def write(context, builder, arrays, others):
         itemsize, lanes, vector = vector_of(context, out)
-        (out_array, a_array, b_array), (i_value, j_value, add_value) = unpack(context, builder, signature, args)
+        (out_array, a_array, b_array), (i_value, j_value, add_value) = arrays, others
         M, N = cgutils.unpack_tuple(builder, out_array.shape)
         _, K = cgutils.unpack_tuple(builder, a_array.shape)
         # rows beyond the last one are the last one again: the same sums go to the same place twice
@@ -103,39 +102,39 @@ def _tile(typingctx, out, a, b, i, j, add):
         columns = [builder.add(j_value, constant(v * lanes)) for v in range(2)]
 
         def body(masks):
-            zeros = ir.Constant(vector, [0.0] * lanes)
-            sums = [[cgutils.alloca_once_value(builder, zeros) for _ in range(2)] for _ in range(ROWS)]
+            totals = Totals(builder, out.dtype, vector, 2 * ROWS)
             with cgutils.for_range(builder, K, intp=ir.IntType(64)) as loop:
-                factors = []
-                for v in range(2):
-                    pointer = pointer_to(builder, b_array, loop.index, columns[v], vector)
-                    factors.append(load_vector(builder, pointer, itemsize, masks[v]))
-                for r in range(ROWS):
-                    number = builder.load(pointer_to(builder, a_array, rows[r], loop.index, vector.element))
+                pointers = [pointer_to(builder, b_array, loop.index, column, vector) for column in columns]
+                factors = [load_vector(builder, pointers[v], itemsize, masks[v]) for v in range(2)]
+                for r, row in enumerate(rows):
+                    number = builder.load(pointer_to(builder, a_array, row, loop.index, vector.element))
                     copies = splat(builder, number, lanes)
                     for v in range(2):
-                        product = builder.fmul(copies, factors[v], flags=("contract",))
-                        total = builder.fadd(builder.load(sums[r][v]), product, flags=("contract",))
-                        builder.store(total, sums[r][v])
-            places = [[pointer_to(builder, out_array, row, column, vector) for column in columns] for row in rows]
-            with builder.if_then(add_value):  # all is read before anything is written: see `rows`
-                olds = [[load_vector(builder, places[r][v], itemsize, masks[v]) for v in range(2)] for r in range(ROWS)]
-                for r in range(ROWS):
-                    for v in range(2):
-                        builder.store(builder.fadd(olds[r][v], builder.load(sums[r][v])), sums[r][v])
-            for r in range(ROWS):
-                for v in range(2):
-                    store_vector(builder, builder.load(sums[r][v]), places[r][v], itemsize, masks[v])
+                        totals.add(2 * r + v, copies, factors[v])
+            places = [pointer_to(builder, out_array, row, column, vector) for row in rows for column in columns]
+            put(builder, places, totals.places, masks * ROWS, add_value, itemsize)
 
         is_whole = builder.icmp_signed("<=", builder.add(j_value, constant(2 * lanes)), N)
         with builder.if_else(is_whole, likely=True) as (whole, edge):
             with whole:
-                body((None, None))
+                body([None, None])
             with edge:
                 body([below(builder, column, N, lanes) for column in columns])
-        return context.get_dummy_value()
 
-    return types.void(out, a, b, types.intp, types.intp, types.boolean), codegen
+    return written(types.void(out, a, b, types.intp, types.intp, types.boolean), write)
+
+
+def put(builder, places, sums, masks, add, itemsize):
+    """Store, or add where `add` is true, what stands in `sums` to `places` in the output.
+
+    All is read before anything is written: two places may be one.
+    """
+    with builder.if_then(add):
+        for place, total, mask in zip(places, sums, masks, strict=True):
+            old = load_vector(builder, place, itemsize, mask)
+            builder.store(builder.fadd(old, builder.load(total)), total)
+    for place, total, mask in zip(places, sums, masks, strict=True):
+        store_vector(builder, builder.load(total), place, itemsize, mask)
 
 
 @helper
@@ -178,14 +177,14 @@ def _make_turn(across):
 
         What lies beyond the edges of x or out is neither read nor written.
         """
-        if not (are_packable(out, x) and out.ndim == x.ndim == 2):
+        if not (can_pack(out, x) and out.ndim == x.ndim == 2):
             return None
 
-        def codegen(context, builder, signature, args):
+        def write(context, builder, arrays, others):
             itemsize, lanes, vector = vector_for(context, out, x)
             out_vector = vector_of(context, out)[2]
             along = 1 if across else numbers_in(out.dtype)  # columns of x that an element takes
-            (out_array, x_array), (i_value, j_value) = unpack(context, builder, signature, args)
+            (out_array, x_array), (i_value, j_value) = arrays, others
             M, width = cgutils.unpack_tuple(builder, x_array.shape)
             N = builder.sdiv(builder.add(width, constant(along - 1)), constant(along))
             first = builder.mul(j_value, constant(along))  # the first column of element j
@@ -205,7 +204,7 @@ def _make_turn(across):
                     return load_across(builder, out.dtype, x_array, row, first, vector, mask)
                 return load_along(builder, out.dtype, x_array, not_beyond(builder, row, last), first, vector, width)
 
-            def body(width, write):
+            def body(width, inside):
                 vectors = [load(r, width) for r in range(lanes)]
                 # the corners off the diagonal change places: of blocks of 2 by 2, then of those of 4 by 4, ...
                 step = 1
@@ -218,7 +217,7 @@ def _make_turn(across):
                     row = builder.add(j_value, constant(r))
                     with builder.if_then(builder.icmp_signed("<", row, N)):
                         pointer = pointer_to(builder, out_array, row, i_value, out_vector)
-                        store_vector(builder, vectors[r], pointer, itemsize, write)
+                        store_vector(builder, vectors[r], pointer, itemsize, inside)
 
             n = constant(lanes)
             is_whole = builder.and_(
@@ -230,9 +229,8 @@ def _make_turn(across):
                     body(None, None)
                 with edge:
                     body(width, below(builder, i_value, columns, lanes))
-            return context.get_dummy_value()
 
-        return types.void(out, x, types.intp, types.intp), codegen
+        return written(types.void(out, x, types.intp, types.intp), write)
 
     return turn
 
@@ -255,12 +253,10 @@ def fetch(x):
 def _fetch(typingctx, x, row, column):
     """Have the line of the cache with x[row, column] fetched."""
 
-    def codegen(context, builder, signature, args):
-        (array,), place = unpack(context, builder, signature, args)
-        prefetch(builder, pointer_to(builder, array, *place, ir.IntType(8)))
-        return context.get_dummy_value()
+    def write(context, builder, arrays, place):
+        prefetch(builder, pointer_to(builder, *arrays, *place, ir.IntType(8)))
 
-    return types.void(x, types.intp, types.intp), codegen
+    return written(types.void(x, types.intp, types.intp), write)
 
 
 @helper
@@ -314,11 +310,11 @@ def _make_dots(m, n):
         if not (have_axes and are_fit(out, x, scale, bias) and (w.dtype == out.dtype or w.dtype in NARROW)):
             return None
 
-        def codegen(context, builder, signature, args):
+        def write(context, builder, arrays, others):
             itemsize, lanes, vector = vector_of(context, x)
             w_itemsize = context.get_abi_sizeof(context.get_value_type(w.dtype))
-            arrays, (i_value, j_value, last_value, add_value) = unpack(context, builder, signature, args)
             out_array, x_array, w_array, scale_array, bias_array = arrays
+            i_value, j_value, last_value, add_value = others
             M, K = cgutils.unpack_tuple(builder, x_array.shape)
             # rows beyond the last one are the last one again: the same sums go to the same place twice
             last_x, last_w = builder.sub(M, constant(1)), builder.sub(last_value, constant(1))
@@ -328,7 +324,7 @@ def _make_dots(m, n):
             tile = builder.mul(K, constant(n * w_itemsize))
             ahead = builder.mul(tile, builder.add(builder.udiv(constant(AHEAD), tile), constant(1)))
             turns = _turns(builder, M, i_value, m, n)
-            totals = [cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * lanes)) for _ in range(m * n)]
+            totals = Totals(builder, x.dtype, vector, m * n)
 
             def step(k, mask=None):
                 """The products of `lanes` columns from k on."""
@@ -338,11 +334,9 @@ def _make_dots(m, n):
                     pointer = pointer_to(builder, w_array, w_rows[b], k, ir.IntType(8))
                     with contextlib.nullcontext() if m == 1 else builder.if_then(turns[b]):
                         prefetch(builder, builder.gep(pointer, [ahead]), near=False)
-                    weights = load_widened(builder, w_array, w_rows[b], k, vector, mask)
+                    weights = load_wide(builder, w_array, w_rows[b], k, vector, mask)
                     for a in range(m):
-                        product = builder.fmul(factors[a], weights, flags=("contract",))
-                        total = builder.fadd(builder.load(totals[a * n + b]), product, flags=("contract",))
-                        builder.store(total, totals[a * n + b])
+                        totals.add(a * n + b, factors[a], weights)
 
             whole = builder.udiv(K, constant(lanes))
             with cgutils.for_range(builder, whole, intp=ir.IntType(64)) as loop:
@@ -353,7 +347,7 @@ def _make_dots(m, n):
             # n columns of a row become one vector, or several where a vector is short
             width, places = min(n, lanes), []
             for first in range(0, m * n, width):
-                part = sum_each(builder, [builder.load(total) for total in totals[first : first + width]])
+                part = sum_each(builder, [builder.load(total) for total in totals.places[first : first + width]])
                 column = builder.add(j_value, constant(first % n))
                 pointer = pointer_to(builder, out_array, x_rows[first // n], column, part.type)
                 mask = below(builder, column, last_value, width)
@@ -378,9 +372,8 @@ def _make_dots(m, n):
             change(add_value, builder.fadd)
             for place, _, pointer, mask in places:
                 store_vector(builder, builder.load(place), pointer, itemsize, mask)
-            return context.get_dummy_value()
 
-        return types.void(out, x, w, scale, bias, i, j, last, types.boolean), codegen
+        return written(types.void(out, x, w, scale, bias, i, j, last, types.boolean), write)
 
     return dots
 

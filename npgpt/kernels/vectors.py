@@ -24,14 +24,20 @@ def are_fit(out, *others):
     return is_real and out.mutable and all(array.dtype == out.dtype for array in others)
 
 
-def unpack(context, builder, signature, args):
-    """The arrays among an intrinsic's arguments, with their fields, and the other arguments."""
-    n = sum(isinstance(kind, types.Array) for kind in signature.args)
-    arrays = [
-        cgutils.create_struct_proxy(kind)(context, builder, value=value)
-        for kind, value in zip(signature.args[:n], args[:n], strict=True)
-    ]
-    return arrays, args[n:]
+def written(signature, write):
+    """What an intrinsic of this signature returns: write(context, builder, arrays, others) writes its instructions.
+
+    It is given the arrays among the arguments, which come first, with their fields; what it returns is the result.
+    """
+
+    def codegen(context, builder, signature, args):
+        kinds = [kind for kind in signature.args if isinstance(kind, types.Array)]
+        proxies = map(cgutils.create_struct_proxy, kinds)
+        arrays = [proxy(context, builder, value=value) for proxy, value in zip(proxies, args, strict=False)]
+        result = write(context, builder, arrays, args[len(arrays) :])
+        return context.get_dummy_value() if result is None else result
+
+    return signature, codegen
 
 
 def vector_of(context, kind):
@@ -64,11 +70,9 @@ def prefetch(builder, pointer, near=True):
 
     near: into the first cache, or else no nearer than the second, since the first one can wait for few lines at a time
     """
-    kinds = [pointer.type] + [ir.IntType(32)] * 3
-    name = "llvm.prefetch.p0"
-    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(ir.VoidType(), kinds), name)
-    how = [ir.Constant(ir.IntType(32), number) for number in (0, 3 if near else 2, 1)]  # to read, data
-    builder.call(function, [pointer, *how])
+    args = [pointer, *(ir.Constant(ir.IntType(32), number) for number in (0, 3 if near else 2, 1))]  # to read, data
+    kind = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
+    builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), args)
 
 
 def splat(builder, value, lanes):
@@ -94,7 +98,7 @@ def load_vector(builder, pointer, itemsize, mask=None):
     return _masked(builder, "load", kind, itemsize, kind, [pointer, alignment, mask, zeros])
 
 
-def load_widened(builder, array, row, column, vector, mask=None):
+def load_wide(builder, array, row, column, vector, mask=None):
     """Of array[row] the numbers from a column on, as a `vector`; int8 and bfloat16 (uint16) become its numbers."""
     kind = array.data.type.pointee
     itemsize = kind.width // 8 if isinstance(kind, ir.IntType) else VECTOR // vector.count
@@ -105,8 +109,7 @@ def load_widened(builder, array, row, column, vector, mask=None):
     integers = ir.VectorType(ir.IntType(32), vector.count)
     if kind.width == 8:
         return builder.sitofp(builder.sext(numbers, integers), vector)
-    sixteen = ir.Constant(integers, [16] * vector.count)
-    halves = builder.shl(builder.zext(numbers, integers), sixteen)
+    halves = builder.shl(builder.zext(numbers, integers), ir.Constant(integers, [16] * vector.count))
     numbers = builder.bitcast(halves, ir.VectorType(ir.FloatType(), vector.count))
     return numbers if vector.element == ir.FloatType() else builder.fpext(numbers, vector)
 
@@ -147,10 +150,7 @@ def sum_each(builder, vectors):
         return builder.fadd(here, other)
 
     while step < lanes:
-        if len(vectors) > 1:
-            vectors = [add(a, b, step) for a, b in zip(vectors[::2], vectors[1::2], strict=True)]
-        else:
-            vectors = [add(vectors[0], vectors[0], step)]
+        vectors = [add(a, b, step) for a, b in zip(vectors[::2], vectors[1::2] or vectors, strict=True)]
         step *= 2
     first = ir.Constant(ir.VectorType(ir.IntType(32), n), list(range(n)))
     return builder.shuffle_vector(vectors[0], vectors[0], first)

@@ -17,7 +17,7 @@ from npgpt.kernels.tiles import ROWS, fetch, product, transpose
 
 QUERY_BLOCK = 128  # queries whose scores the backward holds together
 LANES = 32
-PAD = 16  # without it, rows of scores would lie a power of two apart, and fall onto the same few lines of the cache
+PAD = 16  # without it, rows of scratch would lie a power of two apart, and fall onto the same few lines of the cache
 
 
 @helper
@@ -85,7 +85,7 @@ def softmax(s, lse, n):
 def forward_heads(y, lse, qkv, k_t, s, p_drop, key, batch_offset):
     """y (B, T, 1, n_head, hs), lse (B, n_head, T), qkv (B, T, 3, n_head, hs).
 
-    Scratch: k_t (hs, width), s (ROWS, width + PAD), with T rounded up to LANES as width.
+    Scratch: k_t (hs, width), s (ROWS, width), where width is T rounded up to LANES, or more.
     """
     B, T, _, H, hs = qkv.shape
     scale = s.dtype.type(1 / math.sqrt(hs))
@@ -115,7 +115,7 @@ def heads_of_past(y, qkv, keys, values, position, asked, scale, k_t, s, lse, fir
 
     Of y only the rows from number `asked` on are computed.
     y (T, 1, n_head, hs), qkv (T, 3, n_head, hs); keys, values (n_head, room, hs) of the text; scale > 0.
-    Scratch: k_t (hs, width), s (ROWS, width + PAD), with position + T rounded up to LANES as width; lse (ROWS,).
+    Scratch: k_t (hs, width), s (ROWS, width), where width is position + T rounded up to LANES, or more; lse (ROWS,).
     """
     T, n = len(qkv), position + len(qkv)
     for h in range(first, last):
@@ -141,7 +141,7 @@ def heads_of_past(y, qkv, keys, values, position, asked, scale, k_t, s, lse, fir
 def backward_heads(dqkv, dy, qkv, lse, k_t, v_t, a, grad, p_drop, key, batch_offset):
     """dqkv, qkv (B, T, 3, n_head, hs), dy (B, T, 1, n_head, hs), lse (B, n_head, T).
 
-    Scratch: k_t, v_t (hs, width); a, grad (QUERY_BLOCK or T, width + PAD); with T rounded up to LANES as width.
+    Scratch: k_t, v_t (hs, width); a, grad (QUERY_BLOCK or T, width), where width is T rounded up to LANES, or more.
     """
     B, T, _, H, hs = qkv.shape
     scale, zero = a.dtype.type(1 / math.sqrt(hs)), a.dtype.type(0)
@@ -194,6 +194,6 @@ def backward_heads(dqkv, dy, qkv, lse, k_t, v_t, a, grad, p_drop, key, batch_off
 
 
 def scratch(n_heads, n_rows, T, hs, dtype):
-    """The scratch arrays of the two kernels: transposed heads, rows of scores."""
-    width = -(-T // LANES) * LANES
-    return empty((n_heads, hs, width), dtype), empty((n_rows, width + PAD), dtype)
+    """The scratch arrays of the kernels: transposed heads (n_heads, hs, width), rows of scores (n_rows, width)."""
+    width = -(-T // LANES) * LANES + PAD
+    return empty((n_heads, hs, width), dtype), empty((n_rows, width), dtype)

@@ -254,11 +254,16 @@ def _copy(typingctx, panel, x):
         steps = builder.sdiv(builder.add(K, constant(n - 1)), constant(n))
 
         def copy(columns, masks):
+            is_strip = len(columns) * lanes == PACK
             with cgutils.for_range(builder, steps, intp=ir.IntType(64)) as loop:
-                ahead = [builder.add(builder.mul(loop.index, constant(n)), constant(AHEAD + r)) for r in range(n)]
+                row = builder.mul(loop.index, constant(n))
+                for r in range(n if is_strip else 0):  # the next strip's numbers
+                    place = pointer_to(builder, x_array, builder.add(row, constant(r)), constant(PACK), ir.IntType(8))
+                    prefetch(builder, place, near=False)
+                ahead = [builder.add(row, constant(AHEAD + r)) for r in range(n)]
                 for column, mask in zip(columns, masks, strict=True):
-                    for row in ahead:
-                        prefetch(builder, pointer_to(builder, x_array, row, column, ir.IntType(8)))
+                    for later in ahead:
+                        prefetch(builder, pointer_to(builder, x_array, later, column, ir.IntType(8)))
                     numbers = load_across(builder, panel.dtype, x_array, loop.index, column, vector, mask)
                     place = pointer_to(builder, panel_array, loop.index, column, panel_vector)
                     store_vector(builder, numbers, place, itemsize)

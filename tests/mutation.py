@@ -58,7 +58,7 @@ RELEVANT = {
     "npgpt/ops/mlp.py": (OF_OPS, "mlp or gelu"),
     "npgpt/ops/cross_entropy.py": (OF_OPS, "cross or logits"),
     "npgpt/ops/dropout.py": (OF_OPS, "dropout or mask"),
-    "npgpt/ops/attention.py": ([*OF_OPS, "test_model.py"], "attention or cache"),
+    "npgpt/ops/attention.py": ([*OF_OPS, "test_model.py", "test_parallel.py"], "attention or cache"),
     "npgpt/model.py": (["test_compositions.py", "test_model.py"], ""),
     "npgpt/optim.py": (["test_ops.py", "test_optim.py"], "optim or adamw"),
     "npgpt/muon.py": (["test_ops.py", "test_optim.py"], "optim or adamw"),
@@ -82,6 +82,7 @@ RELEVANT = {
 # Faults that would wait long for the test which can see them: how the name begins -> words that are in that test's.
 SOONER = {
     "kernel cache: softmax": "whatever_order",
+    "attention: every thread drops": "what_threads_share",
     "past: ": "go_on",
     "vectors: int8": "logits_of_the_model",
     "decode: bfloat16 are": "logits_of_the_model",

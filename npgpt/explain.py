@@ -34,12 +34,12 @@ def read_tokens(model, text):
     """The tokens to look at, two at least: those of a text, or, if it is None, of one that the model writes."""
     import numpy as np
 
-    from npgpt.generate.generation import first_token
+    from npgpt.generate.generation import first_token, unprompted
 
     n = min(TOKENS, model.config.block_size) + 1
     if text is None:
-        start = first_token(model.tokenizer)
-        return [start, *model.generate([start], n - 1, np.random.default_rng([0, SAMPLE]), temperature=0.8)]
+        written = unprompted(model, n - 1, np.random.default_rng([0, SAMPLE]))
+        return [first_token(model.tokenizer), *written]
     tokens = encoded(model.tokenizer, text, "--text")
     if len(tokens) < 2:
         raise UsageError(f"--text must have two tokens at least, one to read and one to guess; it has {len(tokens)}")

@@ -492,8 +492,6 @@ model.tokenizer = None
 idx = rng.integers(0, 40, (2, 100))
 
 def train():
-    for parameter in model.parameters():
-        parameter.grad = None
     _, loss = model(idx, idx)
     loss.backward()
     return loss.data, *(parameter.grad for parameter in model.parameters())

@@ -246,3 +246,8 @@ class Generation:
 def first_token(tokenizer):
     """What a text without a prompt begins with: a line break, or token 0 where the tokenizer has none."""
     return int(tokenizer.encode("\n")[0]) if "\n" in getattr(tokenizer, "chars", "\n") else 0
+
+
+def unprompted(model, n, rng):
+    """The n tokens that a model writes after first_token, as they come."""
+    return model.generate([first_token(model.tokenizer)], n, rng, temperature=0.8)

@@ -17,7 +17,7 @@ import numpy as np
 from npgpt.config import SAMPLE
 from npgpt.errors import GradientError, StoppedError
 from npgpt.files import folder
-from npgpt.generate.generation import first_token
+from npgpt.generate.generation import unprompted
 from npgpt.generate.writer import Writer
 from npgpt.kernels.profiler import profiling
 from npgpt.model import GPT
@@ -272,6 +272,6 @@ class Trainer:
         """Iterator of text that the model writes now, from a line break on, if it knows one."""
         rng = np.random.default_rng([self.config.seed, SAMPLE, self.iter])
         writer = Writer(self.tokenizer)
-        for token in self.model.generate([first_token(self.tokenizer)], n_tokens, rng, temperature=0.8):
+        for token in unprompted(self.model, n_tokens, rng):
             yield writer.feed(token)
         yield writer.end()

@@ -18,6 +18,7 @@ import numpy as np
 
 from npgpt import nn
 from npgpt.config import INIT, SAMPLE, Controls
+from npgpt.kernels.buffers import side_by_side
 from npgpt.ops.cross_entropy import cross_entropy
 from npgpt.ops.embedding import embedding
 
@@ -53,13 +54,14 @@ class GPT(nn.Module):
     def __init__(self, config, seed=1337, dtype=np.float32):
         self.config = config
         V, C = config.vocab_size, config.n_embd
-        self.transformer = nn.ModuleDict(
-            wte=nn.Embedding(V, C, dtype),
-            wpe=nn.Embedding(config.block_size, C, dtype),
-            drop=nn.Dropout(config.dropout),
-            h=[Block(config, dtype) for _ in range(config.n_layer)],
-            ln_f=nn.LayerNorm(C, config.bias, dtype),
-        )
+        with side_by_side():
+            self.transformer = nn.ModuleDict(
+                wte=nn.Embedding(V, C, dtype),
+                wpe=nn.Embedding(config.block_size, C, dtype),
+                drop=nn.Dropout(config.dropout),
+                h=[Block(config, dtype) for _ in range(config.n_layer)],
+                ln_f=nn.LayerNorm(C, config.bias, dtype),
+            )
         self.lm_head = nn.Linear(C, V, False, dtype)
         self.lm_head.weight = self.transformer.wte.weight  # tied: one parameter in two places (Press and Wolf 2017)
         if seed is not None:

@@ -90,6 +90,13 @@ FAULTS = [
         "is gone while the view is still in use.",
     ),
     Fault(
+        "engine: arrays side by side overlap",
+        "npgpt/kernels/buffers.py",
+        "self.rest[:nbytes], self.rest[whole_lines:]",
+        "self.rest[:nbytes], self.rest[nbytes // LINE * LINE :]",
+        "The last numbers of an array would be the first ones of the next.",
+    ),
+    Fault(
         "engine: one mask for all dropouts",
         "npgpt/kernels/masks.py",
         "    _state.calls += 1\n",
@@ -755,8 +762,8 @@ FAULTS = [
     Fault(
         "dots: the last column of a row of weights is left out",
         "npgpt/kernels/tiles.py",
-        "step(done, below(builder, done, K, lanes))",
-        "step(done, below(builder, done, builder.sub(K, constant(1)), lanes))",
+        "step(some, done, below(builder, done, K, lanes))",
+        "step(some, done, below(builder, done, builder.sub(K, constant(1)), lanes))",
         "What is left after the whole vectors goes up to the last column, K - 1.",
         kernel=True,
     ),

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from npgpt.kernels.bfloat16 import narrowed_ref, widened_ref
-from npgpt.kernels.buffers import empty
+from npgpt.kernels.buffers import empty, side_by_side
 from npgpt.kernels.jit import KERNELS, kernel, writing
 from npgpt.kernels.maths import largest_magnitude
 from npgpt.kernels.matmul import share_out
@@ -192,7 +192,8 @@ def _rounded_once(model, kind, matrices):
     with _lock:
         before = _kept.get(model)
         if before is None or before[:2] != (kind, state):
-            before = _kept[model] = kind, state, [_round(w, kind) for w in matrices]
+            with side_by_side():
+                before = _kept[model] = kind, state, [_round(w, kind) for w in matrices]
         return before[2]
 
 

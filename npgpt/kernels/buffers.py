@@ -13,10 +13,12 @@ from npgpt.context import ThreadState
 NAN_FILL = os.environ.get("NPGPT_NAN_FILL", "0") not in ("", "0")
 LINE = 64  # bytes of a line of the cache
 SMALL = 2048  # bytes; below this the memory allocator is as fast as a pool
+LARGE = 2**26  # bytes; a larger block of memory is no faster
 
 
 class _State(ThreadState):
     pool = None
+    block = None
 
 
 _state = _State()
@@ -73,8 +75,35 @@ def _aligned(nbytes, make=np.empty):
 
 
 def _new(shape, dtype, make=np.empty):
-    nbytes = math.prod(shape) * dtype.itemsize
-    return make(shape, dtype) if nbytes < SMALL else _aligned(nbytes, make).view(dtype).reshape(shape)
+    nbytes, block = math.prod(shape) * dtype.itemsize, _state.block
+    if nbytes < SMALL:
+        return make(shape, dtype)
+    memory = _aligned(nbytes, make) if block is None else block.cut(nbytes)
+    return memory.view(dtype).reshape(shape)
+
+
+class _Block:
+    """Memory, all 0, of which arrays are cut; when it is used up, there is as much again, or LARGE."""
+
+    def __init__(self):
+        self.rest, self.nbytes = b"", 0
+
+    def cut(self, nbytes):
+        whole_lines = -(-nbytes // LINE) * LINE
+        if whole_lines > len(self.rest):
+            self.rest = _aligned(max(whole_lines, min(self.nbytes, LARGE)), np.zeros)
+            self.nbytes += len(self.rest)
+        memory, self.rest = self.rest[:nbytes], self.rest[whole_lines:]
+        return memory
+
+
+def side_by_side():
+    """Within this context `empty` and `zeros` cut new arrays from large blocks of memory, one behind the other.
+
+    The system maps large blocks by pages of 2 MB, but not arrays of a few MB: so weights are read a tenth faster.  A
+    block stays as long as one of its arrays does.
+    """
+    return _state.within(block=_Block())
 
 
 def reuse_buffers(pool):

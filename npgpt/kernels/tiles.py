@@ -51,6 +51,7 @@ if KERNELS == "numba":
 
 # rows of a tile: its 2 ROWS sums must fit into the registers, of which AVX-512 has 32, the others 16 (or 32 short ones)
 ROWS = 8 if VECTOR == 64 else 4
+COLUMNS = 6 if VECTOR == 64 else 4  # of the output that `dots` makes of four rows at a time
 LINE = 64  # bytes of a line of the cache
 AHEAD = 16384  # bytes that `dots` is ahead of itself, at least, in what it has fetched from memory
 
@@ -265,7 +266,7 @@ def dots(out, x, w, scale, bias, first, last, add):
 
     out (R, N) and x (R, K) of one dtype, w (N, K) of this dtype, int8 or bfloat16 (uint16), scale and bias (N,) or of
     no length; K is not 0, and the last axes are contiguous.  N need not be one number: what counts is that all have the
-    columns first:last.  Four rows of w are read for all of x at a time, so that w may be large: what counts is to fetch
+    columns first:last.  Some rows of w are read for all of x at a time, so that w may be large: what counts is to fetch
     it from memory once, in the order in which it lies there.  The bits of an element depend on its row of x and its row
     of w only.
     """
@@ -286,7 +287,7 @@ def _dots(out, x, w, scale, bias, first, last, add):
         for j in range(first, last, 8):
             _one_row(out, x, w, scale, bias, 0, j, last, add)
     else:
-        for j in range(first, last, 4):
+        for j in range(first, last, COLUMNS):
             for i in range(0, R, 4):
                 _four_rows(out, x, w, scale, bias, i, j, last, add)
 
@@ -301,8 +302,11 @@ def _turns(builder, M, i, m, n):
     return [builder.icmp_signed("==", number, turn) for turn in turns]
 
 
-def _make_dots(m, n):
-    """The intrinsic that computes m rows and n columns of `dots`, from row i and column j on."""
+def _make_dots(m, n, at_once):
+    """The intrinsic that computes m rows and n columns of `dots`, from row i and column j on.
+
+    at_once: how many of these n rows of w are read side by side.
+    """
 
     @intrinsic
     def dots(typingctx, out, x, w, scale, bias, i, j, last, add):
@@ -326,11 +330,11 @@ def _make_dots(m, n):
             turns = _turns(builder, M, i_value, m, n)
             totals = Totals(builder, x.dtype, vector, m * n)
 
-            def step(k, mask=None):
-                """The products of `lanes` columns from k on."""
+            def step(some, k, mask=None):
+                """The products of `lanes` columns from k on, with some rows of w."""
                 pointers = [pointer_to(builder, x_array, row, k, vector) for row in x_rows]
                 factors = [load_vector(builder, pointer, itemsize, mask) for pointer in pointers]
-                for b in range(n):
+                for b in some:
                     pointer = pointer_to(builder, w_array, w_rows[b], k, ir.IntType(8))
                     with contextlib.nullcontext() if m == 1 else builder.if_then(turns[b]):
                         prefetch(builder, builder.gep(pointer, [ahead]), near=False)
@@ -339,13 +343,15 @@ def _make_dots(m, n):
                         totals.add(a * n + b, factors[a], weights)
 
             whole = builder.udiv(K, constant(lanes))
-            with cgutils.for_range(builder, whole, intp=ir.IntType(64)) as loop:
-                step(builder.mul(loop.index, constant(lanes)))
             done = builder.mul(whole, constant(lanes))
-            with builder.if_then(builder.icmp_signed("<", done, K), likely=False):
-                step(done, below(builder, done, K, lanes))
+            for start in range(0, n, at_once):
+                some = range(start, start + at_once)
+                with cgutils.for_range(builder, whole, intp=ir.IntType(64)) as loop:
+                    step(some, builder.mul(loop.index, constant(lanes)))
+                with builder.if_then(builder.icmp_signed("<", done, K), likely=False):
+                    step(some, done, below(builder, done, K, lanes))
             # n columns of a row become one vector, or several where a vector is short
-            width, places = min(n, lanes), []
+            width, places = min(n & -n, lanes), []
             for first in range(0, m * n, width):
                 part = sum_each(builder, [builder.load(total) for total in totals.places[first : first + width]])
                 column = builder.add(j_value, constant(first % n))
@@ -378,7 +384,7 @@ def _make_dots(m, n):
     return dots
 
 
-_one_row, _four_rows = _make_dots(1, 8), _make_dots(4, 4)
+_one_row, _four_rows = _make_dots(1, 8, at_once=2), _make_dots(4, COLUMNS, at_once=COLUMNS)
 
 # For kernels that check their arrays once, not at every call: 5 % of a small model's token.
 dots_unchecked = dots if KERNELS == "numba" and config.BOUNDSCHECK else _dots

@@ -21,8 +21,6 @@ LLVM reads and writes where it is told, also beyond an array, and Numba's bounds
 `transpose` and `dots` compare the shapes first, once in a call: ValueError if they do not fit, and nothing is written.
 """
 
-import contextlib
-
 from npgpt.kernels.bfloat16 import Totals, can_pack, load_across, load_along, numbers_in, steps_of, vector_for
 from npgpt.kernels.jit import KERNELS, helper, intrinsic
 from npgpt.kernels.vectors import (
@@ -52,7 +50,7 @@ if KERNELS == "numba":
 # rows of a tile: its 2 ROWS sums must fit into the registers, of which AVX-512 has 32, the others 16 (or 32 short ones)
 ROWS = 8 if VECTOR == 64 else 4
 COLUMNS = 6 if VECTOR == 64 else 4  # of the output that `dots` makes of four rows at a time
-LINE = 64  # bytes of a line of the cache
+LINE, PAGE = 64, 4096  # bytes of a line of the cache, and of a page of memory
 AHEAD = 16384  # bytes that `dots` is ahead of itself, at least, in what it has fetched from memory
 
 
@@ -292,14 +290,42 @@ def _dots(out, x, w, scale, bias, first, last, add):
                 _four_rows(out, x, w, scale, bias, i, j, last, add)
 
 
-def _turns(builder, M, i, m, n):
-    """For each of n rows of w: whether the tile of m rows of x from row i on has what follows it fetched.
+class _Ahead:
+    """What a tile of m rows of x and n rows of w has fetched: of the rows of w that follow, its share, line by line.
 
-    All tiles of these n rows share that, so that memory is at work while they compute.
+    All tiles that read the same rows of w share that, so that memory is at work while they compute.  The processor
+    fetches by itself what follows in a page that is read in order, but not the page that follows: so the first lines
+    of that one are fetched long before.
     """
-    tiles, number = (builder.udiv(builder.add(rows, constant(m - 1)), constant(m)) for rows in (M, i))
-    turns = [builder.udiv(builder.mul(tiles, constant(b)), constant(n)) for b in range(n)]
-    return [builder.icmp_signed("==", number, turn) for turn in turns]
+
+    def __init__(self, builder, rows, nbytes, left, step, tile, tiles):
+        """The n rows of w that this tile reads lie at `rows`; from there to the last row there are `left` bytes.
+
+        nbytes: of these n rows; step: of them in a step; tile, tiles: this tile's number, and how many read these rows.
+        """
+        ahead = builder.mul(nbytes, builder.add(builder.udiv(constant(AHEAD), nbytes), constant(1)))
+        ahead = builder.select(builder.icmp_signed("<", ahead, left), ahead, constant(0))  # at the end nothing follows
+        share = builder.mul(builder.udiv(nbytes, tiles), tile)
+        place = builder.gep(rows, [builder.add(ahead, share)])
+        self.builder, self.nbytes, self.line = builder, constant(step), builder.mul(tiles, constant(LINE))
+        self.place, self.due = (cgutils.alloca_once_value(builder, value) for value in (place, constant(0)))
+
+    def step(self, most):
+        """Have fetched what is due, which is no more than so many lines."""
+        self.builder.store(self.builder.add(self.builder.load(self.due), self.nbytes), self.due)
+        self._lines(most)
+
+    def _lines(self, most):
+        builder, due, place = self.builder, self.builder.load(self.due), self.builder.load(self.place)
+        with builder.if_then(builder.icmp_signed(">=", due, self.line)):
+            prefetch(builder, place, near=False)
+            within = builder.and_(builder.ptrtoint(place, ir.IntType(64)), constant(PAGE - 1))
+            with builder.if_then(builder.icmp_signed("<", within, constant(PAGE // 8))):
+                prefetch(builder, builder.gep(place, [constant(PAGE)]), near=False)
+            builder.store(builder.gep(place, [constant(LINE)]), self.place)
+            builder.store(builder.sub(due, self.line), self.due)
+            if most > 1:
+                self._lines(most - 1)
 
 
 def _make_dots(m, n, at_once):
@@ -324,20 +350,19 @@ def _make_dots(m, n, at_once):
             last_x, last_w = builder.sub(M, constant(1)), builder.sub(last_value, constant(1))
             x_rows = [not_beyond(builder, builder.add(i_value, constant(a)), last_x) for a in range(m)]
             w_rows = [not_beyond(builder, builder.add(j_value, constant(b)), last_w) for b in range(n)]
-            # what the processor does not foresee: after a short row the next one of these n follows
-            tile = builder.mul(K, constant(n * w_itemsize))
-            ahead = builder.mul(tile, builder.add(builder.udiv(constant(AHEAD), tile), constant(1)))
-            turns = _turns(builder, M, i_value, m, n)
+            tile, tiles = builder.udiv(i_value, constant(m)), builder.udiv(builder.add(M, constant(m - 1)), constant(m))
+            place = pointer_to(builder, w_array, j_value, constant(0), ir.IntType(8))
+            row, rows = builder.mul(K, constant(w_itemsize)), (constant(n), builder.sub(last_value, j_value))
+            nbytes, left = (builder.mul(row, many) for many in rows)
+            ahead = _Ahead(builder, place, nbytes, left, at_once * lanes * w_itemsize, tile, tiles)
             totals = Totals(builder, x.dtype, vector, m * n)
 
             def step(some, k, mask=None):
                 """The products of `lanes` columns from k on, with some rows of w."""
                 pointers = [pointer_to(builder, x_array, row, k, vector) for row in x_rows]
                 factors = [load_vector(builder, pointer, itemsize, mask) for pointer in pointers]
+                ahead.step(at_once)
                 for b in some:
-                    pointer = pointer_to(builder, w_array, w_rows[b], k, ir.IntType(8))
-                    with contextlib.nullcontext() if m == 1 else builder.if_then(turns[b]):
-                        prefetch(builder, builder.gep(pointer, [ahead]), near=False)
                     weights = load_wide(builder, w_array, w_rows[b], k, vector, mask)
                     for a in range(m):
                         totals.add(a * n + b, factors[a], weights)

@@ -1261,8 +1261,8 @@ FAULTS = [
     Fault(
         "decode: the first rows' logits are shown",
         "npgpt/generate/decode_kernel.py",
-        "h[R - n_logits :]",
-        "h[:n_logits]",
+        "x[R - n_logits :], y[R - n_logits :]",
+        "x[:n_logits], y[:n_logits]",
         "What follows a prompt follows its last row.",
         kernel=True,
     ),

@@ -179,6 +179,8 @@ def _decode(ends, blocks, keys, values, job, shared, own, rank, ranks, R, n_logi
                     values[layer, stream, head, :n], block.scale, p,
                 )  # fmt: skip
         meet(counter, ranks)
+        if layer == len(keys) - 1:  # of the last layer's output no more rows are needed than get logits
+            x, y, h, R = x[R - n_logits :], y[R - n_logits :], h[:n_logits], n_logits
         # x += attn_proj(y)
         _times(x, y, like, block.attn_proj, out0, out1, add)
         meet(counter, ranks)
@@ -197,7 +199,7 @@ def _decode(ends, blocks, keys, values, job, shared, own, rank, ranks, R, n_logi
         meet(counter, ranks)
         _norm(h, moments, x, ends.ln_f)
         first, last = _share_of(ends.lm_head.n_out, GROUP, rank, ranks)
-        _times(job.logits[:n_logits], h[R - n_logits :], like, ends.lm_head, first, last, replace)
+        _times(job.logits[:n_logits], h, like, ends.lm_head, first, last, replace)
 
 
 @helper(inlined=True)

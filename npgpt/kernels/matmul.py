@@ -20,7 +20,7 @@ from npgpt.context import ThreadState
 from npgpt.errors import UsageError
 from npgpt.kernels.bfloat16 import HAS_AMX, MAY_USE_AMX, PAIRS, TILES, WANTED, product_ref, rounded_ref, widened_ref
 from npgpt.kernels.blas import told_threads
-from npgpt.kernels.buffers import BufferPool, empty, reuse_buffers
+from npgpt.kernels.buffers import NAN_FILL, BufferPool, empty, reuse_buffers
 from npgpt.kernels.crew import Crew
 from npgpt.kernels.jit import KERNELS, replaces
 from npgpt.kernels.packed import PACK, PANEL, SPAN, multiply, padded, scratch_size, turn
@@ -108,7 +108,7 @@ def _multiply(out, a, b, is_rounded):
     (M, N), threads = out.shape, told_threads() or processors()
     if out.size * a.shape[1] <= TINY:
         threads = 1
-    scratch = empty((threads, scratch_size(out.itemsize)), PAIRS[way()] if is_rounded else out.dtype)
+    scratch = _scratch(threads, is_rounded, out.dtype)
     if threads == 1:
         multiply(out, left, right, a_turned, b_turned, scratch[0], 0, M, 0, N)
         return
@@ -120,6 +120,17 @@ def _multiply(out, a, b, is_rounded):
         multiply(out, left, right, a_turned, b_turned, scratch[i], *rows, *columns)
 
     _crew(threads).each(share, threads)
+
+
+def _scratch(threads, is_rounded, dtype):
+    """Room for what each of some threads packs in a product: it is kept for this thread's next one."""
+    kind = np.dtype(PAIRS[way()] if is_rounded else dtype)
+    if (threads, kind) not in _helpers.scratch:
+        _helpers.scratch[threads, kind] = empty((threads, scratch_size(dtype.itemsize)), kind)
+    scratch = _helpers.scratch[threads, kind]
+    if NAN_FILL and kind.kind == "f":
+        scratch.fill(np.nan)
+    return scratch
 
 
 @functools.cache
@@ -170,9 +181,12 @@ def _is_right(name):
 
 
 class _Helpers(threading.local):
-    """The threads that help this one, and memory for what they make."""
+    """The threads that help this one, and memory for what they make and pack."""
 
     wanted, crew, pools = None, None, ()
+
+    def __init__(self):
+        self.scratch = {}
 
 
 _helpers = _Helpers()

@@ -328,11 +328,8 @@ class _Ahead:
                 self._lines(most - 1)
 
 
-def _make_dots(m, n, at_once):
-    """The intrinsic that computes m rows and n columns of `dots`, from row i and column j on.
-
-    at_once: how many of these n rows of w are read side by side.
-    """
+def _make_dots(m, n):
+    """The intrinsic that computes m rows and n columns of `dots`, from row i and column j on."""
 
     @intrinsic
     def dots(typingctx, out, x, w, scale, bias, i, j, last, add):
@@ -343,6 +340,7 @@ def _make_dots(m, n, at_once):
         def write(context, builder, arrays, others):
             itemsize, lanes, vector = vector_of(context, x)
             w_itemsize = context.get_abi_sizeof(context.get_value_type(w.dtype))
+            at_once = n if m > 1 else n // w_itemsize  # rows of w that are read side by side: memory likes few of them
             out_array, x_array, w_array, scale_array, bias_array = arrays
             i_value, j_value, last_value, add_value = others
             M, K = cgutils.unpack_tuple(builder, x_array.shape)
@@ -409,7 +407,7 @@ def _make_dots(m, n, at_once):
     return dots
 
 
-_one_row, _four_rows = _make_dots(1, 8, at_once=2), _make_dots(4, COLUMNS, at_once=COLUMNS)
+_one_row, _four_rows = _make_dots(1, 8), _make_dots(4, COLUMNS)
 
 # For kernels that check their arrays once, not at every call: 5 % of a small model's token.
 dots_unchecked = dots if KERNELS == "numba" and config.BOUNDSCHECK else _dots

@@ -307,13 +307,13 @@ class _Ahead:
         ahead = builder.select(builder.icmp_signed("<", ahead, left), ahead, constant(0))  # at the end nothing follows
         share = builder.mul(builder.udiv(nbytes, tiles), tile)
         place = builder.gep(rows, [builder.add(ahead, share)])
-        self.builder, self.nbytes, self.line = builder, constant(step), builder.mul(tiles, constant(LINE))
+        self.builder, self.nbytes, self.line = builder, step, builder.mul(tiles, constant(LINE))
         self.place, self.due = (cgutils.alloca_once_value(builder, value) for value in (place, constant(0)))
 
-    def step(self, most):
-        """Have fetched what is due, which is no more than so many lines."""
-        self.builder.store(self.builder.add(self.builder.load(self.due), self.nbytes), self.due)
-        self._lines(most)
+    def step(self):
+        """Have fetched what is due in a step."""
+        self.builder.store(self.builder.add(self.builder.load(self.due), constant(self.nbytes)), self.due)
+        self._lines((self.nbytes + LINE - 1) // LINE)
 
     def _lines(self, most):
         builder, due, place = self.builder, self.builder.load(self.due), self.builder.load(self.place)
@@ -359,7 +359,7 @@ def _make_dots(m, n):
                 """The products of `lanes` columns from k on, with some rows of w."""
                 pointers = [pointer_to(builder, x_array, row, k, vector) for row in x_rows]
                 factors = [load_vector(builder, pointer, itemsize, mask) for pointer in pointers]
-                ahead.step(at_once)
+                ahead.step()
                 for b in some:
                     weights = load_wide(builder, w_array, w_rows[b], k, vector, mask)
                     for a in range(m):

@@ -186,6 +186,7 @@ UNPROVED = {
     "engine: a place that a failed walk": "no walk fails",
     "engine: records within no_grad": "memory is lost, and no gradient",
     "engine: a block is given out": "the numbers are objects, which have no blocks",
+    "engine: arrays side by side": "the numbers are objects, which lie anywhere",
     "engine: one mask for all dropouts": AGREE,
     "attention: sees one position": AGREE,
     "cross-entropy: count of all": AGREE,

@@ -182,6 +182,21 @@ def test_a_row_has_the_same_bits_whatever_is_computed_beside_it_and_by_any_numbe
     assert all(np.array_equal(result, results[0]) for result in results)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("n_logits", [0, 1, 3])
+def test_rows_that_get_no_logits_are_in_the_cache_all_the_same(n_logits, threads):
+    """The last layer makes no more of them than their keys and values."""
+    model = model_of((2, 4, 64, 65, 70), dtype=np.float32)
+    tokens = tokens_of(model, 8)
+    some, all_ = Decoder(model, threads=threads), Decoder(model, threads=threads)
+    logits = some(tokens[:7], [0] * 7, range(7), n_logits).copy()
+    np.testing.assert_array_equal(logits, all_(tokens[:7], [0] * 7, range(7), 7)[7 - n_logits :])
+    for ours, theirs in ((some.keys, all_.keys), (some.values, all_.values)):
+        np.testing.assert_array_equal(ours, theirs)
+    ours, theirs = (decoder(tokens[7:], [0], [7], 1) for decoder in (some, all_))
+    np.testing.assert_array_equal(ours, theirs)
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1e-309])  # the latter's reciprocal is not finite
 def test_the_kernel_draws_what_is_chosen_step_by_step_outside_of_it(temperature):
     model, steps = model_of(SHAPES[0], dtype=np.float32), 5

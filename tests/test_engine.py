@@ -662,7 +662,7 @@ def test_what_kernels_read_again_and_again_is_aligned(kind):
     assert all(array.ctypes.data % 64 == 0 for array in arrays if array.nbytes >= 2048)
 
 
-def test_arrays_side_by_side_lie_in_few_blocks_and_have_no_number_in_common():
+def test_arrays_side_by_side_are_neighbours_and_have_no_number_in_common():
     sizes = [1000, 3, 601, 5000, 77, 2048, 514, 30_000, 700]  # few fill their last line of the cache
     with side_by_side():
         arrays = [make((n,), dtype) for n in sizes for make in (zeros, empty) for dtype in (np.float32, np.float64)]
@@ -678,10 +678,10 @@ def test_arrays_side_by_side_lie_in_few_blocks_and_have_no_number_in_common():
 
 
 def test_the_weights_of_a_model_lie_side_by_side():
-    """So that the system may map them by large pages: a model writes a tenth faster."""
+    """So that the system may map them by large pages: a model writes faster."""
     model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=64, vocab_size=65, block_size=32))
-    blocks = {id(p.data.base) for p in model.parameters() if p.data.nbytes >= 2048}
-    assert len(blocks) < 8 < len(list(model.parameters()))
+    parts = {id(p.data.base) for p in model.parameters() if p.data.nbytes >= 2048}
+    assert len(parts) < 8 < len(list(model.parameters()))
 
 
 def test_small_arrays_are_not_pooled():

@@ -14,7 +14,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="t
 def test_what_the_process_has_grows_with_what_it_takes():
     before = machine.in_use()
     taken = np.ones(100_000_000, np.uint8)  # more than what malloc may keep of freed memory
-    assert 90e6 < machine.in_use() - before < 110e6
+    assert 95e6 < machine.in_use() - before < 110e6
     del taken
 
 

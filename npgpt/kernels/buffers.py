@@ -13,12 +13,12 @@ from npgpt.context import ThreadState
 NAN_FILL = os.environ.get("NPGPT_NAN_FILL", "0") not in ("", "0")
 LINE = 64  # bytes of a line of the cache
 SMALL = 2048  # bytes; below this the memory allocator is as fast as a pool
-LARGE = 2**26  # bytes; a larger block of memory is no faster
+LARGE = 2**26  # bytes that an arena asks the system for at once, at most, unless one array is larger
 
 
 class _State(ThreadState):
     pool = None
-    block = None
+    arena = None
 
 
 _state = _State()
@@ -75,14 +75,14 @@ def _aligned(nbytes, make=np.empty):
 
 
 def _new(shape, dtype, make=np.empty):
-    nbytes, block = math.prod(shape) * dtype.itemsize, _state.block
+    nbytes, arena = math.prod(shape) * dtype.itemsize, _state.arena
     if nbytes < SMALL:
         return make(shape, dtype)
-    memory = _aligned(nbytes, make) if block is None else block.cut(nbytes)
+    memory = _aligned(nbytes, make) if arena is None else arena.cut(nbytes)
     return memory.view(dtype).reshape(shape)
 
 
-class _Block:
+class _Arena:
     """Memory, all 0, of which arrays are cut; when it is used up, there is as much again, or LARGE."""
 
     def __init__(self):
@@ -98,12 +98,12 @@ class _Block:
 
 
 def side_by_side():
-    """Within this context `empty` and `zeros` cut new arrays from large blocks of memory, one behind the other.
+    """Within this context `empty` and `zeros` cut new arrays from an arena, one behind the other.
 
-    The system maps large blocks by pages of 2 MB, but not arrays of a few MB: so weights are read a tenth faster.  A
-    block stays as long as one of its arrays does.
+    The system maps large memory by pages of 2 MB, but not arrays of a few MB: so weights are read faster.  A part of
+    the arena stays as long as one of its arrays does.
     """
-    return _state.within(block=_Block())
+    return _state.within(arena=_Arena())
 
 
 def reuse_buffers(pool):

@@ -124,12 +124,12 @@ def _multiply(out, a, b, is_rounded):
 
 def _scratch(threads, is_rounded, dtype):
     """Room for what each of some threads packs in a product: it is kept for this thread's next one."""
-    kind = np.dtype(PAIRS[way()] if is_rounded else dtype)
-    if (threads, kind) not in _helpers.scratch:
-        _helpers.scratch[threads, kind] = empty((threads, scratch_size(dtype.itemsize)), kind)
-    scratch = _helpers.scratch[threads, kind]
-    if NAN_FILL and kind.kind == "f":
-        scratch.fill(np.nan)
+    kind = PAIRS[way()] if is_rounded else dtype
+    scratch = _helpers.scratch.get((threads, kind))
+    if scratch is None:
+        scratch = empty((threads, scratch_size(dtype.itemsize)), kind)
+        if not NAN_FILL:  # which `empty` does, each time
+            _helpers.scratch[threads, kind] = scratch
     return scratch
 
 

@@ -298,22 +298,23 @@ class _Ahead:
     of that one are fetched long before.
     """
 
-    def __init__(self, builder, rows, nbytes, left, step, tile, tiles):
+    def __init__(self, builder, rows, nbytes, left, of_step, tile, tiles):
         """The n rows of w that this tile reads lie at `rows`; from there to the last row there are `left` bytes.
 
-        nbytes: of these n rows; step: of them in a step; tile, tiles: this tile's number, and how many read these rows.
+        nbytes: of these n rows; of_step: of them in a step; tile, tiles: this tile's number, and how many read them.
         """
         ahead = builder.mul(nbytes, builder.add(builder.udiv(constant(AHEAD), nbytes), constant(1)))
-        ahead = builder.select(builder.icmp_signed("<", ahead, left), ahead, constant(0))  # at the end nothing follows
+        # at the end nothing follows: what is fetched then is what is read now
+        ahead = builder.select(builder.icmp_signed("<", ahead, left), ahead, constant(0))
         share = builder.mul(builder.udiv(nbytes, tiles), tile)
         place = builder.gep(rows, [builder.add(ahead, share)])
-        self.builder, self.nbytes, self.line = builder, step, builder.mul(tiles, constant(LINE))
+        self.builder, self.of_step, self.line = builder, of_step, builder.mul(tiles, constant(LINE))
         self.place, self.due = (cgutils.alloca_once_value(builder, value) for value in (place, constant(0)))
 
     def step(self):
         """Have fetched what is due in a step."""
-        self.builder.store(self.builder.add(self.builder.load(self.due), constant(self.nbytes)), self.due)
-        self._lines((self.nbytes + LINE - 1) // LINE)
+        self.builder.store(self.builder.add(self.builder.load(self.due), constant(self.of_step)), self.due)
+        self._lines((self.of_step + LINE - 1) // LINE)
 
     def _lines(self, most):
         builder, due, place = self.builder, self.builder.load(self.due), self.builder.load(self.place)
@@ -340,7 +341,8 @@ def _make_dots(m, n):
         def write(context, builder, arrays, others):
             itemsize, lanes, vector = vector_of(context, x)
             w_itemsize = context.get_abi_sizeof(context.get_value_type(w.dtype))
-            at_once = n if m > 1 else n // w_itemsize  # rows of w that are read side by side: memory likes few of them
+            # rows of w that are read side by side: few are read faster, but narrow numbers need more to keep busy
+            at_once = n if m > 1 else n // w_itemsize
             out_array, x_array, w_array, scale_array, bias_array = arrays
             i_value, j_value, last_value, add_value = others
             M, K = cgutils.unpack_tuple(builder, x_array.shape)
@@ -350,8 +352,8 @@ def _make_dots(m, n):
             w_rows = [not_beyond(builder, builder.add(j_value, constant(b)), last_w) for b in range(n)]
             tile, tiles = builder.udiv(i_value, constant(m)), builder.udiv(builder.add(M, constant(m - 1)), constant(m))
             place = pointer_to(builder, w_array, j_value, constant(0), ir.IntType(8))
-            row, rows = builder.mul(K, constant(w_itemsize)), (constant(n), builder.sub(last_value, j_value))
-            nbytes, left = (builder.mul(row, many) for many in rows)
+            row = builder.mul(K, constant(w_itemsize))  # its bytes
+            nbytes, left = builder.mul(row, constant(n)), builder.mul(row, builder.sub(last_value, j_value))
             ahead = _Ahead(builder, place, nbytes, left, at_once * lanes * w_itemsize, tile, tiles)
             totals = Totals(builder, x.dtype, vector, m * n)
 
@@ -373,7 +375,7 @@ def _make_dots(m, n):
                     step(some, builder.mul(loop.index, constant(lanes)))
                 with builder.if_then(builder.icmp_signed("<", done, K), likely=False):
                     step(some, done, below(builder, done, K, lanes))
-            # n columns of a row become one vector, or several where a vector is short
+            # n columns of a row become one vector, or several where n is no power of 2, or a vector is short
             width, places = min(n & -n, lanes), []
             for first in range(0, m * n, width):
                 part = sum_each(builder, [builder.load(total) for total in totals.places[first : first + width]])

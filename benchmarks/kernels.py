@@ -56,13 +56,9 @@ class Cases:
     def sum_of_squares(self):
         return (self.new(self.n_parameters),)
 
-    def symmetric_product(self):
-        a = self.new(8, self.C, self.C)
-        a = (a + a.swapaxes(1, 2)) / np.float32(8 * self.C) ** 0.5
-        return a, a @ a
-
-    def newton_schulz(self):
-        return self.new(8, self.C, self.C), self.new(8, self.C, self.C)
+    def inverse_root(self):
+        x = self.new(self.C, self.C)
+        return (x @ x.T / np.square(x).sum(),)
 
     def nesterov(self):
         return self.new(self.n_parameters), self.new(self.n_parameters), 0.3, 0.9

@@ -5,80 +5,90 @@ import math
 import numpy as np
 
 from npgpt.kernels.buffers import BufferPool, empty, reuse_buffers
-from npgpt.kernels.jit import kernel, replaces
+from npgpt.kernels.jit import helper, kernel, replaces
 from npgpt.kernels.matmul import matmul
 from npgpt.kernels.profiler import measuring
 from npgpt.kernels.tiles import product, transpose
 from npgpt.optim import AdamW
 
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # a, b, c of Jordan et al. 2024
+STEPS = 5
+N_PRODUCTS = 4 * STEPS - 3  # the first step multiplies no q, and the last one makes no new g
 
 
-def inverse_root(gram, steps=5):
-    """gram (k, m, m), each x x^T of a matrix x (m, n) of norm 1 -> q (k, m, m): q x has nearly orthonormal rows.
+def inverse_root_ref(gram):
+    """gram (m, m), x x^T of a matrix x (m, n) of norm 1 -> q (m, m): q x has nearly orthonormal rows.
 
     With the singular value decomposition x = U S V^T, the matrix with orthonormal rows that is closest to x is U V^T =
     (x x^T)^(-1/2) x.  Newton-Schulz iteration finds it with products alone: x <- (a I + b g + c g^2) x with g = x x^T
     acts on each singular value as s <- a s + b s^3 + c s^5, and this polynomial drives those from 0.002 to 1 to
     somewhere between 0.68 and 1.2 in 5 steps (it multiplies smaller ones with a^5 = 485 at most).  Here the factors are
     multiplied with each other, and x is left to the end: as all of them are polynomials of the first g, g <- (a I + b g
-    + c g^2)^2 g, and every product is symmetric: half of it is computed.  Changes gram.
+    + c g^2)^2 g, and every product is symmetric.
     """
-    poly, spare, q = (empty(gram.shape, gram.dtype) for _ in range(3))
-    for step in range(steps):
-        symmetric_product(poly, gram, gram)
-        newton_schulz(poly, gram)
-        if step == 0:
-            q[...] = poly
-        else:
-            symmetric_product(spare, poly, q)
-            q, spare = spare, q
-        if step < steps - 1:
-            symmetric_product(spare, poly, gram)
-            symmetric_product(gram, spare, poly)
+    a, b, c = NEWTON_SCHULZ
+    for step in range(STEPS):
+        poly = a * np.eye(len(gram), dtype=gram.dtype) + b * gram + c * (gram @ gram)
+        q = poly @ q if step > 0 else poly
+        gram = poly @ gram @ poly
     return q
 
 
-def symmetric_product_ref(a, b):
-    """a @ b for symmetric matrices a, b (k, m, m) that commute: then the product is symmetric, too."""
-    return a @ b
+@replaces(inverse_root_ref, flops=lambda q, gram: N_PRODUCTS * q.size * (len(q) + 1))
+def inverse_root(q, gram):
+    """All matrices of the iteration stay in the second cache, and of each product half is computed."""
+    _inverse_root(q, gram, empty((3, *gram.shape), gram.dtype))
 
 
-@replaces(symmetric_product_ref, flops=lambda out, a, b: out.size * (out.shape[1] + 1))
 @kernel
-def symmetric_product(out, a, b):
-    k, m, _ = out.shape
-    for n in range(k):
-        for i in range(0, m, 32):
-            end = min(i + 32, m)
-            product(out[n, i:end, :end], a[n, i:end], b[n], False)
-        # the rest is a mirror image, to the last bit: the iteration would make a difference larger
-        for i in range(0, m, 16):
-            end = min(i + 16, m)
-            if i > 0:
-                transpose(out[n, :i, i:end], out[n, i:end, :i])
-            for row in range(i, end):
-                for column in range(row + 1, end):
-                    out[n, row, column] = out[n, column, row]
+def _inverse_root(q, gram, scratch):
+    g, poly, spare = scratch[0], scratch[1], scratch[2]
+    _copy(g, gram)
+    for step in range(STEPS):
+        factor = poly if step > 0 else q
+        _symmetric_product(factor, g, g)
+        _newton_schulz(factor, g)
+        if step > 0:
+            _symmetric_product(spare, factor, q)
+            _copy(q, spare)
+        if step < STEPS - 1:
+            _symmetric_product(spare, factor, g)
+            _symmetric_product(g, spare, factor)
 
 
-def newton_schulz_ref(square, gram):
-    """square = gram @ gram (k, m, m), gram (k, m, m) -> a I + b gram + c square, in square's place."""
-    a, b, c = NEWTON_SCHULZ
-    square[...] = a * np.eye(len(gram[0]), dtype=gram.dtype) + b * gram + c * square
-    return square
+@helper
+def _symmetric_product(out, a, b):
+    """out = a @ b for symmetric matrices a, b (m, m) that commute: then the product is symmetric, too."""
+    m = len(out)
+    for i in range(0, m, 32):
+        end = min(i + 32, m)
+        product(out[i:end, :end], a[i:end], b, False)
+    # the rest is a mirror image, to the last bit: the iteration would make a difference larger
+    for i in range(0, m, 16):
+        end = min(i + 16, m)
+        if i > 0:
+            transpose(out[:i, i:end], out[i:end, :i])
+        for row in range(i, end):
+            for column in range(row + 1, end):
+                out[row, column] = out[column, row]
 
 
-@replaces(newton_schulz_ref)
-@kernel
-def newton_schulz(square, gram):
+@helper
+def _newton_schulz(square, gram):
+    """square = gram @ gram (m, m) becomes a I + b gram + c square."""
     a, b, c = NEWTON_SCHULZ
     a, b, c = gram.dtype.type(a), gram.dtype.type(b), gram.dtype.type(c)
     for i in range(len(gram)):
-        for j in range(gram.shape[1]):
-            for k in range(gram.shape[2]):
-                square[i, j, k] = b * gram[i, j, k] + c * square[i, j, k]
-            square[i, j, j] += a
+        for j in range(len(gram)):
+            square[i, j] = b * gram[i, j] + c * square[i, j]
+        square[i, i] += a
+
+
+@helper
+def _copy(out, x):
+    for i in range(len(x)):
+        for j in range(x.shape[1]):
+            out[i, j] = x[i, j]
 
 
 def nesterov_ref(momentum, g, scale, mu):
@@ -104,10 +114,10 @@ def nesterov(momentum, g, scale, mu):
         g[i] = m * mu + new
 
 
-def _muon_cost(muon, m, members):
-    """(FLOPs, bytes) of Muon._update_group: 17 products in inverse_root, one before and one after it."""
-    sizes = sum(weights.size for weights, _, _ in members)
-    return 17 * m**2 * (m + 1) * len(members) + 4 * m * sizes, 3 * sizes * muon.m.itemsize
+def _muon_cost(muon, matrices):
+    """(FLOPs, bytes) of Muon's update of these matrices: one product before inverse_root, and one after it."""
+    flops = sum(N_PRODUCTS * m**2 * (m + 1) + 4 * m * x.size for _, _, x in matrices for m in [min(x.shape)])
+    return flops, 3 * sum(x.nbytes for _, _, x in matrices)
 
 
 class Muon(AdamW):
@@ -131,7 +141,7 @@ class Muon(AdamW):
         """As AdamW.update, but uses up the gradients of its matrices.  A matrix belongs to the part of its middle."""
         start, stop, _ = part.indices(len(self.m))
         super().update(grads, lr, scale, slice(max(start, self.flat.n_hidden), max(stop, self.flat.n_hidden)))
-        groups = {}  # length of the shorter side -> [(weights, momentum, gradient)]
+        matrices = []  # (weights, momentum, gradient) of each
         frozen = self.flat.frozen
         for name, place in self.flat.names.items():
             is_here = place.start < self.flat.n_hidden and start <= (place.start + place.stop) // 2 < stop
@@ -139,24 +149,23 @@ class Muon(AdamW):
                 rows, columns = self.flat.shapes[name]
                 n = 3 if name.endswith("c_attn.weight") else 1
                 views = [array[place].reshape(n, rows // n, columns) for array in (self.flat.weights, self.m, grads)]
-                groups.setdefault(min(rows // n, columns), []).extend(zip(*views, strict=True))
-        with reuse_buffers(self.pools.setdefault(start, BufferPool())):
-            for m, members in groups.items():
-                with measuring("muon", _muon_cost, self, m, members):
-                    self._update_group(m, members, lr, scale)
+                matrices.extend(zip(*views, strict=True))
+        with reuse_buffers(self.pools.setdefault(start, BufferPool())), measuring("muon", _muon_cost, self, matrices):
+            for matrix in matrices:
+                self._update_matrix(*matrix, lr, scale)
 
-    def _update_group(self, m, members, lr, scale):
-        gram, norms = empty((len(members), m, m), self.m.dtype), []
-        for g, (_, momentum, x) in zip(gram, members, strict=True):
-            nesterov(momentum.reshape(-1), x.reshape(-1), scale, self.momentum)
-            np.matmul(*((x, x.T) if len(x) == m else (x.T, x)), out=g)  # of the rows or the columns: the fewer ones
-            norms.append(math.sqrt(np.trace(g)) + 1e-7)
-            g /= norms[-1] ** 2  # as if x had been divided by its norm: then no singular value is larger than 1
-        for q, norm, (weights, _, x) in zip(inverse_root(gram), norms, members, strict=True):
-            rows, columns = x.shape
-            step = empty(x.shape, x.dtype)
-            matmul(step, *((q, x) if rows == m else (x, q)))
-            step *= lr * self.rate * math.sqrt(max(1, rows / columns)) / norm
-            if self.weight_decay:
-                weights *= 1 - lr * self.weight_decay
-            weights -= step
+    def _update_matrix(self, weights, momentum, x, lr, scale):
+        """weights, momentum, x (rows, columns); x: the gradient, which is used up."""
+        rows, columns = x.shape
+        nesterov(momentum.reshape(-1), x.reshape(-1), scale, self.momentum)
+        gram, q = (empty((min(x.shape),) * 2, x.dtype) for _ in range(2))
+        np.matmul(*((x, x.T) if rows <= columns else (x.T, x)), out=gram)  # of the rows or the columns: the fewer ones
+        norm = math.sqrt(np.trace(gram)) + 1e-7
+        gram /= norm**2  # as if x had been divided by its norm: then no singular value is larger than 1
+        inverse_root(q, gram)
+        step = empty(x.shape, x.dtype)
+        matmul(step, *((q, x) if rows <= columns else (x, q)))
+        step *= lr * self.rate * math.sqrt(max(1, rows / columns)) / norm
+        if self.weight_decay:
+            weights *= 1 - lr * self.weight_decay
+        weights -= step

@@ -15,6 +15,8 @@ import threading
 import time
 from queue import SimpleQueue
 
+from npgpt.kernels import gil
+
 
 class Job:
     """What a thread of a Crew calls: work(*args)."""
@@ -32,6 +34,7 @@ class Job:
 
     def result(self):
         """What work returned; raises what work raised."""
+        gil.rest()
         with self.running:  # taken until then
             pass
         if self._error is not None:
@@ -54,6 +57,7 @@ class _Pool:
         while (job := self.jobs.get()) is not None:
             job()
             job = None  # it knows the Crew
+            gil.rest()
         self.jobs.put(None)  # for the next one
 
 

@@ -1,0 +1,82 @@
+"""Python's lock (the GIL): a thread that comes out of a kernel spins before it sleeps for it.
+
+Workers take turns: one runs Python while the others are in kernels.  A thread that wants the lock while another one has
+it sleeps, and needs 40 to 90 us to wake up, about as long as the other one has it for.  So `spin` has it look again and
+again first.
+
+A compiled kernel calls PyEval_SaveThread where it begins, and PyEval_RestoreThread where it ends.  LLVM asks for them by
+name when a kernel is loaded, and `spin` gives it two functions of ours.  They call CPython's, and keep a note:
+
+    save        gives the lock away, then writes 0
+    restore     looks until it finds 0, writes 1 in the same step, then takes the lock
+
+The note is not the lock.  A thread that gives the lock away elsewhere, as NumPy does in a product, leaves 1 behind: then
+the next kernel looks PATIENCE times in vain, sleeps for the lock as always, and writes 0 when another one begins.
+"""
+
+import ctypes
+import functools
+import sys
+
+from npgpt.kernels.jit import KERNELS
+
+if KERNELS == "numba":
+    import llvmlite.binding
+    from llvmlite import ir
+    from numba.core import cgutils
+    from numba.core.codegen import initialize_llvm
+
+    from npgpt.kernels.vectors import FEATURES, constant
+
+SAVE, RESTORE = "PyEval_SaveThread", "PyEval_RestoreThread"
+PATIENCE = 10_000  # looks at the note: half a millisecond on Intel, whose pause is the longest
+
+note = ctypes.c_int64(0)  # 1 while a thread that has come out of a kernel runs Python
+
+
+def rest():
+    """To be called by a thread that is about to wait for another one: it will run no Python."""
+    note.value = 0
+
+
+@functools.cache
+def spin():
+    """Have all threads spin for the lock, where there is one, at the end of kernels that are loaded from now on."""
+    if KERNELS == "numpy" or not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return None
+    initialize_llvm()
+    target = llvmlite.binding.Target.from_default_triple().create_target_machine(opt=2)
+    engine = llvmlite.binding.create_mcjit_compiler(llvmlite.binding.parse_assembly(str(_functions())), target)
+    engine.finalize_object()  # from here on its functions know CPython's
+    llvmlite.binding.add_symbol(SAVE, engine.get_function_address("save"))
+    llvmlite.binding.add_symbol(RESTORE, engine.get_function_address("restore"))
+    return engine  # which has the functions' memory
+
+
+def _functions():
+    """LLVM's module with `save` and `restore`, which have the arguments and results of CPython's."""
+    module, state, nothing = ir.Module(), ir.IntType(8).as_pointer(), ir.VoidType()
+    place = constant(ctypes.addressof(note)).inttoptr(ir.IntType(64).as_pointer())
+
+    def begin(name, theirs, *signature):
+        kind = ir.FunctionType(*signature)
+        function = ir.Function(module, kind, name)
+        return function.args, ir.IRBuilder(function.append_basic_block()), ir.Function(module, kind, theirs)
+
+    args, builder, theirs = begin("save", SAVE, state, [])
+    saved = builder.call(theirs, args)
+    builder.store_atomic(constant(0), place, "seq_cst", 8)
+    builder.ret(saved)
+
+    args, builder, theirs = begin("restore", RESTORE, nothing, [state])
+    with cgutils.for_range(builder, constant(PATIENCE)) as loop:
+        with builder.if_then(builder.icmp_signed("==", builder.load_atomic(place, "monotonic", 8), constant(0))):
+            changed = builder.cmpxchg(place, constant(0), constant(1), "seq_cst", "seq_cst")
+            with builder.if_then(builder.extract_value(changed, 1)):
+                loop.do_break()
+        if FEATURES.get("sse2"):
+            pause = cgutils.get_or_insert_function(module, ir.FunctionType(nothing, []), "llvm.x86.sse2.pause")
+            builder.call(pause, [])
+    builder.call(theirs, args)
+    builder.ret_void()
+    return module

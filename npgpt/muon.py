@@ -13,25 +13,28 @@ from npgpt.optim import AdamW
 
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # a, b, c of Jordan et al. 2024
 STEPS = 5
+EPS = 1e-7  # added to a norm, which may be 0
 N_PRODUCTS = 4 * STEPS - 3  # the first step multiplies no q, and the last one makes no new g
 
 
 def inverse_root_ref(gram):
-    """gram (m, m), x x^T of a matrix x (m, n) of norm 1 -> q (m, m): q x has nearly orthonormal rows.
+    """gram (m, m), x x^T of a matrix x (m, n) -> q (m, m): q x has nearly orthonormal rows.
 
     With the singular value decomposition x = U S V^T, the matrix with orthonormal rows that is closest to x is U V^T =
     (x x^T)^(-1/2) x.  Newton-Schulz iteration finds it with products alone: x <- (a I + b g + c g^2) x with g = x x^T
     acts on each singular value as s <- a s + b s^3 + c s^5, and this polynomial drives those from 0.002 to 1 to
     somewhere between 0.68 and 1.2 in 5 steps (it multiplies smaller ones with a^5 = 485 at most).  Here the factors are
     multiplied with each other, and x is left to the end: as all of them are polynomials of the first g, g <- (a I + b g
-    + c g^2)^2 g, and every product is symmetric.
+    + c g^2)^2 g, and every product is symmetric.  x is divided by its norm first: then no s is larger than 1.
     """
     a, b, c = NEWTON_SCHULZ
-    for step in range(STEPS):
-        poly = a * np.eye(len(gram), dtype=gram.dtype) + b * gram + c * (gram @ gram)
-        q = poly @ q if step > 0 else poly
-        gram = poly @ gram @ poly
-    return q
+    norm = np.sqrt(np.trace(gram)) + gram.dtype.type(EPS)
+    gram = gram / norm**2
+    q = identity = np.eye(len(gram), dtype=gram.dtype)
+    for _ in range(STEPS):
+        poly = a * identity + b * gram + c * (gram @ gram)
+        q, gram = poly @ q, poly @ gram @ poly
+    return q / norm
 
 
 @replaces(inverse_root_ref, flops=lambda q, gram: N_PRODUCTS * q.size * (len(q) + 1))
@@ -42,15 +45,19 @@ def inverse_root(q, gram):
 
 @kernel
 def _inverse_root(q, gram, scratch):
-    g, poly, spare = scratch[0], scratch[1], scratch[2]
-    _copy(g, gram)
+    g, poly, spare, one = scratch[0], scratch[1], scratch[2], gram.dtype.type(1)
+    trace = gram.dtype.type(0)
+    for i in range(len(gram)):
+        trace += gram[i, i]
+    norm = np.sqrt(trace) + gram.dtype.type(EPS)
+    _scale(g, gram, one / (norm * norm))
     for step in range(STEPS):
         factor = poly if step > 0 else q
         _symmetric_product(factor, g, g)
         _newton_schulz(factor, g)
         if step > 0:
             _symmetric_product(spare, factor, q)
-            _copy(q, spare)
+            _scale(q, spare, one if step < STEPS - 1 else one / norm)
         if step < STEPS - 1:
             _symmetric_product(spare, factor, g)
             _symmetric_product(g, spare, factor)
@@ -85,10 +92,25 @@ def _newton_schulz(square, gram):
 
 
 @helper
-def _copy(out, x):
+def _scale(out, x, factor):
     for i in range(len(x)):
         for j in range(x.shape[1]):
-            out[i, j] = x[i, j]
+            out[i, j] = x[i, j] * factor
+
+
+def take_step_ref(weights, step, rate, keep):
+    """weights (rows, columns) are multiplied by keep, and step (rows, columns) is taken by this rate."""
+    weights[...] = weights * weights.dtype.type(keep) - step * weights.dtype.type(rate)
+    return weights
+
+
+@replaces(take_step_ref)
+@kernel
+def take_step(weights, step, rate, keep):
+    rate, keep = weights.dtype.type(rate), weights.dtype.type(keep)
+    for i in range(len(weights)):
+        for j in range(weights.shape[1]):
+            weights[i, j] = weights[i, j] * keep - step[i, j] * rate
 
 
 def nesterov_ref(momentum, g, scale, mu):
@@ -160,12 +182,7 @@ class Muon(AdamW):
         nesterov(momentum.reshape(-1), x.reshape(-1), scale, self.momentum)
         gram, q = (empty((min(x.shape),) * 2, x.dtype) for _ in range(2))
         np.matmul(*((x, x.T) if rows <= columns else (x.T, x)), out=gram)  # of the rows or the columns: the fewer ones
-        norm = math.sqrt(np.trace(gram)) + 1e-7
-        gram /= norm**2  # as if x had been divided by its norm: then no singular value is larger than 1
         inverse_root(q, gram)
         step = empty(x.shape, x.dtype)
         matmul(step, *((q, x) if rows <= columns else (x, q)))
-        step *= lr * self.rate * math.sqrt(max(1, rows / columns)) / norm
-        if self.weight_decay:
-            weights *= 1 - lr * self.weight_decay
-        weights -= step
+        take_step(weights, step, lr * self.rate * math.sqrt(max(1, rows / columns)), 1 - lr * self.weight_decay)

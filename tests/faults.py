@@ -1041,8 +1041,8 @@ FAULTS = [
     Fault(
         "muon: the product's factor acts once on the Gram matrix",
         "npgpt/muon.py",
-        "gram = poly @ gram @ poly\n",
-        "gram = poly @ gram\n",
+        "q, gram = poly @ q, poly @ gram @ poly\n",
+        "q, gram = poly @ q, poly @ gram\n",
         "x was multiplied by the factor, so x x^T is multiplied by it on both sides.",
     ),
     Fault(
@@ -1060,6 +1060,13 @@ FAULTS = [
         "                pass\n",
         "The two halves of a diagonal block were rounded differently, and the iteration makes the difference larger.",
         kernel=True,
+    ),
+    Fault(
+        "muon: weights decay by nothing",
+        "npgpt/muon.py",
+        "weights * weights.dtype.type(keep) - step",
+        "weights - step",
+        "Decoupled from the gradient, the decay multiplies the weights in each update.",
     ),
     Fault(
         "muon: a tall matrix by its rows",

@@ -4,14 +4,14 @@ Workers take turns: one runs Python while the others are in kernels.  A thread t
 it sleeps, and needs 40 to 90 us to wake up, about as long as the other one has it for.  So `spin` has it look again and
 again first.
 
-A compiled kernel calls PyEval_SaveThread where it begins, and PyEval_RestoreThread where it ends.  LLVM asks for them by
-name when a kernel is loaded, and `spin` gives it two functions of ours.  They call CPython's, and keep a note:
+A compiled kernel calls PyEval_SaveThread where it begins, and PyEval_RestoreThread where it ends.  LLVM asks for them
+by name when a kernel is loaded, and `spin` gives it two functions of ours.  They call CPython's, and keep a note:
 
     save        gives the lock away, then writes 0
     restore     looks until it finds 0, writes 1 in the same step, then takes the lock
 
-The note is not the lock.  A thread that gives the lock away elsewhere, as NumPy does in a product, leaves 1 behind: then
-the next kernel looks PATIENCE times in vain, sleeps for the lock as always, and writes 0 when another one begins.
+The note is not the lock.  A thread that gives the lock away elsewhere, as NumPy does in a product, leaves 1 behind: the
+next kernel looks PATIENCE times in vain, sleeps for the lock as always, and writes 0 when another one begins.
 """
 
 import ctypes

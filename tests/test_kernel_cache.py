@@ -549,7 +549,7 @@ def test_a_folder_is_named_after_what_its_file_imports_and_after_nothing_else(ba
         ("kernels/vectors.py", {mlp, muon, decode}),
         ("kernels/tiles.py", {mlp, muon, decode}),
         ("kernels/maths.py", {mlp, decode}),
-        ("kernels/spin.py", {decode}),
+        ("kernels/spin.py", {mlp, muon, decode}),
         ("kernels/jit.py", set(files)),
         ("kernels/cache.py", set(files)),
         ("engine.py", set()),

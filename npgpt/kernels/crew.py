@@ -15,7 +15,11 @@ import threading
 import time
 from queue import SimpleQueue
 
+import numpy as np
+
 from npgpt.kernels import gil
+from npgpt.kernels.jit import KERNELS
+from npgpt.kernels.spin import look
 
 
 class Job:
@@ -23,7 +27,7 @@ class Job:
 
     def __init__(self, work, args):
         self._work, self._args, self._value, self._error = work, args, None, None
-        self.running = _thread.allocate_lock()
+        self.running, self.ended = _thread.allocate_lock(), np.zeros(1, np.int64)
         self.running.acquire()
 
     def run(self):
@@ -34,7 +38,7 @@ class Job:
 
     def result(self):
         """What work returned; raises what work raised."""
-        gil.rest()
+        _look(self.ended, 0)
         with self.running:  # taken until then
             pass
         if self._error is not None:
@@ -49,16 +53,34 @@ class _Pool:
     """
 
     def __init__(self):
-        self.process, self.jobs = os.getpid(), SimpleQueue()
+        self.process, self.jobs, self.n_jobs = os.getpid(), SimpleQueue(), np.zeros(1, np.int64)
         self.unfinished, self.begun, self.threads = set(), 0, []
 
     def serve(self):
         self.threads.append(threading.current_thread())
-        while (job := self.jobs.get()) is not None:
+        while (job := self._next()) is not None:
             job()
             job = None  # it knows the Crew
-            gil.rest()
         self.jobs.put(None)  # for the next one
+
+
+    def submit(self, job):
+        self.jobs.put(job)
+        self.n_jobs[0] += 1
+
+    def _next(self):
+        """The next job, for which a thread spins before it sleeps."""
+        seen = int(self.n_jobs[0])
+        if self.jobs.empty():
+            _look(self.n_jobs, seen)
+        return self.jobs.get()
+
+
+def _look(counter, seen):
+    """Spin until a counter is no longer `seen`, but not for long; who calls this will sleep for it then."""
+    if KERNELS == "numba":
+        look(counter, seen)
+    gil.rest()
 
 
 def _begin(pool, name):
@@ -82,7 +104,7 @@ class Crew:
             self._pool, self._at_work = _Pool(), set()
         pool, job = self._pool, Job(work, args)
         pool.unfinished.add(job)
-        pool.jobs.put(functools.partial(self._run, pool, job))
+        pool.submit(functools.partial(self._run, pool, job))
         if pool.begun < min(self.threads, len(pool.unfinished)):
             pool.begun += 1
             _thread.start_new_thread(_begin, (pool, self.name))
@@ -98,6 +120,7 @@ class Crew:
             pool.unfinished.discard(job)
             self._at_work.remove(me)
             job.running.release()
+            job.ended[0] = 1
 
     def each(self, work, n):
         """[work(0), ..., work(n - 1)]: number 0 runs in this thread, the others in the crew's, if it has as many.

@@ -18,16 +18,6 @@ import ctypes
 import functools
 import sys
 
-from npgpt.kernels.jit import KERNELS
-
-if KERNELS == "numba":
-    import llvmlite.binding
-    from llvmlite import ir
-    from numba.core import cgutils
-    from numba.core.codegen import initialize_llvm
-
-    from npgpt.kernels.vectors import FEATURES, constant
-
 SAVE, RESTORE = "PyEval_SaveThread", "PyEval_RestoreThread"
 PATIENCE = 10_000  # looks at the note: half a millisecond on Intel, whose pause is the longest
 
@@ -42,21 +32,28 @@ def rest():
 @functools.cache
 def spin():
     """Have all threads spin for the lock, where there is one, at the end of kernels that are loaded from now on."""
-    if KERNELS == "numpy" or not getattr(sys, "_is_gil_enabled", lambda: True)():
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
         return None
+    from llvmlite import binding
+    from numba.core.codegen import initialize_llvm
+
     initialize_llvm()
-    target = llvmlite.binding.Target.from_default_triple().create_target_machine(opt=2)
-    engine = llvmlite.binding.create_mcjit_compiler(llvmlite.binding.parse_assembly(str(_functions())), target)
+    target = binding.Target.from_default_triple().create_target_machine(opt=2)
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(str(_functions())), target)
     engine.finalize_object()  # from here on its functions know CPython's
-    llvmlite.binding.add_symbol(SAVE, engine.get_function_address("save"))
-    llvmlite.binding.add_symbol(RESTORE, engine.get_function_address("restore"))
+    binding.add_symbol(SAVE, engine.get_function_address("save"))
+    binding.add_symbol(RESTORE, engine.get_function_address("restore"))
     return engine  # which has the functions' memory
 
 
 def _functions():
     """LLVM's module with `save` and `restore`, which have the arguments and results of CPython's."""
-    module, state, nothing = ir.Module(), ir.IntType(8).as_pointer(), ir.VoidType()
-    place = constant(ctypes.addressof(note)).inttoptr(ir.IntType(64).as_pointer())
+    from llvmlite import binding, ir
+    from numba.core import cgutils
+
+    module, nothing, state, word = ir.Module(), ir.VoidType(), ir.IntType(8).as_pointer(), ir.IntType(64)
+    free, taken = ir.Constant(word, 0), ir.Constant(word, 1)
+    place = ir.Constant(word, ctypes.addressof(note)).inttoptr(word.as_pointer())
 
     def begin(name, theirs, *signature):
         kind = ir.FunctionType(*signature)
@@ -65,16 +62,16 @@ def _functions():
 
     args, builder, theirs = begin("save", SAVE, state, [])
     saved = builder.call(theirs, args)
-    builder.store_atomic(constant(0), place, "seq_cst", 8)
+    builder.store_atomic(free, place, "seq_cst", 8)
     builder.ret(saved)
 
     args, builder, theirs = begin("restore", RESTORE, nothing, [state])
-    with cgutils.for_range(builder, constant(PATIENCE)) as loop:
-        with builder.if_then(builder.icmp_signed("==", builder.load_atomic(place, "monotonic", 8), constant(0))):
-            changed = builder.cmpxchg(place, constant(0), constant(1), "seq_cst", "seq_cst")
+    with cgutils.for_range(builder, ir.Constant(word, PATIENCE)) as loop:
+        with builder.if_then(builder.icmp_signed("==", builder.load_atomic(place, "monotonic", 8), free)):
+            changed = builder.cmpxchg(place, free, taken, "seq_cst", "seq_cst")
             with builder.if_then(builder.extract_value(changed, 1)):
                 loop.do_break()
-        if FEATURES.get("sse2"):
+        if binding.get_host_cpu_features().get("sse2"):
             pause = cgutils.get_or_insert_function(module, ir.FunctionType(nothing, []), "llvm.x86.sse2.pause")
             builder.call(pause, [])
     builder.call(theirs, args)

@@ -6,7 +6,7 @@ threads that share a token (npgpt/generate/decode.py) spin, and sleep only if a 
 
 import os
 
-from npgpt.kernels.jit import KERNELS, helper, inside_kernels, intrinsic
+from npgpt.kernels.jit import KERNELS, helper, inside_kernels, intrinsic, kernel
 from npgpt.kernels.vectors import written
 
 if KERNELS == "numba":
@@ -76,6 +76,17 @@ def _let_others_run(typingctx):
             builder.call(cgutils.get_or_insert_function(builder.module, call, "sched_yield"), [])
 
     return written(types.void(), write)
+
+
+@kernel
+def look(counter, seen):
+    """Wait, but not long, until counter[0] is no longer `seen`, counter (1,) int64: to be called from Python."""
+    _check_counter(counter)
+    turns = 0
+    while _look(counter) == seen and turns < PATIENCE:
+        turns += 1
+        if turns > 1000:  # the thread that we wait for may be waiting for this core
+            _let_others_run()
 
 
 @inside_kernels

@@ -22,7 +22,6 @@ from types import NoneType
 import numpy as np
 
 from npgpt.engine import no_grad, watched
-from npgpt.kernels import gil
 from npgpt.kernels.blas import blas_threads
 from npgpt.kernels.buffers import BufferPool, reuse_buffers
 from npgpt.kernels.crew import Crew
@@ -80,8 +79,6 @@ class DataParallel:
 
     def __init__(self, model, workers=1, blas=1, world=ALONE, dtype="float32"):
         self.model, self.blas, self.world, self.dtype = model, blas, world, dtype
-        if workers * blas > 1:
-            gil.spin()
         if dtype == "bfloat16":
             way()  # it is found out before the threads begin
         self.flat = FlatParameters(model)

@@ -5,7 +5,7 @@ k runs.  Each step loads three vectors of b, copies ROWS numbers of a to all lan
 adds 3 ROWS vectors.  As b lies in memory, a step's vectors are far from those of the step before; so it is packed:
 
     block    (k, columns) of b, as many as the second cache holds, in panels of three vectors: (k, 3 lanes) each
-    strip    (k, PACK) of a transposed matrix a whose rows are long: its numbers, too, would lie far apart
+    strip    (PACK, k) of a transposed matrix a whose rows are long: its numbers, too, would lie far apart
 
 PACK rows of a stay in the first cache while they meet all panels of the block.  The bits of an element of the output
 depend on its row of a and its column of b only, not on where the matrices are cut.
@@ -42,8 +42,10 @@ if KERNELS == "numba":
     from numba.core import cgutils
 
 PACK = 16  # rows of a strip; of tiles it has twice as many, and half of k: see _cut
+STRIPS = 4  # of float32 that are packed at a time
+SHORT = 32  # rows of a transposed a that all of these strips are packed from, before it is the turn of the next ones
 DEPTH = 1536  # bytes along k that are packed at a time: a strip of float32 takes 24 KiB
-NEAR = 2048  # bytes between two rows of a transposed a that is read as it lies
+NEAR, MANY = 2048, 256  # a transposed a is read as it lies if its rows are so many bytes apart, and b has few columns
 SPAN = 2 * DEPTH // 4  # numbers of bfloat16 along k that are packed at a time
 FETCHED = 2  # rows of the next block that a tile has fetched: a part of their lines in each step
 AHEAD = 8  # rows that copying is ahead of itself in what it has fetched
@@ -52,8 +54,8 @@ WIDTH = min(max(second_cache() * 5 // 8 // (DEPTH // 4) // PANEL, 1), 8) * PANEL
 
 
 def scratch_size(itemsize):
-    """How many numbers of so many bytes a strip and a block have."""
-    return DEPTH // itemsize * (PACK + WIDTH // itemsize)
+    """How many numbers of so many bytes the strips and a block have."""
+    return DEPTH // itemsize * (STRIPS * PACK + WIDTH // itemsize)
 
 
 @kernel(counts=True)
@@ -68,13 +70,14 @@ def multiply(out, a, b, a_turned, b_turned, scratch, top, bottom, left, right):
     M, K = a.shape[::-1] if a_turned else a.shape
     inner, N = b.shape[::-1] if b_turned else b.shape
     depth = DEPTH // scratch.itemsize
+    for_strips, for_block = depth * PACK * STRIPS, depth * (WIDTH // scratch.itemsize)
     if not (
         (out.shape == (M, N) and inner == K > 0 and 0 <= top <= bottom <= M and 0 <= left <= right <= N)
-        and (len(scratch) == depth * (PACK + WIDTH // scratch.itemsize) and in_line(out) and in_line(a) and in_line(b))
+        and (len(scratch) == for_strips + for_block and in_line(out) and in_line(a) and in_line(b))
     ):
         raise ValueError("multiply: contiguous out (M, N) needs a (M, K) and b (K, N), or their transposes; 0 < K")
     tall, span, width = _cut(scratch)
-    strip, block = scratch[: depth * PACK], scratch[depth * PACK :]
+    strips, block = scratch[:for_strips].reshape(STRIPS, depth * PACK), scratch[for_strips:]
     begin_tiles(scratch)
     for k in range(0, K, span):
         after = min(k + span, K)
@@ -89,7 +92,7 @@ def multiply(out, a, b, a_turned, b_turned, scratch, top, bottom, left, right):
             for i in range(top, bottom, tall):
                 stop = min(i + tall, bottom)
                 soon = coming[int(share * (i - top)) : int(share * (stop - top))]
-                few_rows = _rows(strip, a, a_turned, i, stop, k, after)
+                few_rows = _rows(strips, a, a_turned, i, stop, k, after, (i - top) // tall, bottom, end - j)
                 _meet_block(block, out[i:stop, j:end], few_rows, soon, k > 0)
     end_tiles(scratch)
 
@@ -114,7 +117,8 @@ def _rounded_rows(rows, x):
             _round(rows, x, r, step)
 
 
-def _rows_of_pairs(strip, a, turned, i, stop, k, after):
+def _rows_of_pairs(strips, a, turned, i, stop, k, after, n, bottom, columns):
+    strip = strips[0]
     steps = steps_of(strip, after - k)
     if turned:
         columns = strip.reshape(len(strip) // PACK, PACK)
@@ -125,7 +129,8 @@ def _rows_of_pairs(strip, a, turned, i, stop, k, after):
     return rows[: stop - i, :steps]
 
 
-def _rows_of_tiles(strip, a, turned, i, stop, k, after):
+def _rows_of_tiles(strips, a, turned, i, stop, k, after, n, bottom, columns):
+    strip = strips[0]
     rows, steps = strip.reshape(2 * PACK, len(strip) // (2 * PACK)), steps_of(strip, after - k)
     if turned:
         turn_across(rows[:, :steps], a[k:after, i:stop])
@@ -135,15 +140,24 @@ def _rows_of_tiles(strip, a, turned, i, stop, k, after):
 
 
 @inside_kernels(pairs=_rows_of_pairs, tiles=_rows_of_tiles)
-def _rows(strip, a, turned, i, stop, k, after):
-    """Rows i:stop of a, or of a.T if `turned`, and of k only k:after; as they lie if they are near, else packed."""
+def _rows(strips, a, turned, i, stop, k, after, n, bottom, columns):
+    """Rows i:stop of a, or of a.T if `turned`, and of k only k:after; as they lie, or packed if that pays.
+
+    It is the n-th call for a block of so many columns: each STRIPS-th packs rows of the next ones too, up to `bottom`.
+    """
     if not turned:
         return a[i:stop, k:after]
-    if abs(a.strides[0]) <= NEAR:
+    if abs(a.strides[0]) <= NEAR and columns < MANY:
         return a.T[i:stop, k:after]
-    strip = strip.reshape(len(strip) // PACK, PACK)
-    _copy(strip[: after - k], a[k:after, i:stop])
-    return strip.T[: stop - i, : after - k]
+    rows = strips.reshape(STRIPS * PACK, strips.shape[1] // PACK)
+    if n % STRIPS == 0:
+        width = min(STRIPS * PACK, bottom - i)
+        for start in range(k, after, SHORT):
+            end = min(start + SHORT, after)
+            fetch(a[end : min(end + SHORT, after), i : i + width])
+            transpose(rows[:, start - k : end - k], a[start:end, i : i + width])
+    first = n % STRIPS * PACK
+    return rows[first : first + stop - i, : after - k]
 
 
 @helper(counts=True)

@@ -436,6 +436,30 @@ FAULTS = [
     # ----------------------------------------------------------------------------------------------------------------
     # packed.py
     Fault(
+        "gil: who gives the lock away keeps the turn",
+        "npgpt/kernels/gil.py",
+        "builder.store_atomic(free, place",
+        "builder.store_atomic(taken, place",
+        "Then every other thread looks in vain at the end of each kernel, and sleeps in the end.",
+        kernel=True,
+    ),
+    Fault(
+        "gil: who takes the lock takes no turn",
+        "npgpt/kernels/gil.py",
+        "builder.cmpxchg(place, free, taken",
+        "builder.cmpxchg(place, free, free",
+        "Then nobody spins: each thread finds the note free, and sleeps for the lock at once.",
+        kernel=True,
+    ),
+    Fault(
+        "packed kernel: of four strips the first one serves all",
+        "npgpt/kernels/packed.py",
+        "    first = n % STRIPS * PACK\n",
+        "    first = 0\n",
+        "Four strips of rows are packed at a time, and each has its turn.",
+        kernel=True,
+    ),
+    Fault(
         "packed: the sums of the first part of k are lost",
         "npgpt/kernels/packed.py",
         "_meet_block(block, out[i:stop, j:end], few_rows, soon, k > 0)",

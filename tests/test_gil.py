@@ -1,0 +1,77 @@
+"""How threads that come out of kernels wait for Python's lock, and a crew's threads for jobs."""
+
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from npgpt.kernels import gil
+from npgpt.kernels.crew import Crew
+from npgpt.kernels.jit import KERNELS
+
+pytestmark = pytest.mark.skipif(KERNELS != "numba", reason="only compiled kernels give the lock away")
+
+
+class Kernels(threading.Thread):
+    """A thread that runs kernels of half a millisecond each, and a little Python in between."""
+
+    def __init__(self, n):
+        super().__init__(daemon=True)
+        self.n, self.done, self.counter = n, 0, np.zeros(1, np.int64)
+        self.start()
+
+    def run(self):
+        from npgpt.kernels.spin import look
+
+        for _ in range(self.n):
+            look(self.counter, 0)
+            self.done += 1
+
+
+def test_the_note_tells_whether_a_thread_is_between_two_kernels():
+    from npgpt.kernels.spin import look
+
+    look(np.zeros(1, np.int64), 1)
+    assert gil.note.value == 1
+    gil.rest()
+    assert gil.note.value == 0
+    thread, seen = Kernels(100), set()
+    while thread.done == 0:
+        time.sleep(1e-4)
+    while thread.is_alive():
+        seen.add(gil.note.value)
+    assert seen == {0, 1}
+
+
+def test_a_note_that_nobody_takes_back_holds_up_nobody_for_long():
+    thread = Kernels(20)
+    until = time.monotonic() + 20
+    while thread.is_alive() and time.monotonic() < until:
+        gil.note.value = 1
+        time.sleep(1e-4)
+    assert thread.done == 20
+    gil.rest()
+
+
+def test_threads_take_turns():
+    threads = [Kernels(50) for _ in range(4)]
+    for thread in threads:
+        gil.rest()
+        thread.join(60)
+    assert [thread.done for thread in threads] == [50] * 4
+
+
+def test_without_a_lock_nothing_spins_for_it(monkeypatch):
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+    assert gil.spin.__wrapped__() is None
+
+
+@pytest.mark.parametrize("pause", [0, 0.003])
+def test_jobs_that_come_at_once_and_jobs_that_come_late_are_done(pause):
+    crew = Crew(2, "crew")
+    for n in range(20):
+        time.sleep(pause)
+        assert crew.each(lambda i, n=n: (n, i), 3) == [(n, 0), (n, 1), (n, 2)]
+    crew.close()

@@ -5,7 +5,7 @@
     matmul.py       large products, by tiles.py, which is made of vectors.py, or by blas.py
     buffers.py      where arrays come from; masks.py: where random bits do
     cache.py        where compiled kernels are kept: in folders that private.py looks after
-    crew.py         threads; profiler.py: where their time goes
+    crew.py         threads, which wait for the lock of Python as gil.py says; profiler.py: where their time goes
 
 Whoever studies the mathematics need not open any of them.
 """

@@ -121,9 +121,9 @@ def _rows_of_pairs(strips, a, turned, i, stop, k, after, n, bottom, columns):
     strip = strips[0]
     steps = steps_of(strip, after - k)
     if turned:
-        columns = strip.reshape(len(strip) // PACK, PACK)
-        _copy(columns[:steps], a[k:after, i:stop])
-        return columns.T[: stop - i, :steps]
+        panel = strip.reshape(len(strip) // PACK, PACK)
+        _copy(panel[:steps], a[k:after, i:stop])
+        return panel.T[: stop - i, :steps]
     rows = strip.reshape(PACK, len(strip) // PACK)
     _rounded_rows(rows, a[i:stop, k:after])
     return rows[: stop - i, :steps]

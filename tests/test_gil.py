@@ -37,7 +37,7 @@ def test_the_note_tells_whether_a_thread_is_between_two_kernels():
     assert gil.note.value == 1
     gil.rest()
     assert gil.note.value == 0
-    thread, seen = Kernels(100), set()
+    thread, seen = Kernels(30), set()
     while thread.done == 0:
         time.sleep(1e-4)
     while thread.is_alive():
@@ -56,11 +56,11 @@ def test_a_note_that_nobody_takes_back_holds_up_nobody_for_long():
 
 
 def test_threads_take_turns():
-    threads = [Kernels(50) for _ in range(4)]
+    threads = [Kernels(20) for _ in range(4)]
     for thread in threads:
         gil.rest()
         thread.join(60)
-    assert [thread.done for thread in threads] == [50] * 4
+    assert [thread.done for thread in threads] == [20] * 4
 
 
 def test_without_a_lock_nothing_spins_for_it(monkeypatch):

@@ -39,7 +39,7 @@ def inverse_root_ref(gram):
 
 @replaces(inverse_root_ref, flops=lambda q, gram: N_PRODUCTS * q.size * (len(q) + 1))
 def inverse_root(q, gram):
-    """All matrices of the iteration stay in the second cache, and of each product half is computed."""
+    """Of each product half is computed; matrices of 128 rows stay in the second cache for the whole iteration."""
     _inverse_root(q, gram, empty((3, *gram.shape), gram.dtype))
 
 
@@ -136,7 +136,7 @@ def nesterov(momentum, g, scale, mu):
         g[i] = m * mu + new
 
 
-def _muon_cost(muon, matrices):
+def _muon_cost(matrices):
     """(FLOPs, bytes) of Muon's update of these matrices: one product before inverse_root, and one after it."""
     flops = sum(N_PRODUCTS * m**2 * (m + 1) + 4 * m * x.size for _, _, x in matrices for m in [min(x.shape)])
     return flops, 3 * sum(x.nbytes for _, _, x in matrices)
@@ -172,7 +172,7 @@ class Muon(AdamW):
                 n = 3 if name.endswith("c_attn.weight") else 1
                 views = [array[place].reshape(n, rows // n, columns) for array in (self.flat.weights, self.m, grads)]
                 matrices.extend(zip(*views, strict=True))
-        with reuse_buffers(self.pools.setdefault(start, BufferPool())), measuring("muon", _muon_cost, self, matrices):
+        with reuse_buffers(self.pools.setdefault(start, BufferPool())), measuring("muon", _muon_cost, matrices):
             for matrix in matrices:
                 self._update_matrix(*matrix, lr, scale)
 

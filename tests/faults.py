@@ -454,8 +454,8 @@ FAULTS = [
     Fault(
         "packed kernel: of four strips the first one serves all",
         "npgpt/kernels/packed.py",
-        "    first = n % STRIPS * PACK\n",
-        "    first = 0\n",
+        "    return rows[first : first + stop - i, : after - k]\n",
+        "    return rows[: stop - i, : after - k]\n",
         "Four strips of rows are packed at a time, and each has its turn.",
         kernel=True,
     ),

@@ -20,7 +20,6 @@ from numba.core import caching
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.runtime import rtsys
 
-from npgpt.kernels.gil import spin
 from npgpt.kernels.permission import amx_is_permitted
 from npgpt.kernels.private import NotPrivate, private_folder
 from npgpt.machine import cache_folder
@@ -177,7 +176,6 @@ class _KernelCache:
             if isinstance(cache := self._cache(), caching.NullCache):
                 return None
             rtsys.initialize(context)  # what compiled kernels call
-            spin()
             with cache._guard_against_spurious_io_errors():  # Windows refuses a file that others read
                 return cache._load_overload(signature, context)
         except Exception as error:  # Numba's, of pickle, of LLVM: whatever is wrong with what lies there

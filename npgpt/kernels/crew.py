@@ -4,11 +4,15 @@ An interrupt (Ctrl-C) may come between any two calls of the main thread.  Python
 are Python code that takes locks.  One that is interrupted there stays locked, and the process never ends.  So a caller
 waits only in C, for a SimpleQueue or a plain lock; and another thread, which no interrupt reaches, begins the new one.
 
+A thread that sleeps needs 40 to 90 us to wake up.  So a crew's threads look for the next job, in a kernel, for half a
+millisecond before they sleep, and so does who waits for a job's end, if there is a processor for each of them.
+
 A thread may begin when its job has been called off.  So it says that it is at work before it looks whether its job
 still stands.
 """
 
 import _thread
+import contextlib
 import functools
 import os
 import threading
@@ -20,13 +24,16 @@ import numpy as np
 from npgpt.kernels import gil
 from npgpt.kernels.jit import KERNELS
 from npgpt.kernels.spin import look
+from npgpt.machine import processors
+
+LOOKS = 10_000  # that a thread takes before it sleeps: half a millisecond on Intel
 
 
 class Job:
-    """What a thread of a Crew calls: work(*args)."""
+    """What a thread of a Crew calls: work(*args).  spins: whether who waits for it spins before it sleeps."""
 
-    def __init__(self, work, args):
-        self._work, self._args, self._value, self._error = work, args, None, None
+    def __init__(self, work, args, spins):
+        self._work, self._args, self._value, self._error, self._spins = work, args, None, None, spins
         self.running, self.ended = _thread.allocate_lock(), np.zeros(1, np.int64)
         self.running.acquire()
 
@@ -38,7 +45,7 @@ class Job:
 
     def result(self):
         """What work returned; raises what work raised."""
-        _look(self.ended, 0)
+        _look(self.ended, 0, self._spins)
         with self.running:  # taken until then
             pass
         if self._error is not None:
@@ -52,8 +59,8 @@ class _Pool:
     unfinished  jobs that were submitted and have not ended: one thread is begun for each of them at most
     """
 
-    def __init__(self):
-        self.process, self.jobs, self.n_jobs = os.getpid(), SimpleQueue(), np.zeros(1, np.int64)
+    def __init__(self, spins):
+        self.process, self.jobs, self.n_jobs, self.spins = os.getpid(), SimpleQueue(), np.zeros(1, np.int64), spins
         self.unfinished, self.begun, self.threads = set(), 0, []
 
     def serve(self):
@@ -61,10 +68,10 @@ class _Pool:
         while (job := self._next()) is not None:
             job()
             job = None  # it knows the Crew
-        self.jobs.put(None)  # for the next one
-
+        self.submit(None)  # for the next one
 
     def submit(self, job):
+        """Have a thread call job(); None has one of them end."""
         self.jobs.put(job)
         self.n_jobs[0] += 1
 
@@ -72,14 +79,15 @@ class _Pool:
         """The next job, for which a thread spins before it sleeps."""
         seen = int(self.n_jobs[0])
         if self.jobs.empty():
-            _look(self.n_jobs, seen)
+            _look(self.n_jobs, seen, self.spins)
         return self.jobs.get()
 
 
-def _look(counter, seen):
-    """Spin until a counter is no longer `seen`, but not for long; who calls this will sleep for it then."""
-    if KERNELS == "numba":
-        look(counter, seen)
+def _look(counter, seen, spins):
+    """To be called before a thread sleeps until a counter is no longer `seen`; it looks for a while if it `spins`."""
+    if spins:
+        with contextlib.suppress(Exception):  # it only saves time
+            look(counter, seen, LOOKS)
     gil.rest()
 
 
@@ -92,17 +100,20 @@ class Crew:
     """As many threads, for one caller.  They begin when they are first needed."""
 
     def __init__(self, threads, name):
-        self.threads, self.name = threads, name
-        self._pool, self._at_work = _Pool(), set()
+        self.threads, self.name, self._spins = threads, name, KERNELS == "numba" and threads < processors()
+        self._pool, self._at_work = self._new_pool(), set()
+
+    def _new_pool(self):
+        return _Pool(self._spins)
 
     def __del__(self):
-        self._pool.jobs.put(None)
+        self._pool.submit(None)
 
     def submit(self, work, *args):
         """Have a thread call work(*args); returns a Job."""
         if self._pool.process != os.getpid():  # a fork has none of the threads
-            self._pool, self._at_work = _Pool(), set()
-        pool, job = self._pool, Job(work, args)
+            self._pool, self._at_work = self._new_pool(), set()
+        pool, job = self._pool, Job(work, args, self._spins)
         pool.unfinished.add(job)
         pool.submit(functools.partial(self._run, pool, job))
         if pool.begun < min(self.threads, len(pool.unfinished)):
@@ -153,8 +164,8 @@ class Crew:
         """
         while True:
             try:
-                self._pool.jobs.put(None)
-                self._pool = _Pool()
+                self._pool.submit(None)
+                self._pool = self._new_pool()
                 while self._at_work:
                     time.sleep(1e-4)
                 return
@@ -163,8 +174,8 @@ class Crew:
 
     def close(self):
         """End the threads, when they are done with what was submitted."""
-        pool, self._pool = self._pool, _Pool()
-        pool.jobs.put(None)
+        pool, self._pool = self._pool, self._new_pool()
+        pool.submit(None)
         for thread in pool.threads:
             thread.join()
 

@@ -4,45 +4,56 @@ Workers take turns: one runs Python while the others are in kernels.  A thread t
 it sleeps, and needs 40 to 90 us to wake up, about as long as the other one has it for.  So `spin` has it look again and
 again first.
 
-A compiled kernel calls PyEval_SaveThread where it begins, and PyEval_RestoreThread where it ends.  LLVM asks for them
-by name when a kernel is loaded, and `spin` gives it two functions of ours.  They call CPython's, and keep a note:
+A kernel calls PyEval_SaveThread where it begins, and PyEval_RestoreThread where it ends.  LLVM asks for them by name
+when a kernel is loaded, and `spin` gives it two functions of ours.  They call CPython's, and keep a note:
 
     save        gives the lock away, then writes 0
-    restore     looks until it finds 0, writes 1 in the same step, then takes the lock
+    restore     looks until it finds 0, and writes 1 in the same step, or has looked PATIENCE times; then takes the lock
 
 The note is not the lock.  A thread that gives the lock away elsewhere, as NumPy does in a product, leaves 1 behind: the
-next kernel looks PATIENCE times in vain, sleeps for the lock as always, and writes 0 when another one begins.
+next kernel looks in vain, sleeps for the lock as always, and writes 0 when another one begins.  So `spin` is for
+processes whose products are kernels, too.
 """
 
 import ctypes
 import functools
 import sys
+import warnings
 
 SAVE, RESTORE = "PyEval_SaveThread", "PyEval_RestoreThread"
 PATIENCE = 10_000  # looks at the note: half a millisecond on Intel, whose pause is the longest
 
-note = ctypes.c_int64(0)  # 1 while a thread that has come out of a kernel runs Python
+note = ctypes.c_int64(0)  # 1 from the end of a thread's kernel to the beginning of its next one, or to `rest`
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(note))  # threads that are in a kernel as the process ends still need it
 
 
 def rest():
-    """To be called by a thread that is about to wait for another one: it will run no Python."""
+    """To be called by a thread that is about to wait for another one: it takes no turn any more."""
     note.value = 0
 
 
 @functools.cache
 def spin():
-    """Have all threads spin for the lock, where there is one, at the end of kernels that are loaded from now on."""
+    """Have threads spin for the lock at the end of all functions of Numba that are loaded from now on.
+
+    Nothing is changed in a Python without the lock.
+    """
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         return None
     from llvmlite import binding
     from numba.core.codegen import initialize_llvm
 
-    initialize_llvm()
-    target = binding.Target.from_default_triple().create_target_machine(opt=2)
-    engine = binding.create_mcjit_compiler(binding.parse_assembly(str(_functions())), target)
-    engine.finalize_object()  # from here on its functions know CPython's
-    binding.add_symbol(SAVE, engine.get_function_address("save"))
-    binding.add_symbol(RESTORE, engine.get_function_address("restore"))
+    try:
+        initialize_llvm()
+        target = binding.Target.from_default_triple().create_target_machine(opt=2)
+        engine = binding.create_mcjit_compiler(binding.parse_assembly(str(_functions())), target)
+        engine.finalize_object()  # from here on its functions know CPython's
+        save, restore = map(engine.get_function_address, ("save", "restore"))
+    except Exception as error:  # of some version of LLVM: all works without it
+        warnings.warn(f"threads do not spin for Python's lock, which takes time: {error}", RuntimeWarning, stacklevel=2)
+        return None
+    binding.add_symbol(SAVE, save)
+    binding.add_symbol(RESTORE, restore)
     return engine  # which has the functions' memory
 
 

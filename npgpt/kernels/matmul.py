@@ -22,6 +22,7 @@ from npgpt.kernels.bfloat16 import HAS_AMX, MAY_USE_AMX, PAIRS, TILES, WANTED, p
 from npgpt.kernels.blas import told_threads
 from npgpt.kernels.buffers import NAN_FILL, BufferPool, empty, reuse_buffers
 from npgpt.kernels.crew import Crew
+from npgpt.kernels.gil import spin
 from npgpt.kernels.jit import KERNELS, replaces
 from npgpt.kernels.packed import PACK, PANEL, SPAN, multiply, padded, scratch_size, turn
 from npgpt.kernels.tiles import share_of
@@ -108,6 +109,7 @@ def _multiply(out, a, b, is_rounded):
     (M, N), threads = out.shape, told_threads() or processors()
     if out.size * a.shape[1] <= TINY:
         threads = 1
+    spin()
     scratch = _scratch(threads, is_rounded, out.dtype)
     if threads == 1:
         multiply(out, left, right, a_turned, b_turned, scratch[0], 0, M, 0, N)

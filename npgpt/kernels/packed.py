@@ -5,7 +5,7 @@ k runs.  Each step loads three vectors of b, copies ROWS numbers of a to all lan
 adds 3 ROWS vectors.  As b lies in memory, a step's vectors are far from those of the step before; so it is packed:
 
     block    (k, columns) of b, as many as the second cache holds, in panels of three vectors: (k, 3 lanes) each
-    strip    (PACK, k) of a transposed matrix a whose rows are long: its numbers, too, would lie far apart
+    strip    (PACK, k) of a transposed matrix a, whose numbers, too, would lie far apart (see _rows)
 
 PACK rows of a stay in the first cache while they meet all panels of the block.  The bits of an element of the output
 depend on its row of a and its column of b only, not on where the matrices are cut.
@@ -42,10 +42,11 @@ if KERNELS == "numba":
     from numba.core import cgutils
 
 PACK = 16  # rows of a strip; of tiles it has twice as many, and half of k: see _cut
-STRIPS = 4  # of float32 that are packed at a time
+STRIPS = 4  # that are packed at a time, of numbers, not of pairs
 SHORT = 32  # rows of a transposed a that all of these strips are packed from, before it is the turn of the next ones
 DEPTH = 1536  # bytes along k that are packed at a time: a strip of float32 takes 24 KiB
-NEAR, MANY = 2048, 256  # a transposed a is read as it lies if its rows are so many bytes apart, and b has few columns
+NEAR = 2048  # bytes between two rows of a transposed a that may be read as it lies
+MANY, TALL = 384, 128  # columns of the block, and rows of the output, from which on it is packed all the same
 SPAN = 2 * DEPTH // 4  # numbers of bfloat16 along k that are packed at a time
 FETCHED = 2  # rows of the next block that a tile has fetched: a part of their lines in each step
 AHEAD = 8  # rows that copying is ahead of itself in what it has fetched
@@ -92,7 +93,7 @@ def multiply(out, a, b, a_turned, b_turned, scratch, top, bottom, left, right):
             for i in range(top, bottom, tall):
                 stop = min(i + tall, bottom)
                 soon = coming[int(share * (i - top)) : int(share * (stop - top))]
-                few_rows = _rows(strips, a, a_turned, i, stop, k, after, (i - top) // tall, bottom, end - j)
+                few_rows = _rows(strips, a, a_turned, i, stop, k, after, top, bottom, end - j)
                 _meet_block(block, out[i:stop, j:end], few_rows, soon, k > 0)
     end_tiles(scratch)
 
@@ -117,7 +118,7 @@ def _rounded_rows(rows, x):
             _round(rows, x, r, step)
 
 
-def _rows_of_pairs(strips, a, turned, i, stop, k, after, n, bottom, columns):
+def _rows_of_pairs(strips, a, turned, i, stop, k, after, top, bottom, columns):
     strip = strips[0]
     steps = steps_of(strip, after - k)
     if turned:
@@ -129,7 +130,7 @@ def _rows_of_pairs(strips, a, turned, i, stop, k, after, n, bottom, columns):
     return rows[: stop - i, :steps]
 
 
-def _rows_of_tiles(strips, a, turned, i, stop, k, after, n, bottom, columns):
+def _rows_of_tiles(strips, a, turned, i, stop, k, after, top, bottom, columns):
     strip = strips[0]
     rows, steps = strip.reshape(2 * PACK, len(strip) // (2 * PACK)), steps_of(strip, after - k)
     if turned:
@@ -140,23 +141,24 @@ def _rows_of_tiles(strips, a, turned, i, stop, k, after, n, bottom, columns):
 
 
 @inside_kernels(pairs=_rows_of_pairs, tiles=_rows_of_tiles)
-def _rows(strips, a, turned, i, stop, k, after, n, bottom, columns):
+def _rows(strips, a, turned, i, stop, k, after, top, bottom, columns):
     """Rows i:stop of a, or of a.T if `turned`, and of k only k:after; as they lie, or packed if that pays.
 
-    It is the n-th call for a block of so many columns: each STRIPS-th packs rows of the next ones too, up to `bottom`.
+    They are for a block of so many columns, which meets rows top:bottom from the first one on.  Each STRIPS-th call
+    packs the rows of the next ones, too.
     """
     if not turned:
         return a[i:stop, k:after]
-    if abs(a.strides[0]) <= NEAR and columns < MANY:
+    if abs(a.strides[0]) <= NEAR and (columns < MANY or bottom - top < TALL):
         return a.T[i:stop, k:after]
     rows = strips.reshape(STRIPS * PACK, strips.shape[1] // PACK)
-    if n % STRIPS == 0:
+    first = (i - top) % (STRIPS * PACK)
+    if first == 0:
         width = min(STRIPS * PACK, bottom - i)
         for start in range(k, after, SHORT):
             end = min(start + SHORT, after)
             fetch(a[end : min(end + SHORT, after), i : i + width])
             transpose(rows[:, start - k : end - k], a[start:end, i : i + width])
-    first = n % STRIPS * PACK
     return rows[first : first + stop - i, : after - k]
 
 

@@ -1,13 +1,14 @@
 """Threads that wait for each other inside kernels: they count, spin, and take their jobs from one that has more.
 
 A thread that sleeps needs tens of microseconds to wake up; one that spins needs a fraction of one, and a core.  So the
-threads that share a token (npgpt/generate/decode.py) spin, and sleep only if a job is long in coming.
+threads that share a token (npgpt/generate/decode.py) spin, and sleep only if a job is long in coming.  So do those of
+a crew (crew.py), for half a millisecond.
 """
 
 import os
 
 from npgpt.kernels.jit import KERNELS, helper, inside_kernels, intrinsic, kernel
-from npgpt.kernels.vectors import written
+from npgpt.kernels.vectors import FEATURES, written
 
 if KERNELS == "numba":
     from llvmlite import ir
@@ -78,15 +79,26 @@ def _let_others_run(typingctx):
     return written(types.void(), write)
 
 
+@intrinsic
+def _pause(typingctx):
+    """Tell the processor that this thread looks again and again, where it has a word for that (x86)."""
+
+    def write(context, builder, arrays, others):
+        if FEATURES.get("sse2"):
+            call = ir.FunctionType(ir.VoidType(), [])
+            builder.call(cgutils.get_or_insert_function(builder.module, call, "llvm.x86.sse2.pause"), [])
+
+    return written(types.void(), write)
+
+
 @kernel
-def look(counter, seen):
-    """Wait, but not long, until counter[0] is no longer `seen`, counter (1,) int64: to be called from Python."""
+def look(counter, seen, times):
+    """Look so many times, or until counter[0] is no longer `seen`, counter (1,) int64: to be called from Python."""
     _check_counter(counter)
-    turns = 0
-    while _look(counter) == seen and turns < PATIENCE:
-        turns += 1
-        if turns > 1000:  # the thread that we wait for may be waiting for this core
-            _let_others_run()
+    for _ in range(times):
+        if _look(counter) != seen:
+            break
+        _pause()
 
 
 @inside_kernels

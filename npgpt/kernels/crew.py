@@ -88,7 +88,8 @@ def _look(counter, seen, spins):
     if spins:
         with contextlib.suppress(Exception):  # it only saves time
             look(counter, seen, LOOKS)
-    gil.rest()
+    if counter[0] == seen:
+        gil.rest()
 
 
 def _begin(pool, name):

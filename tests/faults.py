@@ -434,7 +434,7 @@ FAULTS = [
         kernel=True,
     ),
     # ----------------------------------------------------------------------------------------------------------------
-    # packed.py
+    # gil.py, packed.py
     Fault(
         "gil: who gives the lock away keeps the turn",
         "npgpt/kernels/gil.py",

@@ -26,8 +26,6 @@ from npgpt.kernels.jit import KERNELS
 from npgpt.kernels.spin import look
 from npgpt.machine import processors
 
-LOOKS = 10_000  # that a thread takes before it sleeps: half a millisecond on Intel
-
 
 class Job:
     """What a thread of a Crew calls: work(*args).  spins: whether who waits for it spins before it sleeps."""
@@ -87,7 +85,7 @@ def _look(counter, seen, spins):
     """To be called before a thread sleeps until a counter is no longer `seen`; it looks for a while if it `spins`."""
     if spins:
         with contextlib.suppress(Exception):  # it only saves time
-            look(counter, seen, LOOKS)
+            look(counter, seen, gil.PATIENCE)
     if counter[0] == seen:
         gil.rest()
 

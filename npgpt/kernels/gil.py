@@ -20,8 +20,16 @@ import functools
 import sys
 import warnings
 
+from npgpt.kernels.jit import KERNELS
+from npgpt.kernels.vectors import constant, pause
+
+if KERNELS == "numba":
+    from llvmlite import binding, ir
+    from numba.core import cgutils
+    from numba.core.codegen import initialize_llvm
+
 SAVE, RESTORE = "PyEval_SaveThread", "PyEval_RestoreThread"
-PATIENCE = 10_000  # looks at the note: half a millisecond on Intel, whose pause is the longest
+PATIENCE = 10_000  # looks before a thread sleeps: half a millisecond on Intel, whose pause is the longest
 
 note = ctypes.c_int64(0)  # 1 from the end of a thread's kernel to the beginning of its next one, or to `rest`
 ctypes.pythonapi.Py_IncRef(ctypes.py_object(note))  # threads that are in a kernel as the process ends still need it
@@ -40,9 +48,6 @@ def spin():
     """
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         return None
-    from llvmlite import binding
-    from numba.core.codegen import initialize_llvm
-
     try:
         initialize_llvm()
         target = binding.Target.from_default_triple().create_target_machine(opt=2)
@@ -59,12 +64,8 @@ def spin():
 
 def _functions():
     """LLVM's module with `save` and `restore`, which have the arguments and results of CPython's."""
-    from llvmlite import binding, ir
-    from numba.core import cgutils
-
-    module, nothing, state, word = ir.Module(), ir.VoidType(), ir.IntType(8).as_pointer(), ir.IntType(64)
-    free, taken = ir.Constant(word, 0), ir.Constant(word, 1)
-    place = ir.Constant(word, ctypes.addressof(note)).inttoptr(word.as_pointer())
+    module, state, free, taken = ir.Module(), ir.IntType(8).as_pointer(), constant(0), constant(1)
+    place = constant(ctypes.addressof(note)).inttoptr(free.type.as_pointer())
 
     def begin(name, theirs, *signature):
         kind = ir.FunctionType(*signature)
@@ -76,15 +77,13 @@ def _functions():
     builder.store_atomic(free, place, "seq_cst", 8)
     builder.ret(saved)
 
-    args, builder, theirs = begin("restore", RESTORE, nothing, [state])
-    with cgutils.for_range(builder, ir.Constant(word, PATIENCE)) as loop:
+    args, builder, theirs = begin("restore", RESTORE, ir.VoidType(), [state])
+    with cgutils.for_range(builder, constant(PATIENCE)) as loop:
         with builder.if_then(builder.icmp_signed("==", builder.load_atomic(place, "monotonic", 8), free)):
             changed = builder.cmpxchg(place, free, taken, "seq_cst", "seq_cst")
             with builder.if_then(builder.extract_value(changed, 1)):
                 loop.do_break()
-        if binding.get_host_cpu_features().get("sse2"):
-            pause = cgutils.get_or_insert_function(module, ir.FunctionType(nothing, []), "llvm.x86.sse2.pause")
-            builder.call(pause, [])
+        pause(builder)
     builder.call(theirs, args)
     builder.ret_void()
     return module

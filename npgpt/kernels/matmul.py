@@ -109,7 +109,6 @@ def _multiply(out, a, b, is_rounded):
     (M, N), threads = out.shape, told_threads() or processors()
     if out.size * a.shape[1] <= TINY:
         threads = 1
-    spin()
     scratch = _scratch(threads, is_rounded, out.dtype)
     if threads == 1:
         multiply(out, left, right, a_turned, b_turned, scratch[0], 0, M, 0, N)
@@ -129,6 +128,7 @@ def _scratch(threads, is_rounded, dtype):
     kind = PAIRS[way()] if is_rounded else dtype
     scratch = _helpers.scratch.get((threads, kind))
     if scratch is None:
+        spin()  # before the kernel of a first product is loaded
         scratch = empty((threads, scratch_size(dtype.itemsize)), kind)
         if not NAN_FILL:  # which `empty` does, each time
             _helpers.scratch[threads, kind] = scratch

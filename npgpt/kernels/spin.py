@@ -8,7 +8,7 @@ a crew (crew.py), for half a millisecond.
 import os
 
 from npgpt.kernels.jit import KERNELS, helper, inside_kernels, intrinsic, kernel
-from npgpt.kernels.vectors import FEATURES, written
+from npgpt.kernels.vectors import pause, written
 
 if KERNELS == "numba":
     from llvmlite import ir
@@ -81,14 +81,7 @@ def _let_others_run(typingctx):
 
 @intrinsic
 def _pause(typingctx):
-    """Tell the processor that this thread looks again and again, where it has a word for that (x86)."""
-
-    def write(context, builder, arrays, others):
-        if FEATURES.get("sse2"):
-            call = ir.FunctionType(ir.VoidType(), [])
-            builder.call(cgutils.get_or_insert_function(builder.module, call, "llvm.x86.sse2.pause"), [])
-
-    return written(types.void(), write)
+    return written(types.void(), lambda context, builder, arrays, others: pause(builder))
 
 
 @kernel

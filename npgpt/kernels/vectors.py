@@ -75,6 +75,13 @@ def prefetch(builder, pointer, near=True):
     builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), args)
 
 
+def pause(builder):
+    """Tell the processor that this thread looks again and again, where it has a word for that (x86)."""
+    if FEATURES.get("sse2"):
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
+
+
 def splat(builder, value, lanes):
     """A vector with this value in all lanes."""
     undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)

@@ -157,7 +157,7 @@ def backward(root, grad):
             gradient.own = None
             continue
         dy = gradient.value
-        if any(parent.data is not data for parent, data in zip(node._parents, node._read, strict=False)):
+        if node._read and any(parent.data is not data for parent, data in zip(node._parents, node._read, strict=True)):
             raise RuntimeError("backward: the .data of a tensor was replaced after the forward that has read it")
         grads = node._backward(dy)
         if passed is not None:

@@ -27,12 +27,7 @@ class Parameter(Tensor):
     def __init__(self, data):
         super().__init__(data, requires_grad=True)
 
-    @property
-    def data(self):
-        return _data.__get__(self)
-
-    @data.setter
-    def data(self, values):
+    def _set_data(self, values):
         values = plain(values, "Parameter: data")
         if self.grad_buffer is None:
             if values.dtype not in FLOATS:
@@ -45,6 +40,8 @@ class Parameter(Tensor):
                     f"of shape {home.shape}, {home.dtype}; change the model before the optimizer is made"
                 )
             home[...] = values
+
+    data = property(Tensor.data.__get__, _set_data)
 
     def move(self, data, grad_buffer):
         """Have its numbers, and its gradient's, in these arrays from now on."""
@@ -194,7 +191,7 @@ class Dropout(Module):
         self.p = p
 
     def forward(self, x):
-        return dropout(x, self.p) if self.drops else x
+        return dropout(x, self.p) if self.p and self.drops else x
 
 
 class CausalSelfAttention(Module):

@@ -57,15 +57,16 @@ class FlatParameters:
             if share is None:
                 data[...] = parameter.data
             parameter.move(data, grad)
-        self.places = [parameter.grad_buffer for parameter in self.parameters]
+        self._gradients = [parameter._gradient for parameter in self.parameters]
+        self._places = [gradient.place for gradient in self._gradients]
 
     def __reduce_ex__(self, protocol):  # of its arrays there would be copies, and the parameters would keep theirs
         raise TypeError("FlatParameters, and an optimizer or DataParallel on them, cannot be copied: copy the model")
 
     def check_home(self):
         """Raise RuntimeError if the parameters are kept elsewhere by now."""
-        for parameter, place in zip(self.parameters, self.places, strict=True):
-            if parameter.grad_buffer is not place:
+        for gradient, place in zip(self._gradients, self._places, strict=True):
+            if gradient.place is not place:
                 raise RuntimeError(
                     "the model's parameters have moved to a later FlatParameters (of a second DataParallel, say): this "
                     "one would train nothing any more"
@@ -104,20 +105,20 @@ class FlatParameters:
 
     def finish_grads(self):
         """After backward: `grads` is what the parameters' .grad say; it is 0 where there is none, or none is wanted."""
-        for parameter in self.parameters:
-            grad, place = parameter.grad, parameter.grad_buffer
+        for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
+            grad, place = gradient.value, gradient.place
             if grad is None or not parameter.requires_grad:
                 place[...] = 0
             elif grad is not place:  # it was assigned
                 if np.shape(grad) != place.shape:
                     raise ValueError(f"a Parameter of shape {place.shape} has a .grad of shape {np.shape(grad)}")
                 place[...] = grad
-            parameter.grad = place
+            gradient.value = place
 
     def zero_grad(self):
         """Before backward: the next gradients replace the old ones."""
-        for parameter in self.parameters:
-            parameter.grad = None
+        for gradient in self._gradients:
+            gradient.value = None
 
 
 # --------------------------------------------------------------------------------------------------------------------

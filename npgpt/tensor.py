@@ -22,6 +22,7 @@ import numpy as np
 from npgpt import engine
 from npgpt.kernels.buffers import empty, zeros
 
+_wants_grad = operator.attrgetter("requires_grad")
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 
@@ -33,8 +34,8 @@ def check_numbers(array, words):
 
 def check_dtypes(op, **tensors):
     """Raise TypeError if the Tensors of an op (or None) do not have one dtype."""
-    dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
-    if len({*dtypes.values()}) > 1:
+    if len({tensor.data.dtype for tensor in tensors.values() if tensor is not None}) > 1:
+        dtypes = {name: tensor.dtype for name, tensor in tensors.items() if tensor is not None}
         raise TypeError(f"{op}: all must have one dtype, got {', '.join(f'{n} {d}' for n, d in dtypes.items())}")
 
 
@@ -48,6 +49,17 @@ def plain(values, words):
     return np.asarray(values)
 
 
+def _floats(data):
+    """What a Tensor is to be made of, as an array of float32 or float64."""
+    if isinstance(data, Tensor):
+        raise TypeError("Tensor: data is a Tensor already; use it as it is, or its .data")
+    data = plain(data, "Tensor: data")
+    if data.dtype not in FLOATS:
+        check_numbers(data, "Tensor: data must be numbers")
+        data = data.astype(np.float64 if data.dtype.kind == "f" and data.itemsize >= 8 else np.float32)
+    return data
+
+
 def record(op, data, parents, backward):
     """A Tensor with this data, computed by an op (its name) from these parents.
 
@@ -57,11 +69,13 @@ def record(op, data, parents, backward):
     """
     out = Tensor(data)
     state = engine.state
-    if state.recording and any(parent.requires_grad for parent in parents):
+    if state.recording and any(map(_wants_grad, parents)):
         out.requires_grad = True
         out._op, out._parents, out._backward = op, parents, backward
-        if any(parent._backward is None and parent._gradient.place is None for parent in parents):  # no home
-            out._read = tuple([parent.data for parent in parents])
+        for parent in parents:
+            if parent._backward is None and parent._gradient.place is None:  # no home
+                out._read = tuple([parent.data for parent in parents])
+                break
     if state.made is not None:
         state.made(op, out, parents, backward)
     return out
@@ -102,12 +116,8 @@ class Tensor:
     __slots__ = ("data", "requires_grad", "_op", "_parents", "_read", "_backward", "_gradient", "__weakref__")
 
     def __init__(self, data, requires_grad=False):
-        if isinstance(data, Tensor):
-            raise TypeError("Tensor: data is a Tensor already; use it as it is, or its .data")
-        data = plain(data, "Tensor: data")
-        if data.dtype not in FLOATS:
-            check_numbers(data, "Tensor: data must be numbers")
-            data = data.astype(np.float64 if data.dtype.kind == "f" and data.itemsize >= 8 else np.float32)
+        if type(data) is not np.ndarray or data.dtype not in FLOATS:
+            data = _floats(data)
         self._gradient = engine.Gradient()  # first: a Parameter's data asks it for the place
         self.data = data
         self.requires_grad = requires_grad
@@ -115,10 +125,10 @@ class Tensor:
         self._parents = ()
         self._read = ()  # the parents' data as the forward saw it, if that of a leaf can be replaced
 
-    shape = property(lambda self: self.data.shape)
-    dtype = property(lambda self: self.data.dtype)
-    ndim = property(lambda self: self.data.ndim)
-    size = property(lambda self: self.data.size)
+    shape = property(operator.attrgetter("data.shape"))
+    dtype = property(operator.attrgetter("data.dtype"))
+    ndim = property(operator.attrgetter("data.ndim"))
+    size = property(operator.attrgetter("data.size"))
 
     def __len__(self):
         return len(self.data)
@@ -420,7 +430,7 @@ def _like(a, values):
 def unbroadcast(grad, x):
     """Sum a gradient over the axes along which x was broadcast: those that were added or stretched."""
     if grad.shape == x.shape:
-        return grad.astype(x.dtype, copy=False)
+        return grad if grad.dtype == x.dtype else grad.astype(x.dtype)
     extra = grad.ndim - x.ndim
     stretched = tuple(i + extra for i, n in enumerate(x.shape) if n == 1 and grad.shape[i + extra] != 1)
     grad = grad.sum(axis=tuple(range(extra)) + stretched, keepdims=True)

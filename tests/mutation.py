@@ -43,7 +43,9 @@ RELEVANT = {
     "npgpt/ops/primitives.py": (["test_gradcheck.py", "test_ops.py", "test_engine.py"], "not attention and not gpt"),
     "npgpt/tensor.py": (["test_gradcheck.py", "test_ops.py", "test_engine.py"], "not attention and not gpt"),
     "npgpt/kernels/vectors.py": (["test_tiles.py", "test_prompt.py"], "test_tiles"),
-    "npgpt/kernels/attention.py": ([*OF_OPS, "test_prompt.py", "test_kernel_cache.py"], "attention"),
+    "npgpt/kernels/attention.py": (
+        [*OF_OPS, "test_prompt.py", "test_kernel_cache.py", "test_parallel.py"], "attention",
+    ),
     "npgpt/kernels/packed.py": (["test_tiles.py", "test_bfloat16.py"], "packed or bits_are"),
     "npgpt/kernels/bfloat16.py": (["test_bfloat16.py"], "bits_are"),
     "npgpt/kernels/amx.py": (["test_bfloat16.py"], "bits_are"),

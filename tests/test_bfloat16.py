@@ -104,18 +104,6 @@ def test_bits_are_those_of_the_reference_by_plain_where_amx_is_taken():
 
 
 @needs_kernels
-@pytest.mark.skipif(not matmul.HAS_INSTRUCTION, reason="tiles are not turned: this processor has no vdpbf16ps")
-def test_a_turned_product_is_rounded_on_both_sides(monkeypatch):
-    monkeypatch.setattr(matmul, "way", lambda: "avx512_bf16")
-    rng = np.random.default_rng(0)
-    a, b, out = numbers(rng, (64, 33), 3, 0), numbers(rng, (33, 65), 3, 0), np.empty((64, 65), np.float32)
-    assert matmul._is_smaller_turned(out)
-    with matmul.products_of("bfloat16"):
-        matmul.matmul(out, a, b)
-    assert same_bits(out, product_ref(a, b, "avx512_bf16", SPAN))
-
-
-@needs_kernels
 def test_the_ways_differ():
     rng = np.random.default_rng(0)
     a, b = numbers(rng, (8, 4 * GROUP), 3, 0), numbers(rng, (4 * GROUP, 8), 3, 0)

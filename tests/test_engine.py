@@ -741,8 +741,8 @@ def test_a_forward_without_backward_gives_its_buffers_back():
             model(idx, targets)  # a graph that is thrown away
         sizes.append(pool.nbytes)
     assert sizes == [sizes[0]] * 3
-    assert sum(len(blocks) * size for size, blocks in pool.free.items()) == pool.nbytes  # nothing is on loan
-    assert not pool._loans
+    assert sum(len(loans) * size for size, loans in pool.free.items()) == pool.nbytes  # nothing is on loan
+    assert len(pool._loans) == sum(map(len, pool.free.values()))
 
 
 def test_nan_fill_makes_unwritten_memory_loud(monkeypatch):

@@ -149,10 +149,10 @@ def _attend(y, qkv, keys, values, piece, scale, only_last, threads):
     def share(heads):
         for part in piece:
             T = len(part.tokens)
-            (k_t,), s = scratch(1, ROWS, part.position + T, hs, y.dtype)
+            rows = scratch(hs + ROWS, part.position + T, y.dtype)
             heads_of_past(
                 y[part.rows], qkv[part.rows], keys[part.stream], values[part.stream], part.position,
-                T - 1 if only_last else 0, scale, k_t, s, np.empty(ROWS), heads.start, heads.stop,
+                T - 1 if only_last else 0, scale, rows, np.empty(ROWS), heads.start, heads.stop,
             )  # fmt: skip
 
     share_out(share, n_head, threads)

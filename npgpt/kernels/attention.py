@@ -82,14 +82,15 @@ def softmax(s, lse, n):
 
 
 @kernel
-def forward_heads(y, lse, qkv, k_t, s, p_drop, key, batch_offset):
-    """y (B, T, 1, n_head, hs), lse (B, n_head, T), qkv (B, T, 3, n_head, hs).
+def forward_heads(y, lse, qkv, scratch, p_drop, key, batch_offset, first, last):
+    """Sequences first:last of y (B, T, 1, n_head, hs), lse (B, n_head, T), qkv (B, T, 3, n_head, hs).
 
-    Scratch: k_t (hs, width), s (ROWS, width), where width is T rounded up to LANES, or more.
+    scratch (hs + ROWS, width), where width is T rounded up to LANES, or more.
     """
-    B, T, _, H, hs = qkv.shape
+    _, T, _, H, hs = qkv.shape
+    k_t, s = scratch[:hs], scratch[hs:]
     scale = s.dtype.type(1 / math.sqrt(hs))
-    for b in range(B):
+    for b in range(first, last):
         for h in range(H):
             q, k, v, y_head = qkv[b, :, 0, h], qkv[b, :, 1, h], qkv[b, :, 2, h], y[b, :, 0, h]
             scaled_transpose(k_t, k, scale)
@@ -110,18 +111,19 @@ def forward_heads(y, lse, qkv, k_t, s, p_drop, key, batch_offset):
 
 
 @kernel
-def heads_of_past(y, qkv, keys, values, position, asked, scale, k_t, s, lse, first, last):
+def heads_of_past(y, qkv, keys, values, position, asked, scale, scratch, lse, first, last):
     """Heads first:last of T rows, which stand at `position` and after it in a text: their keys and values are cached.
 
     Of y only the rows from number `asked` on are computed.
     y (T, 1, n_head, hs), qkv (T, 3, n_head, hs); keys, values (n_head, room, hs) of the text; scale > 0.
-    Scratch: k_t (hs, width), s (ROWS, width), where width is position + T rounded up to LANES, or more; lse (ROWS,).
+    scratch (hs + ROWS, width), where width is position + T rounded up to LANES, or more; lse (ROWS,).
     """
-    T, n = len(qkv), position + len(qkv)
+    T, n, hs = len(qkv), position + len(qkv), qkv.shape[3]
+    k_t, s = scratch[:hs], scratch[hs:]
     for h in range(first, last):
         k, v = keys[h, :n], values[h, :n]
         for t in range(T):
-            for i in range(k.shape[1]):
+            for i in range(hs):
                 k[position + t, i] = qkv[t, 1, h, i]
                 v[position + t, i] = qkv[t, 2, h, i]
         scaled_transpose(k_t, k, s.dtype.type(scale))
@@ -138,14 +140,16 @@ def heads_of_past(y, qkv, keys, values, position, asked, scale, k_t, s, lse, fir
 
 
 @kernel
-def backward_heads(dqkv, dy, qkv, lse, k_t, v_t, a, grad, p_drop, key, batch_offset):
-    """dqkv, qkv (B, T, 3, n_head, hs), dy (B, T, 1, n_head, hs), lse (B, n_head, T).
+def backward_heads(dqkv, dy, qkv, lse, scratch, p_drop, key, batch_offset, first, last):
+    """Sequences first:last of dqkv, qkv (B, T, 3, n_head, hs), dy (B, T, 1, n_head, hs), lse (B, n_head, T).
 
-    Scratch: k_t, v_t (hs, width); a, grad (QUERY_BLOCK or T, width), where width is T rounded up to LANES, or more.
+    scratch (2 * hs + 2 * min(T, QUERY_BLOCK), width), where width is T rounded up to LANES, or more.
     """
-    B, T, _, H, hs = qkv.shape
+    _, T, _, H, hs = qkv.shape
+    k_t, v_t, s = scratch[:hs], scratch[hs : 2 * hs], scratch[2 * hs :]
+    a, grad = s[: len(s) // 2], s[len(s) // 2 :]
     scale, zero = a.dtype.type(1 / math.sqrt(hs)), a.dtype.type(0)
-    for b in range(B):
+    for b in range(first, last):
         for h in range(H):
             q, k, v, dy_head = qkv[b, :, 0, h], qkv[b, :, 1, h], qkv[b, :, 2, h], dy[b, :, 0, h]
             dq, dk, dv = dqkv[b, :, 0, h], dqkv[b, :, 1, h], dqkv[b, :, 2, h]
@@ -193,7 +197,6 @@ def backward_heads(dqkv, dy, qkv, lse, k_t, v_t, a, grad, p_drop, key, batch_off
                     product(dk[j0:j1], grad[rows, j0:j1].T, q[t0:end], end < T)
 
 
-def scratch(n_heads, n_rows, T, hs, dtype):
-    """The scratch arrays of the kernels: transposed heads (n_heads, hs, width), rows of scores (n_rows, width)."""
-    width = -(-T // LANES) * LANES + PAD
-    return empty((n_heads, hs, width), dtype), empty((n_rows, width), dtype)
+def scratch(n_rows, T, dtype):
+    """Rows for the kernels' transposed heads and scores, (n_rows, width)."""
+    return empty((n_rows, -(-T // LANES) * LANES + PAD), dtype)

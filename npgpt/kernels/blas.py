@@ -86,7 +86,7 @@ def blas_threads(n):
     try:
         _told = n
         if functions is not None:
-            functions[0](min(n, processors()))
+            functions[0](min(n, processors()) if n > 1 else n)
         yield
     finally:
         _told = told

@@ -1,5 +1,6 @@
 """Where arrays come from: `empty`, which within `reuse_buffers(pool)` takes memory that is used no more."""
 
+import collections
 import ctypes
 import math
 import os
@@ -33,33 +34,30 @@ class BufferPool:
     """
 
     def __init__(self):
-        self.free = {}  # size in bytes -> blocks not in use
-        self._loans = {}  # id of a weak reference -> that reference, with the block it will bring back
+        self.free = collections.defaultdict(list)  # size in bytes -> the last loans of blocks that are not in use
+        self._loans = {}  # id of a block -> its last loan
         self.nbytes = 0  # memory owned, in use or not
 
     def empty(self, shape, dtype):
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes < SMALL:
             return np.empty(shape, dtype)
-        blocks = self.free.setdefault(nbytes, [])
-        if blocks:
-            block = blocks.pop()
+        free = self.free[nbytes]
+        if free:
+            block = free.pop().block
         else:
             block = _aligned_block(nbytes)
             self.nbytes += nbytes
         array = np.ndarray(shape, dtype, block)
-        loan = _Loan(array, self._bring_back)
-        loan.block, loan.blocks = block, blocks
-        self._loans[id(loan)] = loan
+        loan = self._loans[id(block)] = _Loan(array, free.append)
+        loan.block = block
         return array
-
-    def _bring_back(self, loan):
-        del self._loans[id(loan)]
-        loan.blocks.append(loan.block)
 
 
 class _Loan(weakref.ref):
-    __slots__ = ("block", "blocks")
+    """A weak reference to an array, with the block that is free again when the array is gone."""
+
+    __slots__ = ("block",)
 
 
 def _aligned_block(nbytes):
@@ -134,6 +132,7 @@ def zeros(shape, dtype):
 
 def as_rows(array):
     """An (..., C) array as C-contiguous, writeable (N, C) rows, which is what kernels take.  Copies only if it must."""
-    if not (array.flags.c_contiguous and array.flags.writeable):
+    flags = array.flags
+    if not (flags.c_contiguous and flags.writeable):
         array = array.copy()
     return array.reshape(-1, array.shape[-1])

@@ -50,10 +50,6 @@ class Dropout(NamedTuple):
     key: np.uint32 = np.uint32(0)
     batch_offset: int = 0
 
-    def of(self, part):
-        """The same for a slice of this batch."""
-        return self._replace(batch_offset=self.batch_offset + part.start)
-
 
 def mix32_ref(x):
     """mix32 for an array of uint32."""

@@ -24,7 +24,7 @@ from npgpt.kernels.buffers import NAN_FILL, BufferPool, empty, reuse_buffers
 from npgpt.kernels.crew import Crew
 from npgpt.kernels.gil import spin
 from npgpt.kernels.jit import KERNELS, replaces
-from npgpt.kernels.packed import PACK, PANEL, SPAN, multiply, padded, scratch_size, turn
+from npgpt.kernels.packed import PACK, PANEL, SPAN, multiply, scratch_size
 from npgpt.kernels.tiles import share_of
 from npgpt.kernels.vectors import FEATURES, VECTOR
 from npgpt.machine import processors
@@ -74,33 +74,18 @@ def matmul(out, a, b):
 
     Threads that `blas_threads` has set share it, or as many as there are processors where nobody has set their number.
     """
-    is_rounded = _state.dtype == "bfloat16" and out.dtype == np.float32 and b.dtype != np.int8 and out.size > 0
-    if _state.dtype == "rounded" and out.dtype == np.float32:
-        a, b = rounded_ref(a), rounded_ref(widened_ref(b))
-    if is_rounded:
-        a, b = (x if _has_rows(x) else x.copy() for x in (a, b))
-    is_packed = (is_rounded or PRODUCTS == "ours") and a.shape[1] > 0 and _has_rows(a) and _has_rows(b)
-    if not is_packed:
-        np.matmul(a, widened_ref(b), out=out)
-    elif b.dtype == out.dtype and not (is_rounded and way() == "amx") and _is_smaller_turned(out):
-        turned = empty(out.T.shape, out.dtype)
-        _multiply(turned, b.T, a.T, is_rounded)
-        turn(out, turned)
-    else:
+    is_rounded = False
+    if _state.dtype != "float32" and out.dtype == np.float32:
+        is_rounded = _state.dtype == "bfloat16" and b.dtype != np.int8 and out.size > 0
+        if is_rounded:
+            a, b = (x if x.flags.forc else x.copy() for x in (a, b))
+        if _state.dtype == "rounded":
+            a, b = rounded_ref(a), rounded_ref(widened_ref(b))
+    # tiles need matrices of which the numbers of a row, or those of a column, lie side by side
+    if (is_rounded or PRODUCTS == "ours") and a.flags.forc and b.flags.forc and a.shape[1] > 0:
         _multiply(out, a, b, is_rounded)
-
-
-def _is_smaller_turned(out):
-    """Whether tiles that cover the transposed output have fewer numbers, enough to turn it in the end.
-
-    (Of 65 columns 80 are computed.  AMX's tiles are square, and cover both alike.)
-    """
-    return 1.05 * padded(*out.T.shape, out.itemsize) < padded(*out.shape, out.itemsize)
-
-
-def _has_rows(x):
-    """Whether the numbers of a row, or those of a column, lie side by side."""
-    return x.flags.c_contiguous or x.flags.f_contiguous
+    else:
+        np.matmul(a, widened_ref(b), out=out)
 
 
 def _multiply(out, a, b, is_rounded):
@@ -109,7 +94,8 @@ def _multiply(out, a, b, is_rounded):
     (M, N), threads = out.shape, told_threads() or processors()
     if out.size * a.shape[1] <= TINY:
         threads = 1
-    scratch = _scratch(threads, is_rounded, out.dtype)
+    kind = PAIRS[way()] if is_rounded else out.dtype
+    scratch = _helpers.scratch.get((threads, kind)) or _new_scratch(threads, kind)
     if threads == 1:
         multiply(out, left, right, a_turned, b_turned, scratch[0], 0, M, 0, N)
         return
@@ -123,15 +109,12 @@ def _multiply(out, a, b, is_rounded):
     _crew(threads).each(share, threads)
 
 
-def _scratch(threads, is_rounded, dtype):
+def _new_scratch(threads, kind):
     """Room for what each of some threads packs in a product: it is kept for this thread's next one."""
-    kind = PAIRS[way()] if is_rounded else dtype
-    scratch = _helpers.scratch.get((threads, kind))
-    if scratch is None:
-        spin()  # before the kernel of a first product is loaded
-        scratch = empty((threads, scratch_size(dtype.itemsize)), kind)
-        if not NAN_FILL:  # which `empty` does, each time
-            _helpers.scratch[threads, kind] = scratch
+    spin()  # before the kernel of a first product is loaded
+    scratch = list(empty((threads, scratch_size(np.dtype(kind).itemsize)), kind))
+    if not NAN_FILL:  # which `empty` does, each time
+        _helpers.scratch[threads, kind] = scratch
     return scratch
 
 

@@ -168,18 +168,6 @@ def _part(b, turned, k, after, j, end):
     return b[j:end, k:after] if turned else b[k:after, j:end]
 
 
-@kernel
-def turn(out, x):
-    """out (N, M) = x.T for x (M, N), both contiguous along the last axis."""
-    transpose(out, x)
-
-
-def padded(M, N, itemsize):
-    """Numbers of the tiles that cover (M, N)."""
-    lanes = VECTOR // itemsize
-    return -(-M // ROWS) * ROWS * -(-N // lanes) * lanes
-
-
 @inside_kernels(tiles=lambda block, left: min(left, 2))
 def _vectors_of_panel(block, left):
     """Of so many vectors of columns that are left, how many the next panel takes: 4 become 2 and 2, not 3 and 1."""

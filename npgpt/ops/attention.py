@@ -179,8 +179,7 @@ def attention_forward(y, lse, qkv, n_head, dropout):
     y, qkv = y.reshape(B, T, 1, n_head, hs), qkv.reshape(B, T, 3, n_head, hs)
 
     def share(part):
-        (k_t,), s = scratch(1, ROWS, T, hs, qkv.dtype)
-        forward_heads(y[part], lse[part], qkv[part], k_t, s, *dropout.of(part))
+        forward_heads(y, lse, qkv, scratch(hs + ROWS, T, qkv.dtype), *dropout, part.start, part.stop)
 
     shared(share, B, qkv.size)
 
@@ -188,12 +187,11 @@ def attention_forward(y, lse, qkv, n_head, dropout):
 @replaces(attention_backward_ref, flops=lambda dqkv, dy, *_: 4 * dy.size * (dy.shape[1] + 1))
 def attention_backward(dqkv, dy, qkv, lse, n_head, dropout):
     B, T, hs = *qkv.shape[:2], dy.shape[2] // n_head
-    n = min(T, QUERY_BLOCK)
     qkv, dqkv = qkv.reshape(B, T, 3, n_head, hs), dqkv.reshape(B, T, 3, n_head, hs)
     dy = dy.reshape(B, T, 1, n_head, hs)
 
     def share(part):
-        (k_t, v_t), s = scratch(2, 2 * n, T, hs, qkv.dtype)
-        backward_heads(dqkv[part], dy[part], qkv[part], lse[part], k_t, v_t, s[:n], s[n:], *dropout.of(part))
+        rows = scratch(2 * hs + 2 * min(T, QUERY_BLOCK), T, qkv.dtype)
+        backward_heads(dqkv, dy, qkv, lse, rows, *dropout, part.start, part.stop)
 
     shared(share, B, qkv.size)

@@ -69,7 +69,7 @@ def cross_entropy(logits, targets, ignore_index=-1):
     if np.shape(targets) != logits.shape[:-1]:
         raise ValueError(f"cross_entropy: targets must have shape {logits.shape[:-1]}, got {np.shape(targets)}")
     targets = check_indices("cross_entropy", "targets", targets, V, ignore_index).reshape(-1)  # (N,)
-    count = int((targets != ignore_index).sum())
+    count = int(np.count_nonzero(targets != ignore_index))
     if count == 0:
         raise ValueError(f"cross_entropy: every target is ignore_index = {ignore_index}: there is nothing to average")
     rows = as_rows(logits.data)  # (N, V)

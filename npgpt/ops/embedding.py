@@ -52,7 +52,8 @@ def check_indices(op, name, indices, size, ignore_index=None):
     if indices.dtype.kind not in "iu":
         raise ValueError(f"{op}: {name} must be integers, got dtype {indices.dtype}")
     indices = np.ascontiguousarray(indices, np.int64)
-    if ((indices < 0) & (indices != ignore_index)).any() or (indices >= size).any():
+    may_be_wrong = np.count_nonzero(indices.view(np.uint64) >= size) > 0  # also where one is negative
+    if may_be_wrong and (((indices < 0) & (indices != ignore_index)).any() or (indices >= size).any()):
         raise ValueError(
             f"{op}: {name} must lie in 0 .. {size - 1}, got values from {indices.min()} to {indices.max()}. "
             f"Was the text encoded with another tokenizer?"

@@ -79,12 +79,12 @@ def layernorm(x, weight, bias=None, eps=EPS):
     """
     check_dtypes("layernorm", x=x, weight=weight, bias=bias)
     C = x.shape[-1]
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.shape != (C,):
-            raise ValueError(
-                f"layernorm: {name} must have shape (C,) = ({C},), got {parameter.shape}. "
-                f"Was the model built with another n_embd?"
-            )
+    if weight.shape != (C,) or (bias is not None and bias.shape != (C,)):
+        name, parameter = ("weight", weight) if weight.shape != (C,) else ("bias", bias)
+        raise ValueError(
+            f"layernorm: {name} must have shape (C,) = ({C},), got {parameter.shape}. "
+            f"Was the model built with another n_embd?"
+        )
     rows = as_rows(x.data)  # (N, C)
     N = len(rows)
     y = empty((N, C), x.dtype)

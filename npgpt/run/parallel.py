@@ -187,7 +187,7 @@ class DataParallel:
         rest = self.buckets[self.n_sent :]
         for bucket in rest:
             parts = _cut(bucket, self.n_threads)
-            self.each(lambda rank, parts=parts: self._add_workers(parts[rank]), len(parts))
+            self._crew.each(lambda rank, parts=parts: self._add_workers(parts[rank]), len(parts))
         self.world.finish_sums(*(self.flat.grads[bucket] for bucket in rest))
         return self._sum_of_squares(_cut(self.mine, self.n_threads))
 
@@ -206,7 +206,7 @@ class DataParallel:
             sum_of_squares(total, self.flat.grads[parts[rank]])
             return float(total)
 
-        return sum(self.each(work, len(parts)))
+        return sum(self._crew.each(work, len(parts)))
 
     def _buckets(self):
         """Slices of the gradient, in the order in which a backward is done with them: blocks from the last one on."""
@@ -313,4 +313,4 @@ def _cut(whole, n):
 
 def _count(targets):
     """How many targets count."""
-    return int((targets != -1).sum())
+    return int(np.count_nonzero(targets != -1))

@@ -48,6 +48,17 @@ def test_the_note_tells_whether_a_thread_is_between_two_kernels():
     assert seen == {0, 1}
 
 
+def test_a_thread_looks_for_half_a_millisecond():
+    from npgpt.kernels.spin import look
+
+    counter, each = np.zeros(1, np.int64), []
+    for _ in range(20):
+        start = time.perf_counter()
+        look(counter, 0, gil.looks.value)
+        each.append(time.perf_counter() - start)
+    assert 1e-4 < min(each) < 2e-3
+
+
 def test_a_note_that_nobody_takes_back_holds_up_nobody_for_long():
     thread = Kernels(20)
     until = time.monotonic() + 20

@@ -85,7 +85,7 @@ def _look(counter, seen, spins):
     """To be called before a thread sleeps until a counter is no longer `seen`; it looks for a while if it `spins`."""
     if spins:
         with contextlib.suppress(Exception):  # it only saves time
-            look(counter, seen, gil.PATIENCE)
+            look(counter, seen, gil.looks.value)
     if counter[0] == seen:
         gil.rest()
 

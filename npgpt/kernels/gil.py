@@ -8,7 +8,7 @@ A kernel calls PyEval_SaveThread where it begins, and PyEval_RestoreThread where
 when a kernel is loaded, and `spin` gives it two functions of ours.  They call CPython's, and keep a note:
 
     save        gives the lock away, then writes 0
-    restore     looks until it finds 0, and writes 1 in the same step, or has looked PATIENCE times; then takes the lock
+    restore     looks until it finds 0, and writes 1 in the same step, or for half a millisecond; then takes the lock
 
 The note is not the lock.  A thread that gives the lock away elsewhere, as NumPy does in a product, leaves 1 behind: the
 next kernel looks in vain, sleeps for the lock as always, and writes 0 when another one begins.  So `spin` is for
@@ -18,6 +18,7 @@ processes whose products are kernels, too.
 import ctypes
 import functools
 import sys
+import time
 import warnings
 
 from npgpt.kernels.jit import KERNELS
@@ -29,10 +30,12 @@ if KERNELS == "numba":
     from numba.core.codegen import initialize_llvm
 
 SAVE, RESTORE = "PyEval_SaveThread", "PyEval_RestoreThread"
-PATIENCE = 10_000  # looks before a thread sleeps: half a millisecond on Intel, whose pause is the longest
+SECONDS = 5e-4  # for which a thread looks before it sleeps
 
 note = ctypes.c_int64(0)  # 1 from the end of a thread's kernel to the beginning of its next one, or to `rest`
-ctypes.pythonapi.Py_IncRef(ctypes.py_object(note))  # threads that are in a kernel as the process ends still need it
+looks = ctypes.c_int64(10_000)  # that take about so long; `spin` finds out how many they are here
+for number in note, looks:
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(number))  # threads in a kernel as the process ends still need them
 
 
 def rest():
@@ -53,37 +56,53 @@ def spin():
         target = binding.Target.from_default_triple().create_target_machine(opt=2)
         engine = binding.create_mcjit_compiler(binding.parse_assembly(str(_functions())), target)
         engine.finalize_object()  # from here on its functions know CPython's
-        save, restore = map(engine.get_function_address, ("save", "restore"))
+        save, restore, wait = map(engine.get_function_address, ("save", "restore", "wait"))
     except Exception as error:  # of some version of LLVM: all works without it
         warnings.warn(f"threads do not spin for Python's lock, which takes time: {error}", RuntimeWarning, stacklevel=2)
         return None
+    looks.value = _looks_in(SECONDS, ctypes.CFUNCTYPE(None)(wait))
     binding.add_symbol(SAVE, save)
     binding.add_symbol(RESTORE, restore)
     return engine  # which has the functions' memory
 
 
+def _looks_in(seconds, wait):
+    """How many looks take so long: a pause takes 10 ns or 50, whatever the processor's name."""
+    looks.value, each = 1000, []
+    for _ in range(5):
+        start = time.perf_counter()
+        wait()
+        each.append((time.perf_counter() - start) / looks.value)
+    return int(seconds / min(each))
+
+
 def _functions():
-    """LLVM's module with `save` and `restore`, which have the arguments and results of CPython's."""
+    """LLVM's module with `save` and `restore`, which have the arguments and results of CPython's, and `wait`."""
     module, state, free, taken = ir.Module(), ir.IntType(8).as_pointer(), constant(0), constant(1)
-    place = constant(ctypes.addressof(note)).inttoptr(free.type.as_pointer())
+    place, patience = (constant(ctypes.addressof(number)).inttoptr(free.type.as_pointer()) for number in (note, looks))
 
-    def begin(name, theirs, *signature):
-        kind = ir.FunctionType(*signature)
-        function = ir.Function(module, kind, name)
-        return function.args, ir.IRBuilder(function.append_basic_block()), ir.Function(module, kind, theirs)
+    def begin(name, *signature):
+        function = ir.Function(module, ir.FunctionType(*signature), name)
+        return function, ir.IRBuilder(function.append_basic_block())
 
-    args, builder, theirs = begin("save", SAVE, state, [])
-    saved = builder.call(theirs, args)
+    save, builder = begin("save", state, [])
+    saved = builder.call(ir.Function(module, save.function_type, SAVE), [])
     builder.store_atomic(free, place, "seq_cst", 8)
     builder.ret(saved)
 
-    args, builder, theirs = begin("restore", RESTORE, ir.VoidType(), [state])
-    with cgutils.for_range(builder, constant(PATIENCE)) as loop:
+    restore, builder = begin("restore", ir.VoidType(), [state])
+    with cgutils.for_range(builder, builder.load(patience)) as loop:
         with builder.if_then(builder.icmp_signed("==", builder.load_atomic(place, "monotonic", 8), free)):
             changed = builder.cmpxchg(place, free, taken, "seq_cst", "seq_cst")
             with builder.if_then(builder.extract_value(changed, 1)):
                 loop.do_break()
         pause(builder)
-    builder.call(theirs, args)
+    builder.call(ir.Function(module, restore.function_type, RESTORE), restore.args)
+    builder.ret_void()
+
+    _, builder = begin("wait", ir.VoidType(), [])  # as long as `restore` looks at most
+    with cgutils.for_range(builder, builder.load(patience)):
+        builder.load_atomic(place, "monotonic", 8)
+        pause(builder)
     builder.ret_void()
     return module

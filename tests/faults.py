@@ -460,6 +460,22 @@ FAULTS = [
         kernel=True,
     ),
     Fault(
+        "packed kernel: strips serve the next part of k, too",
+        "npgpt/kernels/packed.py",
+        "stay and j > left)",
+        "stay and (j > left or k > 0))",
+        "A strip stays packed for all blocks of columns, but of one part of k.",
+        kernel=True,
+    ),
+    Fault(
+        "packed kernel: strips that others have replaced serve the next block",
+        "npgpt/kernels/packed.py",
+        "stay and j > left)",
+        "j > left)",
+        "A strip can serve several blocks only if there is room for all strips.",
+        kernel=True,
+    ),
+    Fault(
         "packed: the sums of the first part of k are lost",
         "npgpt/kernels/packed.py",
         "_meet_block(block, out[i:stop, j:end], few_rows, soon, k > 0)",

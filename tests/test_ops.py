@@ -114,7 +114,7 @@ MATMULS = [
     (8, 40, 64, "F", "F"),
     (5, 40, 20, "gaps", "gaps"),
     (6 * PACK + 9, 33, 50, "C", "F"),
-    (200, 3, 33, "F", "C"),  # turned: of 33 columns 48 would be computed
+    (200, 3, 33, "F", "C"),
     (4 * PACK + 1, DEPTH // 4 + 1, WIDTH // 4 + 70, "F", "F"),  # no longer tiny
 ]
 

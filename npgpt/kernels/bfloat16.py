@@ -119,8 +119,11 @@ def _sum_in_groups_ref(a, b):
     total = np.zeros((len(a), b.shape[1]), np.float32)
     for start in range(0, len(b), 2 * GROUP):
         sums = [np.zeros_like(total), np.zeros_like(total)]
-        for k in range(start, min(start + 2 * GROUP, len(b))):
-            sums[k % 2] = _add_product_ref(sums[k % 2], a[:, k, None], b[k])
+        for k in range(start, start + 2 * GROUP):
+            if k < len(b):
+                sums[k % 2] = _add_product_ref(sums[k % 2], a[:, k, None], b[k])
+            else:  # zeros fill the last group, which make -0 a 0
+                sums[k % 2] = _flushed(sums[k % 2] + np.float32(0))
         total = _flushed(total + _flushed(sums[0] + sums[1]))
     return total
 

@@ -43,9 +43,10 @@ if KERNELS == "numba":
 
 PACK = 16  # rows of a strip; of tiles it has twice as many, and half of k: see _cut
 STRIPS = 4  # that are packed at a time, of numbers, not of pairs
+ROOM = 64  # strips that there is memory for: if they are all, and meet several blocks, each is packed once
 SHORT = 32  # rows of a transposed a that all of these strips are packed from, before it is the turn of the next ones
 DEPTH = 1536  # bytes along k that are packed at a time: a strip of float32 takes 24 KiB
-NEAR = 2048  # bytes between two rows of a transposed a that may be read as it lies
+NEAR = 1536  # bytes between two rows of a transposed a that may be read as it lies
 MANY, TALL = 384, 128  # columns of the block, and rows of the output, from which on it is packed all the same
 SPAN = 2 * DEPTH // 4  # numbers of bfloat16 along k that are packed at a time
 FETCHED = 2  # rows of the next block that a tile has fetched: a part of their lines in each step
@@ -56,7 +57,7 @@ WIDTH = min(max(second_cache() * 5 // 8 // (DEPTH // 4) // PANEL, 1), 8) * PANEL
 
 def scratch_size(itemsize):
     """How many numbers of so many bytes the strips and a block have."""
-    return DEPTH // itemsize * (STRIPS * PACK + WIDTH // itemsize)
+    return DEPTH // itemsize * (ROOM * PACK + WIDTH // itemsize)
 
 
 @kernel(counts=True)
@@ -71,14 +72,17 @@ def multiply(out, a, b, a_turned, b_turned, scratch, top, bottom, left, right):
     M, K = a.shape[::-1] if a_turned else a.shape
     inner, N = b.shape[::-1] if b_turned else b.shape
     depth = DEPTH // scratch.itemsize
-    for_strips, for_block = depth * PACK * STRIPS, depth * (WIDTH // scratch.itemsize)
+    for_strips, for_block = depth * PACK * ROOM, depth * (WIDTH // scratch.itemsize)
     if not (
         (out.shape == (M, N) and inner == K > 0 and 0 <= top <= bottom <= M and 0 <= left <= right <= N)
         and (len(scratch) == for_strips + for_block and in_line(out) and in_line(a) and in_line(b))
     ):
         raise ValueError("multiply: contiguous out (M, N) needs a (M, K) and b (K, N), or their transposes; 0 < K")
     tall, span, width = _cut(scratch)
-    strips, block = scratch[:for_strips].reshape(STRIPS, depth * PACK), scratch[for_strips:]
+    strips, block = scratch[:for_strips].reshape(ROOM, depth * PACK), scratch[for_strips:]
+    columns, stay = right - left, width < right - left and bottom - top <= ROOM * tall
+    if not stay:
+        columns, strips = min(columns, width), strips[:STRIPS]
     begin_tiles(scratch)
     for k in range(0, K, span):
         after = min(k + span, K)
@@ -93,7 +97,7 @@ def multiply(out, a, b, a_turned, b_turned, scratch, top, bottom, left, right):
             for i in range(top, bottom, tall):
                 stop = min(i + tall, bottom)
                 soon = coming[int(share * (i - top)) : int(share * (stop - top))]
-                few_rows = _rows(strips, a, a_turned, i, stop, k, after, top, bottom, end - j)
+                few_rows = _rows(strips, a, a_turned, i, stop, k, after, top, bottom, columns, stay and j > left)
                 _meet_block(block, out[i:stop, j:end], few_rows, soon, k > 0)
     end_tiles(scratch)
 
@@ -118,47 +122,49 @@ def _rounded_rows(rows, x):
             _round(rows, x, r, step)
 
 
-def _rows_of_pairs(strips, a, turned, i, stop, k, after, top, bottom, columns):
-    strip = strips[0]
+def _rows_of_pairs(strips, a, turned, i, stop, k, after, top, bottom, columns, is_packed):
+    strip = strips[(i - top) // PACK % len(strips)]
     steps = steps_of(strip, after - k)
     if turned:
         panel = strip.reshape(len(strip) // PACK, PACK)
-        _copy(panel[:steps], a[k:after, i:stop])
+        if not is_packed:
+            _copy(panel[:steps], a[k:after, i:stop])
         return panel.T[: stop - i, :steps]
     rows = strip.reshape(PACK, len(strip) // PACK)
-    _rounded_rows(rows, a[i:stop, k:after])
+    if not is_packed:
+        _rounded_rows(rows, a[i:stop, k:after])
     return rows[: stop - i, :steps]
 
 
-def _rows_of_tiles(strips, a, turned, i, stop, k, after, top, bottom, columns):
-    strip = strips[0]
+def _rows_of_tiles(strips, a, turned, i, stop, k, after, top, bottom, columns, is_packed):
+    strip = strips[(i - top) // (2 * PACK) % len(strips)]
     rows, steps = strip.reshape(2 * PACK, len(strip) // (2 * PACK)), steps_of(strip, after - k)
-    if turned:
+    if turned and not is_packed:
         turn_across(rows[:, :steps], a[k:after, i:stop])
-    else:
+    elif not is_packed:
         _rounded_rows(rows, a[i:stop, k:after])
     return rows[: stop - i, :steps]
 
 
 @inside_kernels(pairs=_rows_of_pairs, tiles=_rows_of_tiles)
-def _rows(strips, a, turned, i, stop, k, after, top, bottom, columns):
+def _rows(strips, a, turned, i, stop, k, after, top, bottom, columns, is_packed):
     """Rows i:stop of a, or of a.T if `turned`, and of k only k:after; as they lie, or packed if that pays.
 
-    They are for a block of so many columns, which meets rows top:bottom from the first one on.  Each STRIPS-th call
-    packs the rows of the next ones, too.
+    Rows top:bottom meet so many columns as long as a strip stays packed, from the first row on.  Each STRIPS-th call
+    packs the rows of the next ones, too, unless the strip is packed already.
     """
     if not turned:
         return a[i:stop, k:after]
     if abs(a.strides[0]) <= NEAR and (columns < MANY or bottom - top < TALL):
         return a.T[i:stop, k:after]
-    rows = strips.reshape(STRIPS * PACK, strips.shape[1] // PACK)
-    first = (i - top) % (STRIPS * PACK)
-    if first == 0:
+    rows = strips.reshape(len(strips) * PACK, strips.shape[1] // PACK)
+    first = (i - top) % len(rows)
+    if first % (STRIPS * PACK) == 0 and not is_packed:
         width = min(STRIPS * PACK, bottom - i)
         for start in range(k, after, SHORT):
             end = min(start + SHORT, after)
             fetch(a[end : min(end + SHORT, after), i : i + width])
-            transpose(rows[:, start - k : end - k], a[start:end, i : i + width])
+            transpose(rows[first:, start - k : end - k], a[start:end, i : i + width])
     return rows[first : first + stop - i, : after - k]
 
 

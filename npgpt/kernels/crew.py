@@ -27,6 +27,9 @@ from npgpt.kernels.spin import look
 from npgpt.machine import processors
 
 
+_whatever_happens = contextlib.suppress(Exception)
+
+
 class Job:
     """What a thread of a Crew calls: work(*args).  spins: whether who waits for it spins before it sleeps."""
 
@@ -84,7 +87,7 @@ class _Pool:
 def _look(counter, seen, spins):
     """To be called before a thread sleeps until a counter is no longer `seen`; it looks for a while if it `spins`."""
     if spins:
-        with contextlib.suppress(Exception):  # it only saves time
+        with _whatever_happens:  # it only saves time
             look(counter, seen, gil.looks.value)
     if counter[0] == seen:
         gil.rest()
@@ -127,10 +130,10 @@ class Crew:
             if pool is self._pool:  # else the job was called off before this thread began
                 job.run()
         finally:
+            job.ended[0] = 1  # who waits for it may wake up
             pool.unfinished.discard(job)
             self._at_work.remove(me)
             job.running.release()
-            job.ended[0] = 1
 
     def each(self, work, n):
         """[work(0), ..., work(n - 1)]: number 0 runs in this thread, the others in the crew's, if it has as many.
@@ -140,6 +143,8 @@ class Crew:
 
         When this returns, or raises what one of them or an interrupt has raised, none of them runs any more.
         """
+        if n == 1:
+            return [work(0)]
         results, errors, left = [None] * n, {}, list(range(n - 1, 0, -1))
         try:
             jobs = [self.submit(_take_turns, left, work, results, errors) for _ in range(min(self.threads, n - 1))]
@@ -181,10 +186,10 @@ class Crew:
 
 def _take_turns(left, work, results, errors):
     """Take a number from the end of a list, which other threads do too, and call work with it, until none is left."""
-    while True:
+    while left:
         try:
             number = left.pop()
-        except IndexError:
+        except IndexError:  # another thread was quicker
             return
         try:
             results[number] = work(number)

@@ -26,7 +26,6 @@ from npgpt.kernels.jit import KERNELS
 from npgpt.kernels.spin import look
 from npgpt.machine import processors
 
-
 _whatever_happens = contextlib.suppress(Exception)
 
 

@@ -73,7 +73,7 @@ def _looks_in(seconds, wait):
         start = time.perf_counter()
         wait()
         each.append((time.perf_counter() - start) / looks.value)
-    return int(seconds / min(each))
+    return int(seconds / max(min(each), 1e-9))
 
 
 def _functions():

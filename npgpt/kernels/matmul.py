@@ -96,6 +96,9 @@ def _multiply(out, a, b, is_rounded):
         threads = 1
     kind = PAIRS[way()] if is_rounded else out.dtype
     scratch = _helpers.scratch.get((threads, kind)) or _new_scratch(threads, kind)
+    if NAN_FILL and not is_rounded:
+        for room in scratch:
+            room.fill(np.nan)
     if threads == 1:
         multiply(out, left, right, a_turned, b_turned, scratch[0], 0, M, 0, N)
         return
@@ -112,9 +115,8 @@ def _multiply(out, a, b, is_rounded):
 def _new_scratch(threads, kind):
     """Room for what each of some threads packs in a product: it is kept for this thread's next one."""
     spin()  # before the kernel of a first product is loaded
-    scratch = list(empty((threads, scratch_size(np.dtype(kind).itemsize)), kind))
-    if not NAN_FILL:  # which `empty` does, each time
-        _helpers.scratch[threads, kind] = scratch
+    with reuse_buffers(None):  # it stays with the thread, whatever pool is used next
+        scratch = _helpers.scratch[threads, kind] = list(empty((threads, scratch_size(np.dtype(kind).itemsize)), kind))
     return scratch
 
 

@@ -21,8 +21,6 @@ LLVM reads and writes where it is told, also beyond an array, and Numba's bounds
 `transpose` and `dots` compare the shapes first, once in a call: ValueError if they do not fit, and nothing is written.
 """
 
-import contextlib
-
 from npgpt.kernels.bfloat16 import Totals, can_pack, load_across, load_along, numbers_in, steps_of, vector_for
 from npgpt.kernels.jit import KERNELS, helper, intrinsic
 from npgpt.kernels.vectors import (
@@ -216,10 +214,7 @@ def _make_turn(across):
                     step *= 2
                 for r in range(lanes):
                     row = builder.add(j_value, constant(r))
-                    has_row = contextlib.nullcontext()
-                    if width is not None:
-                        has_row = builder.if_then(builder.icmp_signed("<", row, N))
-                    with has_row:
+                    with builder.if_then(builder.icmp_signed("<", row, N)):
                         pointer = pointer_to(builder, out_array, row, i_value, out_vector)
                         store_vector(builder, vectors[r], pointer, itemsize, inside)
 

@@ -478,8 +478,8 @@ FAULTS = [
     Fault(
         "packed: the sums of the first part of k are lost",
         "npgpt/kernels/packed.py",
-        "_meet_block(block, out[i:stop, j:end], few_rows, soon, k > 0)",
-        "_meet_block(block, out[i:stop, j:end], few_rows, soon, False)",
+        "_meet_block(block, out[i:stop, j:end], few_rows, soon, next_rows, k > 0)",
+        "_meet_block(block, out[i:stop, j:end], few_rows, soon, next_rows, False)",
         "A sum along k is made in parts, which add up.",
         kernel=True,
     ),
@@ -1536,6 +1536,13 @@ FAULTS = [
         "seen = np.unique(np.asarray(text, np.int64))",
         "seen = np.unique(np.asarray(text[-1:], np.int64))",
         "All tokens of the text so far are repetitions, not its last one only.",
+    ),
+    Fault(
+        "sampling: temperature 0 takes a token whatever its logit",
+        "npgpt/generate/sampling.py",
+        "    if not np.isfinite(logits[np.arange(len(tokens)), tokens]).all():\n",
+        "    if np.isinf(logits[np.arange(len(tokens)), tokens]).all():\n",
+        "A logit that is not finite comes from weights that are out of range.",
     ),
     Fault(
         "sampling: the temperature is ignored",

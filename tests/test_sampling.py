@@ -11,7 +11,7 @@ from npgpt.errors import CheckpointError, UsageError
 from npgpt.generate.decode_kernel import _draw
 from npgpt.generate.generation import Generation, context_start
 from npgpt.generate.matrices import rounded
-from npgpt.generate.sampling import choose, probabilities
+from npgpt.generate.sampling import choose, likeliest, probabilities
 from npgpt.generate.writer import SIDE_BY_SIDE, Writer, write
 from npgpt.kernels.jit import KERNELS, kernel
 from npgpt.model import GPT
@@ -93,6 +93,21 @@ def test_extreme_logits_give_no_nan():
     logits = np.array([[1e30, -1e30, 0, -np.inf]], np.float32)
     for controls in (Controls(), Controls(temperature=1e-6, top_p=0.9), Controls(repetition_penalty=2.0)):
         assert probabilities(logits, [[0, 1, 2, 3]], controls).tolist() == [[1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_likeliest_is_what_temperature_0_chooses(dtype):
+    rng, greedy = np.random.default_rng(0), Controls(temperature=0)
+    for n in (1, 2, 7, 100):
+        logits = rng.integers(-3, 4, (50, n)).astype(dtype)  # many are equal
+        logits[rng.random(logits.shape) < 0.1] = -np.inf
+        logits[:, -1] = np.maximum(logits[:, -1], -3)
+        assert likeliest(logits) == choose(probabilities(logits, [[]] * 50, greedy), rng.random(50).tolist())
+    for wrong in (np.nan, np.inf):
+        logits = np.array([[1, 2, 3], [1, wrong, 2]], dtype)
+        for refuses in (likeliest, lambda logits: probabilities(logits, [[]] * 2, greedy)):
+            with pytest.raises(CheckpointError, match="not finite"):
+                refuses(logits)
 
 
 @pytest.mark.parametrize(

@@ -66,13 +66,15 @@ class Decoder:
     dtype      "bfloat16" if they are rounded to that
     threads    how many share the work where there is enough of it; by default one for each core.  They spin while they
                wait for each other, so there is at most one for each processor, and 16 in all
+    is_gpt     whether the caller knows that the model has no difference()
 
     The logits of a row are the same bits whatever is computed beside it, and with any number of threads.  Only one
     thread at a time may call it.  Raises ValueError for a model that is not GPT(config): see GPT.difference().
     """
 
-    def __init__(self, model, n_streams=1, length=None, int8=False, threads=None, dtype=None):
-        if other := model.difference():  # the kernel would read beyond an array, or leave something out
+    def __init__(self, model, n_streams=1, length=None, int8=False, threads=None, dtype=None, is_gpt=False):
+        # of another model the kernel would read beyond an array, or leave something out
+        if not is_gpt and (other := model.difference()):
             raise ValueError(f"Decoder: the model is not GPT(config): {other}")
         config = model.config
         L, H, C, V = config.n_layer, config.n_head, config.n_embd, config.vocab_size

@@ -11,7 +11,7 @@ from npgpt.errors import CheckpointError
 from npgpt.generate.decode import AHEAD, Decoder
 from npgpt.generate.draft import Drafts
 from npgpt.generate.matrices import kind_of, rounded
-from npgpt.generate.sampling import NOT_FINITE, choose, probabilities
+from npgpt.generate.sampling import NOT_FINITE, choose, likeliest, probabilities
 from npgpt.generate.stats import Stats
 from npgpt.kernels.jit import KERNELS
 
@@ -79,7 +79,7 @@ class Generation:
             raise ValueError(f"{kind} is for a GPT as its config says; {other}")
         cached, self.decoder = cache and other is None, None
         if cached and KERNELS == "numba":
-            self.decoder = Decoder(model, len(rngs), length, int8, threads, dtype)
+            self.decoder = Decoder(model, len(rngs), length, int8, threads, dtype, is_gpt=True)
         elif kind:
             self.model = rounded(model, kind)
         self.steps, self.choosing = 0, 0.0  # and the seconds of the last one that went into the choice of tokens
@@ -165,7 +165,10 @@ class Generation:
         if self.holes:
             possible = possible.copy()
             possible[:, self.holes] = -np.inf
-        tokens = choose(probabilities(possible, texts, self.controls), uniforms)
+        if self.controls.temperature == 0 and self.controls.repetition_penalty == 1:
+            tokens = likeliest(possible)
+        else:
+            tokens = choose(probabilities(possible, texts, self.controls), uniforms)
         if self.logprobs:  # with the tokens that are never chosen: the model gives them a share all the same
             z = logits - logits.max(axis=1, keepdims=True)
             logprobs = (z[np.arange(len(z)), tokens] - np.log(np.exp(z, dtype=np.float64).sum(axis=1))).tolist()

@@ -53,6 +53,14 @@ def probabilities(logits, texts, controls):
     return p / p.sum(axis=1, keepdims=True)
 
 
+def likeliest(logits):
+    """The tokens (a list of B) of the highest logits (B, V), the first of equal ones: without probabilities, sooner."""
+    tokens = logits.argmax(axis=1)  # (of a row with NaN, that one)
+    if not np.isfinite(logits[np.arange(len(tokens)), tokens]).all():
+        raise CheckpointError(NOT_FINITE)
+    return tokens.tolist()
+
+
 def choose(p, uniforms):
     """The tokens (a list of B) that uniform numbers in [0, 1), a list of B, pick from probabilities p (B, V)."""
     tokens = []

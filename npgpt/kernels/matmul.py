@@ -26,12 +26,11 @@ from npgpt.kernels.gil import spin
 from npgpt.kernels.jit import KERNELS, replaces
 from npgpt.kernels.packed import PACK, PANEL, SPAN, multiply, scratch_size
 from npgpt.kernels.tiles import share_of
-from npgpt.kernels.vectors import FEATURES, VECTOR
+from npgpt.kernels.vectors import FEATURES, IS_AMD, VECTOR
 from npgpt.machine import processors
 
 WIDE = 32  # columns from which on products of bfloat16 are quicker, where there is a quick instruction for them
-HAS_INSTRUCTION = bool(FEATURES.get("avx512bf16"))  # vdpbf16ps
-IS_AMD = bool(FEATURES.get("sse4a"))  # whose vdpbf16ps takes as long as one FMA; Intel's takes as long as three
+HAS_INSTRUCTION = bool(FEATURES.get("avx512bf16"))  # vdpbf16ps: AMD's takes as long as one FMA, Intel's as three
 TINY = 2**20  # multiplications that are not worth sharing out among threads
 FEW = 2**18  # numbers, of which each takes a nanosecond or so, that are not
 

@@ -21,6 +21,8 @@ LLVM reads and writes where it is told, also beyond an array, and Numba's bounds
 `transpose` and `dots` compare the shapes first, once in a call: ValueError if they do not fit, and nothing is written.
 """
 
+import itertools
+
 from npgpt.kernels.bfloat16 import Totals, can_pack, load_across, load_along, numbers_in, steps_of, vector_for
 from npgpt.kernels.jit import KERNELS, helper, intrinsic
 from npgpt.kernels.vectors import (
@@ -248,14 +250,28 @@ def fetch(x):
             _fetch(x, i, j)
 
 
-@intrinsic
-def _fetch(typingctx, x, row, column):
-    """Have the line of the cache with x[row, column] fetched."""
+@helper
+def fetch_part(x, part, parts):
+    """Like `fetch`, but of the lines of x only one of so many parts, and no nearer than the second cache."""
+    n = (x.shape[1] * x.itemsize + LINE - 1) // LINE  # lines of a row
+    for line in range(len(x) * n * part // parts, len(x) * n * (part + 1) // parts):
+        _fetch_far(x, line // n, line % n * (LINE // x.itemsize))
 
-    def write(context, builder, arrays, place):
-        prefetch(builder, pointer_to(builder, *arrays, *place, ir.IntType(8)))
 
-    return written(types.void(x, types.intp, types.intp), write)
+def _make_fetch(near):
+    @intrinsic
+    def fetch(typingctx, x, row, column):
+        """Have the line of the cache with x[row, column] fetched."""
+
+        def write(context, builder, arrays, place):
+            prefetch(builder, pointer_to(builder, *arrays, *place, ir.IntType(8)), near)
+
+        return written(types.void(x, types.intp, types.intp), write)
+
+    return fetch
+
+
+_fetch, _fetch_far = map(_make_fetch, (True, False))
 
 
 @helper
@@ -375,13 +391,14 @@ def _make_dots(m, n):
                     step(some, builder.mul(loop.index, constant(lanes)))
                 with builder.if_then(builder.icmp_signed("<", done, K), likely=False):
                     step(some, done, below(builder, done, K, lanes))
-            # n columns of a row become one vector, or several where n is no power of 2, or a vector is short
-            width, places = min(n & -n, lanes), []
-            for first in range(0, m * n, width):
-                part = sum_each(builder, [builder.load(total) for total in totals.places[first : first + width]])
-                column = builder.add(j_value, constant(first % n))
-                pointer = pointer_to(builder, out_array, x_rows[first // n], column, part.type)
-                mask = below(builder, column, last_value, width)
+            places = []  # the n columns of a row become one vector, or several where a vector is short
+            for a, first in itertools.product(range(m), range(0, n, lanes)):
+                sums = totals.places[a * n + first : a * n + min(first + lanes, n)]
+                part = sum_each(builder, [builder.load(total) for total in sums])
+                column = builder.add(j_value, constant(first))
+                pointer = pointer_to(builder, out_array, x_rows[a], column, part.type)
+                end = not_beyond(builder, builder.add(column, constant(len(sums))), last_value)
+                mask = below(builder, column, end, part.type.count)
                 places.append((cgutils.alloca_once_value(builder, part), column, pointer, mask))
 
             def change(condition, operation, array=None):

@@ -4,6 +4,8 @@ An intrinsic is a function that writes LLVM's instructions, one by one, through 
 a few of them each: they take the builder, and LLVM's values, and return LLVM's values.  Lanes are a vector's numbers.
 """
 
+import itertools
+
 from npgpt.kernels.jit import KERNELS
 
 VECTOR, FEATURES, NARROW = 16, {}, ()  # bytes of a vector; what the processor has, by LLVM's names
@@ -16,6 +18,7 @@ if KERNELS == "numba":
     FEATURES = llvmlite.binding.get_host_cpu_features()
     NARROW = types.int8, types.uint16  # of numbers that are widened when they are loaded: int8, and bfloat16
     VECTOR = 64 if FEATURES.get("avx512f") else 32 if FEATURES.get("avx") else 16
+IS_AMD = bool(FEATURES.get("sse4a"))
 
 
 def are_fit(out, *others):
@@ -144,11 +147,12 @@ def pick(builder, a, b, lane_of):
 
 
 def sum_each(builder, vectors):
-    """The sums of the lanes of n vectors, as a vector of n lanes; n, a power of 2, is not above the lanes.
+    """The sums of the lanes of n vectors, as many at most as these lanes, as the first n lanes of a vector.
 
     As in a tournament: two vectors of partial sums become one that has every other lane of each, until one is left.
+    The vector has as many lanes as the next power of 2; those beyond n have some of the sums again.
     """
-    lanes, n, step = vectors[0].type.count, len(vectors), 1
+    lanes, step, width = vectors[0].type.count, 1, 1 << (len(vectors) - 1).bit_length()
 
     def add(a, b, step):
         # lanes with bit `step` take from b, the others from a; each adds the lane that differs in this bit
@@ -157,7 +161,8 @@ def sum_each(builder, vectors):
         return builder.fadd(here, other)
 
     while step < lanes:
-        vectors = [add(a, b, step) for a, b in zip(vectors[::2], vectors[1::2] or vectors, strict=True)]
+        pairs = itertools.zip_longest(vectors[::2], vectors[1::2], fillvalue=vectors[-1])  # (who is odd meets itself)
+        vectors = [add(a, b, step) for a, b in pairs]
         step *= 2
-    first = ir.Constant(ir.VectorType(ir.IntType(32), n), list(range(n)))
+    first = ir.Constant(ir.VectorType(ir.IntType(32), width), list(range(width)))
     return builder.shuffle_vector(vectors[0], vectors[0], first)

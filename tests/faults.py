@@ -478,8 +478,8 @@ FAULTS = [
     Fault(
         "packed: the sums of the first part of k are lost",
         "npgpt/kernels/packed.py",
-        "_meet_block(block, out[i:stop, j:end], few_rows, soon, next_rows, k > 0)",
-        "_meet_block(block, out[i:stop, j:end], few_rows, soon, next_rows, False)",
+        "_meet_block(block, out[i:stop, j:end], few_rows, soon, k > 0)",
+        "_meet_block(block, out[i:stop, j:end], few_rows, soon, False)",
         "A sum along k is made in parts, which add up.",
         kernel=True,
     ),

@@ -20,7 +20,7 @@ import itertools
 from npgpt.kernels.amx import Spare, begin_tiles, end_tiles, tiles_of
 from npgpt.kernels.bfloat16 import GROUP, Totals, can_pack, load_across, load_along, numbers_in, steps_of, vector_for
 from npgpt.kernels.jit import KERNELS, helper, inside_kernels, intrinsic, kernel
-from npgpt.kernels.tiles import ROWS, fetch, fetch_part, in_line, put, transpose, turn_across
+from npgpt.kernels.tiles import ROWS, fetch, in_line, put, transpose, turn_across
 from npgpt.kernels.vectors import (
     IS_AMD,
     VECTOR,
@@ -51,7 +51,7 @@ NEAR = 1536  # bytes between two rows of a transposed a that may be read as it l
 MANY, TALL = 384, 128  # columns that a strip meets, and rows of the output, from which on it is packed all the same
 SPAN = 2 * DEPTH // 4  # numbers of bfloat16 along k that are packed at a time
 FETCHED = 2  # rows of the next block that a tile has fetched: a part of their lines in each step
-FETCHES_ALL = IS_AMD  # whether a tile has its part of the output fetched, too, and the next strip of an a as it lies
+FETCHES_OUTPUT = IS_AMD  # whether it has its part of the output fetched, too, before its first step
 AHEAD = 8  # rows that copying is ahead of itself in what it has fetched
 PANEL = 3 * VECTOR  # bytes of a panel's row
 WIDTH = min(max(second_cache() * 5 // 8 // (DEPTH // 4) // PANEL, 1), 8) * PANEL  # bytes of a block's row: few panels
@@ -100,8 +100,7 @@ def multiply(out, a, b, a_turned, b_turned, scratch, top, bottom, left, right):
                 stop = min(i + tall, bottom)
                 soon = coming[int(share * (i - top)) : int(share * (stop - top))]
                 few_rows = _rows(strips, a, a_turned, i, stop, k, after, top, bottom, columns, stay and j > left)
-                next_rows = a[:0, k:after] if a_turned else a[stop : min(stop + tall, bottom), k:after]
-                _meet_block(block, out[i:stop, j:end], few_rows, soon, next_rows, k > 0)
+                _meet_block(block, out[i:stop, j:end], few_rows, soon, k > 0)
     end_tiles(scratch)
 
 
@@ -213,7 +212,7 @@ def _pack_block(block, b, turned):
         j, place = j + width, place + steps * width
 
 
-def _meet_tiles(block, out, a, soon, next_rows, add):
+def _meet_tiles(block, out, a, soon, add):
     (M, columns), steps = out.shape, a.shape[1]
     fetch(soon)
     lanes, j, place = VECTOR // out.itemsize, 0, 0
@@ -231,21 +230,15 @@ def _meet_tiles(block, out, a, soon, next_rows, add):
 
 
 @inside_kernels(tiles=_meet_tiles)
-def _meet_block(block, out, a, soon, next_rows, add):
-    """out (M, columns) = a @ the block, or += where `add` is true, for M up to PACK.
-
-    The rows of `soon`, of the next block, are fetched meanwhile, and those of a that come next.
-    """
+def _meet_block(block, out, a, soon, add):
+    """out (M, columns) = a @ the block, or += where `add` is true, for M up to PACK; the rows of `soon` are fetched."""
     (M, columns), k = out.shape, a.shape[1]
     lanes, j, place = VECTOR // out.itemsize, 0, 0
     share, done = len(soon) * 3.0 * lanes * ROWS / (M * columns), 0  # rows of `soon` for each tile, and tiles
-    tiles = ((M + ROWS - 1) // ROWS) * ((columns + 3 * lanes - 1) // (3 * lanes))
     while j < columns:
         n = _vectors_of_panel(block, (columns - j + lanes - 1) // lanes)
         for i in range(0, M, ROWS):
             row = int(done * share)
-            if FETCHES_ALL:
-                fetch_part(next_rows, done, tiles)
             if n == 3:
                 _tile_3(out, a, block, soon, i, j, place, row, add)
             elif n == 2:
@@ -350,13 +343,13 @@ def _make_tile(n):
             packed = vector_of(context, block)[2]
             panel = builder.bitcast(builder.gep(block_array.data, [place_value]), packed.as_pointer())
             places = [pointer_to(builder, out_array, row, column, vector) for row in rows for column in columns]
-            for place in places if FETCHES_ALL else ():  # (for hundreds of steps nobody waits for them)
+            for place in places if FETCHES_OUTPUT else ():
                 prefetch(builder, builder.bitcast(place, byte.as_pointer()), near=False)
             totals = Totals(builder, block.dtype, vector, ROWS * n)
             with cgutils.for_range(builder, K, intp=ir.IntType(64)) as loop:
                 offset, first = builder.mul(loop.index, step), builder.mul(loop.index, constant(n))
                 vectors = [builder.gep(panel, [builder.add(first, constant(v))]) for v in range(n)]
-                factors = [load_vector(builder, place, itemsize) for place in vectors]
+                factors = [load_vector(builder, pointer, itemsize) for pointer in vectors]
                 column = builder.mul(loop.index, each)
                 for row in next_rows:
                     prefetch(builder, pointer_to(builder, soon_array, row, column, byte), near=False)

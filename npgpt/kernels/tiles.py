@@ -250,28 +250,14 @@ def fetch(x):
             _fetch(x, i, j)
 
 
-@helper
-def fetch_part(x, part, parts):
-    """Like `fetch`, but of the lines of x only one of so many parts, and no nearer than the second cache."""
-    n = (x.shape[1] * x.itemsize + LINE - 1) // LINE  # lines of a row
-    for line in range(len(x) * n * part // parts, len(x) * n * (part + 1) // parts):
-        _fetch_far(x, line // n, line % n * (LINE // x.itemsize))
+@intrinsic
+def _fetch(typingctx, x, row, column):
+    """Have the line of the cache with x[row, column] fetched."""
 
+    def write(context, builder, arrays, place):
+        prefetch(builder, pointer_to(builder, *arrays, *place, ir.IntType(8)))
 
-def _make_fetch(near):
-    @intrinsic
-    def fetch(typingctx, x, row, column):
-        """Have the line of the cache with x[row, column] fetched."""
-
-        def write(context, builder, arrays, place):
-            prefetch(builder, pointer_to(builder, *arrays, *place, ir.IntType(8)), near)
-
-        return written(types.void(x, types.intp, types.intp), write)
-
-    return fetch
-
-
-_fetch, _fetch_far = map(_make_fetch, (True, False))
+    return written(types.void(x, types.intp, types.intp), write)
 
 
 @helper

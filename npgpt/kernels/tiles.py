@@ -26,6 +26,7 @@ import itertools
 from npgpt.kernels.bfloat16 import Totals, can_pack, load_across, load_along, numbers_in, steps_of, vector_for
 from npgpt.kernels.jit import KERNELS, helper, intrinsic
 from npgpt.kernels.vectors import (
+    IS_AMD,
     NARROW,
     VECTOR,
     are_fit,
@@ -254,8 +255,8 @@ def fetch(x):
 def _fetch(typingctx, x, row, column):
     """Have the line of the cache with x[row, column] fetched."""
 
-    def write(context, builder, arrays, place):
-        prefetch(builder, pointer_to(builder, *arrays, *place, ir.IntType(8)))
+    def write(context, builder, arrays, place):  # (AMD's first cache has few places for rows that are far apart)
+        prefetch(builder, pointer_to(builder, *arrays, *place, ir.IntType(8)), near=not IS_AMD)
 
     return written(types.void(x, types.intp, types.intp), write)
 

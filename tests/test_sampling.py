@@ -103,6 +103,7 @@ def test_the_likeliest_is_what_temperature_0_chooses(dtype):
         logits[rng.random(logits.shape) < 0.1] = -np.inf
         logits[:, -1] = np.maximum(logits[:, -1], -3)
         assert likeliest(logits) == choose(probabilities(logits, [[]] * 50, greedy), rng.random(50).tolist())
+        assert likeliest(logits) == [row.index(max(row)) for row in logits.tolist()]
     for wrong in (np.nan, np.inf):
         logits = np.array([[1, 2, 3], [1, wrong, 2]], dtype)
         for refuses in (likeliest, lambda logits: probabilities(logits, [[]] * 2, greedy)):

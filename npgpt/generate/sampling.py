@@ -28,14 +28,12 @@ def probabilities(logits, texts, controls):
             seen = np.unique(np.asarray(text, np.int64))
             seen = seen[seen < len(row)]
             row[seen] = np.where(row[seen] > 0, row[seen] / r, row[seen] * r)
-    best = z.max(axis=1, keepdims=True)
-    if not np.isfinite(best).all():
-        raise CheckpointError(NOT_FINITE)
-    z -= best
+    rows, best = np.arange(len(z)), likeliest(z)
     if controls.temperature == 0:
         p = np.zeros_like(z)
-        p[np.arange(len(z)), z.argmax(axis=1)] = 1
+        p[rows, best] = 1
         return p
+    z -= z[rows, best, None]
     with np.errstate(over="ignore"):
         z /= controls.temperature
     if controls.top_k is not None and controls.top_k < z.shape[1]:

@@ -18,7 +18,7 @@ if KERNELS == "numba":
     FEATURES = llvmlite.binding.get_host_cpu_features()
     NARROW = types.int8, types.uint16  # of numbers that are widened when they are loaded: int8, and bfloat16
     VECTOR = 64 if FEATURES.get("avx512f") else 32 if FEATURES.get("avx") else 16
-IS_AMD = bool(FEATURES.get("sse4a"))
+IS_AMD = bool(FEATURES.get("sse4a"))  # which nobody else has
 
 
 def are_fit(out, *others):

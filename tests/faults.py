@@ -1242,6 +1242,14 @@ FAULTS = [
         kernel=True,
     ),
     Fault(
+        "decode: kernels are loaded before threads can spin",
+        "npgpt/generate/decode.py",
+        "            spin()  # before any kernel",
+        "            pass  # before any kernel",
+        "A kernel that is loaded before leaves the turn to nobody; threads then look for it in vain.",
+        kernel=True,
+    ),
+    Fault(
         "decode: weights are rounded towards zero",
         "npgpt/generate/matrices.py",
         "np.rint(row[k] * factor)",

@@ -68,7 +68,9 @@ RELEVANT = {
     "npgpt/run/parallel.py": (["test_ranks.py", "test_parallel.py", "test_bfloat16.py"], "not mpiexec and not 1000"),
     "npgpt/run/ranks.py": (["test_ranks.py"], "not mpiexec"),
     "npgpt/run/trainer.py": (["test_ranks.py"], "not mpiexec"),
-    "npgpt/generate/decode.py": (["test_decode.py"], "several or forward_pass or copied or int8_is or draws"),
+    "npgpt/generate/decode.py": (
+        ["test_decode.py", "test_gil.py"], "several or forward_pass or copied or int8_is or draws or can_spin",
+    ),
     "npgpt/generate/prompt.py": (["test_prompt.py"], "logits_of or go_on or pieces"),
     "npgpt/generate/matrices.py": (["test_prompt.py"], "logits_of or round or checksum"),
     "npgpt/generate/decode_kernel.py": (

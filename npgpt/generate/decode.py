@@ -17,6 +17,8 @@ from npgpt.generate.matrices import Matrix, kind_of, weights_of
 from npgpt.generate.prompt import read_prompts
 from npgpt.kernels.buffers import empty, zeros
 from npgpt.kernels.crew import Crew
+from npgpt.kernels.gil import spin
+from npgpt.kernels.matmul import PRODUCTS
 from npgpt.kernels.spin import SLEEPS
 from npgpt.machine import cores, processors
 
@@ -76,6 +78,9 @@ class Decoder:
         # of another model the kernel would read beyond an array, or leave something out
         if not is_gpt and (other := model.difference()):
             raise ValueError(f"Decoder: the model is not GPT(config): {other}")
+        self.threads = max(1, min(threads or cores(), processors(), MOST_THREADS))
+        if self.threads > 1 and PRODUCTS == "ours":
+            spin()  # before any kernel is loaded, those that round the weights among them
         config = model.config
         L, H, C, V = config.n_layer, config.n_head, config.n_embd, config.vocab_size
         self.length = min(config.block_size, length or config.block_size)
@@ -85,7 +90,6 @@ class Decoder:
         ends, blocks, self.nbytes = _records(self._weights)
         self.limits = np.array([[V], [n_streams], [self.length]], np.uint64)
         self.rows = n = max(CHUNK, n_streams)
-        self.threads = max(1, min(threads or cores(), processors(), MOST_THREADS))
         self._counter, self._jobs = np.zeros((2, 8), np.int64)  # (each has a line of memory for itself)
         self._states = np.empty((self.threads, 8), np.int64)
         self._job = kernel.Job(

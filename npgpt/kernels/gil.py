@@ -11,8 +11,8 @@ when a kernel is loaded, and `spin` gives it two functions of ours.  They call C
     restore     looks until it finds 0, and writes 1 in the same step, or for half a millisecond; then takes the lock
 
 The note is not the lock.  A thread that gives the lock away elsewhere, as NumPy does in a product, leaves 1 behind: the
-next kernel looks in vain, sleeps for the lock as always, and writes 0 when another one begins.  So `spin` is for
-processes whose products are kernels, too.
+next kernel looks in vain, sleeps for the lock as always, and writes 0 when another one begins.  So does a thread in a
+kernel that was loaded before `spin`.  So `spin` is for processes whose products are kernels, too, and comes first.
 """
 
 import ctypes

@@ -107,7 +107,7 @@ assert can_spin and all(can_spin), can_spin
 def test_threads_can_spin_before_a_generation_loads_a_kernel(options):
     # a kernel that is loaded before leaves the turn to nobody, and whoever waits for it looks in vain
     environment = {**os.environ, "NPGPT_PRODUCTS": "ours"}
-    subprocess.run([sys.executable, "-c", LOADED.replace("{options}", repr(options))], env=environment, check=True)
+    subprocess.run([sys.executable, "-c", LOADED.format(options=options)], env=environment, check=True)
 
 
 @pytest.mark.parametrize("pause", [0, 0.003])

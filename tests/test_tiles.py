@@ -265,6 +265,9 @@ def test_a_packed_product_knows_nothing_of_what_lies_around(dtype, a_turned, b_t
     lanes, depth, width = VECTOR // itemsize, packed.DEPTH // itemsize, packed.WIDTH // itemsize
     far = packed.NEAR // itemsize + 1  # rows of a transposed a that are packed
     shapes = [(M, N, 5) for M in (1, ROWS, 17, 33) for N in (1, *(n * lanes + m for n in range(1, 7) for m in (0, 1)))]
+    # the most rows, and columns, for which smaller tiles serve at the edges; and one more
+    low, narrow = (ROWS // 2, 17 + ROWS // 2), (lanes // 2, lanes // 2 + 1)
+    shapes += [(M, n * lanes + more, 5) for M in low for n in range(1, 6) for more in narrow]
     shapes += (far, 3, 7), (3, 7, depth), (19, 5, depth + 1), (2, width + 1, 3), (1, 2 * width, depth + 2)
     shapes += (far, width + 5, depth + 2), (packed.ROOM * packed.PACK + 3, width + 5, 9)  # strips that stay, or do not
     for M, N, K in shapes:

@@ -248,17 +248,17 @@ def load_across(builder, kind, array, step, column, vector, mask=None):
 
 
 class Totals:
-    """n vectors to which products are added while k runs: of numbers of the arrays' own dtype, or of pairs."""
+    """Vectors to which products are added while k runs: of numbers of the arrays' own dtype, or of pairs."""
 
-    def __init__(self, builder, kind, vector, n):
-        self.builder, self.kind, self.vector = builder, kind, vector
-        self.places = [cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * vector.count)) for _ in range(n)]
+    def __init__(self, builder, kind, vectors):
+        self.builder, self.kind = builder, kind
+        self.places = [cgutils.alloca_once_value(builder, ir.Constant(one, [0.0] * one.count)) for one in vectors]
 
     def add(self, i, x, y):
         """total i += x y."""
         builder, total = self.builder, self.builder.load(self.places[i])
         if numbers_in(self.kind) == 2:
-            total = _assembly(builder, self.vector, "vdpbf16ps $3, $2, $0", total, x, y, reads_result=True)
+            total = _assembly(builder, total.type, "vdpbf16ps $3, $2, $0", total, x, y, reads_result=True)
         else:
             total = builder.fadd(total, builder.fmul(x, y, flags=("contract",)), flags=("contract",))
         builder.store(total, self.places[i])

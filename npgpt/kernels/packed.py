@@ -52,6 +52,7 @@ MANY, TALL = 384, 128  # columns that a strip meets, and rows of the output, fro
 SPAN = 2 * DEPTH // 4  # numbers of bfloat16 along k that are packed at a time
 FETCHED = 2  # rows of the next block that a tile has fetched: a part of their lines in each step
 FETCHES_OUTPUT = IS_AMD  # whether it has its part of the output fetched, too, before its first step
+FETCHES_STRIPS = IS_AMD  # whether, where no block follows, it has fetched what the next strips are packed from
 AHEAD = 8  # rows that copying is ahead of itself in what it has fetched
 PANEL = 3 * VECTOR  # bytes of a panel's row
 WIDTH = min(max(second_cache() * 5 // 8 // (DEPTH // 4) // PANEL, 1), 8) * PANEL  # bytes of a block's row: few panels
@@ -96,10 +97,13 @@ def multiply(out, a, b, a_turned, b_turned, scratch, top, bottom, left, right):
             else:
                 coming = _part(b, b_turned, after, min(after + span, K), left, min(left + width, right))
             share = len(coming) / max(bottom - top, 1)  # for each row of a
+            is_packed = stay and j > left
             for i in range(top, bottom, tall):
                 stop = min(i + tall, bottom)
                 soon = coming[int(share * (i - top)) : int(share * (stop - top))]
-                few_rows = _rows(strips, a, a_turned, i, stop, k, after, top, bottom, columns, stay and j > left)
+                if FETCHES_STRIPS and a_turned and not is_packed and coming.size == 0:
+                    soon = _next_strips(b, soon, a[k:after, top:bottom], i - top)
+                few_rows = _rows(strips, a, a_turned, i, stop, k, after, top, bottom, columns, is_packed)
                 _meet_block(block, out[i:stop, j:end], few_rows, soon, k > 0)
     end_tiles(scratch)
 
@@ -168,6 +172,22 @@ def _rows(strips, a, turned, i, stop, k, after, top, bottom, columns, is_packed)
             fetch(a[end : min(end + SHORT, after), i : i + width])
             transpose(rows[first:, start - k : end - k], a[start:end, i : i + width])
     return rows[first : first + stop - i, : after - k]
+
+
+def _next_strips_of_float32(b, soon, a, i):
+    if i % (STRIPS * PACK) > 0:
+        return soon
+    return a.T[i + STRIPS * PACK : i + 2 * STRIPS * PACK : PACK]
+
+
+@inside_kernels(float32=_next_strips_of_float32)
+def _next_strips(b, soon, a, i):
+    """What is fetched where no block of b follows: of a (K, M) all lines of the strips after those that hold row i.
+
+    These are a part of a.T with one row for each line of the cache, if i begins a strip that is packed with others;
+    else nothing, or if b has not the type of a: that is `soon`.
+    """
+    return soon
 
 
 @helper(counts=True)
@@ -239,8 +259,12 @@ def _meet_block(block, out, a, soon, add):
         n = _vectors_of_panel(block, (columns - j + lanes - 1) // lanes)
         for i in range(0, M, ROWS):
             row = int(done * share)
-            if n == 3:
+            if n == 3 and M - i <= ROWS // 2:
+                _tile_3_low(out, a, block, soon, i, j, place, row, add)
+            elif n == 3:
                 _tile_3(out, a, block, soon, i, j, place, row, add)
+            elif n == 2 and columns - j <= lanes + lanes // 2:
+                _tile_2_narrow(out, a, block, soon, i, j, place, row, add)
             elif n == 2:
                 _tile_2(out, a, block, soon, i, j, place, row, add)
             else:
@@ -313,12 +337,12 @@ def _round(typingctx, pairs, x, row, step):
     return written(types.void(pairs, x, types.intp, types.intp), write)
 
 
-def _make_tile(n):
-    """The intrinsic that computes a tile of n vectors of columns."""
+def _make_tile(n, height=ROWS, narrow=False):
+    """The intrinsic that computes a tile of so many rows, and n vectors of columns, the last one half if `narrow`."""
 
     @intrinsic
     def tile(typingctx, out, a, block, soon, i, j, place, row, add):
-        """out[i:i+ROWS, j:j+n lanes] = a[i:i+ROWS] @ a panel, or += where `add` is true; nothing beyond out's edges.
+        """out[i:i+height, j:j+width] = a[i:i+height] @ a panel, or += where `add` is true; nothing beyond out's edges.
 
         The panel (k, n lanes) begins at block[place].  Meanwhile some rows of `soon` are fetched, from `row` on.
         """
@@ -327,48 +351,56 @@ def _make_tile(n):
 
         def write(context, builder, arrays, others):
             itemsize, lanes, vector = vector_of(context, out)
+            widths = [lanes] * (n - 1) + [lanes // 2 if narrow else lanes]
             out_array, a_array, block_array, soon_array = arrays
             i_value, j_value, place_value, row_value, add_value = others
             M, N = cgutils.unpack_tuple(builder, out_array.shape)
             _, K = cgutils.unpack_tuple(builder, a_array.shape)
             _, step = cgutils.unpack_tuple(builder, a_array.strides)
-            rows = [builder.add(i_value, constant(r)) for r in range(ROWS)]
+            rows = [builder.add(i_value, constant(r)) for r in range(height)]
             columns = [builder.add(j_value, constant(v * lanes)) for v in range(n)]
+            corners = [(row, *of_vector) for row in rows for of_vector in zip(columns, widths, strict=True)]
+            vectors = [ir.VectorType(vector.element, width) for *_, width in corners]
             # rows beyond the last one are the last one again; their sums are not stored
             last, byte = builder.sub(M, constant(1)), ir.IntType(8)
             starts = [pointer_to(builder, a_array, not_beyond(builder, row, last), constant(0), byte) for row in rows]
             next_rows = [builder.add(row_value, constant(r)) for r in range(FETCHED)]
-            _, width = cgutils.unpack_tuple(builder, soon_array.shape)
-            each = builder.udiv(builder.add(width, builder.sub(K, constant(1))), K)  # numbers of a row for each step
-            packed = vector_of(context, block)[2]
+            _, length = cgutils.unpack_tuple(builder, soon_array.shape)
+            each = builder.udiv(builder.add(length, builder.sub(K, constant(1))), K)  # numbers of a row for each step
+            packed = context.get_value_type(block.dtype)
             panel = builder.bitcast(builder.gep(block_array.data, [place_value]), packed.as_pointer())
-            places = [pointer_to(builder, out_array, row, column, vector) for row in rows for column in columns]
+            placed = zip(corners, vectors, strict=True)
+            places = [pointer_to(builder, out_array, row, column, kind) for (row, column, _), kind in placed]
             for place in places if FETCHES_OUTPUT else ():
                 prefetch(builder, builder.bitcast(place, byte.as_pointer()), near=False)
-            totals = Totals(builder, block.dtype, vector, ROWS * n)
+            totals = Totals(builder, block.dtype, vectors)
             with cgutils.for_range(builder, K, intp=ir.IntType(64)) as loop:
-                offset, first = builder.mul(loop.index, step), builder.mul(loop.index, constant(n))
-                vectors = [builder.gep(panel, [builder.add(first, constant(v))]) for v in range(n)]
-                factors = [load_vector(builder, pointer, itemsize) for pointer in vectors]
+                offset, first = builder.mul(loop.index, step), builder.mul(loop.index, constant(n * lanes))
+                factors = []
+                for v in range(n):
+                    pointer = builder.gep(panel, [builder.add(first, constant(v * lanes))])
+                    kind = ir.VectorType(packed, widths[v])
+                    factors.append(load_vector(builder, builder.bitcast(pointer, kind.as_pointer()), itemsize))
                 column = builder.mul(loop.index, each)
                 for row in next_rows:
                     prefetch(builder, pointer_to(builder, soon_array, row, column, byte), near=False)
-                for r in range(ROWS):
-                    number = builder.bitcast(builder.gep(starts[r], [offset]), packed.element.as_pointer())
-                    copies = splat(builder, builder.load(number), lanes)
+                for r in range(height):
+                    number = builder.load(builder.bitcast(builder.gep(starts[r], [offset]), packed.as_pointer()))
+                    copies = {width: splat(builder, number, width) for width in widths}
                     for v in range(n):
-                        totals.add(r * n + v, copies, factors[v])
+                        totals.add(r * n + v, copies[widths[v]], factors[v])
             is_whole = builder.and_(
-                builder.icmp_signed("<=", builder.add(i_value, constant(ROWS)), M),
-                builder.icmp_signed("<=", builder.add(j_value, constant(n * lanes)), N),
+                builder.icmp_signed("<=", builder.add(i_value, constant(height)), M),
+                builder.icmp_signed("<=", builder.add(j_value, constant(sum(widths))), N),
             )
             with builder.if_else(is_whole, likely=True) as (whole, edge):
                 with whole:
                     put(builder, places, totals.places, [None] * len(places), add_value, itemsize)
                 with edge:
-                    within = [below(builder, column, N, lanes) for column in columns]
-                    has_row = [splat(builder, builder.icmp_signed("<", row, M), lanes) for row in rows]
-                    masks = [builder.and_(row, column) for row in has_row for column in within]
+                    masks = []
+                    for row, column, width in corners:
+                        has_row = splat(builder, builder.icmp_signed("<", row, M), width)
+                        masks.append(builder.and_(has_row, below(builder, column, N, width)))
                     put(builder, places, totals.places, masks, add_value, itemsize)
 
         return written(types.void(out, a, block, soon, *[types.intp] * 4, types.boolean), write)
@@ -377,6 +409,7 @@ def _make_tile(n):
 
 
 _tile_1, _tile_2, _tile_3 = map(_make_tile, (1, 2, 3))
+_tile_3_low, _tile_2_narrow = _make_tile(3, ROWS // 2), _make_tile(2, narrow=True)  # of edges
 
 
 def _move(builder, out_array, tops, columns, spare, itemsize, is_out):

@@ -104,7 +104,7 @@ def _tile(typingctx, out, a, b, i, j, add):
         columns = [builder.add(j_value, constant(v * lanes)) for v in range(2)]
 
         def body(masks):
-            totals = Totals(builder, out.dtype, vector, 2 * ROWS)
+            totals = Totals(builder, out.dtype, [vector] * (2 * ROWS))
             with cgutils.for_range(builder, K, intp=ir.IntType(64)) as loop:
                 pointers = [pointer_to(builder, b_array, loop.index, column, vector) for column in columns]
                 factors = [load_vector(builder, pointers[v], itemsize, masks[v]) for v in range(2)]
@@ -358,7 +358,7 @@ def _make_dots(m, n):
             row = builder.mul(K, constant(w_itemsize))  # its bytes
             nbytes, left = builder.mul(row, constant(n)), builder.mul(row, builder.sub(last_value, j_value))
             ahead = _Ahead(builder, place, nbytes, left, at_once * lanes * w_itemsize, tile, tiles)
-            totals = Totals(builder, x.dtype, vector, m * n)
+            totals = Totals(builder, x.dtype, [vector] * (m * n))
 
             def step(some, k, mask=None):
                 """The products of `lanes` columns from k on, with some rows of w."""

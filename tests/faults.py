@@ -1260,7 +1260,7 @@ FAULTS = [
     Fault(
         "decode: kernels are loaded before threads can spin",
         "npgpt/generate/decode.py",
-        "            spin()  # before any kernel",
+        "            let_threads_spin()  # before any kernel",
         "            pass  # before any kernel",
         "A kernel that is loaded before leaves the turn to nobody; threads then look for it in vain.",
         kernel=True,

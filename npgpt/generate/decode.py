@@ -17,8 +17,7 @@ from npgpt.generate.matrices import Matrix, kind_of, weights_of
 from npgpt.generate.prompt import read_prompts
 from npgpt.kernels.buffers import empty, zeros
 from npgpt.kernels.crew import Crew
-from npgpt.kernels.gil import spin
-from npgpt.kernels.matmul import PRODUCTS
+from npgpt.kernels.matmul import let_threads_spin
 from npgpt.kernels.spin import SLEEPS
 from npgpt.machine import cores, processors
 
@@ -79,8 +78,8 @@ class Decoder:
         if not is_gpt and (other := model.difference()):
             raise ValueError(f"Decoder: the model is not GPT(config): {other}")
         self.threads = max(1, min(threads or cores(), processors(), MOST_THREADS))
-        if self.threads > 1 and PRODUCTS == "ours":
-            spin()  # before any kernel is loaded, those that round the weights among them
+        if self.threads > 1:
+            let_threads_spin()  # before any kernel is loaded, those that round the weights among them
         config = model.config
         L, H, C, V = config.n_layer, config.n_head, config.n_embd, config.vocab_size
         self.length = min(config.block_size, length or config.block_size)

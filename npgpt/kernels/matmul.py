@@ -111,9 +111,15 @@ def _multiply(out, a, b, is_rounded):
     _crew(threads).each(share, threads)
 
 
+def let_threads_spin():
+    """To be called before the first kernel is loaded, as gil.py says.  Products must be kernels, too."""
+    if PRODUCTS == "ours":
+        spin()
+
+
 def _new_scratch(threads, kind):
     """Room for what each of some threads packs in a product: it is kept for this thread's next one."""
-    spin()  # before the kernel of a first product is loaded
+    let_threads_spin()
     with reuse_buffers(None):  # it stays with the thread, whatever pool is used next
         scratch = _helpers.scratch[threads, kind] = list(empty((threads, scratch_size(np.dtype(kind).itemsize)), kind))
     return scratch

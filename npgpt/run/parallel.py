@@ -25,9 +25,8 @@ from npgpt.engine import no_grad, watched
 from npgpt.kernels.blas import blas_threads
 from npgpt.kernels.buffers import BufferPool, reuse_buffers
 from npgpt.kernels.crew import Crew
-from npgpt.kernels.gil import spin
 from npgpt.kernels.masks import random_stream
-from npgpt.kernels.matmul import PRODUCTS, products_of, way
+from npgpt.kernels.matmul import let_threads_spin, products_of, way
 from npgpt.machine import cores, processors
 from npgpt.nn import Module, Parameter, structure
 from npgpt.optim import FlatParameters, sum_of_squares
@@ -80,8 +79,7 @@ class DataParallel:
 
     def __init__(self, model, workers=1, blas=1, world=ALONE, dtype="float32"):
         self.model, self.blas, self.world, self.dtype = model, blas, world, dtype
-        if PRODUCTS == "ours":
-            spin()  # before any kernel is loaded
+        let_threads_spin()  # before any kernel is loaded
         if dtype == "bfloat16":
             way()  # it is found out before the threads begin
         self.flat = FlatParameters(model)

@@ -106,6 +106,8 @@ SOONER = {
     "decode: all tokens of a call are drawn": "draws",
     "decode: one random number for all tokens": "draws",
     "decode: the temperature is upside down": "draws",
+    "decode: a shortlist": "a_shortlist_draws",
+    "decode: the logits of a shortlist": "a_shortlist_draws",
     "decode: the biases of matrices": "shape0-True",
     "decode: layer norm without its bias": "logits_of_the_model",
     "draft: ": "test_draft",

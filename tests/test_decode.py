@@ -217,6 +217,78 @@ def test_the_kernel_draws_what_is_chosen_step_by_step_outside_of_it(temperature)
             ahead.draw([1], [0], [16], uniforms[:, :1], 1.0, 40)
 
 
+@pytest.fixture
+def two_draws(monkeypatch):
+    """draw(model, vocab_size, threads) -> (likeliest tokens of three texts, Decoder) without and with a shortlist."""
+
+    def draw(model, vocab_size, threads):
+        pairs, steps = [], 6
+        for large in (2**60, 0):
+            monkeypatch.setattr(decode, "LARGE", large)
+            decoder = Decoder(model, 3, threads=threads)
+            assert decoder._shortlist is None
+            tokens = decoder.draw([1, 2, 3], [2, 0, 1], [0, 0, 0], np.zeros((steps, 3)), 0.0, vocab_size)
+            pairs.append((tokens.tolist(), decoder))
+            assert (decoder._shortlist is None) == (large > 0)
+        return pairs
+
+    monkeypatch.setattr(decode, "FEW", 0)
+    return draw
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_shortlist_draws_the_likeliest_token_of_all(two_draws, dtype):
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        V, C = int(rng.integers(20, 300)), 2 * int(rng.integers(1, 40))
+        vocab_size, threads = int(rng.integers(4, V + 1)), int(rng.integers(1, 4))
+        model = model_of((1, 2, C, V, 8), dtype=dtype, seed=seed)
+        head = model.lm_head.weight.data
+        if seed % 3 == 0:  # nearer to each other than int8 can tell
+            head[...] = head[0] + rng.normal(0, 1e-3, (V, C))
+        elif seed % 3 == 1:  # sizes of all kinds, the same row twice, and none
+            head *= 10.0 ** rng.integers(-3, 4, (V, 1))
+            head[V // 2 :] = head[: V - V // 2]
+            head[V // 3] = 0
+        expected, found = two_draws(model, vocab_size, threads)
+        assert found[0] == expected[0], seed
+
+
+def test_a_shortlist_is_short_and_its_logits_are_those_of_the_model(two_draws):
+    model = model_of((1, 2, 32, 2000, 8), dtype=np.float32)
+    (_, whole), (_, found) = two_draws(model, 2000, 2)
+    expected, logits = whole._job.logits[:3], found._job.logits[:3]
+    chosen = logits > -np.inf
+    assert np.array_equal(logits[chosen], expected[chosen]) and 3 <= chosen.sum() < 300
+    assert np.array_equal(found([5], [0], [6], 1), whole([5], [0], [6], 1))  # who asks for logits gets all
+
+
+@pytest.mark.parametrize("where, number", [("head", np.nan), ("head", np.inf), ("head", -np.inf), ("ln_f", np.nan)])
+def test_a_shortlist_holds_what_is_not_finite(two_draws, where, number):
+    model = model_of(SHAPES[0], dtype=np.float32)
+    (model.lm_head.weight if where == "head" else model.transformer.ln_f.weight).data[17:18, ...] = number
+    for threads in (1, 2):
+        expected, found = two_draws(model, 50, threads)
+        assert found[0] == expected[0] and expected[0][0] == [-1, -1, -1]
+
+
+def test_a_shortlist_is_made_anew_when_lm_head_has_changed_and_not_for_few_tokens(two_draws, monkeypatch):
+    model = model_of(SHAPES[0], dtype=np.float32)
+    first, again = (two_draws(model, 50, 2)[1][1]._shortlist.numbers for _ in range(2))
+    assert first is again
+    model.lm_head.weight.data[...] = model.lm_head.weight.data[::-1].copy()
+    expected, found = two_draws(model, 50, 2)
+    assert found[0] == expected[0] and found[1]._shortlist.numbers is not first
+    monkeypatch.setattr(decode, "FEW", 18)
+    decoder = Decoder(model, length=20)
+    decoder.draw([1], [0], [2], np.zeros((1, 1)), 0.0, 50)
+    assert decoder._shortlist is None
+    decoder.draw([1], [0], [1], np.zeros((1, 1)), 0.5, 50)
+    assert decoder._shortlist is None
+    decoder.draw([1], [0], [1], np.zeros((1, 1)), 0.0, 50)
+    assert decoder._shortlist is not None
+
+
 @pytest.mark.parametrize(
     "asked, cores, processors, expected",
     [(8, 2, 2, 2), (None, 2, 2, 2), (None, 2, 4, 2), (3, 2, 4, 3), (8, 1, 1, 1), (None, 64, 64, 16), (64, 64, 64, 16)],

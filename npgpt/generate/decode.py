@@ -5,7 +5,8 @@ position whose predecessors are in the cache or among the rows of the same call:
 stream, writing eight texts is one row of each.
 
 What takes the time is to fetch the weights from memory: see decode_kernel.py.  Rounded weights are fewer bytes: see
-matrices.py.  A prompt of many tokens takes another way: see prompt.py.
+matrices.py.  A prompt of many tokens takes another way: see prompt.py.  For the likeliest token of a large vocabulary
+most of lm_head need not be read: see `_times_of_few` in decode_kernel.py.
 """
 
 import os
@@ -13,7 +14,7 @@ import os
 import numpy as np
 
 from npgpt.generate import decode_kernel as kernel
-from npgpt.generate.matrices import Matrix, kind_of, weights_of
+from npgpt.generate.matrices import Matrix, kind_of, rounded_head, weights_of
 from npgpt.generate.prompt import read_prompts
 from npgpt.kernels.buffers import empty, zeros
 from npgpt.kernels.crew import Crew
@@ -24,8 +25,15 @@ from npgpt.machine import cores, processors
 CHUNK = 32  # tokens of the longest prompt that the kernel reads, in one call
 MOST_THREADS = 16  # more would wait for each other, and for the memory
 ONE_CORE = 4e5  # bytes of weights, each read for four rows, with which one core is done before another has woken up
+LARGE = 2**25  # bytes of lm_head, from which on a likeliest token is sought with a shortlist
+FEW = 16  # tokens for which it is not worth its making
 AHEAD = 16  # steps of which the kernel draws the tokens in one call, at most
 FREE = -(2**62)  # the counter of threads that must not wait any more
+
+
+def _record(w):
+    """The MATRIX of a Matrix."""
+    return *(0 if array is None else array.ctypes.data for array in w), *w.numbers.shape
 
 
 def _records(weights):
@@ -39,7 +47,8 @@ def _records(weights):
         return array.ctypes.data
 
     def matrix(w):
-        return place(w.numbers), place(w.scale), place(w.bias), *w.numbers.shape
+        arrays.extend(array for array in w if array is not None)
+        return _record(w)
 
     def norm(layer):
         return place(layer.weight), place(layer.bias), layer.eps
@@ -54,7 +63,7 @@ def _records(weights):
     ]  # fmt: skip
     nbytes = sum(array.nbytes for array in arrays)
     wte, wpe = matrix(weights.wte), matrix(Matrix(weights.wpe, None, None))
-    return np.array([(wte, wpe, ln_f, head)], kernel.ENDS), np.array(blocks, kernel.BLOCK), nbytes
+    return np.array([(wte, wpe, ln_f, head, (0,) * len(wte))], kernel.ENDS), np.array(blocks, kernel.BLOCK), nbytes
 
 
 class Decoder:
@@ -85,7 +94,9 @@ class Decoder:
         self.length = min(config.block_size, length or config.block_size)
         kind, dtype = kind_of(int8, dtype, model.lm_head.weight.dtype), model.lm_head.weight.dtype
         self.keys, self.values = zeros((2, L, n_streams, H, self.length, C // H), dtype)
-        self._weights = weights_of(model, kind)  # (the kernel has but their addresses)
+        self._model, self._weights = model, weights_of(model, kind)  # (the kernel has but their addresses)
+        self._may_shorten = kind is None and self._weights.lm_head.numbers.nbytes >= LARGE
+        self._shortlist = None  # lm_head in int8
         ends, blocks, self.nbytes = _records(self._weights)
         self.limits = np.array([[V], [n_streams], [self.length]], np.uint64)
         self.rows = n = max(CHUNK, n_streams)
@@ -96,7 +107,9 @@ class Decoder:
             np.zeros((AHEAD, n)), np.zeros((AHEAD, n), np.int64), self._counter, self._jobs,
         )  # fmt: skip
         sizes = (n, C), (n, 3 * C), (n, C), (n * blocks["c_fc"]["n_out"].max(),)
-        shared = *(empty(size, dtype) for size in sizes), np.zeros(1, self._weights.lm_head.numbers.dtype)  # a Shared
+        like = np.zeros(1, self._weights.lm_head.numbers.dtype)
+        narrow = np.zeros(1, np.int8 if self._may_shorten else np.float32)
+        shared = *(empty(size, dtype) for size in sizes), like, narrow, np.empty((self.threads, n), dtype)  # a Shared
         self._args = ends, blocks, self.keys, self.values, tuple(self._job), shared
         self._own = [
             (empty((n, C), dtype), empty((2, n), dtype), empty((1, self.length), dtype), state)  # an Own
@@ -127,6 +140,9 @@ class Decoder:
         rows = self._place(tokens, streams, positions, R)
         if steps > AHEAD or (rows[2] + steps > self.length).any():
             raise ValueError(f"Decoder: {steps} steps are too many from positions {rows[2].tolist()} on")
+        if temperature == 0 and self._may_shorten and self._shortlist is None and self.length - rows[2].max() > FEW:
+            self._shortlist = rounded_head(self._model, self._weights.lm_head)
+            self._args[0]["shortlist"] = _record(self._shortlist)
         job = self._job
         job.temperature[0], job.uniforms[:steps, :R] = temperature, uniforms
         self._run_job(R, R, steps, vocab_size)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from npgpt.kernels.jit import helper, kernel
+from npgpt.kernels.jit import helper, inside_kernels, kernel
 from npgpt.kernels.maths import array_at, exp, largest, matrix_at
 from npgpt.kernels.spin import claim, count_up, meet, next_job
 from npgpt.kernels.tiles import dots_unchecked as dots  # (Decoder allocates or checks all that it is given, once)
@@ -34,7 +34,9 @@ BLOCK = np.dtype(
         ("ln_2", NORM), ("c_fc", MATRIX), ("activation", np.int64), ("mlp_proj", MATRIX),
     ]
 )  # fmt: skip
-ENDS = np.dtype([("wte", MATRIX), ("wpe", MATRIX), ("ln_f", NORM), ("lm_head", MATRIX)])
+ENDS = np.dtype(
+    [("wte", MATRIX), ("wpe", MATRIX), ("ln_f", NORM), ("lm_head", MATRIX), ("shortlist", MATRIX)]
+)  # the last one is lm_head in int8, if there is one
 
 
 class Job(NamedTuple):
@@ -58,6 +60,8 @@ class Shared(NamedTuple):
     y: np.ndarray  # (rows, C)
     hidden: np.ndarray  # (rows * the MLP's width,)
     like: np.ndarray  # (1,) of the dtype that the numbers of all matrices but wpe have; so one kind is compiled
+    narrow: np.ndarray  # (1,) int8, as the shortlist; or float32 where there never is one: so none is compiled
+    lows: np.ndarray  # (threads, rows) what the highest logit is at least, of those that a thread computes
 
 
 class Own(NamedTuple):
@@ -130,6 +134,43 @@ def _attend(y, q, keys, values, scale, p):
             y[i] += p[t] * values[t, i]
 
 
+@inside_kernels(float32=lambda narrow, *others: None)
+def _times_of_few(narrow, z, h, shared, ends, counter, rank, ranks, first, last):
+    """z[:, first:last] = the logits that may be the highest, as `_times` has them for lm_head, and -inf for all others.
+
+    A row of lm_head is scale (q + e) with q of int8 and |e| <= 1/2.  So its logit is at most scale / 2 sum |h| from
+    scale q h, for which a quarter of the bytes is read.  Who is further than that below the best one cannot be the
+    likeliest.  Sums of K products may be off, too: by less than a share K / 2^15 of scale sum |h| in all.
+    """
+    R, real, scale = len(z), h.dtype.type, array_at(ends.shortlist.scale, ends.shortlist.n_out, h)
+    _times(z, h, narrow, ends.shortlist, first, last, R < 0)
+    for r in range(R):
+        low, off = real(-np.inf), _off(h[r])
+        for n in range(first, last):
+            low = max(low, z[r, n] - off * scale[n])
+        shared.lows[rank, r] = low
+    meet(counter, ranks)
+    for r in range(R):
+        low, off = real(-np.inf), _off(h[r])
+        for other in range(ranks):
+            low = max(low, shared.lows[other, r])
+        for n in range(first, last):
+            if z[r, n] + off * scale[n] < low:
+                z[r, n] = -np.inf
+        for n in range(first, last):
+            if z[r, n] != -np.inf:  # (what is not finite is NaN here, and no comparison with it leaves it out)
+                _times(z[r : r + 1], h[r : r + 1], shared.like, ends.lm_head, n, n + 1, R < 0)
+
+
+@helper(inlined=True)
+def _off(h):
+    """How far the logit of a row of int8 with a scale of 1 may be off, for h (K,)."""
+    size = h.dtype.type(0)
+    for k in range(len(h)):
+        size += abs(h[k])
+    return size * h.dtype.type(0.5 + (len(h) + 8) / 2**15)
+
+
 @helper(inlined=True)
 def _activate(z, activation):
     """z = activation(z), in place."""
@@ -198,8 +239,13 @@ def _decode(ends, blocks, keys, values, job, shared, own, rank, ranks, R, n_logi
     if n_logits:
         meet(counter, ranks)
         _norm(h, moments, x, ends.ln_f)
-        first, last = _share_of(ends.lm_head.n_out, GROUP, rank, ranks)
-        _times(job.logits[:n_logits], h, like, ends.lm_head, first, last, replace)
+        _, _, steps, vocab_size = job.size
+        if steps and job.temperature[0] == 0 and ends.shortlist.address:
+            first, last = _share_of(vocab_size, GROUP, rank, ranks)
+            _times_of_few(shared.narrow, job.logits[:n_logits], h, shared, ends, counter, rank, ranks, first, last)
+        else:
+            first, last = _share_of(ends.lm_head.n_out, GROUP, rank, ranks)
+            _times(job.logits[:n_logits], h, like, ends.lm_head, first, last, replace)
 
 
 @helper(inlined=True)

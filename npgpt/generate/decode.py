@@ -134,7 +134,8 @@ class Decoder:
         uniforms                      (steps, R) numbers in [0, 1), for at most AHEAD steps
         temperature, vocab_size       of Controls; only tokens below vocab_size are drawn
 
-        The last ones are not in the cache yet.  A token of -1 stands for logits that are not finite.
+        The last ones are not in the cache yet.  A token of -1 stands for logits that are not finite.  From the first
+        draw with a temperature of 0 on, a large lm_head must stay as it is.
         """
         R, steps = len(tokens), len(uniforms)
         rows = self._place(tokens, streams, positions, R)

@@ -1268,9 +1268,17 @@ FAULTS = [
     Fault(
         "decode: a shortlist leaves out who may be the likeliest",
         "npgpt/generate/decode_kernel.py",
-        "h.dtype.type(0.5 + (len(h) + 8) / 2**15)",
-        "h.dtype.type(0.005 + (len(h) + 8) / 2**15)",
+        "share = h.dtype.type(0.5 + (len(h) + 8) / 2**15)",
+        "share = h.dtype.type(0.005 + (len(h) + 8) / 2**15)",
         "A weight may be half a step of int8 from the one that stands for it, and all may be on one side.",
+        kernel=True,
+    ),
+    Fault(
+        "decode: a shortlist holds a sum beyond all numbers for the highest",
+        "npgpt/generate/decode_kernel.py",
+        "    return size * share if size < TOO_MUCH else h.dtype.type(np.inf)\n",
+        "    return size * share\n",
+        "A logit may be finite where the sum of int8 is not.",
         kernel=True,
     ),
     Fault(

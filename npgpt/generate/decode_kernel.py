@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from npgpt.generate.matrices import TOO_MUCH
 from npgpt.kernels.jit import helper, inside_kernels, kernel
 from npgpt.kernels.maths import array_at, exp, largest, matrix_at
 from npgpt.kernels.spin import claim, count_up, meet, next_job
@@ -135,40 +136,45 @@ def _attend(y, q, keys, values, scale, p):
 
 
 @inside_kernels(float32=lambda narrow, *others: None)
-def _times_of_few(narrow, z, h, shared, ends, counter, rank, ranks, first, last):
+def _times_of_few(narrow, z, h, shared, ends, counter, rank, ranks, first, last, replace):
     """z[:, first:last] = the logits that may be the highest, as `_times` has them for lm_head, and -inf for all others.
 
     A row of lm_head is scale (q + e) with q of int8 and |e| <= 1/2.  So its logit is at most scale / 2 sum |h| from
     scale q h, for which a quarter of the bytes is read.  Who is further than that below the best one cannot be the
-    likeliest.  Sums of K products may be off, too: by less than a share K / 2^15 of scale sum |h| in all.
+    likeliest.  Sums of K products may be off, too: by less than a share K / 2^15 of scale sum |h| in all.  Nobody is
+    left out whose numbers are so large that a sum might not be finite.
     """
-    R, real, scale = len(z), h.dtype.type, array_at(ends.shortlist.scale, ends.shortlist.n_out, h)
-    _times(z, h, narrow, ends.shortlist, first, last, R < 0)
-    for r in range(R):
+    real, scale = h.dtype.type, array_at(ends.shortlist.scale, ends.shortlist.n_out, h)
+    _times(z, h, narrow, ends.shortlist, first, last, replace)
+    for r in range(len(z)):
         low, off = real(-np.inf), _off(h[r])
         for n in range(first, last):
-            low = max(low, z[r, n] - off * scale[n])
+            if off * scale[n] < TOO_MUCH:
+                low = max(low, z[r, n] - off * scale[n])
         shared.lows[rank, r] = low
     meet(counter, ranks)
-    for r in range(R):
+    for r in range(len(z)):
         low, off = real(-np.inf), _off(h[r])
         for other in range(ranks):
             low = max(low, shared.lows[other, r])
         for n in range(first, last):
-            if z[r, n] + off * scale[n] < low:
+            if not off * scale[n] < TOO_MUCH:
+                z[r, n] = 0
+            elif z[r, n] + off * scale[n] < low:
                 z[r, n] = -np.inf
         for n in range(first, last):
-            if z[r, n] != -np.inf:  # (what is not finite is NaN here, and no comparison with it leaves it out)
-                _times(z[r : r + 1], h[r : r + 1], shared.like, ends.lm_head, n, n + 1, R < 0)
+            if z[r, n] != -np.inf:
+                _times(z[r : r + 1], h[r : r + 1], shared.like, ends.lm_head, n, n + 1, replace)
 
 
 @helper(inlined=True)
 def _off(h):
-    """How far the logit of a row of int8 with a scale of 1 may be off, for h (K,)."""
+    """How far the logit of a row of int8 with a scale of 1 may be off, for h (K,); infinite if nobody can tell."""
     size = h.dtype.type(0)
     for k in range(len(h)):
         size += abs(h[k])
-    return size * h.dtype.type(0.5 + (len(h) + 8) / 2**15)
+    share = h.dtype.type(0.5 + (len(h) + 8) / 2**15)
+    return size * share if size < TOO_MUCH else h.dtype.type(np.inf)
 
 
 @helper(inlined=True)
@@ -242,7 +248,9 @@ def _decode(ends, blocks, keys, values, job, shared, own, rank, ranks, R, n_logi
         _, _, steps, vocab_size = job.size
         if steps and job.temperature[0] == 0 and ends.shortlist.address:
             first, last = _share_of(vocab_size, GROUP, rank, ranks)
-            _times_of_few(shared.narrow, job.logits[:n_logits], h, shared, ends, counter, rank, ranks, first, last)
+            _times_of_few(
+                shared.narrow, job.logits[:n_logits], h, shared, ends, counter, rank, ranks, first, last, replace
+            )  # fmt: skip
         else:
             first, last = _share_of(ends.lm_head.n_out, GROUP, rank, ranks)
             _times(job.logits[:n_logits], h, like, ends.lm_head, first, last, replace)

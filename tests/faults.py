@@ -1276,7 +1276,7 @@ FAULTS = [
     Fault(
         "decode: a shortlist holds a sum beyond all numbers for the highest",
         "npgpt/generate/decode_kernel.py",
-        "    return size * share if size < TOO_MUCH else h.dtype.type(np.inf)\n",
+        "    return size * share if NOTHING < size < TOO_MUCH else h.dtype.type(np.inf)\n",
         "    return size * share\n",
         "A logit may be finite where the sum of int8 is not.",
         kernel=True,

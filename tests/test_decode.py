@@ -275,6 +275,17 @@ def test_a_shortlist_holds_what_is_not_finite(two_draws, where, number):
         assert found[0] == expected[0] and expected[0][0] == [-1, -1, -1]
 
 
+@pytest.mark.parametrize("dtype, hidden", [(np.float32, -33), (np.float32, -83), (np.float64, -970)])
+def test_a_shortlist_allows_for_logits_so_small_that_each_product_is_rounded_to_a_whole_step(two_draws, dtype, hidden):
+    model, hidden = model_of((1, 2, 64, 20, 8), dtype=dtype), 2.0**hidden
+    model.transformer.ln_f.weight.data[...], model.transformer.ln_f.bias.data[...] = 0, hidden
+    step, head = float(np.finfo(dtype).smallest_subnormal), model.lm_head.weight.data
+    head[...] = 0
+    head[5], head[6, :52] = 0.7 * step / hidden, step / hidden  # 64 products of 0.7 steps, rounded to one; and 52
+    expected, found = two_draws(model, 20, 2)
+    assert found[0] == expected[0] and expected[0][0] == [5, 5, 5]
+
+
 def test_a_shortlist_is_made_anew_when_lm_head_has_changed_and_not_for_few_tokens(two_draws, monkeypatch):
     model = model_of(SHAPES[0], dtype=np.float32)
     first, again = (two_draws(model, 50, 2)[1][1]._shortlist.numbers for _ in range(2))
@@ -290,6 +301,15 @@ def test_a_shortlist_is_made_anew_when_lm_head_has_changed_and_not_for_few_token
     assert decoder._shortlist is None
     decoder.draw([1], [0], [1], np.zeros((1, 1)), 0.0, 50)
     assert decoder._shortlist is not None
+
+
+def test_drafts_are_checked_with_a_shortlist(monkeypatch):
+    model, texts = model_of((2, 3, 24, 50, 60), dtype=np.float32), []
+    monkeypatch.setattr(decode, "FEW", 0)
+    for large in (2**60, 0):
+        monkeypatch.setattr(decode, "LARGE", large)
+        texts += [list(model.generate([7, 8, 9] * 3, 100, 0, draft=draft, temperature=0)) for draft in (0, 5)]
+    assert texts[1:] == texts[:1] * 3
 
 
 @pytest.mark.parametrize(

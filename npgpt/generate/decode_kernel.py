@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from npgpt.generate.matrices import TOO_MUCH
+from npgpt.generate.matrices import NOTHING, TOO_MUCH
 from npgpt.kernels.jit import helper, inside_kernels, kernel
 from npgpt.kernels.maths import array_at, exp, largest, matrix_at
 from npgpt.kernels.spin import claim, count_up, meet, next_job
@@ -45,7 +45,7 @@ class Job(NamedTuple):
 
     size: np.ndarray  # (4,) rows, and logits; if tokens are to be drawn, for how many steps, and below which one
     rows: np.ndarray  # (3, rows) tokens, streams, positions; like all that follows, with room for more than there are
-    logits: np.ndarray  # (rows, V)
+    logits: np.ndarray  # (rows, V); used up where tokens are drawn
     temperature: np.ndarray  # (1,)
     uniforms: np.ndarray  # (AHEAD, rows) what tokens are drawn with
     drawn: np.ndarray  # (AHEAD, rows)
@@ -141,15 +141,15 @@ def _times_of_few(narrow, z, h, shared, ends, counter, rank, ranks, first, last,
 
     A row of lm_head is scale (q + e) with q of int8 and |e| <= 1/2.  So its logit is at most scale / 2 sum |h| from
     scale q h, for which a quarter of the bytes is read.  Who is further than that below the best one cannot be the
-    likeliest.  Sums of K products may be off, too: by less than a share K / 2^15 of scale sum |h| in all.  Nobody is
-    left out whose numbers are so large that a sum might not be finite.
+    likeliest.  Both sums of K products may be off, too, and scale and q: `_off` allows for it.  That is where errors are
+    shares of the numbers.  So nobody is left out whose sum may be too large to be finite, or among the smallest.
     """
     real, scale = h.dtype.type, array_at(ends.shortlist.scale, ends.shortlist.n_out, h)
     _times(z, h, narrow, ends.shortlist, first, last, replace)
     for r in range(len(z)):
         low, off = real(-np.inf), _off(h[r])
         for n in range(first, last):
-            if off * scale[n] < TOO_MUCH:
+            if NOTHING < off * scale[n] < TOO_MUCH:
                 low = max(low, z[r, n] - off * scale[n])
         shared.lows[rank, r] = low
     meet(counter, ranks)
@@ -158,7 +158,7 @@ def _times_of_few(narrow, z, h, shared, ends, counter, rank, ranks, first, last,
         for other in range(ranks):
             low = max(low, shared.lows[other, r])
         for n in range(first, last):
-            if not off * scale[n] < TOO_MUCH:
+            if not NOTHING < off * scale[n] < TOO_MUCH:
                 z[r, n] = 0
             elif z[r, n] + off * scale[n] < low:
                 z[r, n] = -np.inf
@@ -169,12 +169,16 @@ def _times_of_few(narrow, z, h, shared, ends, counter, rank, ranks, first, last,
 
 @helper(inlined=True)
 def _off(h):
-    """How far the logit of a row of int8 with a scale of 1 may be off, for h (K,); infinite if nobody can tell."""
+    """How far the logit of a row of int8 with a scale of 1 may be off, for h (K,); infinite if nobody can tell.
+
+    float32: of sum |h| at most 2^-16 K for the sums of products with numbers up to 127, and 2^-14 for scale and q; here
+    is room for twice that, and more.
+    """
     size = h.dtype.type(0)
     for k in range(len(h)):
         size += abs(h[k])
     share = h.dtype.type(0.5 + (len(h) + 8) / 2**15)
-    return size * share if size < TOO_MUCH else h.dtype.type(np.inf)
+    return size * share if NOTHING < size < TOO_MUCH else h.dtype.type(np.inf)
 
 
 @helper(inlined=True)

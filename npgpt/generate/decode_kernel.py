@@ -141,8 +141,8 @@ def _times_of_few(narrow, z, h, shared, ends, counter, rank, ranks, first, last,
 
     A row of lm_head is scale (q + e) with q of int8 and |e| <= 1/2.  So its logit is at most scale / 2 sum |h| from
     scale q h, for which a quarter of the bytes is read.  Who is further than that below the best one cannot be the
-    likeliest.  Both sums of K products may be off, too, and scale and q: `_off` allows for it.  That is where errors are
-    shares of the numbers.  So nobody is left out whose sum may be too large to be finite, or among the smallest.
+    likeliest.  Both sums of K products may be off, too, and scale and q: `_off` allows for that where errors are shares
+    of the numbers.  So nobody is left out whose sum may be too large to be finite, or among the smallest numbers.
     """
     real, scale = h.dtype.type, array_at(ends.shortlist.scale, ends.shortlist.n_out, h)
     _times(z, h, narrow, ends.shortlist, first, last, replace)

@@ -40,18 +40,13 @@ def _records(weights):
     """ENDS and BLOCKs of Weights, and how many bytes of these are read for each token."""
     arrays = []
 
-    def place(array):
-        if array is None:
-            return 0
-        arrays.append(array)
-        return array.ctypes.data
-
     def matrix(w):
         arrays.extend(array for array in w if array is not None)
         return _record(w)
 
     def norm(layer):
-        return place(layer.weight), place(layer.bias), layer.eps
+        arrays.extend((layer.weight, layer.bias))
+        return layer.weight.ctypes.data, layer.bias.ctypes.data, layer.eps
 
     ln_f, head = norm(weights.ln_f), matrix(weights.lm_head)
     blocks = [

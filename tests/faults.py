@@ -1298,6 +1298,14 @@ FAULTS = [
         kernel=True,
     ),
     Fault(
+        "decode: a draft model is never asked",
+        "npgpt/generate/decode_kernel.py",
+        "            if by_draft_model:",
+        "            if by_draft_model < 0:",
+        "The model itself knows what comes next, but takes all its time for it.",
+        kernel=True,
+    ),
+    Fault(
         "decode: weights are rounded towards zero",
         "npgpt/generate/matrices.py",
         "np.rint(row[k] * factor)",
@@ -1747,6 +1755,22 @@ FAULTS = [
         "            row += len(draft) + 1\n",
         "            pass\n",
         "The rows of a text come after those of the texts before it.",
+        kernel=True,
+    ),
+    Fault(
+        "draft: a draft model guesses to the last place of a text",
+        "npgpt/generate/generation.py",
+        "room = min(self._room(i) for i in self.alive) - 1  # (one",
+        "room = min(self._room(i) for i in self.alive)  # (one",
+        "A token more than a draft has is written if all of it is right.",
+        kernel=True,
+    ),
+    Fault(
+        "draft: a draft model that is wrong never rests",
+        "npgpt/generate/draft.py",
+        "            self.right, self.rest = WORTH, REST\n",
+        "            self.right, self.rest = WORTH, 0\n",
+        "Drafts that are refused only cost time.",
         kernel=True,
     ),
     Fault(

@@ -107,6 +107,7 @@ SOONER = {
     "decode: one random number for all tokens": "draws",
     "decode: the temperature is upside down": "draws",
     "decode: a shortlist": "a_shortlist_draws",
+    "decode: a draft model": "a_draft_model_draws",
     "decode: the logits of a shortlist": "a_shortlist_draws",
     "decode: the biases of matrices": "shape0-True",
     "decode: layer norm without its bias": "logits_of_the_model",

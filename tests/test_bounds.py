@@ -26,13 +26,13 @@ from npgpt.kernels import jit, maths
 ROOT = Path(__file__).resolve().parent.parent
 WHOLE = [f"tests/test_{name}.py" for name in "ops decode draft prompt parallel tiles bfloat16".split()]
 # Each kernel beside its reference, decoding with all that its kernel does, and a training by several workers.  Most of
-# the time is that of compiling, so this choice has float32 alone, and no int8 but that of a shortlist.
+# the time is that of compiling, so this choice has float32 alone, and no int8 but that of a draft model.
 SHORT = [
     *WHOLE, "-k",
     "float32 and (kernel_agrees or token_by_token or a_blocked_product_knows) "
     "or whatever_is_computed_beside_it and False or draws_what_is_chosen or any_number_of_workers "
     "or 1000_random_products or float32-float32 or that_round and float32 or a_checksum or 1-bfloat16 "
-    "or drafts_are_checked",
+    "or nothing_in_the_cache",
 ]  # fmt: skip
 
 pytestmark = pytest.mark.skipif(jit.KERNELS == "numpy", reason="NumPy checks bounds itself")

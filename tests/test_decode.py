@@ -226,13 +226,11 @@ def two_draws(monkeypatch):
         for large in (2**60, 0):
             monkeypatch.setattr(decode, "LARGE", large)
             decoder = Decoder(model, 3, threads=threads)
-            assert decoder._shortlist is None
+            assert decoder.has_draft_model(decode.FEW + 1) == (large == 0)
             tokens = decoder.draw([1, 2, 3], [2, 0, 1], [0, 0, 0], np.zeros((steps, 3)), 0.0, vocab_size)
             pairs.append((tokens.tolist(), decoder))
-            assert (decoder._shortlist is None) == (large > 0)
         return pairs
 
-    monkeypatch.setattr(decode, "FEW", 0)
     return draw
 
 
@@ -286,30 +284,31 @@ def test_a_shortlist_allows_for_logits_so_small_that_each_product_is_rounded_to_
     assert found[0] == expected[0] and expected[0][0] == [5, 5, 5]
 
 
-def test_a_shortlist_is_made_anew_when_lm_head_has_changed_and_not_for_few_tokens(two_draws, monkeypatch):
+def test_a_draft_model_is_made_anew_when_the_weights_have_changed_and_not_for_few_tokens(two_draws):
     model = model_of(SHAPES[0], dtype=np.float32)
-    first, again = (two_draws(model, 50, 2)[1][1]._shortlist.numbers for _ in range(2))
+    first, again = (two_draws(model, 50, 2)[1][1]._draft_model.lm_head.numbers for _ in range(2))
     assert first is again
     model.lm_head.weight.data[...] = model.lm_head.weight.data[::-1].copy()
     expected, found = two_draws(model, 50, 2)
-    assert found[0] == expected[0] and found[1]._shortlist.numbers is not first
-    monkeypatch.setattr(decode, "FEW", 18)
-    decoder = Decoder(model, length=20)
-    decoder.draw([1], [0], [2], np.zeros((1, 1)), 0.0, 50)
-    assert decoder._shortlist is None
-    decoder.draw([1], [0], [1], np.zeros((1, 1)), 0.5, 50)
-    assert decoder._shortlist is None
-    decoder.draw([1], [0], [1], np.zeros((1, 1)), 0.0, 50)
-    assert decoder._shortlist is not None
+    assert found[0] == expected[0] and found[1]._draft_model.lm_head.numbers is not first
+    decoder = Decoder(model)
+    assert not decoder.has_draft_model(decode.FEW) and decoder._draft_model is None
+    with pytest.raises(ValueError, match="no draft model"):
+        decoder.draw([1], [0], [0], np.zeros((1, 1)), 0.0, 50, by_draft_model=True)
+    assert decoder.has_draft_model(decode.FEW + 1) and decoder.has_draft_model(0)
 
 
-def test_drafts_are_checked_with_a_shortlist(monkeypatch):
-    model, texts = model_of((2, 3, 24, 50, 60), dtype=np.float32), []
-    monkeypatch.setattr(decode, "FEW", 0)
-    for large in (2**60, 0):
-        monkeypatch.setattr(decode, "LARGE", large)
-        texts += [list(model.generate([7, 8, 9] * 3, 100, 0, draft=draft, temperature=0)) for draft in (0, 5)]
-    assert texts[1:] == texts[:1] * 3
+def test_a_draft_model_draws_what_the_model_in_int8_draws(monkeypatch):
+    monkeypatch.setattr(decode, "LARGE", 0)
+    model, rows = model_of(SHAPES[0], dtype=np.float32), ([1, 2, 3], [2, 0, 1], [0, 0, 0])
+    for threads in (1, 2):
+        decoder, rounded = Decoder(model, 3, threads=threads), Decoder(model, 3, threads=threads, int8=True)
+        assert decoder.has_draft_model(decode.FEW + 1) and not rounded.has_draft_model(decode.FEW + 1)
+        for temperature in (0.0, 0.7):
+            uniforms = np.random.default_rng(1).random((5, 3))
+            drawn = decoder.draw(*rows, uniforms, temperature, 40, by_draft_model=True)
+            assert np.array_equal(drawn, rounded.draw(*rows, uniforms, temperature, 40))
+            assert np.array_equal(decoder.keys, rounded.keys) and np.array_equal(decoder.values, rounded.values)
 
 
 @pytest.mark.parametrize(

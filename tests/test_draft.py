@@ -13,8 +13,25 @@ from test_sampling import lively, rngs
 from npgpt.config import Controls, GPTConfig
 from npgpt.data.characters import CharTokenizer
 from npgpt.errors import CheckpointError
-from npgpt.generate.draft import ANEW, AT_MOST, GAIN, LONGEST, PATIENCE, REMEMBERED, TOGETHER, Drafts, Lookup
+from npgpt.generate import decode
+from npgpt.generate.draft import (
+    ANEW,
+    AT_MOST,
+    GAIN,
+    GUESSES,
+    LONGEST,
+    MEMORY,
+    PATIENCE,
+    REMEMBERED,
+    REST,
+    TOGETHER,
+    WORTH,
+    Drafts,
+    Lookup,
+    ModelDrafts,
+)
 from npgpt.generate.generation import Generation
+from npgpt.generate.matrices import weights_of
 from npgpt.generate.stats import Stats
 from npgpt.generate.writer import write
 from npgpt.kernels.jit import KERNELS
@@ -90,6 +107,52 @@ def test_with_drafts_and_without_them_the_texts_are_the_same(kind, all_checked):
     assert stats.accepted > 50 and stats.proposed - stats.accepted > 50  # many are right, and many wrong
 
 
+@pytest.fixture
+def draft_models(monkeypatch):
+    """draft_models(True): small models have draft models, too, which err and are trusted; (False): none has one."""
+    prepare_draft_models(monkeypatch.setattr)
+    return lambda on: monkeypatch.setattr(decode, "LARGE", 0 if on else 2**60)
+
+
+def prepare_draft_models(replace):
+    def coarse_weights_of(model, kind=None):
+        weights = weights_of(model, kind)
+        for layer in weights.layers if kind else ():
+            layer.c_fc.numbers[...] = layer.c_fc.numbers // 64 * 64
+        return weights
+
+    replace(decode, "weights_of", coarse_weights_of)
+    replace(decode, "FEW", 0)
+    replace("npgpt.generate.draft.REST", 0)
+
+
+MODELS_DRAFT = {  # as KINDS
+    "greedy": {},
+    "stop": dict(stops=["abc", "dd", "k"]),
+    "two texts": dict(streams=2, threads=2),
+    "two texts, one of which ends": dict(streams=2, stops=["ab"]),
+    "a tokenizer with fewer tokens": dict(tokenizer=CharTokenizer("abcd")),
+}
+
+
+def same_texts_as_without_a_draft_model(kind, seeds, draft_models):
+    stats = Stats()
+    for seed in seeds:
+        model, texts = lively(CONFIGS[seed % 2], seed=seed // 2 % 16), []
+        for on, draft in ((False, 0), (True, 0), (True, 4)):
+            draft_models(on)
+            texts.append(texts_of(model, seed, draft, stats, temperature=0.0, **MODELS_DRAFT[kind]))
+        assert texts[1:] == texts[:1] * 2, f"{kind}, seed {seed}"
+    return stats
+
+
+@kernels
+@pytest.mark.parametrize("kind", MODELS_DRAFT)
+def test_with_a_draft_model_and_without_it_the_texts_are_the_same(kind, draft_models):
+    stats = same_texts_as_without_a_draft_model(kind, range(24), draft_models)
+    assert stats.accepted > 50 and stats.proposed - stats.accepted > 10
+
+
 @kernels
 @pytest.mark.parametrize("controls", [Controls(repetition_penalty=1.5), Controls(repetition_penalty=1.5, top_k=20)])
 def test_drafts_may_have_tokens_that_the_text_did_not_have(controls):
@@ -124,6 +187,36 @@ def test_the_rows_of_a_refused_draft_are_never_seen(all_checked):
     assert generations[0].texts == generations[1].texts
     caches = [(g.decoder.keys[:, :, :, :39], g.decoder.values[:, :, :, :39]) for g in generations]
     assert all(np.array_equal(a, b) for a, b in zip(*caches, strict=True))
+
+
+@kernels
+def test_a_draft_model_leaves_nothing_in_the_cache(draft_models):
+    generations = []
+    for on in (False, True):
+        draft_models(on)
+        generations.append(Generation(lively(CONFIGS[1]), [1, 2, 3], rngs(7), Controls(temperature=0), 40))
+        while len(generations[-1].texts[0]) < 40:
+            generations[-1].step()
+    assert generations[0].texts == generations[1].texts
+    assert 5 < generations[1].stats.accepted < generations[1].stats.proposed - 5
+    for name in ("keys", "values"):
+        plain, found = (getattr(generation.decoder, name)[:, :, :, :39] for generation in generations)
+        assert np.array_equal(plain, found)
+
+
+@kernels
+def test_weights_that_int8_cannot_hold_cost_a_draft_model_its_tokens_and_nothing_else(draft_models):
+    texts, stats = [], Stats()
+    for on in (False, True):
+        draft_models(on)
+        model = lively(CONFIGS[1])
+        model.transformer.h[0].ln_2.weight.data[...] = 0  # what the MLP gets is 0, and finite after its matrix
+        model.transformer.h[0].mlp.c_fc.weight.data[3, 5] = 1e37
+        generation = Generation(model, [1, 2, 3], rngs(7), Controls(temperature=0), 40, stats=stats)
+        while len(generation.texts[0]) < 40:
+            generation.step()
+        texts.append(generation.texts)
+    assert texts[0] == texts[1] and stats.proposed > stats.accepted == 0
 
 
 @kernels
@@ -282,6 +375,25 @@ def test_the_text_that_repeats_gets_the_rows():
     assert len(one) == 7 and other == []
 
 
+def test_a_draft_model_rests_when_too_few_of_its_tokens_were_right():
+    drafts, wanted = ModelDrafts(), []
+    for right in (5, 4, 0, 5, 5, 5):
+        wanted.append(drafts.wanted(1, 40))
+        drafts.took(right)
+    assert wanted == [GUESSES] * 6
+    assert drafts.wanted(2, 3) == 3 and drafts.wanted(1, 0) == drafts.wanted(3, 40) == 0
+    wrong = 0
+    while drafts.wanted(1, 40):
+        drafts.took(0)
+        wrong += 1
+    assert 2 <= wrong <= MEMORY
+    for _ in range(REST - 1):
+        assert drafts.wanted(1, 40) == 0
+    assert drafts.wanted(1, 40) == GUESSES  # once more
+    drafts.took(WORTH - 0.1)
+    assert drafts.wanted(1, 40) == 0
+
+
 @kernels
 def test_a_text_that_does_not_repeat_itself_is_left_alone():
     model, stats = lively(GPTConfig(vocab_size=500, block_size=64, n_layer=1, n_head=1, n_embd=16)), Stats()
@@ -325,10 +437,22 @@ def main():
     parser.add_argument("--n", type=int, default=1000, help="generations of each kind (default: 1000)")
     parser.add_argument("--only", default="", metavar="WORD", help="only kinds with this in their name")
     args = parser.parse_args()
-    check_all(pytest.MonkeyPatch().setattr)
+    replace = pytest.MonkeyPatch().setattr
+    check_all(replace)
+    prepare_draft_models(replace)
+
+    def draft_models(on):
+        replace(decode, "LARGE", 0 if on else 2**60)
+
+    def tell(kind, stats):
+        print(f"{kind:<45}{args.n} texts alike; {stats.accepted:,} of {stats.proposed:,} were right", flush=True)
+
+    draft_models(False)
     for kind in [kind for kind in KINDS if args.only in kind]:
-        stats = same_texts(kind, range(args.n))
-        print(f"{kind:<32}{args.n} texts alike; {stats.accepted:,} of {stats.proposed:,} were right", flush=True)
+        tell(kind, same_texts(kind, range(args.n)))
+    for kind in [kind for kind in MODELS_DRAFT if args.only in kind]:
+        stats = same_texts_as_without_a_draft_model(kind, range(args.n), draft_models)
+        tell(f"a draft model: {kind}", stats)
 
 
 if __name__ == "__main__":

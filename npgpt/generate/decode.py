@@ -5,8 +5,9 @@ position whose predecessors are in the cache or among the rows of the same call:
 stream, writing eight texts is one row of each.
 
 What takes the time is to fetch the weights from memory: see decode_kernel.py.  Rounded weights are fewer bytes: see
-matrices.py.  A prompt of many tokens takes another way: see prompt.py.  For the likeliest token of a large vocabulary
-most of lm_head need not be read: see `_times_of_few` in decode_kernel.py.
+matrices.py.  A prompt of many tokens takes another way: see prompt.py.  A large model that writes its likeliest tokens
+has a draft model beside it: itself in int8.  That one guesses tokens (draft.py), and tells how little of lm_head need
+be read to choose one (`_times_of_few` in decode_kernel.py).
 """
 
 import os
@@ -14,7 +15,7 @@ import os
 import numpy as np
 
 from npgpt.generate import decode_kernel as kernel
-from npgpt.generate.matrices import Matrix, kind_of, rounded_head, weights_of
+from npgpt.generate.matrices import Matrix, kind_of, weights_of
 from npgpt.generate.prompt import read_prompts
 from npgpt.kernels.buffers import empty, zeros
 from npgpt.kernels.crew import Crew
@@ -25,24 +26,19 @@ from npgpt.machine import cores, processors
 CHUNK = 32  # tokens of the longest prompt that the kernel reads, in one call
 MOST_THREADS = 16  # more would wait for each other, and for the memory
 ONE_CORE = 4e5  # bytes of weights, each read for four rows, with which one core is done before another has woken up
-LARGE = 2**25  # bytes of lm_head, from which on a likeliest token is sought with a shortlist
-FEW = 16  # tokens for which it is not worth its making
+LARGE = 2**26  # bytes of weights, from which on a draft model saves time
+FEW = 32  # tokens for which it is not worth its making
 AHEAD = 16  # steps of which the kernel draws the tokens in one call, at most
 FREE = -(2**62)  # the counter of threads that must not wait any more
 
 
-def _record(w):
-    """The MATRIX of a Matrix."""
-    return *(0 if array is None else array.ctypes.data for array in w), *w.numbers.shape
-
-
 def _records(weights):
-    """ENDS and BLOCKs of Weights, and how many bytes of these are read for each token."""
+    """ENDS and (L,) BLOCK of Weights, and how many bytes of these are read for each token."""
     arrays = []
 
     def matrix(w):
         arrays.extend(array for array in w if array is not None)
-        return _record(w)
+        return *(0 if array is None else array.ctypes.data for array in w), *w.numbers.shape
 
     def norm(layer):
         arrays.extend((layer.weight, layer.bias))
@@ -58,7 +54,7 @@ def _records(weights):
     ]  # fmt: skip
     nbytes = sum(array.nbytes for array in arrays)
     wte, wpe = matrix(weights.wte), matrix(Matrix(weights.wpe, None, None))
-    return np.array([(wte, wpe, ln_f, head, (0,) * len(wte))], kernel.ENDS), np.array(blocks, kernel.BLOCK), nbytes
+    return np.array((wte, wpe, ln_f, head, (0,) * len(wte)), kernel.ENDS), np.array(blocks, kernel.BLOCK), nbytes
 
 
 class Decoder:
@@ -90,20 +86,21 @@ class Decoder:
         kind, dtype = kind_of(int8, dtype, model.lm_head.weight.dtype), model.lm_head.weight.dtype
         self.keys, self.values = zeros((2, L, n_streams, H, self.length, C // H), dtype)
         self._model, self._weights = model, weights_of(model, kind)  # (the kernel has but their addresses)
-        self._may_shorten = kind is None and self._weights.lm_head.numbers.nbytes >= LARGE
-        self._shortlist = None  # lm_head in int8
-        ends, blocks, self.nbytes = _records(self._weights)
+        ends, blocks = np.zeros(2, kernel.ENDS), np.zeros((2, L), kernel.BLOCK)
+        ends[0], blocks[0], self.nbytes = _records(self._weights)
+        self._may_draft = kind is None and self.nbytes >= LARGE
+        self._draft_model = None  # Weights in int8
         self.limits = np.array([[V], [n_streams], [self.length]], np.uint64)
         self.rows = n = max(CHUNK, n_streams)
         self._counter, self._jobs = np.zeros((2, 8), np.int64)  # (each has a line of memory for itself)
         self._states = np.empty((self.threads, 8), np.int64)
         self._job = kernel.Job(
-            np.zeros(4, np.int64), np.empty((3, n), np.int64), np.empty((n, V), dtype), np.zeros(1),
+            np.zeros(5, np.int64), np.empty((3, n), np.int64), np.empty((n, V), dtype), np.zeros(1),
             np.zeros((AHEAD, n)), np.zeros((AHEAD, n), np.int64), self._counter, self._jobs,
         )  # fmt: skip
         sizes = (n, C), (n, 3 * C), (n, C), (n * blocks["c_fc"]["n_out"].max(),)
         like = np.zeros(1, self._weights.lm_head.numbers.dtype)
-        narrow = np.zeros(1, np.int8 if self._may_shorten else np.float32)
+        narrow = np.zeros(1, np.int8 if self._may_draft else np.float32)
         shared = *(empty(size, dtype) for size in sizes), like, narrow, np.empty((self.threads, n), dtype)  # a Shared
         self._args = ends, blocks, self.keys, self.values, tuple(self._job), shared
         self._own = [
@@ -119,29 +116,40 @@ class Decoder:
                                       be in the cache, or among the rows
         """
         self._place(tokens, streams, positions, n_logits)
-        self._run_job(len(tokens), n_logits, 0, 0)
+        self._run_job(len(tokens), n_logits, 0, 0, False)
         return self._job.logits[:n_logits]
 
-    def draw(self, tokens, streams, positions, uniforms, temperature, vocab_size):
+    def has_draft_model(self, n):
+        """Whether there is a draft model; it is made, if the model is large, and is to write many tokens: n.
+
+        From then on the weights must stay as they are, as long as this Decoder is used.
+        """
+        if self._draft_model is None and self._may_draft and n > FEW:
+            self._draft_model, (ends, blocks, *_) = weights_of(self._model, "int8"), self._args
+            ends[1], blocks[1], _ = _records(self._draft_model)
+            ends[0]["shortlist"] = ends[1]["lm_head"]
+        return self._draft_model is not None
+
+    def draw(self, tokens, streams, positions, uniforms, temperature, vocab_size, by_draft_model=False):
         """Put rows into the cache, draw the token after each, put that into the cache, and so on -> (steps, R) tokens.
 
         tokens, streams, positions    (R,) integers: a row of each of some streams
         uniforms                      (steps, R) numbers in [0, 1), for at most AHEAD steps
         temperature, vocab_size       of Controls; only tokens below vocab_size are drawn
+        by_draft_model                whether the draft model does it.  Both have one cache: the model must overwrite
+                                      what is put there before anything else looks at it
 
-        The last ones are not in the cache yet.  A token of -1 stands for logits that are not finite.  From the first
-        draw with a temperature of 0 on, a large lm_head must stay as it is.
+        The last ones are not in the cache yet.  A token of -1 stands for logits that are not finite.
         """
         R, steps = len(tokens), len(uniforms)
         rows = self._place(tokens, streams, positions, R)
         if steps > AHEAD or (rows[2] + steps > self.length).any():
             raise ValueError(f"Decoder: {steps} steps are too many from positions {rows[2].tolist()} on")
-        if temperature == 0 and self._may_shorten and self._shortlist is None and self.length - rows[2].max() > FEW:
-            self._shortlist = rounded_head(self._model, self._weights.lm_head)
-            self._args[0]["shortlist"] = _record(self._shortlist)
+        if by_draft_model and self._draft_model is None:
+            raise ValueError("Decoder: there is no draft model")
         job = self._job
         job.temperature[0], job.uniforms[:steps, :R] = temperature, uniforms
-        self._run_job(R, R, steps, vocab_size)
+        self._run_job(R, R, steps, vocab_size, by_draft_model)
         return job.drawn[:steps, :R]
 
     def _place(self, tokens, streams, positions, n_logits):

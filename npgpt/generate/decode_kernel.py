@@ -37,13 +37,13 @@ BLOCK = np.dtype(
 )  # fmt: skip
 ENDS = np.dtype(
     [("wte", MATRIX), ("wpe", MATRIX), ("ln_f", NORM), ("lm_head", MATRIX), ("shortlist", MATRIX)]
-)  # the last one is lm_head in int8, if there is one
+)  # the last one is the draft model's lm_head, if there is one
 
 
 class Job(NamedTuple):
     """What the threads are to do, and by what they wait for each other."""
 
-    size: np.ndarray  # (4,) rows, and logits; if tokens are to be drawn, for how many steps, and below which one
+    size: np.ndarray  # (5,) rows, logits; to draw tokens: steps, below which one, whether the draft model does it
     rows: np.ndarray  # (3, rows) tokens, streams, positions; like all that follows, with room for more than there are
     logits: np.ndarray  # (rows, V); used up where tokens are drawn
     temperature: np.ndarray  # (1,)
@@ -61,7 +61,7 @@ class Shared(NamedTuple):
     y: np.ndarray  # (rows, C)
     hidden: np.ndarray  # (rows * the MLP's width,)
     like: np.ndarray  # (1,) of the dtype that the numbers of all matrices but wpe have; so one kind is compiled
-    narrow: np.ndarray  # (1,) int8, as the shortlist; or float32 where there never is one: so none is compiled
+    narrow: np.ndarray  # (1,) int8, as a draft model; or float32 where there never is one: so none is compiled
     lows: np.ndarray  # (threads, rows) what the highest logit is at least, of those that a thread computes
 
 
@@ -194,10 +194,9 @@ def _activate(z, activation):
 
 
 @helper(counts=True, inlined=True)
-def _decode(ends, blocks, keys, values, job, shared, own, rank, ranks, R, n_logits):
+def _decode(like, ends, blocks, keys, values, job, shared, own, rank, ranks, R, n_logits):
     """What GPT.forward does with a cache, as number `rank` of `ranks` threads that share the rows of all matrices."""
-    counter, tokens, streams, positions = job.counter, job.rows[0], job.rows[1], job.rows[2]
-    like, moments = shared.like, own.moments
+    counter, tokens, streams, positions, moments = job.counter, job.rows[0], job.rows[1], job.rows[2], own.moments
     x, qkv, y, h, p = shared.x[:R], shared.qkv[:R], shared.y[:R], own.h[:R], own.p
     C, n_head, hs = x.shape[1], keys.shape[2], keys.shape[4]
     head0, head1 = n_head * rank // ranks, n_head * (rank + 1) // ranks
@@ -249,7 +248,7 @@ def _decode(ends, blocks, keys, values, job, shared, own, rank, ranks, R, n_logi
     if n_logits:
         meet(counter, ranks)
         _norm(h, moments, x, ends.ln_f)
-        _, _, steps, vocab_size = job.size
+        _, _, steps, vocab_size, _ = job.size
         if steps and job.temperature[0] == 0 and ends.shortlist.address:
             first, last = _share_of(vocab_size, GROUP, rank, ranks)
             _times_of_few(
@@ -258,6 +257,12 @@ def _decode(ends, blocks, keys, values, job, shared, own, rank, ranks, R, n_logi
         else:
             first, last = _share_of(ends.lm_head.n_out, GROUP, rank, ranks)
             _times(job.logits[:n_logits], h, like, ends.lm_head, first, last, replace)
+
+
+@inside_kernels(float32=lambda narrow, *others: None)
+def _decode_narrow(narrow, *others):
+    """`_decode` of a draft model's weights."""
+    _decode(narrow, *others)
 
 
 @helper(inlined=True)
@@ -297,17 +302,22 @@ def decode_kernel(ends, blocks, keys, values, job, shared, own, rank, ranks, see
 
     To wake a thread takes as long as a token of a small model.  So the others stay awake from token to token.
 
-    ends (1,) ENDS, blocks (L,) BLOCK; keys, values (L, B, n_head, T, hs); a Job, Shared and Own as plain tuples, since
-    Numba takes microseconds to tell the type of others.
+    ends (2,) ENDS, blocks (2, L) BLOCK, of the model and of the draft model; keys, values (L, B, n_head, T, hs); a Job,
+    Shared and Own as plain tuples, since Numba takes microseconds to tell the type of others.
     """
     job, shared, own = Job(*job), Shared(*shared), Own(*own)
     if rank == 0 and ranks > 1:
         count_up(job.jobs)
     while rank == 0 or next_job(job.jobs, seen, own.state):
         seen += 1
-        R, n_logits, steps, vocab_size = job.size
+        R, n_logits, steps, vocab_size, by_draft_model = job.size
         for step in range(max(1, steps)):
-            _decode(ends[0], blocks, keys, values, job, shared, own, rank, ranks, R, n_logits)
+            if by_draft_model:
+                _decode_narrow(
+                    shared.narrow, ends[1], blocks[1], keys, values, job, shared, own, rank, ranks, R, n_logits
+                )  # fmt: skip
+            else:
+                _decode(shared.like, ends[0], blocks[0], keys, values, job, shared, own, rank, ranks, R, n_logits)
             meet(job.counter, ranks)
             if steps:
                 for r in range(rank, R, ranks):

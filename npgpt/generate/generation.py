@@ -9,7 +9,7 @@ from npgpt.config import Controls
 from npgpt.engine import no_dropout, no_grad
 from npgpt.errors import CheckpointError
 from npgpt.generate.decode import AHEAD, Decoder
-from npgpt.generate.draft import Drafts
+from npgpt.generate.draft import Drafts, ModelDrafts
 from npgpt.generate.matrices import kind_of, rounded
 from npgpt.generate.sampling import NOT_FINITE, choose, likeliest, probabilities
 from npgpt.generate.stats import Stats
@@ -84,6 +84,7 @@ class Generation:
             self.model = rounded(model, kind)
         self.steps, self.choosing = 0, 0.0  # and the seconds of the last one that went into the choice of tokens
         self.drafts = Drafts(self.texts, draft, self.decoder.rows) if draft and self.decoder else None
+        self.model_drafts = ModelDrafts()
         self.caches = [{"cache": []} if cached else {} for _ in rngs]  # of each text, if its model writes with one
 
     def _contexts(self):
@@ -141,17 +142,20 @@ class Generation:
         only_temperature = c.top_k is c.top_p is None and not c.min_p and c.repetition_penalty == 1
         return only_temperature and not self.logprobs and not self.holes
 
-    def _draw(self, rows, uniforms):
+    def _draw(self, rows, uniforms, by_draft_model=False):
         """Have the decoder draw tokens after rows: tokens, streams, positions -> (steps, rows)."""
-        return self.decoder.draw(*rows, np.array(uniforms), self.controls.temperature, self.vocab_size)
+        return self.decoder.draw(*rows, np.array(uniforms), self.controls.temperature, self.vocab_size, by_draft_model)
+
+    def _newest(self, contexts):
+        """The rows of what was chosen last: tokens, streams, positions."""
+        return [token for (token,) in contexts], self.alive, [self.cached[i] for i in self.alive]
 
     def _draw_ahead(self, contexts):
         """Have the decoder draw as many tokens of each text as it can -> their blocks."""
         room = min(self._room(i) for i in self.alive)
         steps = max(1, min(room, AHEAD, int(AT_ONCE / self.decoder.nbytes)))
-        rows = [token for (token,) in contexts], self.alive, [self.cached[i] for i in self.alive]
         uniforms = zip(*[self._uniforms(i, steps) for i in self.alive], strict=True)
-        drawn = self._draw(rows, list(uniforms))
+        drawn = self._draw(self._newest(contexts), list(uniforms))
         if (drawn < 0).any():
             raise CheckpointError(NOT_FINITE)
         for i in self.alive:
@@ -174,6 +178,17 @@ class Generation:
             logprobs = (z[np.arange(len(z)), tokens] - np.log(np.exp(z, dtype=np.float64).sum(axis=1))).tolist()
         self.choosing += time.perf_counter() - began
         return list(zip(tokens, logprobs, strict=True))
+
+    def _drafts_of_model(self, contexts):
+        """The likeliest next tokens of each text by the draft model: a list for each, or no lists."""
+        room = min(self._room(i) for i in self.alive) - 1  # (one more token will be written)
+        if self.controls.temperature or not self._kernel_draws() or not self.decoder.has_draft_model(room):
+            return []
+        n = self.model_drafts.wanted(len(self.alive), room)
+        if not n:
+            return []
+        drawn = self._draw(self._newest(contexts), np.zeros((n, len(self.alive))), by_draft_model=True)
+        return drawn.T.clip(0).tolist()  # (-1 where int8 has no finite logits)
 
     def _check(self, contexts, drafts):
         """Have the model read drafts -> their blocks: a draft as far as it is what is written, and a token more."""
@@ -214,13 +229,15 @@ class Generation:
         A block is a list of (token, log-probability or None).  The latter is the model's own, in nats, before any
         control.  All blocks are of one length, unless there are drafts.
         """
-        began, self.choosing, drafts = time.perf_counter(), 0.0, []
+        began, self.choosing, drafts, by_model = time.perf_counter(), 0.0, [], []
         contexts = self._contexts()
         newest_only = self.decoder is not None and all(len(context) == 1 for context in contexts)
         if newest_only and self.drafts:
-            drafts = self.drafts.propose(self.alive, lambda i: self._room(i) - 1)  # (one more token will be written)
-        if drafts:
-            blocks = self._check(contexts, drafts)
+            drafts = self.drafts.propose(self.alive, lambda i: self._room(i) - 1)
+        if newest_only and not drafts:
+            by_model = self._drafts_of_model(contexts)
+        if drafts or by_model:
+            blocks = self._check(contexts, drafts or by_model)
         elif newest_only and self._kernel_draws():
             blocks = self._draw_ahead(contexts)
         else:
@@ -230,9 +247,11 @@ class Generation:
             self.texts[i] += [token for token, _ in block]
             del self.numbers[i][: len(block)]
         now = time.perf_counter()
-        seconds = now - began
+        seconds, each = now - began, sum(map(len, blocks)) / len(blocks)
+        if by_model:
+            self.model_drafts.took(each - 1)
         if newest_only and self.drafts:
-            steps, rows = (1, sum(map(len, contexts + drafts))) if drafts else (len(blocks[0]), 0)
+            steps, rows = (1, sum(map(len, contexts + drafts))) if drafts else (each, 0)
             self.drafts.took(seconds - self.choosing, steps, rows)
         if self.steps:
             self.stats.wrote(sum(map(len, blocks)), seconds)

@@ -149,7 +149,7 @@ def rounded(model, kind):
 
 
 _lock = threading.Lock()
-_kept, _heads = weakref.WeakKeyDictionary(), weakref.WeakKeyDictionary()  # model -> (kind, state, what was rounded)
+_kept = weakref.WeakKeyDictionary()  # model -> (kind, state, what was rounded)
 
 
 def kind_of(int8, dtype, real):
@@ -168,7 +168,7 @@ def weights_of(model, kind=None):
     linear = [(b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj) for b in transformer.h]
     owners = [*tables, *itertools.chain(*linear)]
     places = [np.ascontiguousarray(layer.weight.data) for layer in owners]
-    found = [(numbers, None) for numbers in places] if kind is None else _rounded_once(model, kind, places, _kept)
+    found = [(numbers, None) for numbers in places] if kind is None else _rounded_once(model, kind, places)
     biases = [None if (bias := getattr(layer, "bias", None)) is None else bias.data for layer in owners]
     matrices = [Matrix(*pair, bias) for pair, bias in zip(found, biases, strict=True)]
     head, wte, rest = matrices[0], matrices[len(tables) - 1], iter(matrices[len(tables) :])
@@ -187,20 +187,14 @@ def _norm(layer):
     return Norm(weight, np.zeros_like(weight) if bias is None else bias.data, layer.eps)
 
 
-def rounded_head(model, head):
-    """The Matrix lm_head of a model in int8."""
-    ((numbers, scale),) = _rounded_once(model, "int8", [head.numbers], _heads)
-    return Matrix(numbers, scale, head.bias)
-
-
-def _rounded_once(model, kind, matrices, kept):
+def _rounded_once(model, kind, matrices):
     """[(numbers, scale or None)] of these matrices of a model, as they were rounded last if nothing has changed."""
     state = _state_of(matrices)
     with _lock:
-        before = kept.get(model)
+        before = _kept.get(model)
         if before is None or before[:2] != (kind, state):
             with side_by_side():
-                before = kept[model] = kind, state, [_round(w, kind) for w in matrices]
+                before = _kept[model] = kind, state, [_round(w, kind) for w in matrices]
         return before[2]
 
 

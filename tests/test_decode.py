@@ -298,6 +298,18 @@ def test_a_draft_model_is_made_anew_when_the_weights_have_changed_and_not_for_fe
     assert decoder.has_draft_model(decode.FEW + 1) and decoder.has_draft_model(0)
 
 
+def test_where_there_is_no_memory_for_a_draft_model_texts_are_written_without(monkeypatch):
+    def empty(shape, dtype):
+        raise MemoryError
+
+    model, texts = model_of((2, 3, 24, 50, 60), dtype=np.float32), []
+    for large in (2**60, 0):
+        monkeypatch.setattr(decode, "LARGE", large)
+        monkeypatch.setattr("npgpt.generate.matrices.empty", empty)
+        texts.append(list(model.generate([7, 8, 9], 50, 0, temperature=0)))
+    assert texts[0] == texts[1]
+
+
 def test_a_draft_model_draws_what_the_model_in_int8_draws(monkeypatch):
     monkeypatch.setattr(decode, "LARGE", 0)
     model, rows = model_of(SHAPES[0], dtype=np.float32), ([1, 2, 3], [2, 0, 1], [0, 0, 0])

@@ -125,9 +125,12 @@ class Decoder:
         From then on the weights must stay as they are, as long as this Decoder is used.
         """
         if self._draft_model is None and self._may_draft and n > FEW:
-            self._draft_model, (ends, blocks, *_) = weights_of(self._model, "int8"), self._args
-            ends[1], blocks[1], _ = _records(self._draft_model)
-            ends[0]["shortlist"] = ends[1]["lm_head"]
+            try:
+                self._draft_model, (ends, blocks, *_) = weights_of(self._model, "int8"), self._args
+                ends[1], blocks[1], _ = _records(self._draft_model)
+                ends[0]["shortlist"] = ends[1]["lm_head"]
+            except MemoryError:  # it can be done without
+                self._may_draft = False
         return self._draft_model is not None
 
     def draw(self, tokens, streams, positions, uniforms, temperature, vocab_size, by_draft_model=False):

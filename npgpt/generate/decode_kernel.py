@@ -220,10 +220,10 @@ def _decode(like, ends, blocks, keys, values, job, shared, own, rank, ranks, R, 
                 for i in range(hs):  # (whole rows at a time would take a second to compile)
                     keys[layer, stream, head, position, i] = qkv[r, C + at + i]
                     values[layer, stream, head, position, i] = qkv[r, 2 * C + at + i]
-        for r in range(R):
-            stream, n = streams[r], positions[r] + 1
-            for head in range(head0, head1):
-                at = head * hs
+        for head in range(head0, head1):  # whose keys and values stay near for all rows of a text
+            at = head * hs
+            for r in range(R):
+                stream, n = streams[r], positions[r] + 1
                 _attend(
                     y[r, at : at + hs], qkv[r, at : at + hs].reshape(1, hs), keys[layer, stream, head, :n],
                     values[layer, stream, head, :n], block.scale, p,

@@ -87,8 +87,10 @@ def npgpt_side(folder, threads, **kind):
             model, prompts[0], [np.random.default_rng(i) for i in range(len(prompts))], Controls(temperature=0), length,
             threads=threads, **kind,
         )  # fmt: skip
-        while len(generation.texts[0]) < length:
+        while generation.alive:
             generation.step()
+            for i in [i for i in generation.alive if len(generation.texts[i]) == length]:
+                generation.end(i)
         return [text[-n:] for text in generation.texts], generation.stats.prompt_seconds
 
     return write

@@ -29,8 +29,8 @@ class Reader(Decoder):
 
     text = None
 
-    def draw(self, tokens, streams, positions, uniforms, temperature, vocab_size):
-        drawn = super().draw(tokens, streams, positions, uniforms, temperature, vocab_size)
+    def draw(self, tokens, streams, positions, *others):
+        drawn = super().draw(tokens, streams, positions, *others)
         steps = np.arange(1, len(drawn) + 1)[:, None]
         return self.text[np.minimum(np.array(positions) + steps, len(self.text) - 1)]
 

@@ -1766,6 +1766,14 @@ FAULTS = [
         kernel=True,
     ),
     Fault(
+        "draft: what comes before logits that are not finite is lost",
+        "npgpt/generate/generation.py",
+        "                block.pop()\n",
+        "                pass\n",
+        "Tokens that are right are written; the error is that of the next one.",
+        kernel=True,
+    ),
+    Fault(
         "draft: a draft model that is wrong never rests",
         "npgpt/generate/draft.py",
         "            self.right, self.rest = WORTH, REST\n",

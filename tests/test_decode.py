@@ -215,6 +215,9 @@ def test_the_kernel_draws_what_is_chosen_step_by_step_outside_of_it(temperature)
         assert np.array_equal(ahead.keys, plain.keys) and np.array_equal(ahead.values, plain.values)
         with pytest.raises(ValueError, match="5 steps are too many"):
             ahead.draw([1], [0], [16], uniforms[:, :1], 1.0, 40)
+        for vocab_size in (0, 51, -1):
+            with pytest.raises(ValueError, match=f"of 50 tokens none can be drawn below {vocab_size}"):
+                ahead.draw([1], [0], [0], uniforms[:, :1], 1.0, vocab_size)
 
 
 @pytest.fixture

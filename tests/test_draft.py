@@ -31,7 +31,7 @@ from npgpt.generate.draft import (
     ModelDrafts,
 )
 from npgpt.generate.generation import Generation
-from npgpt.generate.matrices import weights_of
+from npgpt.generate.matrices import rounded_weights
 from npgpt.generate.stats import Stats
 from npgpt.generate.writer import write
 from npgpt.kernels.jit import KERNELS
@@ -115,13 +115,13 @@ def draft_models(monkeypatch):
 
 
 def prepare_draft_models(replace):
-    def coarse_weights_of(model, kind=None):
-        weights = weights_of(model, kind)
-        for layer in weights.layers if kind else ():
+    def coarse_weights(*args):
+        weights = rounded_weights(*args)
+        for layer in weights.layers:
             layer.c_fc.numbers[...] = layer.c_fc.numbers // 64 * 64
         return weights
 
-    replace(decode, "weights_of", coarse_weights_of)
+    replace(decode, "rounded_weights", coarse_weights)
     replace(decode, "FEW", 0)
     replace("npgpt.generate.draft.REST", 0)
 
@@ -217,6 +217,57 @@ def test_weights_that_int8_cannot_hold_cost_a_draft_model_its_tokens_and_nothing
             generation.step()
         texts.append(generation.texts)
     assert texts[0] == texts[1] and stats.proposed > stats.accepted == 0
+
+
+@kernels
+@pytest.mark.parametrize("on, draft", [(False, 0), (True, 0), (False, 4)])
+def test_what_comes_before_logits_that_are_not_finite_is_written(on, draft, draft_models, all_checked):
+    draft_models(on)
+    model, found = lively(CONFIGS[1]), []
+    whole = list(model.generate([1, 2, 3], 30, 0, temperature=0))
+    model.transformer.wpe.weight.data[20] = np.nan
+    with pytest.raises(CheckpointError, match="not finite"):
+        for token in model.generate([1, 2, 3], 30, 0, temperature=0, draft=draft):
+            found.append(token)
+    assert found == whole[:18]
+
+
+@kernels
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_a_draft_model_that_is_not_complete_is_none(error, draft_models, monkeypatch):
+    draft_models(True)
+    generation, records = Generation(lively(CONFIGS[1]), [1], rngs(1), Controls(temperature=0), 40), decode._records
+
+    def interrupted(weights):
+        monkeypatch.setattr(decode, "_records", records)
+        raise error
+
+    monkeypatch.setattr(decode, "_records", interrupted)
+    for _ in range(40):
+        try:
+            generation.step()
+        except KeyboardInterrupt:
+            assert generation.decoder._draft_model is None
+        if len(generation.texts[0]) == 40:
+            break
+    assert len(generation.texts[0]) == 40
+    assert (generation.stats.proposed > 0) == (error is KeyboardInterrupt)  # or else it goes on without
+
+
+@kernels
+def test_a_draft_model_is_that_of_the_weights_that_are_read(draft_models):
+    """Which are those that the model had when the text began."""
+    texts = []
+    for on in (False, True):
+        draft_models(on)
+        model = lively(CONFIGS[1])
+        generation = Generation(model, [1, 2, 3], rngs(1), Controls(temperature=0), 40)
+        for parameter in model.parameters():
+            parameter.data = parameter.data[::-1].copy()
+        while len(generation.texts[0]) < 40:
+            generation.step()
+        texts.append(generation.texts)
+    assert texts[0] == texts[1]
 
 
 @kernels
@@ -377,20 +428,20 @@ def test_the_text_that_repeats_gets_the_rows():
 
 def test_a_draft_model_rests_when_too_few_of_its_tokens_were_right():
     drafts, wanted = ModelDrafts(), []
-    for right in (5, 4, 0, 5, 5, 5):
+    for right, guesses in ((5, 5), (4, 5), (0, 5), (5, 5), (1, 1), (1, 1), (1, 1), (1, 1)):
         wanted.append(drafts.wanted(1, 40))
-        drafts.took(right)
-    assert wanted == [GUESSES] * 6
+        drafts.took(right, guesses)
+    assert wanted == [GUESSES] * 8
     assert drafts.wanted(2, 3) == 3 and drafts.wanted(1, 0) == drafts.wanted(3, 40) == 0
     wrong = 0
     while drafts.wanted(1, 40):
-        drafts.took(0)
+        drafts.took(0, GUESSES)
         wrong += 1
     assert 2 <= wrong <= MEMORY
     for _ in range(REST - 1):
         assert drafts.wanted(1, 40) == 0
     assert drafts.wanted(1, 40) == GUESSES  # once more
-    drafts.took(WORTH - 0.1)
+    drafts.took(WORTH - 0.1, GUESSES)
     assert drafts.wanted(1, 40) == 0
 
 

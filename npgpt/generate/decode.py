@@ -15,7 +15,7 @@ import os
 import numpy as np
 
 from npgpt.generate import decode_kernel as kernel
-from npgpt.generate.matrices import Matrix, kind_of, weights_of
+from npgpt.generate.matrices import Matrix, kind_of, rounded_weights, weights_of
 from npgpt.generate.prompt import read_prompts
 from npgpt.kernels.buffers import empty, zeros
 from npgpt.kernels.crew import Crew
@@ -126,8 +126,9 @@ class Decoder:
         """
         if self._draft_model is None and self._may_draft and n > FEW:
             try:
-                self._draft_model, (ends, blocks, *_) = weights_of(self._model, "int8"), self._args
-                ends[1], blocks[1], _ = _records(self._draft_model)
+                weights, (ends, blocks, *_) = rounded_weights(self._model, "int8", self._weights), self._args
+                ends[1], blocks[1], _ = _records(weights)
+                self._draft_model = weights  # not before the kernel knows where it is
                 ends[0]["shortlist"] = ends[1]["lm_head"]
             except MemoryError:  # it can be done without
                 self._may_draft = False
@@ -144,10 +145,12 @@ class Decoder:
 
         The last ones are not in the cache yet.  A token of -1 stands for logits that are not finite.
         """
-        R, steps = len(tokens), len(uniforms)
+        R, steps, V = len(tokens), len(uniforms), int(self.limits[0, 0])
         rows = self._place(tokens, streams, positions, R)
         if steps > AHEAD or (rows[2] + steps > self.length).any():
             raise ValueError(f"Decoder: {steps} steps are too many from positions {rows[2].tolist()} on")
+        if not 0 < vocab_size <= V:
+            raise ValueError(f"Decoder: of {V} tokens none can be drawn below {vocab_size}")
         if by_draft_model and self._draft_model is None:
             raise ValueError("Decoder: there is no draft model")
         job = self._job

@@ -32,9 +32,9 @@ ANEW = 256  # steps after which all times are measured anew
 PATIENCE = 100  # after a search that comes to nothing, the next one waits until so many times its seconds have gone by
 AT_MOST = 64  # but no more than so many steps, about: to take note of what they wrote takes time, too
 GUESSES = 5  # tokens of the draft model that are checked together
-WORTH = 2.2  # of these must be right; with fewer than 2 all takes longer than without
-MEMORY = 4  # drafts, about, of which that is the mean
-REST = 100  # passes without one, if they are fewer
+WORTH = 2.2  # right ones of a draft, as a mean, below which there is none for a while; 2 save what they cost
+MEMORY = 4  # drafts, about, that count in this mean
+REST = 100  # passes of such a while
 
 
 class ModelDrafts:
@@ -54,9 +54,10 @@ class ModelDrafts:
         self.rest -= 1
         return min(GUESSES, room) if self.rest < 0 else 0
 
-    def took(self, right):
-        """So many tokens of a draft were right, as a mean of all texts."""
-        self.right += (right - self.right) / MEMORY
+    def took(self, right, guesses):
+        """So many tokens of a draft were right, as a mean of all texts; one for which there was no room says little."""
+        if guesses == GUESSES:
+            self.right += (right - self.right) / MEMORY
         if self.right < WORTH:
             self.right, self.rest = WORTH, REST
 

@@ -156,8 +156,12 @@ class Generation:
         steps = max(1, min(room, AHEAD, int(AT_ONCE / self.decoder.nbytes)))
         uniforms = zip(*[self._uniforms(i, steps) for i in self.alive], strict=True)
         drawn = self._draw(self._newest(contexts), list(uniforms))
-        if (drawn < 0).any():
+        wrong = (drawn < 0).any(axis=1)
+        if wrong[0]:
             raise CheckpointError(NOT_FINITE)
+        if wrong.any():  # it is an error when it is the next one
+            steps = int(wrong.argmax())
+            drawn = drawn[:steps]
         for i in self.alive:
             self.cached[i] += steps
         return [[(token, None) for token in tokens] for tokens in drawn.T.tolist()]
@@ -213,6 +217,8 @@ class Generation:
                 if pair[0] != guess:  # the rows to come follow what is not written
                     break
             row += len(draft) + 1
+            if len(block) > 1 and block[-1][0] < 0:  # it is an error when it is the next one
+                block.pop()
             blocks.append(block)
         if any(token < 0 for block in blocks for token, _ in block):
             raise CheckpointError(NOT_FINITE)
@@ -249,7 +255,7 @@ class Generation:
         now = time.perf_counter()
         seconds, each = now - began, sum(map(len, blocks)) / len(blocks)
         if by_model:
-            self.model_drafts.took(each - 1)
+            self.model_drafts.took(each - 1, len(by_model[0]))
         if newest_only and self.drafts:
             steps, rows = (1, sum(map(len, contexts + drafts))) if drafts else (each, 0)
             self.drafts.took(seconds - self.choosing, steps, rows)

@@ -10,7 +10,6 @@ What was rounded is kept for the next text.  A checksum tells whether the model'
 may be changed in place, by an optimizer or by hand.
 """
 
-import itertools
 import math
 import threading
 import weakref
@@ -163,23 +162,32 @@ def kind_of(int8, dtype, real):
 
 def weights_of(model, kind=None):
     """The Weights of a GPT, which are read where the model has them, if they are contiguous and not rounded."""
-    transformer = model.transformer
-    tables = [model.lm_head] if model.lm_head.weight is transformer.wte.weight else [model.lm_head, transformer.wte]
-    linear = [(b.attn.c_attn, b.attn.c_proj, b.mlp.c_fc, b.mlp.c_proj) for b in transformer.h]
-    owners = [*tables, *itertools.chain(*linear)]
-    places = [np.ascontiguousarray(layer.weight.data) for layer in owners]
-    found = [(numbers, None) for numbers in places] if kind is None else _rounded_once(model, kind, places)
-    biases = [None if (bias := getattr(layer, "bias", None)) is None else bias.data for layer in owners]
-    matrices = [Matrix(*pair, bias) for pair, bias in zip(found, biases, strict=True)]
-    head, wte, rest = matrices[0], matrices[len(tables) - 1], iter(matrices[len(tables) :])
-    layers = []
+    transformer, layers = model.transformer, []
     for block in transformer.h:
-        c_attn, attn_proj, c_fc, mlp_proj = (next(rest) for _ in range(4))
-        attn = block.attn
+        attn, mlp = block.attn, block.mlp
+        c_attn, attn_proj, c_fc, mlp_proj = map(_matrix, (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj))
         scale = 1 / math.sqrt(attn_proj.numbers.shape[1] // attn.n_head) if attn.scale is None else attn.scale
         layers.append(Layer(_norm(block.ln_1), c_attn, scale, attn_proj, _norm(block.ln_2), c_fc, mlp_proj))
-    wpe = np.ascontiguousarray(transformer.wpe.weight.data)
-    return Weights(head, wte, wpe, _norm(transformer.ln_f), layers)
+    head, wpe = _matrix(model.lm_head), np.ascontiguousarray(transformer.wpe.weight.data)
+    wte = head if model.lm_head.weight is transformer.wte.weight else _matrix(transformer.wte)
+    weights = Weights(head, wte, wpe, _norm(transformer.ln_f), layers)
+    return weights if kind is None else rounded_weights(model, kind, weights)
+
+
+def rounded_weights(model, kind, weights):
+    """The Weights of a model with their matrices rounded."""
+    tables = [weights.lm_head] if weights.lm_head is weights.wte else [weights.lm_head, weights.wte]
+    matrices = [*tables, *(matrix for layer in weights.layers for matrix in layer if isinstance(matrix, Matrix))]
+    found = _rounded_once(model, kind, [matrix.numbers for matrix in matrices])
+    new = (Matrix(*pair, matrix.bias) for pair, matrix in zip(found, matrices, strict=True))
+    tables = [next(new) for _ in tables]
+    layers = [Layer(*(next(new) if isinstance(part, Matrix) else part for part in layer)) for layer in weights.layers]
+    return weights._replace(lm_head=tables[0], wte=tables[-1], layers=layers)
+
+
+def _matrix(layer):
+    bias = getattr(layer, "bias", None)
+    return Matrix(np.ascontiguousarray(layer.weight.data), None, None if bias is None else bias.data)
 
 
 def _norm(layer):

@@ -95,3 +95,12 @@ def positive(text):
     if number < 1:
         raise ValueError
     return number
+
+
+def write_all(generation):
+    """Have all texts of a Generation grow to their length."""
+    while generation.alive:
+        generation.step()
+        for i in list(generation.alive):
+            if len(generation.texts[i]) == generation.length:
+                generation.end(i)

@@ -14,7 +14,7 @@ import statistics
 
 import numpy as np
 
-from benchmarks.common import machine, machine_line, positive
+from benchmarks.common import machine, machine_line, positive, write_all
 from benchmarks.workloads import WORKLOADS
 from npgpt.errors import run_command
 from npgpt.generate.decode import Decoder
@@ -59,11 +59,7 @@ def write(model, decoder, text, streams, draft):
     rngs = [np.random.default_rng(i) for i in range(streams)]
     generation = Generation(model, prompt, rngs, length=len(text), draft=draft, stats=stats)
     generation.decoder, decoder.text = decoder, text
-    while generation.alive:
-        generation.step()
-        for i in list(generation.alive):
-            if len(generation.texts[i]) == len(text):
-                generation.end(i)
+    write_all(generation)
     return stats
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import PAUSE, ROOT, BenchmarkError
+from benchmarks.common import PAUSE, ROOT, BenchmarkError, write_all
 from npgpt.errors import UsageError
 
 NEEDS = {  # what the interpreter must have: to run a side, and to make its files
@@ -87,10 +87,7 @@ def npgpt_side(folder, threads, **kind):
             model, prompts[0], [np.random.default_rng(i) for i in range(len(prompts))], Controls(temperature=0), length,
             threads=threads, **kind,
         )  # fmt: skip
-        while generation.alive:
-            generation.step()
-            for i in [i for i in generation.alive if len(generation.texts[i]) == length]:
-                generation.end(i)
+        write_all(generation)
         return [text[-n:] for text in generation.texts], generation.stats.prompt_seconds
 
     return write

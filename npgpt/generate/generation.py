@@ -185,10 +185,10 @@ class Generation:
 
     def _drafts_of_model(self, contexts):
         """The likeliest next tokens of each text by the draft model: a list for each, or no lists."""
-        room = min(self._room(i) for i in self.alive) - 1  # (one more token will be written)
-        if self.controls.temperature or not self._kernel_draws() or not self.decoder.has_draft_model(room):
+        if self.controls.temperature or not self._kernel_draws():
             return []
-        n = self.model_drafts.wanted(len(self.alive), room)
+        room = min(self._room(i) for i in self.alive) - 1  # (one more token will be written)
+        n = self.model_drafts.wanted(len(self.alive), room) if self.decoder.has_draft_model(room) else 0
         if not n:
             return []
         drawn = self._draw(self._newest(contexts), np.zeros((n, len(self.alive))), by_draft_model=True)

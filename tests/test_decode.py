@@ -301,6 +301,22 @@ def test_a_draft_model_is_made_anew_when_the_weights_have_changed_and_not_for_fe
     assert decoder.has_draft_model(decode.FEW + 1) and decoder.has_draft_model(0)
 
 
+def test_the_likeliest_token_of_rounded_weights_is_not_sought_in_the_shortlist_of_what_was_rounded(monkeypatch):
+    """Of rows 5 and 6 bfloat16 rounds nearly all numbers up and down, and int8 down and up: what it has seems lower."""
+    model = model_of((1, 2, 64, 20, 8), dtype=np.float32)
+    model.transformer.ln_f.weight.data[...], model.transformer.ln_f.bias.data[...] = 0, 1
+    head, half = model.lm_head.weight.data, 1 + 2**-8  # between two numbers of bfloat16
+    head[...] = 0
+    head[5, 2:], head[6, 1], head[6, 2:] = half + 2**-20, 0.3, half - 2**-20
+    head[5, 0], head[6, 0] = 127 / 126.45 * half, 127 / 126.55 * half
+    for large in (2**60, 0):
+        monkeypatch.setattr(decode, "LARGE", large)
+        for dtype, likeliest in ((None, 6), ("bfloat16", 5)):
+            decoder = Decoder(model, dtype=dtype)
+            assert decoder.has_draft_model(decode.FEW + 1) == (large == 0)
+            assert decoder.draw([1], [0], [0], np.zeros((1, 1)), 0.0, 20) == likeliest
+
+
 def test_where_there_is_no_memory_for_a_draft_model_texts_are_written_without(monkeypatch):
     def empty(shape, dtype):
         raise MemoryError
@@ -313,12 +329,17 @@ def test_where_there_is_no_memory_for_a_draft_model_texts_are_written_without(mo
     assert texts[0] == texts[1]
 
 
-def test_a_draft_model_draws_what_the_model_in_int8_draws(monkeypatch):
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_draft_model_draws_what_the_model_in_int8_draws(monkeypatch, dtype):
     monkeypatch.setattr(decode, "LARGE", 0)
     model, rows = model_of(SHAPES[0], dtype=np.float32), ([1, 2, 3], [2, 0, 1], [0, 0, 0])
     for threads in (1, 2):
-        decoder, rounded = Decoder(model, 3, threads=threads), Decoder(model, 3, threads=threads, int8=True)
+        decoder, rounded = (Decoder(model, 3, threads=threads, **kind) for kind in ({"dtype": dtype}, {"int8": True}))
+        with pytest.raises(ValueError, match="no draft model"):
+            decoder(*rows, 3, by_draft_model=True)
         assert decoder.has_draft_model(decode.FEW + 1) and not rounded.has_draft_model(decode.FEW + 1)
+        assert decoder.draft_share == rounded.nbytes / decoder.nbytes < 1
+        assert np.array_equal(decoder(*rows, 3, by_draft_model=True), rounded(*rows, 3))
         for temperature in (0.0, 0.7):
             uniforms = np.random.default_rng(1).random((5, 3))
             drawn = decoder.draw(*rows, uniforms, temperature, 40, by_draft_model=True)

@@ -15,7 +15,7 @@ import pytest
 
 from npgpt import GPT, GPTConfig, Tensor, engine, no_grad, random_stream
 from npgpt.engine import watched
-from npgpt.generate.matrices import weights_of
+from npgpt.generate.matrices import rounded_weights, weights_of
 from npgpt.kernels import buffers
 from npgpt.kernels.buffers import BufferPool, as_rows, empty, reuse_buffers, side_by_side, zeros
 from npgpt.kernels.masks import next_random_key
@@ -654,7 +654,8 @@ def test_what_kernels_read_again_and_again_is_aligned(kind):
     config = GPTConfig(n_layer=2, n_head=3, n_embd=33, vocab_size=35, block_size=20)
     model = GPT(config)
     arrays = [p.data for p in model.parameters()]
-    arrays += [matrix.numbers for layer in weights_of(model, kind).layers for matrix in (layer.c_fc, layer.mlp_proj)]
+    layers = rounded_weights(model, kind, weights_of(model)).layers
+    arrays += [matrix.numbers for layer in layers for matrix in (layer.c_fc, layer.mlp_proj)]
     flat = FlatParameters(model)
     optimizer = AdamW(flat)
     for everything in (flat.weights, flat.grads, optimizer.m, optimizer.v):

@@ -5,9 +5,9 @@ position whose predecessors are in the cache or among the rows of the same call:
 stream, writing eight texts is one row of each.
 
 What takes the time is to fetch the weights from memory: see decode_kernel.py.  Rounded weights are fewer bytes: see
-matrices.py.  A prompt of many tokens takes another way: see prompt.py.  A large model that writes its likeliest tokens
-has a draft model beside it: itself in int8.  That one guesses tokens (draft.py), and tells how little of lm_head need
-be read to choose one (`_times_of_few` in decode_kernel.py).
+matrices.py.  A prompt of many tokens takes another way: see prompt.py.  A large model has a draft model beside it:
+itself in int8.  That one guesses tokens (draft.py), and tells how little of lm_head need be read to find the likeliest
+one (`_times_of_few` in decode_kernel.py).
 """
 
 import os
@@ -85,11 +85,12 @@ class Decoder:
         self.length = min(config.block_size, length or config.block_size)
         kind, dtype = kind_of(int8, dtype, model.lm_head.weight.dtype), model.lm_head.weight.dtype
         self.keys, self.values = zeros((2, L, n_streams, H, self.length, C // H), dtype)
-        self._model, self._weights = model, weights_of(model, kind)  # (the kernel has but their addresses)
+        self._model, self._plain = model, weights_of(model)
+        self._weights = rounded_weights(model, kind, self._plain)  # (the kernel has but their addresses)
         ends, blocks = np.zeros(2, kernel.ENDS), np.zeros((2, L), kernel.BLOCK)
         ends[0], blocks[0], self.nbytes = _records(self._weights)
-        self._may_draft = kind is None and self.nbytes >= LARGE
-        self._draft_model = None  # Weights in int8
+        self._may_draft = kind != "int8" and self.nbytes >= LARGE
+        self._draft_model, self.draft_share = None, 0.0  # Weights in int8; of the bytes for a token, how many they are
         self.limits = np.array([[V], [n_streams], [self.length]], np.uint64)
         self.rows = n = max(CHUNK, n_streams)
         self._counter, self._jobs = np.zeros((2, 8), np.int64)  # (each has a line of memory for itself)
@@ -109,14 +110,16 @@ class Decoder:
         ]
         self._start_over()
 
-    def __call__(self, tokens, streams, positions, n_logits):
+    def __call__(self, tokens, streams, positions, n_logits, by_draft_model=False):
         """Put rows into the cache, and return the logits (n_logits, V) of the last ones, until the next call.
 
         tokens, streams, positions    (R,) integers, at most `rows` of them; what stands before a row in its stream must
                                       be in the cache, or among the rows
+        by_draft_model                whether the draft model does it.  Both have one cache: the model must overwrite
+                                      what is put there before anything else looks at it
         """
-        self._place(tokens, streams, positions, n_logits)
-        self._run_job(len(tokens), n_logits, 0, 0, False)
+        self._place(tokens, streams, positions, n_logits, by_draft_model)
+        self._run_job(len(tokens), n_logits, 0, 0, by_draft_model)
         return self._job.logits[:n_logits]
 
     def has_draft_model(self, n):
@@ -126,10 +129,11 @@ class Decoder:
         """
         if self._draft_model is None and self._may_draft and n > FEW:
             try:
-                weights, (ends, blocks, *_) = rounded_weights(self._model, "int8", self._weights), self._args
-                ends[1], blocks[1], _ = _records(weights)
-                self._draft_model = weights  # not before the kernel knows where it is
-                ends[0]["shortlist"] = ends[1]["lm_head"]
+                weights, (ends, blocks, *_) = rounded_weights(self._model, "int8", self._plain), self._args
+                ends[1], blocks[1], nbytes = _records(weights)
+                self._draft_model, self.draft_share = weights, nbytes / self.nbytes  # once the kernel knows where it is
+                if self._weights is self._plain:  # else it is not lm_head that int8 rounds
+                    ends[0]["shortlist"] = ends[1]["lm_head"]
             except MemoryError:  # it can be done without
                 self._may_draft = False
         return self._draft_model is not None
@@ -140,26 +144,25 @@ class Decoder:
         tokens, streams, positions    (R,) integers: a row of each of some streams
         uniforms                      (steps, R) numbers in [0, 1), for at most AHEAD steps
         temperature, vocab_size       of Controls; only tokens below vocab_size are drawn
-        by_draft_model                whether the draft model does it.  Both have one cache: the model must overwrite
-                                      what is put there before anything else looks at it
+        by_draft_model                as above
 
         The last ones are not in the cache yet.  A token of -1 stands for logits that are not finite.
         """
         R, steps, V = len(tokens), len(uniforms), int(self.limits[0, 0])
-        rows = self._place(tokens, streams, positions, R)
+        rows = self._place(tokens, streams, positions, R, by_draft_model)
         if steps > AHEAD or (rows[2] + steps > self.length).any():
             raise ValueError(f"Decoder: {steps} steps are too many from positions {rows[2].tolist()} on")
         if not 0 < vocab_size <= V:
             raise ValueError(f"Decoder: of {V} tokens none can be drawn below {vocab_size}")
-        if by_draft_model and self._draft_model is None:
-            raise ValueError("Decoder: there is no draft model")
         job = self._job
         job.temperature[0], job.uniforms[:steps, :R] = temperature, uniforms
         self._run_job(R, R, steps, vocab_size, by_draft_model)
         return job.drawn[:steps, :R]
 
-    def _place(self, tokens, streams, positions, n_logits):
+    def _place(self, tokens, streams, positions, n_logits, by_draft_model):
         """The rows (3, R) where the kernel finds them, which are checked."""
+        if by_draft_model and self._draft_model is None:
+            raise ValueError("Decoder: there is no draft model")
         if self._disturbed:
             self._calm()
         R = len(tokens)

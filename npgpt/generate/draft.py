@@ -11,8 +11,9 @@ tokens may let the model read them in one go:
 Each token is chosen from the logits after tokens that are written, with the random number and the controls that it
 would have alone, and these logits have the bits that they have alone.  So the text is the same, only sooner.
 
-Where the likeliest tokens of a large model are asked for, a draft model guesses: the same model with its weights in
-int8.  It reads a quarter of the bytes, and nearly always has the same token.
+For a large model a draft model guesses: the same model with its weights in int8.  It reads a quarter of the bytes, and
+its probabilities are nearly the same.  So the random number that will choose a token nearly always has it choose the
+same one, if the model has learnt what to expect.
 
 Leviathan et al. 2023 and Chen et al. 2023 have a small model draft, and keep the distribution of the text; to look up
 the prompt instead is Saxena's (prompt lookup decoding, 2023).  Zhang et al. 2023 (Draft & Verify) have a part of the
@@ -31,35 +32,44 @@ MORE = 0.3  # what a pass is taken to cost more for TOGETHER rows more, until it
 ANEW = 256  # steps after which all times are measured anew
 PATIENCE = 100  # after a search that comes to nothing, the next one waits until so many times its seconds have gone by
 AT_MOST = 64  # but no more than so many steps, about: to take note of what they wrote takes time, too
+SIDE_BY_SIDE = 2  # texts that a draft model guesses for, at most: of more it is arithmetic, not memory, that takes time
 GUESSES = 5  # tokens of the draft model that are checked together
-WORTH = 2.2  # right ones of a draft, as a mean, below which there is none for a while; 2 save what they cost
-MEMORY = 4  # drafts, about, that count in this mean
-REST = 100  # passes of such a while
+EXPECTED = 3.0  # right ones of them, before it is known
+CHECK = 0.6  # of a token's time, about, that a check takes more
+MEMORY = 8  # drafts, about, that count in the mean of right ones
+REST, LONGEST_REST = 32, 256  # passes without drafts, when they come to nothing: once, and again and again
 
 
 class ModelDrafts:
     """How many tokens the draft model shall guess: none for a while, if it was not right often enough.
 
-    It takes a third of the model's time for a token, and to check a draft takes little longer than another token.  Of
-    more than two texts the rows are so many that it is arithmetic, not memory, that takes the time.
+    right  tokens of a draft that are right, the mean of the last ones
     """
 
     def __init__(self):
-        self.right, self.rest = float(GUESSES), 0  # tokens of a draft, as a mean; passes until the next draft
+        self.right, self.drafts = EXPECTED, 2  # that count in this mean
+        self.rest, self.next_rest = 0, REST  # passes until the next draft, and when drafts come to nothing again
 
-    def wanted(self, n_texts, room):
-        """The tokens of the next draft, for so many texts that have so much room."""
-        if n_texts > 2 or room < 1:
+    def wanted(self, room):
+        """The tokens of the next draft, for texts that have so much room."""
+        if room < 1:
             return 0
         self.rest -= 1
         return min(GUESSES, room) if self.rest < 0 else 0
 
-    def took(self, right, guesses):
-        """So many tokens of a draft were right, as a mean of all texts; one for which there was no room says little."""
-        if guesses == GUESSES:
-            self.right += (right - self.right) / MEMORY
-        if self.right < WORTH:
-            self.right, self.rest = WORTH, REST
+    def took(self, right, guesses, share):
+        """So many tokens of a draft were right, as a mean of all texts; one for which there was no room says little.
+
+        share: of a token's time that a guess takes.  A draft must save as many tokens' times as it costs.
+        """
+        if guesses < GUESSES:
+            return
+        worth, self.drafts = GUESSES * share + CHECK, min(self.drafts + 1, MEMORY)
+        self.right += (right - self.right) / self.drafts
+        if self.right < worth:
+            self.right, self.rest, self.next_rest = worth, self.next_rest, min(2 * self.next_rest, LONGEST_REST)
+        elif right >= worth:
+            self.next_rest = REST
 
 
 class Lookup:

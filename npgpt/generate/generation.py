@@ -9,7 +9,7 @@ from npgpt.config import Controls
 from npgpt.engine import no_dropout, no_grad
 from npgpt.errors import CheckpointError
 from npgpt.generate.decode import AHEAD, Decoder
-from npgpt.generate.draft import Drafts, ModelDrafts
+from npgpt.generate.draft import SIDE_BY_SIDE, Drafts, ModelDrafts
 from npgpt.generate.matrices import kind_of, rounded
 from npgpt.generate.sampling import NOT_FINITE, choose, likeliest, probabilities
 from npgpt.generate.stats import Stats
@@ -166,17 +166,20 @@ class Generation:
             self.cached[i] += steps
         return [[(token, None) for token in tokens] for tokens in drawn.T.tolist()]
 
-    def _choose(self, logits, texts, uniforms):
-        """Draw a token after each text with all controls, by its logits and a random number -> pairs as in step()."""
-        began, logprobs = time.perf_counter(), [None] * len(texts)
+    def _tokens(self, logits, texts, uniforms):
+        """Draw a token after each text with all controls, by its logits and a random number -> a list of them."""
         possible = logits[:, : self.vocab_size]
         if self.holes:
             possible = possible.copy()
             possible[:, self.holes] = -np.inf
         if self.controls.temperature == 0 and self.controls.repetition_penalty == 1:
-            tokens = likeliest(possible)
-        else:
-            tokens = choose(probabilities(possible, texts, self.controls), uniforms)
+            return likeliest(possible)
+        return choose(probabilities(possible, texts, self.controls), uniforms)
+
+    def _choose(self, logits, texts, uniforms):
+        """The tokens drawn after these texts -> pairs as in step()."""
+        began, logprobs = time.perf_counter(), [None] * len(texts)
+        tokens = self._tokens(logits, texts, uniforms)
         if self.logprobs:  # with the tokens that are never chosen: the model gives them a share all the same
             z = logits - logits.max(axis=1, keepdims=True)
             logprobs = (z[np.arange(len(z)), tokens] - np.log(np.exp(z, dtype=np.float64).sum(axis=1))).tolist()
@@ -184,15 +187,32 @@ class Generation:
         return list(zip(tokens, logprobs, strict=True))
 
     def _drafts_of_model(self, contexts):
-        """The likeliest next tokens of each text by the draft model: a list for each, or no lists."""
-        if self.controls.temperature or not self._kernel_draws():
-            return []
+        """The next tokens of each text as the draft model has them: a list for each, or no lists."""
         room = min(self._room(i) for i in self.alive) - 1  # (one more token will be written)
-        n = self.model_drafts.wanted(len(self.alive), room) if self.decoder.has_draft_model(room) else 0
-        if not n:
+        are_few = len(self.alive) <= SIDE_BY_SIDE
+        has_shortlist = self.controls.temperature == 0 and self._kernel_draws()
+        if not ((are_few or has_shortlist) and self.decoder.has_draft_model(room)):
             return []
-        drawn = self._draw(self._newest(contexts), np.zeros((n, len(self.alive))), by_draft_model=True)
-        return drawn.T.clip(0).tolist()  # (-1 where int8 has no finite logits)
+        n = self.model_drafts.wanted(room) if are_few else 0
+        return self._guesses(contexts, n) if n else []
+
+    def _guesses(self, contexts, n):
+        """The next n tokens of each text by the draft model, with the random numbers and controls of those to come."""
+        (tokens, streams, positions), texts = self._newest(contexts), [list(self.texts[i]) for i in self.alive]
+        uniforms = list(zip(*[self._uniforms(i, n) for i in self.alive], strict=True))
+        if self._kernel_draws():
+            drawn = self._draw((tokens, streams, positions), uniforms, by_draft_model=True)
+            return drawn.T.clip(0).tolist()  # (-1 where int8 has no finite logits)
+        for step in range(n):
+            places = [position + step for position in positions]
+            logits = self.decoder(tokens, streams, places, len(tokens), by_draft_model=True)
+            try:
+                tokens = self._tokens(logits, texts, uniforms[step])
+            except CheckpointError:  # as above
+                tokens = [0] * len(tokens)
+            for text, token in zip(texts, tokens, strict=True):
+                text.append(token)
+        return [text[-n:] for text in texts]
 
     def _check(self, contexts, drafts):
         """Have the model read drafts -> their blocks: a draft as far as it is what is written, and a token more."""
@@ -255,7 +275,7 @@ class Generation:
         now = time.perf_counter()
         seconds, each = now - began, sum(map(len, blocks)) / len(blocks)
         if by_model:
-            self.model_drafts.took(each - 1, len(by_model[0]))
+            self.model_drafts.took(each - 1, len(by_model[0]), self.decoder.draft_share)
         if newest_only and self.drafts:
             steps, rows = (1, sum(map(len, contexts + drafts))) if drafts else (each, 0)
             self.drafts.took(seconds - self.choosing, steps, rows)

@@ -148,7 +148,7 @@ def rounded(model, kind):
 
 
 _lock = threading.Lock()
-_kept = weakref.WeakKeyDictionary()  # model -> (kind, state, what was rounded)
+_kept = weakref.WeakKeyDictionary()  # model -> {kind: (state, what was rounded)}
 
 
 def kind_of(int8, dtype, real):
@@ -160,8 +160,8 @@ def kind_of(int8, dtype, real):
     return "int8" if int8 else "bfloat16" if dtype == "bfloat16" else None
 
 
-def weights_of(model, kind=None):
-    """The Weights of a GPT, which are read where the model has them, if they are contiguous and not rounded."""
+def weights_of(model):
+    """The Weights of a GPT, which are read where the model has them, if they are contiguous."""
     transformer, layers = model.transformer, []
     for block in transformer.h:
         attn, mlp = block.attn, block.mlp
@@ -170,12 +170,13 @@ def weights_of(model, kind=None):
         layers.append(Layer(_norm(block.ln_1), c_attn, scale, attn_proj, _norm(block.ln_2), c_fc, mlp_proj))
     head, wpe = _matrix(model.lm_head), np.ascontiguousarray(transformer.wpe.weight.data)
     wte = head if model.lm_head.weight is transformer.wte.weight else _matrix(transformer.wte)
-    weights = Weights(head, wte, wpe, _norm(transformer.ln_f), layers)
-    return weights if kind is None else rounded_weights(model, kind, weights)
+    return Weights(head, wte, wpe, _norm(transformer.ln_f), layers)
 
 
 def rounded_weights(model, kind, weights):
-    """The Weights of a model with their matrices rounded."""
+    """The Weights of a model with their matrices rounded, or as they are where `kind` is None."""
+    if kind is None:
+        return weights
     tables = [weights.lm_head] if weights.lm_head is weights.wte else [weights.lm_head, weights.wte]
     matrices = [*tables, *(matrix for layer in weights.layers for matrix in layer if isinstance(matrix, Matrix))]
     found = _rounded_once(model, kind, [matrix.numbers for matrix in matrices])
@@ -199,11 +200,11 @@ def _rounded_once(model, kind, matrices):
     """[(numbers, scale or None)] of these matrices of a model, as they were rounded last if nothing has changed."""
     state = _state_of(matrices)
     with _lock:
-        before = _kept.get(model)
-        if before is None or before[:2] != (kind, state):
+        kept = _kept.setdefault(model, {})
+        if kind not in kept or kept[kind][0] != state:
             with side_by_side():
-                before = _kept[model] = kind, state, [_round(w, kind) for w in matrices]
-        return before[2]
+                kept[kind] = state, [_round(w, kind) for w in matrices]
+        return kept[kind][1]
 
 
 def _round(w, kind):

@@ -4,6 +4,11 @@
 
 The model's weights are random, so its own texts tell nothing.  Its kernel does all that it does for any text, and then
 gives the tokens of a known one; the first half of each is the prompt.  With drafts and without, in turn.
+
+    python -m benchmarks.drafts --model out --dtype bfloat16
+
+What a draft model is worth to a model that was trained: it writes with one and without, in turn, by several controls.
+What it has learnt counts: of random weights int8 foresees few tokens that are drawn by their probability.
 """
 
 import argparse
@@ -16,18 +21,32 @@ import numpy as np
 
 from benchmarks.common import machine, machine_line, positive, write_all
 from benchmarks.workloads import WORKLOADS
+from npgpt.config import DTYPES, Controls
 from npgpt.errors import run_command
+from npgpt.files.pretrained import open_model
 from npgpt.generate.decode import Decoder
-from npgpt.generate.generation import Generation
+from npgpt.generate.generation import Generation, first_token
 from npgpt.generate.stats import Stats
 from npgpt.machine import cores
 from npgpt.model import GPT
+
+CONTROLS = {
+    "temperature 0": Controls(temperature=0),
+    "0.8": Controls(temperature=0.8),
+    "1": Controls(),
+    "0.8, top-k 50": Controls(temperature=0.8, top_k=50),
+    "0.8, top-p 0.9": Controls(temperature=0.8, top_p=0.9),
+    "0.8, penalty 1.2": Controls(temperature=0.8, repetition_penalty=1.2),
+}
 
 
 class Reader(Decoder):
     """A Decoder that takes its time, and then has drawn the tokens of `text`, whatever they are."""
 
     text = None
+
+    def has_draft_model(self, n):
+        return False  # it would know them, too
 
     def draw(self, tokens, streams, positions, *others):
         drawn = super().draw(tokens, streams, positions, *others)
@@ -63,33 +82,57 @@ def write(model, decoder, text, streams, draft):
     return stats
 
 
+def write_by(model, controls, options, has_draft_model):
+    """Have a model write texts of its own -> Stats of them."""
+    prompt, stats = [first_token(model.tokenizer)], Stats()
+    rngs = [np.random.default_rng(i) for i in range(options.streams)]
+    generation = Generation(model, prompt, rngs, controls, 1 + options.tokens, dtype=options.dtype, stats=stats)
+    if not has_draft_model:
+        generation.decoder.has_draft_model = lambda n: False
+    write_all(generation)
+    return stats
+
+
+def compare(name, rounds, write):
+    """Print how much faster write(True), which gives Stats, is than write(False)."""
+    rates, proposed, accepted = {False: [], True: []}, 0, 0
+    for round_ in range(rounds + 1):  # the first one fills caches
+        for on in rates:
+            stats = write(on)
+            rates[on] += [stats.tokens / stats.seconds] if round_ else []
+        proposed, accepted = proposed + stats.proposed, accepted + stats.accepted
+    times = sorted(b / a for a, b in zip(*rates.values(), strict=True))
+    without, with_ = map(statistics.median, rates.values())
+    print(
+        f"{name:<20} {without:>9,.1f} {with_:>12,.1f} {statistics.median(times):>13.2f}x   {accepted:,} of "
+        f"{proposed:,}   (rounds: {times[0]:.2f} to {times[-1]:.2f})", flush=True,
+    )  # fmt: skip
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.drafts", description=__doc__.split("\n")[0])
     parser.add_argument("--workload", choices=WORKLOADS, default="gpt2")
+    parser.add_argument("--model", metavar="PATH", help="write with its draft model and without it, instead")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="of --model's weights (%(default)s)")
     parser.add_argument("--draft", type=positive, default=8, help="the most tokens of a draft (%(default)s)")
     parser.add_argument("--streams", type=positive, default=1, help="texts written at once (%(default)s)")
-    parser.add_argument("--tokens", type=positive, default=256, help="of each text, and as many of the prompt")
+    parser.add_argument("--tokens", type=positive, default=256, help="of each text; and, of a workload, of its prompt")
     parser.add_argument("--rounds", type=positive, default=5)
-    parser.add_argument("--int8", action="store_true")
+    parser.add_argument("--int8", action="store_true", help="of a workload's weights")
     options = parser.parse_args(argv)
+    print(machine_line(machine(["numpy", "numba"]), cores()))
+    print(f"{'':<20} {'tokens/s':>9} {'with drafts':>12} {'times as fast':>14}   right of those proposed")
+    if options.model:
+        model = open_model(options.model)
+        for name, controls in CONTROLS.items():
+            compare(name, options.rounds, lambda on, controls=controls: write_by(model, controls, options, on))
+        return 0
     config = dataclasses.replace(WORKLOADS[options.workload].config, block_size=2 * options.tokens)
     model = GPT(config)
     decoder = Reader(model, options.streams, int8=options.int8)
-    print(machine_line(machine(["numpy", "numba"]), cores()))
-    print(f"{'':<20} {'tokens/s':>9} {'with drafts':>12} {'times as fast':>14}   right of those proposed")
     for name, text in texts(config.vocab_size, config.block_size).items():
-        rates, proposed, accepted = {0: [], options.draft: []}, 0, 0
-        for round_ in range(options.rounds + 1):  # the first one fills caches
-            for draft in rates:
-                stats = write(model, decoder, text, options.streams, draft)
-                rates[draft] += [stats.tokens / stats.seconds] if round_ else []
-            proposed, accepted = proposed + stats.proposed, accepted + stats.accepted
-        times = sorted(b / a for a, b in zip(*rates.values(), strict=True))
-        without, with_ = map(statistics.median, rates.values())
-        print(
-            f"{name:<20} {without:>9,.1f} {with_:>12,.1f} {statistics.median(times):>13.2f}x   {accepted:,} of "
-            f"{proposed:,}   (rounds: {times[0]:.2f} to {times[-1]:.2f})", flush=True,
-        )  # fmt: skip
+        how = model, decoder, text, options.streams
+        compare(name, options.rounds, lambda on, how=how: write(*how, options.draft if on else 0))
     return 0
 
 

@@ -29,7 +29,16 @@ import time
 import numpy as np
 
 from benchmarks import against, engines
-from benchmarks.common import PAUSE, BenchmarkError, Process, machine, machine_line, peak_memory, positive
+from benchmarks.common import (
+    PAUSE,
+    BenchmarkError,
+    Process,
+    machine,
+    machine_line,
+    peak_memory,
+    positive,
+    write_all,
+)
 from benchmarks.workloads import WORKLOADS, initial_model, initial_weights
 from npgpt.errors import UsageError, run_command
 
@@ -64,8 +73,8 @@ def npgpt_side(config, streams, int8):
         generation.length = PROMPT + n
         generation.rngs = [np.random.default_rng(i) for i in range(streams)]
         generation.controls = Controls(temperature=0.0 if greedy else 1.0)
-        while len(generation.texts[0]) < generation.length:
-            generation.step()
+        generation.alive = list(range(streams))
+        write_all(generation)
         return np.array(generation.texts)[:, PROMPT:]
 
     return write, generation.decoder.nbytes

@@ -18,8 +18,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # for benchmarks, how
 from benchmarks import against, drafts, engines, sample, step
 from benchmarks.against import FEWEST, PRECISION, compare, estimate, report, rounds_needed
 from benchmarks.common import ROOT, BenchmarkError, checked_out
+from npgpt import train
 from npgpt.config import GPTConfig
 from npgpt.errors import UsageError
+from npgpt.generate import decode
 from npgpt.kernels.jit import KERNELS
 from npgpt.model import GPT
 
@@ -274,6 +276,22 @@ def test_drafts_are_right_where_a_text_repeats_itself(capsys):
     assert list(rows) == ["new code", "code, 5 % changed", "a prompt, quoted", "noise"]
     proposed = [re.search(r"([\d,]+) of +([\d,]+)", row).groups() for row in rows.values()]
     assert proposed[2][0] == proposed[2][1] and proposed[3] == ("0", "0")
+
+
+@pytest.mark.skipif(KERNELS == "numpy", reason="the kernel has draft models")
+def test_a_trained_model_writes_with_a_draft_model_and_without(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "out"
+    words = "--n-layer 1 --n-embd 32 --max-iters 2 --eval-iters 1 --sample-tokens 0 --final-sample-tokens 0"
+    data = ROOT / "tests" / "data" / "text.txt"
+    assert train.main(["--data", str(data), "--out-dir", str(folder), *words.split()]) == 0
+    monkeypatch.setattr(decode, "LARGE", 0)
+    capsys.readouterr()
+    assert drafts.main(["--model", str(folder), "--tokens", "80", "--rounds", "1", "--dtype", "bfloat16"]) == 0
+    rows = {line.split("  ")[0]: line for line in capsys.readouterr().out.splitlines()[2:]}
+    assert list(rows) == list(drafts.CONTROLS)
+    for row in rows.values():
+        right, proposed = (int(number) for number in re.search(r"(\d+) of (\d+)", row).groups())
+        assert 0 <= right <= proposed > 0
 
 
 def test_a_profile_of_a_step_has_no_figures_for_json(capsys, tmp_path):

@@ -549,7 +549,7 @@ def main():
         replace(decode, "LARGE", 0 if on else 2**60)
 
     def tell(kind, stats):
-        print(f"{kind:<45}{args.n} texts alike; {stats.accepted:,} of {stats.proposed:,} were right", flush=True)
+        print(f"{kind:<54}{args.n} texts alike; {stats.accepted:,} of {stats.proposed:,} were right", flush=True)
 
     draft_models(False)
     for kind in [kind for kind in KINDS if args.only in kind]:

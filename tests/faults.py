@@ -1782,6 +1782,14 @@ FAULTS = [
         kernel=True,
     ),
     Fault(
+        "draft: a token that Python cannot choose is any",
+        "npgpt/generate/generation.py",
+        "pair = -1, None",
+        "pair = 0, None",
+        "Logits that are not finite are an error, when their token is the next one.",
+        kernel=True,
+    ),
+    Fault(
         "draft: a draft costs nothing but its check",
         "npgpt/generate/draft.py",
         "worth, self.drafts = GUESSES * share + CHECK, min",

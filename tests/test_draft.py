@@ -255,14 +255,15 @@ def test_weights_that_int8_cannot_hold_cost_a_draft_model_its_tokens_and_nothing
 
 
 @kernels
+@pytest.mark.parametrize("controls", [GREEDY, dict(temperature=0.5), dict(temperature=0.5, top_k=3)])
 @pytest.mark.parametrize("on, draft", [(False, 0), (True, 0), (False, 4)])
-def test_what_comes_before_logits_that_are_not_finite_is_written(on, draft, draft_models, all_checked):
+def test_what_comes_before_logits_that_are_not_finite_is_written(on, draft, controls, draft_models, all_checked):
     draft_models(on)
     model, found = lively(CONFIGS[1]), []
-    whole = list(model.generate([1, 2, 3], 30, 0, temperature=0))
+    whole = list(model.generate([1, 2, 3], 30, 0, **controls))
     model.transformer.wpe.weight.data[20] = np.nan
     with pytest.raises(CheckpointError, match="not finite"):
-        for token in model.generate([1, 2, 3], 30, 0, temperature=0, draft=draft):
+        for token in model.generate([1, 2, 3], 30, 0, draft=draft, **controls):
             found.append(token)
     assert found == whole[:18]
 

@@ -231,7 +231,10 @@ class Generation:
                 if kernel_draws:
                     pair = drawn[at], None
                 else:
-                    (pair,) = self._choose(logits[at : at + 1], [text], uniforms[at : at + 1])
+                    try:
+                        (pair,) = self._choose(logits[at : at + 1], [text], uniforms[at : at + 1])
+                    except CheckpointError:  # as the kernel says it
+                        pair = -1, None
                 block.append(pair)
                 text.append(pair[0])
                 if pair[0] != guess:  # the rows to come follow what is not written

@@ -1792,8 +1792,8 @@ FAULTS = [
     Fault(
         "draft: a draft costs nothing but its check",
         "npgpt/generate/draft.py",
-        "worth, self.drafts = GUESSES * share + CHECK, min",
-        "worth, self.drafts = CHECK, min",
+        "cost = GUESSES * share + CHECK",
+        "cost = CHECK",
         "Of a model in bfloat16 int8 saves half, so more guesses must be right.",
         kernel=True,
     ),
@@ -1808,8 +1808,8 @@ FAULTS = [
     Fault(
         "draft: a draft model knows nothing of its own tokens",
         "npgpt/generate/generation.py",
-        "                text.append(token)\n        return",
-        "                text.append(text[-1])\n        return",
+        "                text.append(token)\n            self",
+        "                text.append(text[-1])\n            self",
         "Penalties count what has been guessed.",
         kernel=True,
     ),

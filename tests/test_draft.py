@@ -499,6 +499,14 @@ def test_a_draft_must_save_what_it_costs():
         assert 2 <= too_few <= 3 * MEMORY
 
 
+def test_seconds_in_which_python_chooses_guesses_count_among_their_costs():
+    for guessing, is_worth_it in ((0.0, True), (0.2, True), (0.7, False)):  # (of 1 s that two and a half tokens take)
+        drafts = ModelDrafts()
+        for _ in range(MEMORY):
+            drafts.took(3, GUESSES, 0.2, 1.0, guessing)
+        assert (drafts.wanted(40) > 0) == is_worth_it
+
+
 @kernels
 def test_a_text_that_does_not_repeat_itself_is_left_alone():
     model, stats = lively(GPTConfig(vocab_size=500, block_size=64, n_layer=1, n_head=1, n_embd=16)), Stats()

@@ -57,14 +57,18 @@ class ModelDrafts:
         self.rest -= 1
         return min(GUESSES, room) if self.rest < 0 else 0
 
-    def took(self, right, guesses, share):
+    def took(self, right, guesses, share, seconds=1.0, guessing=0.0):
         """So many tokens of a draft were right, as a mean of all texts; one for which there was no room says little.
 
-        share: of a token's time that a guess takes.  A draft must save as many tokens' times as it costs.
+        share     of the time that the model takes for a token, what the draft model takes
+        seconds   that both took for the pass, beside those in which Python chose tokens: `guessing`, for the draft
+
+        A draft must save as many tokens' times as it costs.
         """
         if guesses < GUESSES:
             return
-        worth, self.drafts = GUESSES * share + CHECK, min(self.drafts + 1, MEMORY)
+        cost = GUESSES * share + CHECK
+        worth, self.drafts = cost + guessing * (1 + cost) / seconds, min(self.drafts + 1, MEMORY)
         self.right += (right - self.right) / self.drafts
         if self.right < worth:
             self.right, self.rest, self.next_rest = worth, self.next_rest, min(2 * self.next_rest, LONGEST_REST)

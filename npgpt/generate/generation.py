@@ -82,7 +82,8 @@ class Generation:
             self.decoder = Decoder(model, len(rngs), length, int8, threads, dtype, is_gpt=True)
         elif kind:
             self.model = rounded(model, kind)
-        self.steps, self.choosing = 0, 0.0  # and the seconds of the last one that went into the choice of tokens
+        self.steps = 0
+        self.choosing = self.guessing = 0.0  # seconds of the last one that went into the choice of tokens, of guesses
         self.drafts = Drafts(self.texts, draft, self.decoder.rows) if draft and self.decoder else None
         self.model_drafts = ModelDrafts()
         self.caches = [{"cache": []} if cached else {} for _ in rngs]  # of each text, if its model writes with one
@@ -206,12 +207,14 @@ class Generation:
         for step in range(n):
             places = [position + step for position in positions]
             logits = self.decoder(tokens, streams, places, len(tokens), by_draft_model=True)
+            began = time.perf_counter()
             try:
                 tokens = self._tokens(logits, texts, uniforms[step])
             except CheckpointError:  # as above
                 tokens = [0] * len(tokens)
             for text, token in zip(texts, tokens, strict=True):
                 text.append(token)
+            self.guessing += time.perf_counter() - began
         return [text[-n:] for text in texts]
 
     def _check(self, contexts, drafts):
@@ -258,7 +261,8 @@ class Generation:
         A block is a list of (token, log-probability or None).  The latter is the model's own, in nats, before any
         control.  All blocks are of one length, unless there are drafts.
         """
-        began, self.choosing, drafts, by_model = time.perf_counter(), 0.0, [], []
+        began, drafts, by_model = time.perf_counter(), [], []
+        self.choosing = self.guessing = 0.0
         contexts = self._contexts()
         newest_only = self.decoder is not None and all(len(context) == 1 for context in contexts)
         if newest_only and self.drafts:
@@ -278,7 +282,8 @@ class Generation:
         now = time.perf_counter()
         seconds, each = now - began, sum(map(len, blocks)) / len(blocks)
         if by_model:
-            self.model_drafts.took(each - 1, len(by_model[0]), self.decoder.draft_share)
+            both = seconds - self.choosing - self.guessing
+            self.model_drafts.took(each - 1, len(by_model[0]), self.decoder.draft_share, both, self.guessing)
         if newest_only and self.drafts:
             steps, rows = (1, sum(map(len, contexts + drafts))) if drafts else (each, 0)
             self.drafts.took(seconds - self.choosing, steps, rows)

@@ -1508,8 +1508,8 @@ FAULTS = [
     Fault(
         "matrices: what has changed is not rounded again",
         "npgpt/generate/matrices.py",
-        "if kind not in kept or kept[kind][0] != state:",
-        "if kind not in kept:",
+        "if model not in _kept or _kept[model][0] != state:",
+        "if model not in _kept:",
         "Weights are changed in place, by an optimizer or by hand.",
         kernel=True,
     ),

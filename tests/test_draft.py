@@ -23,10 +23,10 @@ from npgpt.generate.draft import (
     LONGEST,
     LONGEST_REST,
     MEMORY,
+    MOST_TEXTS,
     PATIENCE,
     REMEMBERED,
     REST,
-    SIDE_BY_SIDE,
     TOGETHER,
     Drafts,
     Lookup,
@@ -119,10 +119,11 @@ def draft_models(monkeypatch):
 def prepare_draft_models(replace):
     def coarse_weights(model, kind, weights):
         weights = rounded_weights(model, kind, weights)
-        if kind == "int8":
-            for layer in weights.layers:
-                layer.c_fc.numbers[...] = layer.c_fc.numbers // 64 * 64
-        return weights
+        if kind != "int8":
+            return weights
+        coarse = [layer.c_fc._replace(numbers=layer.c_fc.numbers // 64 * 64) for layer in weights.layers]
+        pairs = zip(weights.layers, coarse, strict=True)
+        return weights._replace(layers=[layer._replace(c_fc=c_fc) for layer, c_fc in pairs])
 
     replace(decode, "rounded_weights", coarse_weights)
     replace(decode, "FEW", 0)
@@ -142,7 +143,7 @@ MODELS_DRAFT = {name: how for name, how in KINDS.items() if "int8" not in name} 
 
 
 def are_few(kind):
-    return MODELS_DRAFT[kind].get("streams", 1) <= SIDE_BY_SIDE
+    return MODELS_DRAFT[kind].get("streams", 1) <= MOST_TEXTS
 
 
 def same_texts_as_without_a_draft_model(kind, seeds, draft_models):
@@ -266,6 +267,28 @@ def test_what_comes_before_logits_that_are_not_finite_is_written(on, draft, cont
         for token in model.generate([1, 2, 3], 30, 0, draft=draft, **controls):
             found.append(token)
     assert found == whole[:18]
+
+
+@kernels
+@pytest.mark.parametrize("controls", [Controls(temperature=0), Controls(temperature=0, repetition_penalty=1.1)])
+def test_guesses_that_were_right_before_logits_that_are_not_finite_count_as_right(controls, draft_models):
+    draft_models(True)
+    model, expected = lively(CONFIGS[1]), 0
+    whole = list(model.generate([1, 2, 3], 30, 0, temperature=0, repetition_penalty=controls.repetition_penalty))
+    model.transformer.wpe.weight.data[20] = np.nan
+    generation = Generation(model, [1, 2, 3], rngs(0), controls, 33)
+
+    def guesses(contexts, n):
+        nonlocal expected
+        at = len(generation.texts[0]) - 3
+        expected += min(n, 18 - at)
+        return [whole[at : at + n]]
+
+    generation._guesses = guesses
+    with pytest.raises(CheckpointError, match="not finite"):
+        while True:
+            generation.step()
+    assert generation.texts[0][3:] == whole[:18] and generation.stats.accepted == expected > 10
 
 
 @kernels

@@ -187,6 +187,10 @@ def test_matrices_are_rounded_once_and_again_when_one_of_them_has_changed(kind):
     np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-2 * abs(expected).max())
     both = [Decoder(model, **KINDS[kind])._weights.lm_head.numbers for kind in ("int8", "bfloat16") * 2]
     assert both[0] is both[2] and both[1] is both[3]
+    gone, both = weakref.ref(both[0]), None
+    parameter.data[...] = parameter.data[::-1].copy()
+    Decoder(model, dtype="bfloat16")
+    assert gone() is None, "weights in int8 outlive those that they were made of"
     assert model in matrices._kept
     gone, model = weakref.ref(model), None
     assert gone() is None, "what is kept keeps the model alive"

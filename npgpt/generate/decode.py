@@ -85,11 +85,12 @@ class Decoder:
         self.length = min(config.block_size, length or config.block_size)
         kind, dtype = kind_of(int8, dtype, model.lm_head.weight.dtype), model.lm_head.weight.dtype
         self.keys, self.values = zeros((2, L, n_streams, H, self.length, C // H), dtype)
-        self._model, self._plain = model, weights_of(model)
-        self._weights = rounded_weights(model, kind, self._plain)  # (the kernel has but their addresses)
+        plain = weights_of(model)
+        self._model, self._weights = model, rounded_weights(model, kind, plain)  # (the kernel has but their addresses)
         ends, blocks = np.zeros(2, kernel.ENDS), np.zeros((2, L), kernel.BLOCK)
         ends[0], blocks[0], self.nbytes = _records(self._weights)
         self._may_draft = kind != "int8" and self.nbytes >= LARGE
+        self._plain = plain if self._may_draft else None
         self._draft_model, self.draft_share = None, 0.0  # Weights in int8; of the bytes for a token, how many they are
         self.limits = np.array([[V], [n_streams], [self.length]], np.uint64)
         self.rows = n = max(CHUNK, n_streams)
@@ -144,7 +145,7 @@ class Decoder:
         tokens, streams, positions    (R,) integers: a row of each of some streams
         uniforms                      (steps, R) numbers in [0, 1), for at most AHEAD steps
         temperature, vocab_size       of Controls; only tokens below vocab_size are drawn
-        by_draft_model                as above
+        by_draft_model                as for a call
 
         The last ones are not in the cache yet.  A token of -1 stands for logits that are not finite.
         """

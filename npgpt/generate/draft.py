@@ -32,7 +32,7 @@ MORE = 0.3  # what a pass is taken to cost more for TOGETHER rows more, until it
 ANEW = 256  # steps after which all times are measured anew
 PATIENCE = 100  # after a search that comes to nothing, the next one waits until so many times its seconds have gone by
 AT_MOST = 64  # but no more than so many steps, about: to take note of what they wrote takes time, too
-SIDE_BY_SIDE = 2  # texts that a draft model guesses for, at most: of more it is arithmetic, not memory, that takes time
+MOST_TEXTS = 2  # texts that a draft model guesses for, at most: of more it is arithmetic, not memory, that takes time
 GUESSES = 5  # tokens of the draft model that are checked together
 EXPECTED = 3.0  # right ones of them, before it is known
 CHECK = 0.6  # of a token's time, about, that a check takes more
@@ -71,6 +71,7 @@ class ModelDrafts:
         worth, self.drafts = cost + guessing * (1 + cost) / seconds, min(self.drafts + 1, MEMORY)
         self.right += (right - self.right) / self.drafts
         if self.right < worth:
+            # one good draft will be enough to go on
             self.right, self.rest, self.next_rest = worth, self.next_rest, min(2 * self.next_rest, LONGEST_REST)
         elif right >= worth:
             self.next_rest = REST

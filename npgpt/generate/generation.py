@@ -9,7 +9,7 @@ from npgpt.config import Controls
 from npgpt.engine import no_dropout, no_grad
 from npgpt.errors import CheckpointError
 from npgpt.generate.decode import AHEAD, Decoder
-from npgpt.generate.draft import SIDE_BY_SIDE, Drafts, ModelDrafts
+from npgpt.generate.draft import MOST_TEXTS, Drafts, ModelDrafts
 from npgpt.generate.matrices import kind_of, rounded
 from npgpt.generate.sampling import NOT_FINITE, choose, likeliest, probabilities
 from npgpt.generate.stats import Stats
@@ -190,7 +190,7 @@ class Generation:
     def _drafts_of_model(self, contexts):
         """The next tokens of each text as the draft model has them: a list for each, or no lists."""
         room = min(self._room(i) for i in self.alive) - 1  # (one more token will be written)
-        are_few = len(self.alive) <= SIDE_BY_SIDE
+        are_few = len(self.alive) <= MOST_TEXTS
         has_shortlist = self.controls.temperature == 0 and self._kernel_draws()
         if not ((are_few or has_shortlist) and self.decoder.has_draft_model(room)):
             return []
@@ -199,18 +199,18 @@ class Generation:
 
     def _guesses(self, contexts, n):
         """The next n tokens of each text by the draft model, with the random numbers and controls of those to come."""
-        (tokens, streams, positions), texts = self._newest(contexts), [list(self.texts[i]) for i in self.alive]
         uniforms = list(zip(*[self._uniforms(i, n) for i in self.alive], strict=True))
         if self._kernel_draws():
-            drawn = self._draw((tokens, streams, positions), uniforms, by_draft_model=True)
+            drawn = self._draw(self._newest(contexts), uniforms, by_draft_model=True)
             return drawn.T.clip(0).tolist()  # (-1 where int8 has no finite logits)
+        (tokens, streams, positions), texts = self._newest(contexts), [list(self.texts[i]) for i in self.alive]
         for step in range(n):
             places = [position + step for position in positions]
             logits = self.decoder(tokens, streams, places, len(tokens), by_draft_model=True)
             began = time.perf_counter()
             try:
                 tokens = self._tokens(logits, texts, uniforms[step])
-            except CheckpointError:  # as above
+            except CheckpointError:  # int8 has no finite logits
                 tokens = [0] * len(tokens)
             for text, token in zip(texts, tokens, strict=True):
                 text.append(token)
@@ -251,7 +251,7 @@ class Generation:
         for i, draft, block in zip(self.alive, drafts, blocks, strict=True):
             self.cached[i] += len(block)  # what was refused is written over before anything looks at it
             self.stats.proposed += len(draft)
-            self.stats.accepted += len(block) - 1
+            self.stats.accepted += sum(token == guess for guess, (token, _) in zip(draft, block, strict=False))
         return blocks
 
     @np.errstate(all="ignore")  # the caller's own choice is not for what is meant to happen here

@@ -148,7 +148,7 @@ def rounded(model, kind):
 
 
 _lock = threading.Lock()
-_kept = weakref.WeakKeyDictionary()  # model -> {kind: (state, what was rounded)}
+_kept = weakref.WeakKeyDictionary()  # model -> (state, {kind: what was rounded of matrices in this state})
 
 
 def kind_of(int8, dtype, real):
@@ -200,11 +200,13 @@ def _rounded_once(model, kind, matrices):
     """[(numbers, scale or None)] of these matrices of a model, as they were rounded last if nothing has changed."""
     state = _state_of(matrices)
     with _lock:
-        kept = _kept.setdefault(model, {})
-        if kind not in kept or kept[kind][0] != state:
+        if model not in _kept or _kept[model][0] != state:
+            _kept[model] = state, {}  # what was rounded before is of no more use
+        _, kept = _kept[model]
+        if kind not in kept:
             with side_by_side():
-                kept[kind] = state, [_round(w, kind) for w in matrices]
-        return kept[kind][1]
+                kept[kind] = [_round(w, kind) for w in matrices]
+        return kept[kind]
 
 
 def _round(w, kind):

@@ -1800,7 +1800,7 @@ FAULTS = [
     Fault(
         "draft: a draft model draws with other random numbers",
         "npgpt/generate/generation.py",
-        "uniforms = list(zip(*[self._uniforms(i, n) for i in self.alive], strict=True))\n        if self",
+        "uniforms = self._uniforms_of_all(n)\n        if self",
         "uniforms = np.random.default_rng(0).random((n, len(self.alive))).tolist()\n        if self",
         "What is guessed with another number than it will be drawn with is right by chance only.",
         kernel=True,

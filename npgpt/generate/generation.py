@@ -108,6 +108,10 @@ class Generation:
             numbers += self.rngs[i].random(n - len(numbers)).tolist()
         return numbers[:n]
 
+    def _uniforms_of_all(self, n):
+        """A list of n steps: the next random number of each text that still grows."""
+        return list(zip(*[self._uniforms(i, n) for i in self.alive], strict=True))
+
     def _logits(self, contexts):
         """(texts alive, V): the model's scores of the next tokens."""
         alive, positions = self.alive, [self.cached[i] for i in self.alive]
@@ -155,8 +159,7 @@ class Generation:
         """Have the decoder draw as many tokens of each text as it can -> their blocks."""
         room = min(self._room(i) for i in self.alive)
         steps = max(1, min(room, AHEAD, int(AT_ONCE / self.decoder.nbytes)))
-        uniforms = zip(*[self._uniforms(i, steps) for i in self.alive], strict=True)
-        drawn = self._draw(self._newest(contexts), list(uniforms))
+        drawn = self._draw(self._newest(contexts), self._uniforms_of_all(steps))
         wrong = (drawn < 0).any(axis=1)
         if wrong[0]:
             raise CheckpointError(NOT_FINITE)
@@ -199,7 +202,7 @@ class Generation:
 
     def _guesses(self, contexts, n):
         """The next n tokens of each text by the draft model, with the random numbers and controls of those to come."""
-        uniforms = list(zip(*[self._uniforms(i, n) for i in self.alive], strict=True))
+        uniforms = self._uniforms_of_all(n)
         if self._kernel_draws():
             drawn = self._draw(self._newest(contexts), uniforms, by_draft_model=True)
             return drawn.T.clip(0).tolist()  # (-1 where int8 has no finite logits)

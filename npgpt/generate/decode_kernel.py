@@ -78,7 +78,7 @@ _share_of = helper(share_of)  # of the rows of a matrix: those that a thread com
 GROUP = 16  # elements that are never split between threads, nor computed in two ways: bits must not depend on the split
 
 
-@helper(counts=True)
+@helper(counts=True, loops=False)
 def _times(out, x, like, w, first, last, add):
     """out[:, first:last] = those columns of x w^T + bias, or out += that, for the MATRIX w of numbers like these."""
     scale, bias = array_at(w.scale, w.n_out, x), array_at(w.bias, w.n_out, x)
@@ -193,7 +193,7 @@ def _activate(z, activation):
             z[i] = gelu(z[i], one, a, minus_2k)
 
 
-@helper(counts=True, inlined=True)
+@helper(counts=True, inlined=True, loops=False)
 def _decode(like, ends, blocks, keys, values, job, shared, own, rank, ranks, R, n_logits):
     """What GPT.forward does with a cache, as number `rank` of `ranks` threads that share the rows of all matrices."""
     counter, tokens, streams, positions, moments = job.counter, job.rows[0], job.rows[1], job.rows[2], own.moments

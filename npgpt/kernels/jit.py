@@ -116,9 +116,20 @@ def inside_kernels(function=None, *, float32=None, pairs=None, tiles=None):
 
 
 if KERNELS == "numba":
+    from numba.core.compiler import Compiler
     from numba.extending import intrinsic, overload
 
     from npgpt.kernels import cache
+
+    class _Plain(Compiler):
+        """Numba's compiler, but for LLVM's optimisation of what it has compiled."""
+
+        def define_pipelines(self):
+            library = self.state.targetctx.codegen().create_library(self.state.func_id.func_qualname)
+            library.enable_object_caching()  # as Numba does for those that it creates itself
+            library._optimize_final_module = lambda: None
+            self.state.library = library
+            return super().define_pipelines()
 
     def kernel(function=None, *, counts=False, inlined=False):
         """Compile a function over arrays.  One specialisation is built per dtype, at its first call.
@@ -136,11 +147,16 @@ if KERNELS == "numba":
         cache.keep(compiled)
         return compiled
 
-    def helper(function=None, *, counts=False, inlined=False):
-        """Compile a function into the kernels that call it; Python cannot."""
+    def helper(function=None, *, counts=False, inlined=False, loops=True):
+        """Compile a function into the kernels that call it; Python cannot.
+
+        loops: whether it has any that LLVM should vectorise.  It is optimised by itself then, and once more as a part
+        of each kernel.  What has none, or has vectors of its own (vectors.py), only takes longer to compile so.
+        """
         if function is None:
-            return functools.partial(helper, counts=counts, inlined=inlined)
-        return numba.njit(**FLAGS, _nrt=counts, forceinline=inlined, no_cpython_wrapper=True)(function)
+            return functools.partial(helper, counts=counts, inlined=inlined, loops=loops)
+        options = {"_nrt": counts, "forceinline": inlined, "no_cpython_wrapper": True}
+        return numba.njit(**FLAGS, **options, pipeline_class=Compiler if loops else _Plain)(function)
 
 else:
 

@@ -213,7 +213,7 @@ def _fill(panel, k):
     """Zeros behind the k numbers of a panel, up to the end of the last tile."""
 
 
-@helper
+@helper(loops=False)
 def _pack_block(block, b, turned):
     """block = the panels of b, one after the other; b (k, columns), or (columns, k) if `turned`.
 

@@ -69,7 +69,7 @@ def in_line(x):
     return x.strides[-1] == x.itemsize or x.shape[-1] < 2 or x.size == 0
 
 
-@helper
+@helper(loops=False)
 def product(out, a, b, add):
     """Inside a kernel: out = a @ b, or out += a @ b where `add` is true.
 
@@ -139,7 +139,7 @@ def put(builder, places, sums, masks, add, itemsize):
         store_vector(builder, builder.load(total), place, itemsize, mask)
 
 
-@helper
+@helper(loops=False)
 def transpose(out, x):
     """Inside a kernel: out[:N, :M] = x.T for x (M, N), of one dtype; the last axes contiguous.
 
@@ -240,7 +240,7 @@ def _make_turn(across):
 _turn, _turn_across = map(_make_turn, (False, True))
 
 
-@helper
+@helper(loops=False)
 def fetch(x):
     """Inside a kernel: x (M, N) will be read or written soon; it changes nothing, wherever it points.
 
@@ -261,7 +261,7 @@ def _fetch(typingctx, x, row, column):
     return written(types.void(x, types.intp, types.intp), write)
 
 
-@helper
+@helper(loops=False)
 def dots(out, x, w, scale, bias, first, last, add):
     """Inside a kernel: out[:, first:last] = x @ w[first:last].T * scale[first:last] + bias[first:last], or out += that.
 
@@ -281,7 +281,7 @@ def dots(out, x, w, scale, bias, first, last, add):
     _dots(out, x, w, scale, bias, first, last, add)
 
 
-@helper
+@helper(loops=False)
 def _dots(out, x, w, scale, bias, first, last, add):
     R = len(x)
     if R == 1:

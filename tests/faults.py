@@ -1237,8 +1237,8 @@ FAULTS = [
     Fault(
         "cache: the first row's logits are shown",
         "npgpt/generate/generation.py",
-        ".data[0, -1] for",
-        ".data[0, 0] for",
+        ".data[0, -1]\n",
+        ".data[0, 0]\n",
         "What follows a prompt follows its last row.",
     ),
     Fault(
@@ -1736,16 +1736,30 @@ FAULTS = [
     Fault(
         "draft: the random numbers of refused tokens are lost",
         "npgpt/generate/generation.py",
-        "del self.numbers[i][: len(block)]",
-        "del self.numbers[i][:]",
-        "A number is used up by the token that is written with it.",
+        "return numbers[first : first + n]",
+        "return numbers[-n:]",
+        "A number belongs to a token's place in its text.",
+        kernel=True,
+    ),
+    Fault(
+        "draft: an interrupt leaves a cache that has more than the text",
+        "npgpt/generate/generation.py",
+        """            self.texts[i] += [token for token, _ in block]
+            if self.decoder or self.caches[i]:  # the last token is not cached yet; what was refused is written over
+                self.cached[i] += len(context) + len(block) - 1
+""",
+        """            if self.decoder or self.caches[i]:
+                self.cached[i] += len(context) + len(block) - 1
+            self.texts[i] += [token for token, _ in block]
+""",
+        "A token that is not known to be cached is read once more; one that is held for cached is never read.",
         kernel=True,
     ),
     Fault(
         "draft: what was refused stays in the cache",
         "npgpt/generate/generation.py",
-        "self.cached[i] += len(block)",
-        "self.cached[i] += len(draft) + 1",
+        "self.cached[i] += len(context) + len(block) - 1",
+        "self.cached[i] += len(context) + max(map(len, blocks)) - 1",
         "Of a draft, what is written is in the cache, and no more.",
         kernel=True,
     ),

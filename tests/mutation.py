@@ -115,6 +115,7 @@ SOONER = {
     "decode: the logits of a shortlist": "a_shortlist_draws",
     "decode: the biases of matrices": "shape0-True",
     "decode: layer norm without its bias": "logits_of_the_model",
+    "draft: an interrupt": "an_interrupt_at",
     "draft: what comes before": "what_comes_before",
     "draft: a draft model draws": "random_numbers",
     "draft: many texts": "who_use_it",

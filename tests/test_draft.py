@@ -4,6 +4,8 @@
 """
 
 import argparse
+import contextlib
+import sys
 import time
 
 import numpy as np
@@ -327,6 +329,64 @@ def test_a_draft_model_is_that_of_the_weights_that_are_read(draft_models):
             generation.step()
         texts.append(generation.texts)
     assert texts[0] == texts[1]
+
+
+NEVER = 10**6
+
+
+@contextlib.contextmanager
+def interrupt_before_line(n):
+    """Within this context a KeyboardInterrupt comes before the n-th line of generation.py that is run, if it is."""
+    left = iter(range(n, -1, -1))
+
+    def trace(frame, event, _):
+        if frame.f_code.co_filename != Generation._check.__code__.co_filename:
+            return None
+        if event == "line" and next(left) == 0:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+@pytest.mark.parametrize(
+    "kind", ["temperature", "penalties", "streams", "streams, top-k and stop", "greedy, two texts", "bfloat16"]
+)
+@pytest.mark.parametrize("way", ["drafts", "draft models", "neither", "the model itself"])
+def test_an_interrupt_at_any_line_leaves_texts_that_go_on(way, kind, draft_models, monkeypatch):
+    how = {"streams": 1, "threads": 1, "dtype": None, **MODELS_DRAFT[kind]}
+    how.pop("stops", None)
+    streams, threads, dtype = (how.pop(name) for name in ("streams", "threads", "dtype"))
+    if way == "the model itself":
+        monkeypatch.setattr("npgpt.generate.generation.KERNELS", "numpy")
+    elif KERNELS == "numpy":
+        pytest.skip("the kernel checks drafts")
+    elif way == "drafts":
+        check_all(monkeypatch.setattr)
+    draft_models(way == "draft models")
+    model, rng, interrupts = lively(CONFIGS[0], seed=3), np.random.default_rng(5), 0
+    texts, began = [], [1, 2, 1, 2]
+    for n in (NEVER, *rng.integers(1, 80, 40)):
+        some = Generation(
+            model, began, rngs(*range(streams)), Controls(**how), 30, threads=threads, dtype=dtype,
+            draft=4 if way == "drafts" else 0,
+        )  # fmt: skip
+        attempts = 0
+        while some.alive:
+            attempts += 1
+            with contextlib.suppress(KeyboardInterrupt), interrupt_before_line(n if attempts % 2 else NEVER):
+                some.step()
+            for i in [i for i in some.alive if len(some.texts[i]) == 30]:
+                some.end(i)
+        texts.append(some.texts)
+        interrupts += attempts - some.steps
+    assert texts[1:] == texts[:1] * 40
+    assert interrupts > 100
 
 
 @kernels

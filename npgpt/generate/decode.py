@@ -238,16 +238,17 @@ class Decoder:
 
     def read(self, tokens, stream=0, position=0):
         """Put n tokens into a stream from a position on -> the logits (V,) after the last."""
-        return self.read_all([tokens], [stream], position)[0]
+        return self.read_all([tokens], [stream], [position])[0]
 
-    def read_all(self, prompts, streams, position=0):
-        """Put n tokens into each of some streams, from a position on -> the logits (P, V) after the last of each.
+    def read_all(self, prompts, streams, positions=None):
+        """Put n tokens into each of some streams, from its position on -> the logits (P, V) after the last of each.
 
         How a prompt is read depends on its own length only, and so do the bits: long ones are read together.
         """
         logits = np.empty((len(prompts), self._job.logits.shape[1]), self._job.logits.dtype)
         long = {}
-        for i, (tokens, stream) in enumerate(zip(prompts, streams, strict=True)):
+        places = positions or [0] * len(prompts)
+        for i, (tokens, stream, position) in enumerate(zip(prompts, streams, places, strict=True)):
             rows = tokens, [stream] * len(tokens), range(position, position + len(tokens))
             if len(tokens) > CHUNK:
                 self._check(rows)

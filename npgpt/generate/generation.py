@@ -69,9 +69,9 @@ class Generation:
         known, V = tokenizer, model.config.vocab_size
         self.vocab_size = V if known is None else min(known.vocab_size, V)  # a model may know more tokens
         self.holes = [] if known is None else [hole for hole in known.holes if hole < self.vocab_size]
-        self.texts = [list(idx) for _ in rngs]
+        self.texts, self.n_prompt = [list(idx) for _ in rngs], len(idx)
         self.alive = list(range(len(rngs)))  # the texts that still grow
-        self.numbers = [[] for _ in rngs]  # random ones, taken and not used yet
+        self.numbers = [[] for _ in rngs]  # random ones, of the tokens that are written, and some of those to come
         self.starts = [max(0, len(idx) - self.block_size)] * len(rngs)  # where the context of each text begins
         self.cached = [0] * len(rngs)  # positions of each text in the cache
         other, kind = model.difference(), kind_of(int8, dtype, model.lm_head.weight.dtype)
@@ -93,8 +93,7 @@ class Generation:
         for i in self.alive:
             start = context_start(len(self.texts[i]), self.starts[i], self.block_size)
             if start != self.starts[i]:
-                self.starts[i], self.cached[i] = start, 0
-                self.caches[i] = {key: [] for key in self.caches[i]}
+                self.cached[i], self.starts[i] = 0, start  # (in this order, for an interrupt may come between them)
         return [self.texts[i][self.starts[i] + self.cached[i] :] for i in self.alive]
 
     def _room(self, i):
@@ -102,11 +101,11 @@ class Generation:
         return min(self.starts[i] + self.block_size + 1, self.length) - len(self.texts[i])
 
     def _uniforms(self, i, n):
-        """The next n random numbers of a text; those that step() does not use stay the next ones."""
-        numbers = self.numbers[i]
-        if n > len(numbers):
-            numbers += self.rngs[i].random(n - len(numbers)).tolist()
-        return numbers[:n]
+        """The next n random numbers of a text: each of its tokens has its own, however often it is drawn."""
+        numbers, first = self.numbers[i], len(self.texts[i]) - self.n_prompt
+        if (more := first + n - len(numbers)) > 0:
+            numbers += self.rngs[i].random(more).tolist()
+        return numbers[first : first + n]
 
     def _uniforms_of_all(self, n):
         """A list of n steps: the next random number of each text that still grows."""
@@ -116,29 +115,30 @@ class Generation:
         """(texts alive, V): the model's scores of the next tokens."""
         alive, positions = self.alive, [self.cached[i] for i in self.alive]
         if self.decoder is None:
-            caches = [{name: [list(past) for past in cache] for name, cache in self.caches[i].items()} for i in alive]
-            with no_grad(), no_dropout():
-                pairs = zip(contexts, caches, strict=True)
-                logits = np.stack([self.model(np.array([x]), **cache)[0].data[0, -1] for x, cache in pairs])
-            for i, cache in zip(alive, caches, strict=True):  # an interrupt before it leaves all as it was
-                self.caches[i] = cache
+            logits = np.stack([self._logits_of_model(i, context) for i, context in zip(alive, contexts, strict=True)])
         elif all(len(context) == 1 for context in contexts):  # what was chosen last
             logits = self.decoder([token for (token,) in contexts], alive, positions, len(alive))
-        elif all(context == contexts[0] for context in contexts):  # the prompt
-            last = self.decoder.read(contexts[0], alive[0], positions[0])
-            self.decoder.copy(alive[0], positions[0] + len(contexts[0]))
+        elif not any(positions) and all(context == contexts[0] for context in contexts):  # the prompt
+            last = self.decoder.read(contexts[0], alive[0])
+            self.decoder.copy(alive[0], len(contexts[0]))
             logits = np.tile(last, (len(alive), 1))
         else:  # of some texts, what was chosen last; of others, a context that has moved
             logits, rows = {}, list(zip(contexts, alive, positions, strict=True))
             if newest := [(context[0], i, position) for context, i, position in rows if len(context) == 1]:
                 tokens, streams, places = zip(*newest, strict=True)
                 logits.update(zip(streams, self.decoder(tokens, streams, places, len(tokens)).copy(), strict=True))
-            moved = {i: context for context, i, _ in rows if len(context) > 1}
-            logits.update(zip(moved, self.decoder.read_all(list(moved.values()), list(moved)), strict=True))
+            prompts, streams, places = zip(*[row for row in rows if len(row[0]) > 1], strict=True)
+            logits.update(zip(streams, self.decoder.read_all(prompts, streams, places), strict=True))
             logits = np.stack([logits[i] for i in alive])
-        if self.decoder or self.caches[alive[0]]:  # not before it is true
-            for i, context in zip(alive, contexts, strict=True):
-                self.cached[i] += len(context)
+        return logits
+
+    def _logits_of_model(self, i, context):
+        """(V,): the scores of a text's next token, by the model itself."""
+        n, caches = self.cached[i], self.caches[i].items()  # a cache may have more, after an interrupt
+        cache = {name: [[half[:, :, :n] for half in past] for past in layers] for name, layers in caches}
+        with no_grad(), no_dropout():
+            logits = self.model(np.array([context]), **cache)[0].data[0, -1]
+        self.caches[i] = cache
         return logits
 
     def _kernel_draws(self):
@@ -164,10 +164,7 @@ class Generation:
         if wrong[0]:
             raise CheckpointError(NOT_FINITE)
         if wrong.any():  # it is an error when it is the next one
-            steps = int(wrong.argmax())
-            drawn = drawn[:steps]
-        for i in self.alive:
-            self.cached[i] += steps
+            drawn = drawn[: int(wrong.argmax())]
         return [[(token, None) for token in tokens] for tokens in drawn.T.tolist()]
 
     def _tokens(self, logits, texts, uniforms):
@@ -251,8 +248,7 @@ class Generation:
             blocks.append(block)
         if any(token < 0 for block in blocks for token, _ in block):
             raise CheckpointError(NOT_FINITE)
-        for i, draft, block in zip(self.alive, drafts, blocks, strict=True):
-            self.cached[i] += len(block)  # what was refused is written over before anything looks at it
+        for draft, block in zip(drafts, blocks, strict=True):
             self.stats.proposed += len(draft)
             self.stats.accepted += sum(token == guess for guess, (token, _) in zip(draft, block, strict=False))
         return blocks
@@ -279,9 +275,10 @@ class Generation:
         else:
             texts, uniforms = [self.texts[i] for i in self.alive], [self._uniforms(i, 1)[0] for i in self.alive]
             blocks = [[pair] for pair in self._choose(self._logits(contexts), texts, uniforms)]
-        for i, block in zip(self.alive, blocks, strict=True):
+        for i, context, block in zip(self.alive, contexts, blocks, strict=True):  # an interrupt may come at any line
             self.texts[i] += [token for token, _ in block]
-            del self.numbers[i][: len(block)]
+            if self.decoder or self.caches[i]:  # the last token is not cached yet; what was refused is written over
+                self.cached[i] += len(context) + len(block) - 1
         now = time.perf_counter()
         seconds, each = now - began, sum(map(len, blocks)) / len(blocks)
         if by_model:

@@ -119,6 +119,7 @@ SOONER = {
     "draft: what comes before": "what_comes_before",
     "draft: a draft model draws": "random_numbers",
     "draft: many texts": "who_use_it",
+    "draft: more is guessed": "more_is_guessed",
     "draft: a match": "a_lookup",
     "draft: a text that": "a_search",
     "draft: ": "test_draft",

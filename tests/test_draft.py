@@ -547,12 +547,12 @@ def test_the_text_that_repeats_gets_the_rows():
 
 def test_a_draft_model_rests_when_too_few_of_its_tokens_were_right():
     drafts, share = ModelDrafts(), 0.25
-    worth = GUESSES * share + CHECK
+    cost = GUESSES * (share + CHECK)
 
     def passes_until_the_next():
         return next(n for n in range(1000) if drafts.wanted(40))
 
-    for right, guesses in ((5, 5), (4, 5), (0, 5), (5, 5), (1, 1), (1, 1), (1, 1), (1, 1)):
+    for right, guesses in ((3, 5), (2, 5), (0, 5), (3, 5), (1, 1), (1, 1), (1, 1), (1, 1)):
         assert drafts.wanted(40) == GUESSES
         drafts.took(right, guesses, share)
     assert drafts.wanted(3) == 3 and drafts.wanted(0) == 0
@@ -562,11 +562,20 @@ def test_a_draft_model_rests_when_too_few_of_its_tokens_were_right():
         wrong += 1
     assert 2 <= wrong <= MEMORY
     rests = []
-    for right in (0, worth - 0.1, 0, 0, 0, worth, 0):  # (after the rest that has begun)
+    for right in (0, cost - 0.1, 0, 0, 0, cost, 0):  # (after the rest that has begun)
         rests.append(passes_until_the_next())
         drafts.took(right, GUESSES, share)
     assert rests == [REST - 1, 2 * REST, 4 * REST, LONGEST_REST, LONGEST_REST, LONGEST_REST, 0]
     assert passes_until_the_next() == REST
+
+
+def test_more_is_guessed_of_a_single_text_where_nearly_all_is_right():
+    drafts, wanted = ModelDrafts(), []
+    for right in (3, 4, 5, 7, 7, 4, 0, 0):
+        wanted.append(drafts.wanted(40))
+        assert drafts.wanted(40, texts=2) == GUESSES and drafts.wanted(6) <= 6
+        drafts.took(right, wanted[-1], 0.25)
+    assert wanted == [5, 5, 6, 7, 7, 7, 6, 5]
 
 
 def test_a_draft_must_save_what_it_costs():

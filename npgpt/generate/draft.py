@@ -33,29 +33,32 @@ ANEW = 256  # steps after which all times are measured anew
 PATIENCE = 100  # after a search that comes to nothing, the next one waits until so many times its seconds have gone by
 AT_MOST = 64  # but no more than so many steps, about: to take note of what they wrote takes time, too
 MOST_TEXTS = 2  # texts that a draft model guesses for, at most: of more it is arithmetic, not memory, that takes time
-GUESSES = 5  # tokens of the draft model that are checked together
-EXPECTED = 3.0  # right ones of them, before it is known
-CHECK = 0.6  # of a token's time, about, that a check takes more
-MEMORY = 8  # drafts, about, that count in the mean of right ones
+GUESSES, MOST_GUESSES = 5, 2 * TOGETHER - 1  # tokens of the draft model that are checked together
+SAVED = 1.0  # tokens' times that its drafts are taken to save before it is known
+CHECK = 0.12  # of a token's time, about, that one token more takes to check
+MEMORY = 8  # drafts, about, that count in the mean of what they save
 REST, LONGEST_REST = 32, 256  # passes without drafts, when they come to nothing: once, and again and again
 
 
 class ModelDrafts:
     """How many tokens the draft model shall guess: none for a while, if it was not right often enough.
 
-    right  tokens of a draft that are right, the mean of the last ones
+    guesses  of the next draft of a single text: a few more than were right in the last one
+    saved    tokens' times that a draft saves, the mean of the last ones
     """
 
     def __init__(self):
-        self.right, self.drafts = EXPECTED, 2  # that count in this mean
+        self.guesses = GUESSES
+        self.saved, self.drafts = SAVED, 2  # that count in this mean
         self.rest, self.next_rest = 0, REST  # passes until the next draft, and when drafts come to nothing again
 
-    def wanted(self, room):
-        """The tokens of the next draft, for texts that have so much room."""
+    def wanted(self, room, texts=1):
+        """The tokens of the next draft, for so many texts that have so much room."""
         if room < 1:
             return 0
         self.rest -= 1
-        return min(GUESSES, room) if self.rest < 0 else 0
+        most = self.guesses if texts == 1 else GUESSES
+        return min(most, room) if self.rest < 0 else 0
 
     def took(self, right, guesses, share, seconds=1.0, guessing=0.0):
         """So many tokens of a draft were right, as a mean of all texts; one for which there was no room says little.
@@ -67,13 +70,14 @@ class ModelDrafts:
         """
         if guesses < GUESSES:
             return
-        cost = GUESSES * share + CHECK
-        worth, self.drafts = cost + guessing * (1 + cost) / seconds, min(self.drafts + 1, MEMORY)
-        self.right += (right - self.right) / self.drafts
-        if self.right < worth:
+        cost = guesses * (share + CHECK)
+        saved, self.drafts = right - cost - guessing * (1 + cost) / seconds, min(self.drafts + 1, MEMORY)
+        self.saved += (saved - self.saved) / self.drafts
+        self.guesses = min(max(GUESSES, int(right) + 2), MOST_GUESSES)
+        if self.saved < 0:
             # one good draft will be enough to go on
-            self.right, self.rest, self.next_rest = worth, self.next_rest, min(2 * self.next_rest, LONGEST_REST)
-        elif right >= worth:
+            self.saved, self.rest, self.next_rest = 0.0, self.next_rest, min(2 * self.next_rest, LONGEST_REST)
+        elif saved >= 0:
             self.next_rest = REST
 
 

@@ -194,7 +194,7 @@ class Generation:
         has_shortlist = self.controls.temperature == 0 and self._kernel_draws()
         if not ((are_few or has_shortlist) and self.decoder.has_draft_model(room)):
             return []
-        n = self.model_drafts.wanted(room) if are_few else 0
+        n = self.model_drafts.wanted(room, len(self.alive)) if are_few else 0
         return self._guesses(contexts, n) if n else []
 
     def _guesses(self, contexts, n):

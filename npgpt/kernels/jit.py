@@ -127,7 +127,7 @@ if KERNELS == "numba":
         def define_pipelines(self):
             library = self.state.targetctx.codegen().create_library(self.state.func_id.func_qualname)
             library.enable_object_caching()  # as Numba does for those that it creates itself
-            library._optimize_final_module = lambda: None
+            library._optimize_final_module = lambda: None  # (where Numba calls it otherwise, compiling takes longer)
             self.state.library = library
             return super().define_pipelines()
 

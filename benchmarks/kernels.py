@@ -53,6 +53,11 @@ class Cases:
     def matmul(self):
         return self.new(self.N, self.C), self.new(4 * self.C, self.C).T
 
+    def add_both(self):
+        return self.new(self.N, self.C), self.new(self.N, self.C)
+
+    add_to = add_both
+
     def sum_of_squares(self):
         return (self.new(self.n_parameters),)
 

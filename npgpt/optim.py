@@ -11,8 +11,10 @@ import numpy as np
 
 from npgpt.kernels.buffers import zeros
 from npgpt.kernels.jit import kernel, replaces
+from npgpt.kernels.tiles import claim
 
 ALIGN = 16  # parameters start at multiples of this many elements (64 bytes in float32)
+CHUNK = 256  # weights that AdamW claims at a time
 
 
 class FlatParameters:
@@ -163,13 +165,17 @@ def adamw(p, m, v, g, scale, lr, beta1, beta2, eps, weight_decay, step):
     rate = real(lr / (1 - beta1**step))
     root = real(1 / math.sqrt(1 - beta2**step))
     scale, eps = real(scale), real(eps)
-    for i in range(p.size):
-        gi = g[i] * scale
-        mi = b1 * m[i] + c1 * gi
-        vi = b2 * v[i] + c2 * gi * gi
-        m[i] = mi
-        v[i] = vi
-        p[i] = p[i] * keep - rate * mi / (np.sqrt(vi) * root + eps)
+    for start in range(0, p.size, CHUNK):
+        claim(p[start + CHUNK : start + 2 * CHUNK])  # (all workers have read the weights)
+        some = slice(start, start + CHUNK)
+        p_some, m_some, v_some, g_some = p[some], m[some], v[some], g[some]
+        for i in range(len(p_some)):
+            gi = g_some[i] * scale
+            mi = b1 * m_some[i] + c1 * gi
+            vi = b2 * v_some[i] + c2 * gi * gi
+            m_some[i] = mi
+            v_some[i] = vi
+            p_some[i] = p_some[i] * keep - rate * mi / (np.sqrt(vi) * root + eps)
 
 
 class AdamW:

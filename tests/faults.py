@@ -14,7 +14,7 @@ FAULTS = [
     Fault(
         "engine: a later contribution replaces the first",
         "npgpt/engine.py",
-        "            self.value += grad\n",
+        "            add(self.value, self.value, grad)\n",
         "            self.value = grad\n",
         "A tensor that is used twice gets the sum of both gradients, not the last one.",
     ),
@@ -1031,8 +1031,8 @@ FAULTS = [
     Fault(
         "adamw kernel: clipping ignored",
         "npgpt/optim.py",
-        "        gi = g[i] * scale\n",
-        "        gi = g[i]\n",
+        "            gi = g_some[i] * scale\n",
+        "            gi = g_some[i]\n",
         "The gradient is multiplied with the clipping's factor before it enters the moments.",
         kernel=True,
     ),
@@ -1040,7 +1040,7 @@ FAULTS = [
         "adamw kernel: squares of the gradients before clipping",
         "npgpt/optim.py",
         "c2 * gi * gi",
-        "c2 * g[i] * g[i]",
+        "c2 * g_some[i] * g_some[i]",
         "Both moments are made of the clipped gradient.",
         kernel=True,
     ),
@@ -1122,6 +1122,31 @@ FAULTS = [
         "matmul(step, *((q, x) if rows <= columns else (x, q)))",
         "matmul(step, *((q, x) if rows <= columns else (x, q @ q)))",
         "One factor (x^T x)^(-1/2) makes the columns orthonormal.",
+    ),
+    # ----------------------------------------------------------------------------------------------------------------
+    # sums.py
+    Fault(
+        "sums: arrays of other shapes go to the kernel",
+        "npgpt/kernels/sums.py",
+        "return x.shape == out.shape and x.dtype",
+        "return x.size == out.size and x.dtype",
+        "The kernel goes by the order in memory, and knows no axes: where they differ NumPy raises, or stretches one.",
+        kernel=True,
+    ),
+    Fault(
+        "sums: what is in its place counts twice",
+        "npgpt/kernels/sums.py",
+        "        add_to(out, b)\n",
+        "        add_to(out, a)\n",
+        "a += b adds b, and not a once more.",
+    ),
+    Fault(
+        "adamw kernel: only the first weights are updated",
+        "npgpt/optim.py",
+        "range(0, p.size, CHUNK)",
+        "range(0, min(p.size, CHUNK), CHUNK)",
+        "The weights go chunk by chunk, up to the last one.",
+        kernel=True,
     ),
     # ----------------------------------------------------------------------------------------------------------------
     # parallel.py

@@ -39,6 +39,7 @@ OF_OPS = ["test_ops.py", "test_gradcheck.py", "test_compositions.py"]
 RELEVANT = {
     "npgpt/engine.py": (["test_engine.py"], ""),
     "npgpt/kernels/buffers.py": (["test_engine.py"], ""),
+    "npgpt/kernels/sums.py": (["test_ops.py"], "sums or shapes"),
     "npgpt/kernels/masks.py": (["test_engine.py"], ""),
     "npgpt/ops/primitives.py": (["test_gradcheck.py", "test_ops.py", "test_engine.py"], "not attention and not gpt"),
     "npgpt/tensor.py": (["test_gradcheck.py", "test_ops.py", "test_engine.py"], "not attention and not gpt"),
@@ -118,6 +119,10 @@ SOONER = {
     "draft: an interrupt": "an_interrupt_at",
     "draft: what comes before": "what_comes_before",
     "draft: a draft model draws": "random_numbers",
+    "draft: all tokens that a draft model": "random_numbers",
+    "draft: a draft model that is wrong": "rests_when",
+    "draft: a draft costs": "must_save",
+    "draft: a loop": "a_draft_goes_on",
     "draft: many texts": "who_use_it",
     "draft: more is guessed": "more_is_guessed",
     "draft: a match": "a_lookup",

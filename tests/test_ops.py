@@ -20,6 +20,7 @@ from npgpt.kernels.attention import QUERY_BLOCK
 from npgpt.kernels.blas import blas_threads
 from npgpt.kernels.masks import dropout_mask_ref, mix32_ref
 from npgpt.kernels.packed import DEPTH, PACK, PANEL, WIDTH
+from npgpt.kernels.sums import add
 from npgpt.kernels.vectors import VECTOR
 from npgpt.ops import primitives
 from npgpt.ops.attention import causal_attention
@@ -52,6 +53,10 @@ def embedding_backward_case(new, B, T, C, V, block_size):
 
 def linear_backward_case(new, N, n_in, n_out):
     return new(N, n_out), new(N, n_in), new(n_out, n_in)
+
+
+def add_case(new, *shape):
+    return new(*shape), new(*shape)
 
 
 def sum_of_squares_case(new, n):
@@ -133,11 +138,13 @@ CASES = {
     "cross_entropy_forward": (of_lesson("cross_entropy_forward"), LOGITS),
     "cross_entropy_backward": (of_lesson("cross_entropy_backward"), LOGITS),
     "dropout_rows": (of_lesson("dropout_rows"), DROPOUTS),
+    "add_both": (add_case, [(1,), (7,), (3, 5, 33)]),
+    "add_to": (add_case, [(1,), (7,), (3, 5, 33)]),
     "take_step": (take_step_case, [(1, 1), (2, 5), (3, 33)]),
     "inverse_root": (inverse_root_case, [(1,), (5,), (33,), (70,)]),
     "nesterov": (nesterov_case, [(1, 0.9), (67, 0.85)]),
     "sum_of_squares": (sum_of_squares_case, [(1,), (7,), (1000,)]),
-    "adamw": (adamw_case, [(1, 0.1, 1), (7, 0.0, 2), (67, 0.5, 100)]),
+    "adamw": (adamw_case, [(1, 0.1, 1), (7, 0.0, 2), (67, 0.5, 100), (600, 0.1, 3)]),
 }
 
 
@@ -272,6 +279,29 @@ def test_nan_in_gives_nan_out_in_the_same_places(name, dtype):
             ours, expected = ours[:, -1], expected[:, -1]
         np.testing.assert_array_equal(np.isnan(ours), np.isnan(expected))
     assert any(np.isnan(expected).any() for expected in run_reference(name, args))
+
+
+@pytest.mark.parametrize("kind", ["a kernel's", "few numbers", "of columns", "stretched", "of two dtypes", "read-only"])
+def test_sums_of_any_arrays_are_numpys(kind):
+    new = New(np.float32)
+    a, b = (new(5, 7) if kind == "few numbers" else new(80, 90) for _ in range(2))
+    if kind == "of columns":
+        b = np.asfortranarray(b)
+    elif kind == "stretched":
+        b = b[:1]
+    elif kind == "of two dtypes":
+        b = b.astype(np.float64)
+    b.flags.writeable = kind != "read-only"
+    for out, x, y in ((np.empty_like(a), a, b), (mine := a.copy(), mine, b), (yours := a.copy(), b, yours)):
+        expected = (x + y).astype(np.float32)
+        np.testing.assert_array_equal(add(out, x, y), expected)
+        np.testing.assert_array_equal(out, expected)
+
+
+def test_arrays_of_other_shapes_have_no_sum():
+    new = New(np.float32)
+    with pytest.raises(ValueError, match="broadcast"):
+        add(np.empty((80, 90), np.float32), new(80, 90), new(90, 80))
 
 
 def test_embedding_backward_adds_to_what_is_there():

@@ -213,7 +213,8 @@ SMALL = [  # mistakes that finite differences let pass: (what they are checked w
     ("embedding", "embedding.py", "    dwpe[:T] += dy.sum(axis=0)\n", "    dwpe[:T] += dy.sum(axis=0) * (1 - 1e-9)\n"),
     ("tanh", "../tensor.py", "dy * (1 - y * y)", "dy * (1.0000000001 - y * y)"),
     ("mean", "../tensor.py", "keepdims) / count, a.shape)", "keepdims) / (count + 1e-9), a.shape)"),
-    ("mul, a with itself", "../engine.py", "self.value += grad\n", "self.value += grad * (1 + 1e-9)\n"),
+    ("mul, a with itself", "../engine.py",
+     "add(self.value, self.value, grad)\n", "add(self.value, self.value, grad * (1 + 1e-9))\n"),
     ("sqrt", "../tensor.py", "dy / (2 * y)", "dy / (2 * y + 1e-10)"),
 ]  # fmt: skip
 

@@ -111,7 +111,7 @@ def inside_kernels(function=None, *, float32=None, pairs=None, tiles=None):
         return {numba.float32: float32, numba.uint32: pairs, numba.int32: tiles}.get(dtype) or function
 
     if KERNELS == "numba":
-        overload(call, jit_options=FLAGS, strict=False)(choose)
+        overload(call, jit_options={**FLAGS, "pipeline_class": _Wide}, strict=False)(choose)
     return call
 
 
@@ -121,15 +121,35 @@ if KERNELS == "numba":
 
     from npgpt.kernels import cache
 
-    class _Plain(Compiler):
-        """Numba's compiler, but for LLVM's optimisation of what it has compiled."""
+    # LLVM takes half of Intel's registers otherwise: all of them made its first processors with AVX-512 slower, which
+    # our products do anyway
+    LONG_VECTORS = '"prefer-vector-width"="512"'
+
+    class _Wide(Compiler):
+        """Numba's compiler, with vectors as long as the processor has in loops that LLVM vectorises."""
 
         def define_pipelines(self):
             library = self.state.targetctx.codegen().create_library(self.state.func_id.func_qualname)
             library.enable_object_caching()  # as Numba does for those that it creates itself
-            library._optimize_final_module = lambda: None  # (where Numba calls it otherwise, compiling takes longer)
+            add = library.add_ir_module
+
+            def add_ir_module(module):
+                for function in module.functions:
+                    if function.blocks:  # (llvmlite knows no attributes with a value, and would refuse it)
+                        set.add(function.attributes, LONG_VECTORS)
+                add(module)
+
+            library.add_ir_module = add_ir_module
             self.state.library = library
             return super().define_pipelines()
+
+    class _Plain(_Wide):
+        """The same, but for LLVM's optimisation of what it has compiled."""
+
+        def define_pipelines(self):
+            pipelines = super().define_pipelines()
+            self.state.library._optimize_final_module = lambda: None  # (Numba's own switch makes compiling longer)
+            return pipelines
 
     def kernel(function=None, *, counts=False, inlined=False):
         """Compile a function over arrays.  One specialisation is built per dtype, at its first call.
@@ -143,7 +163,7 @@ if KERNELS == "numba":
         """
         if function is None:
             return functools.partial(kernel, counts=counts, inlined=inlined)
-        compiled = numba.njit(**FLAGS, _nrt=counts, forceinline=inlined)(function)
+        compiled = numba.njit(**FLAGS, _nrt=counts, forceinline=inlined, pipeline_class=_Wide)(function)
         cache.keep(compiled)
         return compiled
 
@@ -156,7 +176,7 @@ if KERNELS == "numba":
         if function is None:
             return functools.partial(helper, counts=counts, inlined=inlined, loops=loops)
         options = {"_nrt": counts, "forceinline": inlined, "no_cpython_wrapper": True}
-        return numba.njit(**FLAGS, **options, pipeline_class=Compiler if loops else _Plain)(function)
+        return numba.njit(**FLAGS, **options, pipeline_class=_Wide if loops else _Plain)(function)
 
 else:
 

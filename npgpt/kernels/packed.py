@@ -51,7 +51,6 @@ NEAR = 1536  # bytes between two rows of a transposed a that may be read as it l
 MANY, TALL = 384, 128  # columns that a strip meets, and rows of the output, from which on it is packed all the same
 SPAN = 2 * DEPTH // 4  # numbers of bfloat16 along k that are packed at a time
 FETCHED = 2  # rows of the next block that a tile has fetched: a part of their lines in each step
-FETCHES_OUTPUT = IS_AMD  # whether it has its part of the output fetched, too, before its first step
 FETCHES_STRIPS = IS_AMD  # whether, where no block follows, it has fetched what the next strips are packed from
 AHEAD = 8  # rows that copying is ahead of itself in what it has fetched
 PANEL = 3 * VECTOR  # bytes of a panel's row
@@ -371,8 +370,8 @@ def _make_tile(n, height=ROWS, narrow=False):
             panel = builder.bitcast(builder.gep(block_array.data, [place_value]), packed.as_pointer())
             placed = zip(corners, vectors, strict=True)
             places = [pointer_to(builder, out_array, row, column, kind) for (row, column, _), kind in placed]
-            for place in places if FETCHES_OUTPUT else ():
-                prefetch(builder, builder.bitcast(place, byte.as_pointer()), near=False)
+            for place in places:  # (what is claimed comes into the first cache, of which AMD's is better left alone)
+                prefetch(builder, builder.bitcast(place, byte.as_pointer()), near=False, to_write=not IS_AMD)
             totals = Totals(builder, block.dtype, vectors)
             with cgutils.for_range(builder, K, intp=ir.IntType(64)) as loop:
                 offset, first = builder.mul(loop.index, step), builder.mul(loop.index, constant(n * lanes))

@@ -262,6 +262,27 @@ def _fetch(typingctx, x, row, column):
 
 
 @helper(loops=False)
+def claim(x):
+    """Inside a kernel: x (N,), which other cores have read, will be written soon; it changes nothing.
+
+    A line of the cache that others have, too, can only be written when they have let it go.
+    """
+    for i in range(0, x.size, LINE // x.itemsize):
+        _claim(x, i)
+
+
+@intrinsic
+def _claim(typingctx, x, i):
+    """Have the line of the cache with x[i] fetched, and taken from the other cores."""
+
+    def write(context, builder, arrays, place):
+        pointer = builder.bitcast(builder.gep(arrays[0].data, place), ir.IntType(8).as_pointer())
+        prefetch(builder, pointer, to_write=True)
+
+    return written(types.void(x, types.intp), write)
+
+
+@helper(loops=False)
 def dots(out, x, w, scale, bias, first, last, add):
     """Inside a kernel: out[:, first:last] = x @ w[first:last].T * scale[first:last] + bias[first:last], or out += that.
 

@@ -68,12 +68,14 @@ def pointer_to(builder, array, row, column, kind):
     return builder.bitcast(builder.gep(start, [offset]), kind.as_pointer())
 
 
-def prefetch(builder, pointer, near=True):
+def prefetch(builder, pointer, near=True, to_write=False):
     """Have the line of the cache that a pointer to bytes points into fetched; what it points to need not exist.
 
     near: into the first cache, or else no nearer than the second, since the first one can wait for few lines at a time
+    to_write: taken away from all other cores, too
     """
-    args = [pointer, *(ir.Constant(ir.IntType(32), number) for number in (0, 3 if near else 2, 1))]  # to read, data
+    how = int(to_write), 3 if near else 2, 1  # (1: data, not instructions)
+    args = [pointer, *(ir.Constant(ir.IntType(32), number) for number in how)]
     kind = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
     builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), args)
 

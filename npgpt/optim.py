@@ -11,10 +11,10 @@ import numpy as np
 
 from npgpt.kernels.buffers import zeros
 from npgpt.kernels.jit import kernel, replaces
-from npgpt.kernels.tiles import claim
+from npgpt.kernels.tiles import fetch_to_write
 
 ALIGN = 16  # parameters start at multiples of this many elements (64 bytes in float32)
-CHUNK = 256  # weights that AdamW claims at a time
+CHUNK = 256  # weights that AdamW updates while it has the next ones fetched
 
 
 class FlatParameters:
@@ -166,7 +166,7 @@ def adamw(p, m, v, g, scale, lr, beta1, beta2, eps, weight_decay, step):
     root = real(1 / math.sqrt(1 - beta2**step))
     scale, eps = real(scale), real(eps)
     for start in range(0, p.size, CHUNK):
-        claim(p[start + CHUNK : start + 2 * CHUNK])  # (all workers have read the weights)
+        fetch_to_write(p[start + CHUNK : start + 2 * CHUNK])  # (all workers have read the weights)
         some = slice(start, start + CHUNK)
         p_some, m_some, v_some, g_some = p[some], m[some], v[some], g[some]
         for i in range(len(p_some)):

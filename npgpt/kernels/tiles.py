@@ -262,17 +262,17 @@ def _fetch(typingctx, x, row, column):
 
 
 @helper(loops=False)
-def claim(x):
+def fetch_to_write(x):
     """Inside a kernel: x (N,), which other cores have read, will be written soon; it changes nothing.
 
     A line of the cache that others have, too, can only be written when they have let it go.
     """
     for i in range(0, x.size, LINE // x.itemsize):
-        _claim(x, i)
+        _fetch_to_write(x, i)
 
 
 @intrinsic
-def _claim(typingctx, x, i):
+def _fetch_to_write(typingctx, x, i):
     """Have the line of the cache with x[i] fetched, and taken from the other cores."""
 
     def write(context, builder, arrays, place):

@@ -119,8 +119,9 @@ def main(argv=None):
     parser.add_argument("--repeats", type=positive, default=20, help="calls of each, in turn (%(default)s)")
     options = parser.parse_args(argv)
 
+    import npgpt.kernels.sum_kernels
     import npgpt.muon
-    import npgpt.optim  # noqa: F401  (both for their pairs)
+    import npgpt.optim  # noqa: F401  (for their pairs)
     from npgpt.kernels.blas import blas_threads, sgemm_peak
     from npgpt.kernels.buffers import BufferPool, reuse_buffers
     from npgpt.kernels.jit import KERNELS, PAIRS

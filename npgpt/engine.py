@@ -27,8 +27,8 @@ since a backward reads what its forward read.
 import numpy as np
 
 from npgpt.context import ThreadState
+from npgpt.kernels import sums
 from npgpt.kernels.buffers import empty
-from npgpt.kernels.sums import add
 
 # --------------------------------------------------------------------------------------------------------------------
 # State of the current thread: is a graph being recorded, and who looks on
@@ -127,11 +127,11 @@ class Gradient:
                 grad, ours = place, True
             self.value, self.own = grad, grad if ours else None
         elif self._may_change():
-            add(self.value, self.value, grad)
+            sums.add(self.value, self.value, grad)
             self.own = self.value
         else:
             total = grad if ours else empty(data.shape, data.dtype)
-            add(total, self.value, grad)
+            sums.add(total, self.value, grad)
             self.value = self.own = total
 
 

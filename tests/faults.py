@@ -14,7 +14,7 @@ FAULTS = [
     Fault(
         "engine: a later contribution replaces the first",
         "npgpt/engine.py",
-        "            add(self.value, self.value, grad)\n",
+        "            sums.add(self.value, self.value, grad)\n",
         "            self.value = grad\n",
         "A tensor that is used twice gets the sum of both gradients, not the last one.",
     ),
@@ -1136,9 +1136,10 @@ FAULTS = [
     Fault(
         "sums: what is in its place counts twice",
         "npgpt/kernels/sums.py",
-        "        add_to(out, b)\n",
-        "        add_to(out, a)\n",
+        "add_to(out, b)\n",
+        "add_to(out, a)\n",
         "a += b adds b, and not a once more.",
+        kernel=True,
     ),
     Fault(
         "adamw kernel: only the first weights are updated",

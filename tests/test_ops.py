@@ -12,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 
+import npgpt.kernels.sum_kernels
 import npgpt.muon
 import npgpt.optim  # noqa: F401  (their pairs, too, are to be found in jit.PAIRS)
 from npgpt import GPT, GPTConfig, Tensor, random_stream

@@ -1,12 +1,14 @@
-"""The sum of two large arrays as a kernel: of the residual stream, its gradient, and the gradients of all workers.
+"""The sum of two large arrays by a kernel: of the residual stream, its gradient, and the gradients of all workers.
 
 NumPy adds as fast.  But it gives Python's lock away without a note, and a worker that waits for it spins in vain
 (gil.py).
+
+Numba is not imported before there is something large to add: the engine and the Tensor need it for nothing else.
 """
 
-import numpy as np
+import functools
 
-from npgpt.kernels.jit import kernel, replaces
+import numpy as np
 
 FEW = 4096  # numbers that NumPy adds in less time than a kernel needs to begin
 
@@ -18,9 +20,9 @@ def add(out, a, b):
     if out.size < FEW or not (_is_alike(out, a) and _is_alike(out, b)):
         np.add(a, b, out=out)
     elif out is a:
-        add_to(out, b)
+        _kernels().add_to(out, b)
     else:
-        add_both(out, a, b)
+        _kernels().add_both(out, a, b)
     return out
 
 
@@ -28,23 +30,8 @@ def _is_alike(out, x):
     return x.shape == out.shape and x.dtype == out.dtype and x.flags.carray and out.flags.carray
 
 
-def add_both_ref(a, b):
-    return a + b
+@functools.cache
+def _kernels():
+    from npgpt.kernels import sum_kernels
 
-
-@replaces(add_both_ref)
-@kernel
-def add_both(out, a, b):
-    for i in range(out.size):
-        out.flat[i] = a.flat[i] + b.flat[i]
-
-
-def add_to_ref(total, a):
-    return total + a
-
-
-@replaces(add_to_ref)
-@kernel
-def add_to(total, a):
-    for i in range(total.size):
-        total.flat[i] += a.flat[i]
+    return sum_kernels

@@ -22,12 +22,12 @@ from types import NoneType
 import numpy as np
 
 from npgpt.engine import no_grad, watched
+from npgpt.kernels import sums
 from npgpt.kernels.blas import blas_threads
 from npgpt.kernels.buffers import BufferPool, reuse_buffers
 from npgpt.kernels.crew import Crew
 from npgpt.kernels.masks import random_stream
 from npgpt.kernels.matmul import let_threads_spin, products_of, way
-from npgpt.kernels.sums import add
 from npgpt.machine import cores, processors
 from npgpt.nn import Module, Parameter, structure
 from npgpt.optim import FlatParameters, sum_of_squares
@@ -194,7 +194,7 @@ class DataParallel:
         """Add the other workers' gradients to the first one's, in a slice of them."""
         total = self.flat.grads[part]
         for replica in self.replicas[1:]:
-            add(total, total, replica.flat.grads[part])
+            sums.add(total, total, replica.flat.grads[part])
 
     def _sum_of_squares(self, parts, first=lambda part: None):
         """The sum of the squares of flat.grads in all parts, each in a thread, which calls first(part) before."""

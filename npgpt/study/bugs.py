@@ -31,7 +31,7 @@ OTHERS = {  # in files that have no lesson: the small operations, and the engine
     ),
     20: Fault(
         "engine: the second contribution forgets the first", "npgpt/engine.py",
-        "            add(total, self.value, grad)\n", "            total[...] = grad\n",
+        "            sums.add(total, self.value, grad)\n", "            total[...] = grad\n",
         "The first contribution was somebody else's array, so the sum needs a new one; but it must be the sum.",
     ),
     21: Fault(

@@ -1045,6 +1045,14 @@ FAULTS = [
         kernel=True,
     ),
     Fault(
+        "adamw kernel: only the first weights are updated",
+        "npgpt/optim.py",
+        "range(0, p.size, CHUNK)",
+        "range(0, min(p.size, CHUNK), CHUNK)",
+        "The weights go chunk by chunk, up to the last one.",
+        kernel=True,
+    ),
+    Fault(
         "optim: decay on biases and layer norms",
         "npgpt/optim.py",
         "(cut, stop, 0.0)",
@@ -1139,14 +1147,6 @@ FAULTS = [
         "add_to(out, b)\n",
         "add_to(out, a)\n",
         "a += b adds b, and not a once more.",
-        kernel=True,
-    ),
-    Fault(
-        "adamw kernel: only the first weights are updated",
-        "npgpt/optim.py",
-        "range(0, p.size, CHUNK)",
-        "range(0, min(p.size, CHUNK), CHUNK)",
-        "The weights go chunk by chunk, up to the last one.",
         kernel=True,
     ),
     # ----------------------------------------------------------------------------------------------------------------

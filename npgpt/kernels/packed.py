@@ -370,7 +370,7 @@ def _make_tile(n, height=ROWS, narrow=False):
             panel = builder.bitcast(builder.gep(block_array.data, [place_value]), packed.as_pointer())
             placed = zip(corners, vectors, strict=True)
             places = [pointer_to(builder, out_array, row, column, kind) for (row, column, _), kind in placed]
-            for place in places:  # (what is to be written comes into the first cache: AMD has more of it without)
+            for place in places:  # (a line fetched for writing comes into the first cache, which AMD gains less by)
                 prefetch(builder, builder.bitcast(place, byte.as_pointer()), near=False, to_write=not IS_AMD)
             totals = Totals(builder, block.dtype, vectors)
             with cgutils.for_range(builder, K, intp=ir.IntType(64)) as loop:

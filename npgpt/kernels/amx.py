@@ -10,9 +10,22 @@ If the rows of a tile lie across two lines of the cache each, its load takes six
 do.  So what is packed begins at a line.
 """
 
-from npgpt.kernels.bfloat16 import GROUP, TILES, add_product, flushed, halves
+import itertools
+
+from npgpt.kernels.bfloat16 import GROUP, TILES, add_product, can_pack, flushed, halves
 from npgpt.kernels.jit import KERNELS, intrinsic
-from npgpt.kernels.vectors import constant, load_vector, splat, store_vector, written
+from npgpt.kernels.vectors import (
+    below,
+    constant,
+    load_vector,
+    not_beyond,
+    pointer_to,
+    prefetch,
+    splat,
+    store_vector,
+    vector_of,
+    written,
+)
 
 if KERNELS == "numba":
     from llvmlite import ir
@@ -81,6 +94,9 @@ class Memory:
         offset = self.builder.add(self.builder.mul(row, stride), self.builder.mul(constant(4), column or constant(0)))
         return self.builder.bitcast(self.builder.gep(pointer, [offset]), kind.as_pointer())
 
+    def fetch(self, pointer, stride):
+        """Have the lines of a tile fetched to the first cache."""
+
     def multiply(self, c, a, b):
         """c += a @ b."""
         builder, lanes = self.builder, self.vector.count
@@ -112,6 +128,10 @@ class Registers:
 
     def store(self, c, pointer, stride):
         _call(self.builder, "tilestored64", c, pointer, stride)
+
+    def fetch(self, pointer, stride):
+        for row in range(GROUP):
+            prefetch(self.builder, self.builder.gep(pointer, [self.builder.mul(constant(row), stride)]))
 
     def multiply(self, c, a, b):
         _call(self.builder, "tdpbf16ps", c, a, b)
@@ -145,3 +165,90 @@ def end_tiles(typingctx, scratch):
             _call(builder, "tilerelease")
 
     return written(types.void(scratch), write)
+
+
+def _move(builder, out_array, tops, columns, spare, itemsize, is_out):
+    """Move tiles at these rows and columns from the output to spare memory, or back if `is_out`, within its edges."""
+    M, N = cgutils.unpack_tuple(builder, out_array.shape)
+    masks = [below(builder, column, N, spare.lanes) for column in columns]
+    for r, top in enumerate(tops):
+        height = not_beyond(builder, builder.sub(M, constant(top)), constant(GROUP))
+        with cgutils.for_range(builder, height, intp=ir.IntType(64)) as rows:
+            for v, (column, mask) in enumerate(zip(columns, masks, strict=True)):
+                inside = spare.row(r * len(columns) + v, rows.index)
+                row = builder.add(rows.index, constant(top))
+                outside = pointer_to(builder, out_array, row, column, spare.vector)
+                if is_out:
+                    store_vector(builder, builder.load(inside), outside, itemsize, mask)
+                else:
+                    builder.store(load_vector(builder, outside, itemsize, mask), inside)
+
+
+def _make_amx(m, n):
+    """The intrinsic that computes m by n tiles of the output, all of whose pairs are packed."""
+
+    @intrinsic
+    def tiles(typingctx, out, a, block, j, place, add):
+        """out[:, j:j+n lanes] = a @ a panel, or += where `add` is true; `out` has m GROUP rows at most.
+
+        a (rows, steps) is a part of a strip.  The panel (steps, n lanes) begins at block[place].
+        """
+        if not (a.dtype == block.dtype and can_pack(block, out) and out.ndim == a.ndim == 2 and block.ndim == 1):
+            return None
+
+        def write(context, builder, arrays, others):
+            itemsize, lanes, vector = vector_of(context, out)
+            (out_array, a_array, block_array), (j_value, place_value, add_value) = arrays, others
+            M, N = cgutils.unpack_tuple(builder, out_array.shape)
+            _, steps = cgutils.unpack_tuple(builder, a_array.shape)
+            (out_line, _), (a_line, _) = (cgutils.unpack_tuple(builder, x.strides) for x in (out_array, a_array))
+            line, byte = constant(n * lanes * itemsize), ir.IntType(8)
+            panel = builder.bitcast(builder.gep(block_array.data, [place_value]), byte.as_pointer())
+            tops, columns = [GROUP * r for r in range(m)], [builder.add(j_value, constant(v * lanes)) for v in range(n)]
+            c, spare = tiles_of(builder, vector, m * n), Spare(builder, vector, m * n)
+            places = itertools.product(map(constant, tops), columns)
+            corners = [pointer_to(builder, out_array, row, column, byte) for row, column in places]
+            is_whole = builder.and_(
+                builder.icmp_signed("==", M, constant(m * GROUP)),
+                builder.icmp_signed("<=", builder.add(j_value, constant(n * lanes)), N),
+            )
+
+            def transfer(operation, is_out):
+                """Load or store all tiles of the output; at its edges by way of spare memory."""
+                with builder.if_else(is_whole, likely=True) as (whole, edge):
+                    with whole:
+                        for i, corner in enumerate(corners):
+                            operation(i, corner, out_line)
+                    with edge:
+                        if not is_out:
+                            _move(builder, out_array, tops, columns, spare, itemsize, is_out)
+                        for i in range(m * n):
+                            operation(i, *spare.place(i))
+                        if is_out:
+                            _move(builder, out_array, tops, columns, spare, itemsize, is_out)
+
+            with builder.if_else(add_value) as (adding, fresh):
+                with adding:
+                    transfer(c.load, is_out=False)
+                with fresh:
+                    for i in range(m * n):
+                        c.zero(i)
+            with cgutils.for_range(builder, builder.udiv(steps, constant(GROUP)), intp=ir.IntType(64)) as loop:
+                step = builder.mul(loop.index, constant(GROUP))
+                for r in range(m):
+                    c.load(m * n + r, pointer_to(builder, a_array, constant(tops[r]), step, byte), a_line)
+                for v in range(n):
+                    place = builder.gep(panel, [builder.add(builder.mul(step, line), constant(v * lanes * itemsize))])
+                    c.load(m * n + m + v, place, line)
+                    c.fetch(builder.gep(place, [builder.mul(constant(GROUP), line)]), line)
+                for r in range(m):
+                    for v in range(n):
+                        c.multiply(r * n + v, m * n + r, m * n + m + v)
+            transfer(c.store, is_out=True)
+
+        return written(types.void(out, a, block, *[types.intp] * 2, types.boolean), write)
+
+    return tiles
+
+
+amx_1_1, amx_1_2, amx_2_1, amx_2_2 = (_make_amx(m, n) for m in (1, 2) for n in (1, 2))

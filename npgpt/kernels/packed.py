@@ -15,9 +15,7 @@ takes a pair of k.  Then all rows of a are packed.  By tiles (amx.py) a strip ha
 half of k and twice the columns, and a panel is two vectors wide.
 """
 
-import itertools
-
-from npgpt.kernels.amx import Spare, begin_tiles, end_tiles, tiles_of
+from npgpt.kernels.amx import amx_1_1, amx_1_2, amx_2_1, amx_2_2, begin_tiles, end_tiles
 from npgpt.kernels.bfloat16 import GROUP, Totals, can_pack, load_across, load_along, numbers_in, steps_of, vector_for
 from npgpt.kernels.jit import KERNELS, helper, inside_kernels, intrinsic, kernel
 from npgpt.kernels.tiles import ROWS, fetch, in_line, put, transpose, turn_across
@@ -53,6 +51,7 @@ SPAN = 2 * DEPTH // 4  # numbers of bfloat16 along k that are packed at a time
 FETCHED = 2  # rows of the next block that a tile has fetched: a part of their lines in each step
 FETCHES_STRIPS = IS_AMD  # whether, where no block follows, it has fetched what the next strips are packed from
 AHEAD = 8  # rows that copying is ahead of itself in what it has fetched
+SOON = 0 if IS_AMD else 4  # steps that a tile is ahead of itself in what of its panel comes into the first cache
 PANEL = 3 * VECTOR  # bytes of a panel's row
 WIDTH = min(max(second_cache() * 5 // 8 // (DEPTH // 4) // PANEL, 1), 8) * PANEL  # bytes of a block's row: few panels
 
@@ -238,13 +237,13 @@ def _meet_tiles(block, out, a, soon, add):
     while j < columns:
         n = _vectors_of_panel(block, (columns - j + lanes - 1) // lanes)
         if n == 2 and M > GROUP:
-            _amx_2_2(out, a, block, j, place, add)
+            amx_2_2(out, a, block, j, place, add)
         elif n == 2:
-            _amx_1_2(out, a, block, j, place, add)
+            amx_1_2(out, a, block, j, place, add)
         elif M > GROUP:
-            _amx_2_1(out, a, block, j, place, add)
+            amx_2_1(out, a, block, j, place, add)
         else:
-            _amx_1_1(out, a, block, j, place, add)
+            amx_1_1(out, a, block, j, place, add)
         j, place = j + n * lanes, place + steps * n * lanes
 
 
@@ -380,6 +379,9 @@ def _make_tile(n, height=ROWS, narrow=False):
                     pointer = builder.gep(panel, [builder.add(first, constant(v * lanes))])
                     kind = ir.VectorType(packed, widths[v])
                     factors.append(load_vector(builder, builder.bitcast(pointer, kind.as_pointer()), itemsize))
+                    if SOON:
+                        later = builder.gep(pointer, [constant(SOON * n * lanes)])
+                        prefetch(builder, builder.bitcast(later, byte.as_pointer()))
                 column = builder.mul(loop.index, each)
                 for row in next_rows:
                     prefetch(builder, pointer_to(builder, soon_array, row, column, byte), near=False)
@@ -409,89 +411,3 @@ def _make_tile(n, height=ROWS, narrow=False):
 
 _tile_1, _tile_2, _tile_3 = map(_make_tile, (1, 2, 3))
 _tile_3_low, _tile_2_narrow = _make_tile(3, ROWS // 2), _make_tile(2, narrow=True)  # of edges
-
-
-def _move(builder, out_array, tops, columns, spare, itemsize, is_out):
-    """Move tiles at these rows and columns from the output to spare memory, or back if `is_out`, within its edges."""
-    M, N = cgutils.unpack_tuple(builder, out_array.shape)
-    masks = [below(builder, column, N, spare.lanes) for column in columns]
-    for r, top in enumerate(tops):
-        height = not_beyond(builder, builder.sub(M, constant(top)), constant(GROUP))
-        with cgutils.for_range(builder, height, intp=ir.IntType(64)) as rows:
-            for v, (column, mask) in enumerate(zip(columns, masks, strict=True)):
-                inside = spare.row(r * len(columns) + v, rows.index)
-                row = builder.add(rows.index, constant(top))
-                outside = pointer_to(builder, out_array, row, column, spare.vector)
-                if is_out:
-                    store_vector(builder, builder.load(inside), outside, itemsize, mask)
-                else:
-                    builder.store(load_vector(builder, outside, itemsize, mask), inside)
-
-
-def _make_amx(m, n):
-    """The intrinsic that computes m by n tiles of the output, all of whose pairs are packed."""
-
-    @intrinsic
-    def tiles(typingctx, out, a, block, j, place, add):
-        """out[:, j:j+n lanes] = a @ a panel, or += where `add` is true; `out` has m GROUP rows at most.
-
-        a (rows, steps) is a part of a strip.  The panel (steps, n lanes) begins at block[place].
-        """
-        if not (a.dtype == block.dtype and can_pack(block, out) and out.ndim == a.ndim == 2 and block.ndim == 1):
-            return None
-
-        def write(context, builder, arrays, others):
-            itemsize, lanes, vector = vector_of(context, out)
-            (out_array, a_array, block_array), (j_value, place_value, add_value) = arrays, others
-            M, N = cgutils.unpack_tuple(builder, out_array.shape)
-            _, steps = cgutils.unpack_tuple(builder, a_array.shape)
-            (out_line, _), (a_line, _) = (cgutils.unpack_tuple(builder, x.strides) for x in (out_array, a_array))
-            line, byte = constant(n * lanes * itemsize), ir.IntType(8)
-            panel = builder.bitcast(builder.gep(block_array.data, [place_value]), byte.as_pointer())
-            tops, columns = [GROUP * r for r in range(m)], [builder.add(j_value, constant(v * lanes)) for v in range(n)]
-            c, spare = tiles_of(builder, vector, m * n), Spare(builder, vector, m * n)
-            places = itertools.product(map(constant, tops), columns)
-            corners = [pointer_to(builder, out_array, row, column, byte) for row, column in places]
-            is_whole = builder.and_(
-                builder.icmp_signed("==", M, constant(m * GROUP)),
-                builder.icmp_signed("<=", builder.add(j_value, constant(n * lanes)), N),
-            )
-
-            def transfer(operation, is_out):
-                """Load or store all tiles of the output; at its edges by way of spare memory."""
-                with builder.if_else(is_whole, likely=True) as (whole, edge):
-                    with whole:
-                        for i, corner in enumerate(corners):
-                            operation(i, corner, out_line)
-                    with edge:
-                        if not is_out:
-                            _move(builder, out_array, tops, columns, spare, itemsize, is_out)
-                        for i in range(m * n):
-                            operation(i, *spare.place(i))
-                        if is_out:
-                            _move(builder, out_array, tops, columns, spare, itemsize, is_out)
-
-            with builder.if_else(add_value) as (adding, fresh):
-                with adding:
-                    transfer(c.load, is_out=False)
-                with fresh:
-                    for i in range(m * n):
-                        c.zero(i)
-            with cgutils.for_range(builder, builder.udiv(steps, constant(GROUP)), intp=ir.IntType(64)) as loop:
-                step = builder.mul(loop.index, constant(GROUP))
-                for r in range(m):
-                    c.load(m * n + r, pointer_to(builder, a_array, constant(tops[r]), step, byte), a_line)
-                for v in range(n):
-                    offset = builder.add(builder.mul(step, line), constant(v * lanes * itemsize))
-                    c.load(m * n + m + v, builder.gep(panel, [offset]), line)
-                for r in range(m):
-                    for v in range(n):
-                        c.multiply(r * n + v, m * n + r, m * n + m + v)
-            transfer(c.store, is_out=True)
-
-        return written(types.void(out, a, block, *[types.intp] * 2, types.boolean), write)
-
-    return tiles
-
-
-_amx_1_1, _amx_1_2, _amx_2_1, _amx_2_2 = (_make_amx(m, n) for m in (1, 2) for n in (1, 2))

@@ -92,14 +92,15 @@ def writing(reference):
     return run_reference
 
 
-def inside_kernels(function=None, *, float32=None, pairs=None, tiles=None):
+def inside_kernels(function=None, *, float32=None, pairs=None, tiles=None, loops=True):
     """Decorator: a helper that exists inside kernels only.
 
     float32: the function that takes its place where its first argument is a float32, or an array of them;
     pairs: the one where it is an array of uint32; tiles: of int32, by default the same (bfloat16.py).
+    loops: as for `helper`.
     """
     if function is None:
-        return functools.partial(inside_kernels, float32=float32, pairs=pairs, tiles=tiles or pairs)
+        return functools.partial(inside_kernels, float32=float32, pairs=pairs, tiles=tiles or pairs, loops=loops)
 
     @functools.wraps(function)
     def call(*args):
@@ -111,45 +112,19 @@ def inside_kernels(function=None, *, float32=None, pairs=None, tiles=None):
         return {numba.float32: float32, numba.uint32: pairs, numba.int32: tiles}.get(dtype) or function
 
     if KERNELS == "numba":
-        overload(call, jit_options={**FLAGS, "pipeline_class": _Wide}, strict=False)(choose)
+        overload(call, jit_options=_options_of_helpers(loops), strict=False)(choose)
     return call
 
 
+def _options_of_helpers(loops):
+    return {**FLAGS, "no_cpython_wrapper": True, "pipeline_class": OfHelpers if loops else OfPlainHelpers}
+
+
 if KERNELS == "numba":
-    from numba.core.compiler import Compiler
     from numba.extending import intrinsic, overload
 
     from npgpt.kernels import cache
-
-    # LLVM takes half of Intel's registers otherwise: all of them made its first processors with AVX-512 slower, which
-    # our products do anyway
-    LONG_VECTORS = '"prefer-vector-width"="512"'
-
-    class _Wide(Compiler):
-        """Numba's compiler, with vectors as long as the processor has in loops that LLVM vectorises."""
-
-        def define_pipelines(self):
-            library = self.state.targetctx.codegen().create_library(self.state.func_id.func_qualname)
-            library.enable_object_caching()  # as Numba does for those that it creates itself
-            add = library.add_ir_module
-
-            def add_ir_module(module):
-                for function in module.functions:
-                    if function.blocks:  # (llvmlite knows no attributes with a value, and would refuse it)
-                        set.add(function.attributes, LONG_VECTORS)
-                add(module)
-
-            library.add_ir_module = add_ir_module
-            self.state.library = library
-            return super().define_pipelines()
-
-    class _Plain(_Wide):
-        """The same, but for LLVM's optimisation of what it has compiled."""
-
-        def define_pipelines(self):
-            pipelines = super().define_pipelines()
-            self.state.library._optimize_final_module = lambda: None  # (Numba's own switch makes compiling longer)
-            return pipelines
+    from npgpt.kernels.compiler import OfHelpers, OfKernels, OfPlainHelpers
 
     def kernel(function=None, *, counts=False, inlined=False):
         """Compile a function over arrays.  One specialisation is built per dtype, at its first call.
@@ -163,7 +138,7 @@ if KERNELS == "numba":
         """
         if function is None:
             return functools.partial(kernel, counts=counts, inlined=inlined)
-        compiled = numba.njit(**FLAGS, _nrt=counts, forceinline=inlined, pipeline_class=_Wide)(function)
+        compiled = numba.njit(**FLAGS, _nrt=counts, forceinline=inlined, pipeline_class=OfKernels)(function)
         cache.keep(compiled)
         return compiled
 
@@ -175,8 +150,7 @@ if KERNELS == "numba":
         """
         if function is None:
             return functools.partial(helper, counts=counts, inlined=inlined, loops=loops)
-        options = {"_nrt": counts, "forceinline": inlined, "no_cpython_wrapper": True}
-        return numba.njit(**FLAGS, **options, pipeline_class=_Wide if loops else _Plain)(function)
+        return numba.njit(**_options_of_helpers(loops), _nrt=counts, forceinline=inlined)(function)
 
 else:
 

@@ -109,6 +109,7 @@ def multiply(out, a, b, a_turned, b_turned, scratch, top, bottom, left, right):
 @inside_kernels(
     pairs=lambda scratch: (PACK, SPAN, WIDTH // scratch.itemsize),
     tiles=lambda scratch: (2 * PACK, SPAN // 2, 2 * (WIDTH // scratch.itemsize)),
+    loops=False,
 )
 def _cut(scratch):
     """How many rows of a a strip has, how many of k are packed at a time, and how many columns a block has.
@@ -118,7 +119,7 @@ def _cut(scratch):
     return PACK, DEPTH // scratch.itemsize, WIDTH // scratch.itemsize
 
 
-@helper
+@helper(loops=False)
 def _rounded_rows(rows, x):
     """rows[:M] = the pairs of x (M, K), with zeros up to a whole vector, or tile."""
     for r in range(len(x)):
@@ -150,7 +151,7 @@ def _rows_of_tiles(strips, a, turned, i, stop, k, after, top, bottom, columns, i
     return rows[: stop - i, :steps]
 
 
-@inside_kernels(pairs=_rows_of_pairs, tiles=_rows_of_tiles)
+@inside_kernels(pairs=_rows_of_pairs, tiles=_rows_of_tiles, loops=False)
 def _rows(strips, a, turned, i, stop, k, after, top, bottom, columns, is_packed):
     """Rows i:stop of a, or of a.T if `turned`, and of k only k:after; as they lie, or packed if that pays.
 
@@ -178,7 +179,7 @@ def _next_strips_of_float32(b, soon, a, i):
     return a.T[i + STRIPS * PACK : i + 2 * STRIPS * PACK : PACK]
 
 
-@inside_kernels(float32=_next_strips_of_float32)
+@inside_kernels(float32=_next_strips_of_float32, loops=False)
 def _next_strips(b, soon, a, i):
     """What is fetched where no block of b follows: of a (K, M) all lines of the strips after those that hold row i.
 
@@ -194,7 +195,7 @@ def _part(b, turned, k, after, j, end):
     return b[j:end, k:after] if turned else b[k:after, j:end]
 
 
-@inside_kernels(tiles=lambda block, left: min(left, 2))
+@inside_kernels(tiles=lambda block, left: min(left, 2), loops=False)
 def _vectors_of_panel(block, left):
     """Of so many vectors of columns that are left, how many the next panel takes: 4 become 2 and 2, not 3 and 1."""
     return 2 if left in (2, 4) else min(left, 3)
@@ -206,7 +207,7 @@ def _fill_tiles(panel, k):
             panel[step, column] = 0
 
 
-@inside_kernels(pairs=lambda panel, k: None, tiles=_fill_tiles)
+@inside_kernels(pairs=lambda panel, k: None, tiles=_fill_tiles, loops=False)
 def _fill(panel, k):
     """Zeros behind the k numbers of a panel, up to the end of the last tile."""
 
@@ -247,7 +248,7 @@ def _meet_tiles(block, out, a, soon, add):
         j, place = j + n * lanes, place + steps * n * lanes
 
 
-@inside_kernels(tiles=_meet_tiles)
+@inside_kernels(tiles=_meet_tiles, loops=False)
 def _meet_block(block, out, a, soon, add):
     """out (M, columns) = a @ the block, or += where `add` is true, for M up to PACK; the rows of `soon` are fetched."""
     (M, columns), k = out.shape, a.shape[1]

@@ -63,7 +63,7 @@ def share_of(n, unit, i, parts):
     return min(n, units * i // parts * unit), min(n, units * (i + 1) // parts * unit)
 
 
-@helper
+@helper(loops=False)
 def in_line(x):
     """Whether the numbers along the last axis of x lie side by side, if there are any."""
     return x.strides[-1] == x.itemsize or x.shape[-1] < 2 or x.size == 0
@@ -155,7 +155,7 @@ def transpose(out, x):
             _turn(out, x, i, j)
 
 
-@helper
+@helper(loops=False)
 def turn_across(out, x):
     """Inside a kernel: out (M or more, steps) = pairs of the rows of x (K, M), transposed; steps are those of K."""
     K, M = x.shape

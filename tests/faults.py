@@ -718,6 +718,14 @@ FAULTS = [
         kernel=True,
     ),
     Fault(
+        "compiler: garbage is never collected again",
+        "npgpt/kernels/compiler.py",
+        "if collects:",
+        "if not collects:",
+        "It is not collected while Numba compiles.",
+        kernel=True,
+    ),
+    Fault(
         "kernel cache: a kernel for AMX is taken where another way is wanted",
         "npgpt/kernels/cache.py",
         "repr((numba.__version__, llvmlite.__version__, sorted(settings), may_use_amx))",

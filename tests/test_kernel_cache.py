@@ -5,6 +5,7 @@ And what else becomes of it: kernels and settings of Numba's that change, damage
 
 import ast
 import errno
+import gc
 import hashlib
 import os
 import pickle
@@ -522,6 +523,25 @@ def test_a_process_that_compiles_has_the_bits_of_one_that_loads_in_whatever_orde
 
 
 @numba_only
+@pytest.mark.parametrize("collects", [True, False])
+def test_garbage_is_collected_after_a_function_has_been_compiled_if_it_was_before(collects):
+    import numba
+
+    from npgpt.kernels.compiler import OfKernels
+
+    before, compiles = gc.isenabled(), numba.njit(pipeline_class=OfKernels)
+    (gc.enable if collects else gc.disable)()
+    try:
+        assert compiles(lambda x: x + 1)(1) == 2
+        assert gc.isenabled() == collects
+        with pytest.raises(numba.TypingError):
+            compiles(lambda x: x.nothing)(1)
+        assert gc.isenabled() == collects
+    finally:
+        (gc.enable if before else gc.disable)()
+
+
+@numba_only
 @pytest.mark.parametrize("name", ["OPT", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "LOOP_VECTORIZE", "CPU_NAME"])
 def test_a_setting_of_numbas_changes_the_folders_name(monkeypatch, name):
     import numba
@@ -551,6 +571,7 @@ def test_a_folder_is_named_after_what_its_file_imports_and_after_nothing_else(ba
         ("kernels/maths.py", {mlp, decode}),
         ("kernels/spin.py", {mlp, muon, decode}),
         ("kernels/jit.py", set(files)),
+        ("kernels/compiler.py", set(files)),
         ("kernels/cache.py", set(files)),
         ("engine.py", set()),
     ):

@@ -46,15 +46,16 @@ def _read(path):
 def kernel_sources(file):
     """path -> hash of the files whose change may change a kernel that stands in a file, or how it is kept.
 
-    They are itself, jit.py, this one, and of those that it imports, and so on, the ones that import jit.py: no other
-    can hold a helper.  What a kernel is made of comes from nowhere else.
+    They are itself, jit.py, compiler.py, this one, and of those that it imports, and so on, the ones that import
+    jit.py: no other can hold a helper.  What a kernel is made of comes from nowhere else.
     """
-    jit, cache = (ROOT / "npgpt" / "kernels" / name for name in ("jit.py", "cache.py"))
-    found, todo = {}, [file, jit, cache]
+    jit, *others = (ROOT / "npgpt" / "kernels" / name for name in ("jit.py", "compiler.py", "cache.py"))
+    always = {file, jit, *others}
+    found, todo = {}, [*always]
     while todo:
         path = todo.pop()
         content, imported = _read(path)
-        if path not in found and (path in (file, jit, cache) or jit in imported):
+        if path not in found and (path in always or jit in imported):
             found[path] = content
             todo += imported
     return found

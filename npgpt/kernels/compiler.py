@@ -16,8 +16,8 @@ class OfKernels(Compiler):
 
     def compile_extra(self, function):
         collects = gc.isenabled()
-        gc.disable()  # most of what Numba makes, hundreds of thousands of objects, it needs to the end
         try:
+            gc.disable()  # most of what Numba makes, hundreds of thousands of objects, it needs to the end
             return super().compile_extra(function)
         finally:
             if collects:

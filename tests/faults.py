@@ -694,6 +694,14 @@ FAULTS = [
         kernel=True,
     ),
     Fault(
+        "matmul: what the first thread has more of is lost at the end",
+        "npgpt/kernels/matmul.py",
+        "part = start + lead if i else 0, end + lead",
+        "part = start + lead if i else 0, end",
+        "The other threads begin later, so their parts are smaller, but they all follow one another.",
+        kernel=True,
+    ),
+    Fault(
         "matmul: a way is right where one number is",
         "npgpt/kernels/matmul.py",
         "return bool((both | (out.view(np.int32) == expected.view(np.int32))).all())",

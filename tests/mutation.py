@@ -147,6 +147,7 @@ TIED = "the output layer has put its share of the tied gradient in its own place
 UNSEEN = {
     "bfloat16: ": "the training is in float32",
     "amx: ": "the training is in float32",
+    "matmul: what the first thread": "its products are too small to be shared",
     "matmul: ": "the training is in float32",
     "parallel: a": "the training is in float32",
     "audit: ": "the training is in float32",

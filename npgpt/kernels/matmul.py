@@ -32,6 +32,7 @@ from npgpt.machine import processors
 WIDE = 32  # columns from which on products of bfloat16 are quicker, where there is a quick instruction for them
 HAS_INSTRUCTION = bool(FEATURES.get("avx512bf16"))  # vdpbf16ps: AMD's takes as long as one FMA, Intel's as three
 TINY = 2**20  # multiplications that are not worth sharing out among threads
+LEAD = 2**19  # that the first thread has made, or nearly, when the others begin, and it looks whether they have ended
 FEW = 2**18  # numbers, of which each takes a nanosecond or so, that are not
 
 PRODUCTS = os.environ.get("NPGPT_PRODUCTS", "ours" if VECTOR == 64 else "blas")
@@ -102,10 +103,14 @@ def _multiply(out, a, b, is_rounded):
         multiply(out, left, right, a_turned, b_turned, scratch[0], 0, M, 0, N)
         return
 
+    length, unit = (M, PACK) if M >= N else (N, PANEL // out.itemsize)
+    lead = min(LEAD * length // (out.size * a.shape[1]) // unit * unit, length)  # what the first thread has more of
+
     def share(i):
         """Each thread packs its own part of the longer side, and all of the other."""
-        rows = share_of(M, PACK, i, threads) if M >= N else (0, M)
-        columns = share_of(N, PANEL // out.itemsize, i, threads) if M < N else (0, N)
+        start, end = share_of(length - lead, unit, i, threads)
+        part = start + lead if i else 0, end + lead
+        rows, columns = (part, (0, N)) if M >= N else ((0, M), part)
         multiply(out, left, right, a_turned, b_turned, scratch[i], *rows, *columns)
 
     _crew(threads).each(share, threads)

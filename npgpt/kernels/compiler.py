@@ -59,7 +59,7 @@ class OfPlainHelpers(OfHelpers):
 
 
 def _stand_in(library, description, environment):
-    """What Numba takes for a helper's function, to know it by; as without a wrapper before, Python cannot call it."""
+    """What Numba takes for a helper's function, and knows it by; Python must not call it, since there is no code."""
     return _dynfunc.make_function(
         description.lookup_module(), description.qualname, "a helper of kernels", 0, environment, (library,)
     )

@@ -32,7 +32,7 @@ from npgpt.machine import processors
 WIDE = 32  # columns from which on products of bfloat16 are quicker, where there is a quick instruction for them
 HAS_INSTRUCTION = bool(FEATURES.get("avx512bf16"))  # vdpbf16ps: AMD's takes as long as one FMA, Intel's as three
 TINY = 2**20  # multiplications that are not worth sharing out among threads
-LEAD = 2**19  # that the first thread has made, or nearly, when the others begin, and it looks whether they have ended
+LEAD = 2**19  # that the first thread makes more of than the others, since it begins before them
 FEW = 2**18  # numbers, of which each takes a nanosecond or so, that are not
 
 PRODUCTS = os.environ.get("NPGPT_PRODUCTS", "ours" if VECTOR == 64 else "blas")

@@ -371,7 +371,7 @@ def _make_tile(n, height=ROWS, narrow=False):
             placed = zip(corners, vectors, strict=True)
             places = [pointer_to(builder, out_array, row, column, kind) for (row, column, _), kind in placed]
             for place in places:  # (a line fetched for writing comes into the first cache, which AMD gains less by)
-                prefetch(builder, builder.bitcast(place, byte.as_pointer()), near=False, to_write=not IS_AMD)
+                prefetch(builder, place, near=False, to_write=not IS_AMD)
             totals = Totals(builder, block.dtype, vectors)
             with cgutils.for_range(builder, K, intp=ir.IntType(64)) as loop:
                 offset, first = builder.mul(loop.index, step), builder.mul(loop.index, constant(n * lanes))
@@ -381,8 +381,7 @@ def _make_tile(n, height=ROWS, narrow=False):
                     kind = ir.VectorType(packed, widths[v])
                     factors.append(load_vector(builder, builder.bitcast(pointer, kind.as_pointer()), itemsize))
                     if SOON:
-                        later = builder.gep(pointer, [constant(SOON * n * lanes)])
-                        prefetch(builder, builder.bitcast(later, byte.as_pointer()))
+                        prefetch(builder, builder.gep(pointer, [constant(SOON * n * lanes)]))
                 column = builder.mul(loop.index, each)
                 for row in next_rows:
                     prefetch(builder, pointer_to(builder, soon_array, row, column, byte), near=False)

@@ -276,8 +276,7 @@ def _fetch_to_write(typingctx, x, i):
     """Have the line of the cache with x[i] fetched, and taken from the other cores."""
 
     def write(context, builder, arrays, place):
-        pointer = builder.bitcast(builder.gep(arrays[0].data, place), ir.IntType(8).as_pointer())
-        prefetch(builder, pointer, to_write=True)
+        prefetch(builder, builder.gep(arrays[0].data, place), to_write=True)
 
     return written(types.void(x, types.intp), write)
 

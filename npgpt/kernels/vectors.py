@@ -69,13 +69,14 @@ def pointer_to(builder, array, row, column, kind):
 
 
 def prefetch(builder, pointer, near=True, to_write=False):
-    """Have the line of the cache that a pointer to bytes points into fetched; what it points to need not exist.
+    """Have the line of the cache that a pointer points into fetched; what it points to need not exist.
 
     near: into the first cache, or else no nearer than the second, since the first one can wait for few lines at a time
     to_write: taken away from all other cores, too
     """
     how = int(to_write), 3 if near else 2, 1  # (1: data, not instructions)
-    args = [pointer, *(ir.Constant(ir.IntType(32), number) for number in how)]
+    place = builder.bitcast(pointer, ir.IntType(8).as_pointer())
+    args = [place, *(ir.Constant(ir.IntType(32), number) for number in how)]
     kind = ir.FunctionType(ir.VoidType(), [arg.type for arg in args])
     builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), args)
 
